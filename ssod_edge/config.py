@@ -1,0 +1,189 @@
+"""Every setting, as frozen dataclasses. The names are the same on the command line and on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from ssod_edge.errors import UsageError
+
+#: The paper's backbones (Table 6) and the timm models they stand for.
+ALIASES = {
+    "mobilenetv3": "mobilenetv3_large_100",
+    "regnet": "regnety_008_tv",
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
+    "resnet101": "resnet101",
+    "densenet121": "densenet121",
+}
+
+Balance = Literal["lwb", "lw", "dr"]
+Precision = Literal["fp32", "bf16"]
+ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "posterior"]
+
+BALANCES: tuple[str, ...] = get_args(Balance)
+SCORES: tuple[str, ...] = get_args(ScoreName)
+
+#: The score an artifact ships until a study has chosen another one for it.
+DEFAULT_SCORE: ScoreName = "energy"
+
+
+def resolve_backbone(name: str) -> str:
+    """timm's name for a backbone: an alias of the paper's Table 6, or a timm name as it is."""
+    return ALIASES.get(name, name)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the graph's input: one centre crop and one resize, then uint8 RGB.
+
+    Attributes:
+        input_size: height and width of the input in pixels.
+        crop_pct: share of the shorter side that the centre crop keeps, in (0, 1].
+        interpolation: "bicubic" or "bilinear".
+        mean, std: per RGB channel, of values scaled to [0, 1]; applied inside the graph.
+    """
+
+    input_size: int = 224
+    crop_pct: float = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.input_size < 1:
+            raise UsageError(f"input_size must be at least 1 pixel, got {self.input_size}")
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise UsageError(f"interpolation must be 'bicubic' or 'bilinear', got '{self.interpolation}'")
+        if len(self.mean) != 3 or len(self.std) != 3 or any(s <= 0 for s in self.std):
+            raise UsageError("mean and std must have three values each, and std must be positive")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """L = CE(logits, y) + alpha * OOD loss over patches (the paper's Eq. 12 to 14).
+
+    Attributes:
+        gamma: confidence from which a patch is ID; below 1 - gamma it is OOD. 0.5 < gamma < 1.
+        alpha: weight of the OOD loss (Table 4). 0 trains plain cross-entropy.
+        balance: "lwb", "lw" or "dr" (Table 5).
+        warmup_epochs: epochs of cross-entropy alone, before patch labels mean anything.
+    """
+
+    gamma: float = 0.95
+    alpha: float = 1.0
+    balance: Balance = "lwb"
+    warmup_epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_gamma(self.gamma)
+        if self.alpha < 0:
+            raise UsageError(f"alpha must be 0 or more, got {self.alpha}")
+        if self.balance not in BALANCES:
+            raise UsageError(f"balance must be one of {', '.join(BALANCES)}, got '{self.balance}'")
+        if self.warmup_epochs < 0:
+            raise UsageError(f"warmup_epochs must be 0 or more, got {self.warmup_epochs}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        backbone: timm model name (aliases resolved).
+        data: what `ssod_edge.data.open_dataset` takes.
+        recipe: "short" (one warm-up and a cosine) or "paper" (AdamW at 1e-4, halved every 30 epochs).
+        epochs, batch_size, lr, weight_decay: the optimizer's. batch_size is per process.
+        val_fraction, calib_fraction: shares of the training data kept for choices and for thresholds.
+        crop_scale_min: smallest area of a random training crop, as a share of the image.
+        hflip: probability of mirroring a training image.
+        precision: "bf16" autocast or "fp32".
+    """
+
+    backbone: str
+    data: str
+    name: str = ""
+    recipe: Literal["short", "paper"] = "short"
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    lr_warmup_fraction: float = 0.1
+    clip_grad: float = 5.0
+    val_fraction: float = 0.05
+    calib_fraction: float = 0.05
+    crop_scale_min: float = 0.5
+    hflip: float = 0.5
+    precision: Precision = "fp32"
+    workers: int = 1
+    seed: int = 0
+    compile: bool = False
+    sync_bn: bool = False
+    pretrained: bool = False
+    weights: str | None = None
+    loss: LossConfig = LossConfig()
+    preprocess: Preprocess = Preprocess()
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch_size"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.recipe not in ("short", "paper"):
+            raise UsageError(f"recipe must be 'short' or 'paper', got '{self.recipe}'")
+        if self.precision not in ("fp32", "bf16"):
+            raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
+        if self.lr <= 0:
+            raise UsageError(f"lr must be positive, got {self.lr}")
+        if self.workers < 0:
+            raise UsageError(f"workers must be 0 or more, got {self.workers}")
+        for field in ("val_fraction", "calib_fraction", "crop_scale_min"):
+            if not 0 < getattr(self, field) <= 1:
+                raise UsageError(f"{field} must be in (0, 1], got {getattr(self, field)}")
+        if self.val_fraction + self.calib_fraction >= 1:
+            raise UsageError("val_fraction and calib_fraction leave no images to train on")
+        if not 0 <= self.hflip <= 1:
+            raise UsageError(f"hflip must be in [0, 1], got {self.hflip}")
+        if self.pretrained and self.weights:
+            raise UsageError("--pretrained and --weights exclude each other")
+
+
+def check_gamma(gamma: float) -> None:
+    """Raises UsageError unless 0.5 < gamma < 1 (at 0.5 the two label regions of Eq. 12 meet)."""
+    if not 0.5 < gamma < 1.0:
+        raise UsageError(f"gamma must satisfy 0.5 < gamma < 1, got {gamma}")
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-ready values; `from_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a configuration dataclass from a mapping.
+
+    Raises:
+        UsageError: an unknown key, or a value outside its range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UsageError(f"unknown {cls.__name__} key: {', '.join(unknown)}. Known keys: {', '.join(sorted(fields))}")
+    nested = {"loss": LossConfig, "preprocess": Preprocess}
+    prepared: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in nested and isinstance(value, dict):
+            value = from_dict(nested[key], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        prepared[key] = value
+    try:
+        return cls(**prepared)
+    except TypeError as error:
+        raise UsageError(f"{cls.__name__}: {error}") from error

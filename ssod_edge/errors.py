@@ -1,0 +1,86 @@
+"""Errors that a user can act on. Each one carries the exit code the command line ends with."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_SOME_FAILED = 1
+EXIT_USAGE = 2
+EXIT_MISSING = 3
+EXIT_VERIFICATION = 4
+EXIT_INTERRUPTED = 130
+
+#: Optional modules and the extra of this package that installs them.
+EXTRAS = {
+    "torch": "train",
+    "torchvision": "train",
+    "timm": "train",
+    "safetensors": "train",
+    "sklearn": "train",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "matplotlib": "report",
+    "jinja2": "report",
+}
+
+
+class SsodEdgeError(Exception):
+    """Base class: a message that names the problem and the fix, and an exit code."""
+
+    exit_code = EXIT_SOME_FAILED
+
+
+class ImageError(SsodEdgeError):
+    """An image could not be read. One bad image never stops the others."""
+
+
+class OutputError(SsodEdgeError):
+    """A result could not be written (read-only folder, full disk). Nothing half-written is left."""
+
+
+class TrainingError(SsodEdgeError):
+    """Training cannot go on (a loss that is not finite); the last good checkpoint is kept."""
+
+
+class UsageError(SsodEdgeError, ValueError):
+    """An argument, option, data set or configuration value is wrong."""
+
+    exit_code = EXIT_USAGE
+
+
+class MissingExtraError(SsodEdgeError, ImportError):
+    """An optional package is needed; the message names the command that installs it."""
+
+    exit_code = EXIT_MISSING
+
+
+class EngineError(SsodEdgeError):
+    """The engine that was asked for is not available, or cannot run this artifact here."""
+
+    exit_code = EXIT_MISSING
+
+
+class ArtifactError(SsodEdgeError):
+    """A checkpoint or artifact is missing, cut short, edited, of a newer schema or of another model."""
+
+    exit_code = EXIT_VERIFICATION
+
+
+class VerificationError(SsodEdgeError):
+    """An artifact's numbers drifted from the reference beyond its precision's tolerance."""
+
+    exit_code = EXIT_VERIFICATION
+
+
+def missing_extra(module: str, purpose: str) -> MissingExtraError:
+    """The error for an optional module that is not installed.
+
+    Args:
+        module: top-level module name, a key of `EXTRAS`.
+        purpose: what needs it, e.g. "training".
+    """
+    return MissingExtraError(
+        f"{purpose} needs the package '{module}', which is not installed. "
+        f"Install it with: pip install 'ssod-edge[{EXTRAS[module]}]'"
+    )
