@@ -35,6 +35,12 @@ def resolve_backbone(name: str) -> str:
     return ALIASES.get(name, name)
 
 
+def check_gamma(gamma: float) -> None:
+    """Raises UsageError unless 0.5 < gamma < 1 (at 0.5 the two label regions of Eq. 12 meet)."""
+    if not 0.5 < gamma < 1.0:
+        raise UsageError(f"gamma must satisfy 0.5 < gamma < 1, got {gamma}")
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes the graph's input: one centre crop and one resize, then uint8 RGB.
@@ -149,12 +155,6 @@ class TrainConfig:
             raise UsageError(f"hflip must be in [0, 1], got {self.hflip}")
         if self.pretrained and self.weights:
             raise UsageError("--pretrained and --weights exclude each other")
-
-
-def check_gamma(gamma: float) -> None:
-    """Raises UsageError unless 0.5 < gamma < 1 (at 0.5 the two label regions of Eq. 12 meet)."""
-    if not 0.5 < gamma < 1.0:
-        raise UsageError(f"gamma must satisfy 0.5 < gamma < 1, got {gamma}")
 
 
 T = TypeVar("T")

@@ -1,0 +1,228 @@
+"""A timm CNN whose last linear layer has one more row: the OOD head."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssod_edge.config import Preprocess, resolve_backbone
+from ssod_edge.errors import ArtifactError, UsageError
+
+_POOLS = ("SelectAdaptivePool2d", "FastAdaptiveAvgPool2d", "AdaptiveAvgPool2d")
+
+
+class SSODClassifier(nn.Module):
+    """Classes and ID logit from one feature vector: [logits | s] = z @ [W; w_ood].T + [b; b_ood].
+
+    Attributes:
+        backbone: the timm model; its classifier is the `nn.Linear` [M, D].
+        ood: `nn.Linear` [1, D], the OOD row; its output s is the ID logit of Eq. 13 and 15.
+        classes: the M class names.
+        preprocess: what the input image goes through; mean and std are applied by `normalise`.
+        backbone_name: timm's name.
+    """
+
+    def __init__(self, backbone: nn.Module, backbone_name: str, classes: tuple[str, ...], preprocess: Preprocess):
+        super().__init__()
+        self.backbone = backbone
+        self.backbone_name = backbone_name
+        self.classes = tuple(classes)
+        self.preprocess = preprocess
+        self.ood = nn.Linear(self.classifier.in_features, 1)
+        # A zero row makes s = 0 for every image: undecided until the OOD loss moves it.
+        nn.init.zeros_(self.ood.weight)
+        nn.init.zeros_(self.ood.bias)
+        _check_backbone(self)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The backbone's last layer, `nn.Linear` [M, D]."""
+        return cast(nn.Linear, cast(Any, self.backbone).get_classifier())
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features z [N, D] of a normalised image [N, 3, S, S]."""
+        backbone = cast(Any, self.backbone)
+        return cast(Tensor, backbone.forward_head(backbone.forward_features(x), pre_logits=True))
+
+    def head_weight(self) -> tuple[Tensor, Tensor]:
+        """The fused last layer: weight [M+1, D] and bias [M+1], the OOD row last."""
+        classifier = self.classifier
+        bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.classes))
+        return torch.cat([classifier.weight, self.ood.weight]), torch.cat([bias, self.ood.bias])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits fp32 [N, M], id_logit fp32 [N]) of a normalised image [N, 3, S, S]."""
+        z = self.features(x)
+        weight, bias = self.head_weight()
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            out = F.linear(z.float(), weight.float(), bias.float())
+        return out[:, :-1], out[:, -1]
+
+    def forward_train(self, x: Tensor, patches: bool = True) -> tuple[Tensor, Tensor | None, int]:
+        """One pass for both terms of Eq. 14.
+
+        Args:
+            x: normalised images [N, 3, S, S].
+            patches: False leaves the patch features out (plain cross-entropy).
+
+        Returns:
+            logits [N, M]; patch features [N*H*W, D] with the patches of one image adjacent, or None; H*W.
+        """
+        backbone = cast(Any, self.backbone)
+        feature_map = backbone.forward_features(x)
+        logits = self.classifier(backbone.forward_head(feature_map, pre_logits=True))
+        if not patches:
+            return logits, None, 0
+        z = self.patch_features(feature_map)
+        return logits, z.flatten(0, 2), z.shape[1] * z.shape[2]
+
+    def patch_features(self, feature_map: Tensor) -> Tensor:
+        """The head's pre-logits at every location: [N, C, H, W] -> [N, H, W, D]."""
+        return cast(Tensor, unpooled_head(self.backbone).forward_head(feature_map, pre_logits=True)).permute(0, 2, 3, 1)
+
+
+def unpooled_head(backbone: nn.Module) -> Any:
+    """A view of a timm model that shares every parameter and whose head does not pool.
+
+    Pooling and flattening become the identity, and batch norm inside the head uses its running statistics
+    without updating them, so that `forward_head` acts on each location of a feature map by itself.
+    """
+
+    def view(module: nn.Module) -> nn.Module:
+        if type(module).__name__ in _POOLS or isinstance(module, nn.Flatten):
+            return nn.Identity()
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        children = {name: view(child) for name, child in module.named_children() if _in_head(child)}
+        if not is_norm and all(children[name] is module._modules[name] for name in children):
+            return module
+        shared = copy.copy(module)
+        shared._modules = {**module._modules, **children}
+        if is_norm:
+            shared.training = False
+        return shared
+
+    return view(backbone)
+
+
+def _in_head(module: nn.Module) -> bool:
+    """Whether a child can hold a pooling layer of the head; stages of the trunk are left as they are."""
+    return not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d, nn.Linear))
+
+
+def normalise(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 [N, 3, S, S] -> fp32, (image / 255 - mean) / std, as one multiply and one add."""
+    mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+    scale = (1.0 / (255.0 * std)).to(image.device).view(1, 3, 1, 1)
+    shift = (-mean / std).to(image.device).view(1, 3, 1, 1)
+    return image.float() * scale + shift
+
+
+def build_model(
+    backbone: str,
+    classes: tuple[str, ...],
+    preprocess: Preprocess,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+) -> SSODClassifier:
+    """Make a classifier from a timm backbone.
+
+    Args:
+        backbone: an alias of `ssod_edge.config.ALIASES` or any timm CNN with one linear classifier.
+        classes: class names, in label order.
+        preprocess: stored with the model.
+        pretrained: load timm's published weights.
+        weights: a local .safetensors or .pth state dict; a classifier of another width is left out.
+
+    Raises:
+        UsageError: no such backbone, or one whose head cannot act on patches (the message says why).
+        ArtifactError: the weights file is missing, unreadable or of another model.
+    """
+    name = resolve_backbone(backbone)
+    if len(classes) < 2:
+        raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise UsageError(f"unknown backbone '{backbone}'." + (f" Similar: {close}" if close else " See timm's model list."))
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes))
+    except RuntimeError as error:
+        raise UsageError(f"backbone '{name}' cannot be built: {error}") from error
+    if weights is not None:
+        load_weights(model, weights)
+    return SSODClassifier(model, name, classes, preprocess)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a timm state dict from a local file, without unpickling objects.
+
+    Raises:
+        ArtifactError: missing or unreadable file, or keys that do not fit beyond the classifier.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"weights file '{path}' does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ArtifactError(f"'{path}' cannot be read as weights ({error}). Give a .safetensors or .pth file.") from error
+    state = state.get("state_dict", state)
+    own = model.state_dict()
+    classifier = cast(Any, model).default_cfg["classifier"]
+    head_keys = {f"{classifier}.weight", f"{classifier}.bias"}
+    state = {k: v for k, v in state.items() if not (k in head_keys and k in own and v.shape != own[k].shape)}
+    wrong = sorted(k for k in own.keys() - head_keys if k not in state or state[k].shape != own[k].shape)
+    extra = sorted(state.keys() - own.keys())
+    if wrong or extra:
+        raise ArtifactError(
+            f"'{path}' holds weights of another model: {len(wrong)} missing or of another shape "
+            f"({', '.join(wrong[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _check_backbone(model: SSODClassifier) -> None:
+    """Refuse a backbone whose head is not one linear layer on features that each patch has too."""
+    name, backbone = model.backbone_name, cast(Any, model.backbone)
+    classifier = backbone.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise UsageError(f"backbone '{name}' ends in {type(classifier).__name__}, not in one nn.Linear; choose a CNN")
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        size = (backbone.default_cfg.get("input_size") or (3, 224, 224))[-1]
+        with torch.no_grad():
+            feature_map = backbone.forward_features(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))
+            reason = _patch_mismatch(model, feature_map)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        reason = f"its head cannot act on one patch ({str(error).splitlines()[0]})"
+    finally:
+        backbone.train(was_training)
+    if reason:
+        raise UsageError(f"backbone '{name}' is not supported: {reason}. Choose a CNN with a pooled linear classifier")
+
+
+def _patch_mismatch(model: SSODClassifier, feature_map: Tensor) -> str:
+    """Why the head on an unpooled 1x1 map differs from the pooled head on it; empty if it does not."""
+    if feature_map.dim() != 4:
+        return f"its features have shape {list(feature_map.shape)}, not [N, C, H, W]"
+    if model.patch_features(feature_map).shape[1:3] != feature_map.shape[2:]:
+        return "its head mixes neighbouring patches"
+    patch = feature_map[:, :, :1, :1]
+    pooled = cast(Any, model.backbone).forward_head(patch, pre_logits=True)
+    alone = model.patch_features(patch)
+    if alone.shape != (1, 1, 1, model.classifier.in_features) or pooled.shape != alone[0, 0].shape:
+        return f"its head gives {list(alone.shape)} at one patch for a classifier of {model.classifier.in_features} inputs"
+    if not torch.allclose(alone[0, 0], pooled, rtol=1e-3, atol=1e-4):
+        return "its head gives other features at a patch than on the same patch pooled"
+    return ""

@@ -1,0 +1,218 @@
+"""The SSOD sampling step and loss in plain PyTorch: the oracle for compiled kernels, and their fallback.
+
+Labels of a patch (the paper's Eq. 12): 1 = in-distribution (ID), 0 = background used as OOD, -1 = ignored.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssod_edge.config import BALANCES, SCORES, check_gamma
+from ssod_edge.errors import UsageError
+
+ID, OOD, IGNORED = 1, 0, -1
+
+
+def kernel_in_use(device: torch.device | str) -> str:
+    """Which implementation `patch_sample` and `ssod_loss` run on this device: "reference" is plain PyTorch."""
+    torch.device(device)
+    return "reference"
+
+
+def patch_sample(
+    z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Confidence of the classifier on each patch's true class, and the label it gives the patch (Eq. 12).
+
+    Args:
+        z: patch features [P, D], floating point.
+        weight: classifier weight [M, D].
+        bias: classifier bias [M].
+        target: true class of the image each patch belongs to, int64 [P]; negative means ignored.
+        gamma: confidence from which a patch is ID; below 1 - gamma it is OOD. 0.5 < gamma < 1.
+
+    Returns:
+        confidence: softmax probability of the target class, fp32 [P] (fp64 for fp64 input);
+            NaN where the logits are NaN or the target is negative.
+        label: int8 [P] in {1, 0, -1}; NaN confidence gives -1.
+
+    Raises:
+        UsageError: a shape or dtype that does not fit, gamma out of range, or target >= M.
+    """
+    _check_inputs(z, weight, bias, target, gamma)
+    with torch.no_grad():
+        logits = _linear_fp32(z, weight, bias)
+        return _label_patches(logits, target, gamma)
+
+
+def ssod_loss(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ood_weight: Tensor,
+    ood_bias: Tensor,
+    target: Tensor,
+    gamma: float = 0.95,
+    balance: str = "lwb",
+    patches_per_image: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The OOD term of Eq. 14 over patches, balanced as in the paper's Table 5.
+
+    Binary cross-entropy of the ID logit s = z @ ood_weight + ood_bias (Eq. 13 as one channel) against the
+    labels of Eq. 12. The classifier labels and is not trained by this term: gradients reach z, ood_weight
+    and ood_bias. If `torch.distributed` is initialised, the counts are summed over all processes and the
+    result is scaled by the world size, so that averaged gradients are those of the global batch.
+
+    Args:
+        z: patch features [P, D], patches of one image adjacent.
+        weight, bias: classifier [M, D] and [M].
+        ood_weight, ood_bias: the OOD row, [D] or [1, D], and [] or [1].
+        target: int64 [P].
+        gamma: see `patch_sample`.
+        balance: "lwb": half the mean over ID patches plus half the mean over OOD patches;
+            "lw": mean over labelled patches, OOD ones weighted n_id / n_ood;
+            "dr": as many ID as OOD patches, drawn at random in each image.
+        patches_per_image: needed by "dr".
+        generator: source of randomness for "dr".
+
+    Returns:
+        loss: scalar. An empty ID or OOD set contributes 0, with zero gradient.
+        stats: detached scalars: sum_id, sum_ood, n_id, n_ood (used by the loss, this process),
+            n_ignored, n_invalid (NaN confidence at a valid target).
+
+    Raises:
+        UsageError: as `patch_sample`; an unknown balance; "dr" without patches_per_image.
+    """
+    _check_inputs(z, weight, bias, target, gamma)
+    if balance not in BALANCES:
+        raise UsageError(f"balance must be one of {', '.join(BALANCES)}, got '{balance}'")
+    confidence, label, s = _sample_with_ood(z, weight, bias, ood_weight, ood_bias, target, gamma)
+    n_invalid = (confidence.isnan() & (target >= 0)).sum()
+    if balance == "dr":
+        if not patches_per_image or z.shape[0] % patches_per_image:
+            raise UsageError(
+                f"balance 'dr' needs patches_per_image, a divisor of the {z.shape[0]} patches; got {patches_per_image}"
+            )
+        label = _resample(label, patches_per_image, generator)
+    is_id, is_ood = label == ID, label == OOD
+    # Masking s before softplus keeps a NaN in an ignored patch out of the gradient (0 * NaN is NaN).
+    sum_id = torch.where(is_id, F.softplus(-torch.where(is_id, s, 0.0)), 0.0).sum()
+    sum_ood = torch.where(is_ood, F.softplus(torch.where(is_ood, s, 0.0)), 0.0).sum()
+    counts = torch.stack([is_id.sum(), is_ood.sum()])
+    loss = _balance(sum_id, sum_ood, counts, balance)
+    stats = {
+        "sum_id": sum_id.detach(),
+        "sum_ood": sum_ood.detach(),
+        "n_id": counts[0],
+        "n_ood": counts[1],
+        "n_ignored": label.numel() - counts.sum(),
+        "n_invalid": n_invalid,
+    }
+    return loss, stats
+
+
+def ood_score(name: str, logits: Tensor, id_logit: Tensor) -> Tensor:
+    """OOD score from raw logits; larger = more likely OOD.
+
+    "ssod" is -s (Eq. 15 without its sigmoid), "msp" logsumexp(others) - max (Eq. 8's ranking, not saturating),
+    "maxlogit" -max, "energy" -logsumexp, "posterior" -(max log_softmax + logsigmoid(s)) (Eq. 7 in log space).
+
+    Args:
+        name: one of `ssod_edge.config.SCORES`.
+        logits: fp32 [N, M]; "msp" needs M >= 2.
+        id_logit: fp32 [N].
+
+    Returns:
+        fp32 [N].
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name == "ssod":
+        return -id_logit
+    if name == "maxlogit":
+        return -logits.amax(dim=1)
+    if name == "energy":
+        return -torch.logsumexp(logits, dim=1)
+    if name == "posterior":
+        return torch.logsumexp(logits, dim=1) - logits.amax(dim=1) + F.softplus(-id_logit)
+    if name == "msp":
+        top, index = logits.max(dim=1)
+        winner = F.one_hot(index, logits.shape[1]).to(torch.bool)
+        return torch.logsumexp(logits.masked_fill(winner, -torch.inf), dim=1) - top
+    raise UsageError(f"score must be one of {', '.join(SCORES)}, got '{name}'")
+
+
+def _sample_with_ood(
+    z: Tensor, weight: Tensor, bias: Tensor, ood_weight: Tensor, ood_bias: Tensor, target: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(confidence, label, s); s is differentiable. The softmax leaves the OOD row out."""
+    confidence, label = patch_sample(z.detach(), weight.detach(), bias.detach(), target, gamma)
+    s = _linear_fp32(z, ood_weight.reshape(1, -1), ood_bias.reshape(1)).squeeze(1)
+    return confidence, label, s
+
+
+def _linear_fp32(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits in fp32 whatever the storage dtype: 16-bit logits at |z| = 20 flip labels near gamma."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    with torch.autocast(device_type=z.device.type, enabled=False):
+        return F.linear(z.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+def _label_patches(logits: Tensor, target: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    valid = target >= 0
+    index = target.clamp(min=0).unsqueeze(1)
+    log_confidence = logits.gather(1, index).squeeze(1) - torch.logsumexp(logits, dim=1)
+    confidence = torch.where(valid, log_confidence.exp(), torch.nan)
+    label = torch.full_like(target, IGNORED, dtype=torch.int8)
+    # gamma and 1 - gamma are rounded once, from double, to the dtype they are compared in.
+    upper, lower = confidence.new_tensor(gamma), confidence.new_tensor(1.0 - gamma)
+    label[confidence >= upper] = ID
+    label[confidence < lower] = OOD
+    return confidence, label
+
+
+def _resample(label: Tensor, patches_per_image: int, generator: torch.Generator | None) -> Tensor:
+    """Keep, in each image, min(n_id, n_ood) patches of either kind, drawn at random; ignore the others."""
+    grid = label.reshape(-1, patches_per_image)
+    order = torch.rand(grid.shape, generator=generator, device=label.device)
+    keep = torch.minimum((grid == ID).sum(1), (grid == OOD).sum(1)).unsqueeze(1)
+    kept = torch.full_like(grid, IGNORED)
+    for kind in (ID, OOD):
+        mask = grid == kind
+        rank = order.masked_fill(~mask, 2.0).argsort(dim=1).argsort(dim=1)
+        kept[mask & (rank < keep)] = kind
+    return kept.reshape(-1)
+
+
+def _balance(sum_id: Tensor, sum_ood: Tensor, counts: Tensor, balance: str) -> Tensor:
+    world_size = 1
+    if dist.is_available() and dist.is_initialized():
+        world_size = dist.get_world_size()
+        counts = counts.clone()
+        dist.all_reduce(counts)
+    n_id, n_ood = counts.to(sum_id.dtype).unbind()
+    if balance == "lw":
+        loss = (sum_id + sum_ood * n_id / n_ood.clamp(min=1)) / (n_id + n_ood).clamp(min=1)
+    else:
+        loss = 0.5 * (sum_id / n_id.clamp(min=1) + sum_ood / n_ood.clamp(min=1))
+    return world_size * loss
+
+
+def _check_inputs(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float) -> None:
+    check_gamma(gamma)
+    if z.dim() != 2 or not z.is_floating_point():
+        raise UsageError(f"z must be a floating-point tensor [P, D], got {z.dtype} {list(z.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != z.shape[1] or weight.shape[0] < 1:
+        raise UsageError(f"weight must be [M, {z.shape[1]}] to fit z, got {list(weight.shape)}")
+    if bias.shape != weight.shape[:1]:
+        raise UsageError(f"bias must be [{weight.shape[0]}] to fit weight, got {list(bias.shape)}")
+    if target.dtype != torch.int64 or target.shape != z.shape[:1]:
+        raise UsageError(f"target must be int64 [{z.shape[0]}], got {target.dtype} {list(target.shape)}")
+    # On CUDA this check would synchronise; there the gather's own assertion reports it.
+    if target.device.type == "cpu" and target.numel() and int(target.max()) >= weight.shape[0]:
+        raise UsageError(f"target must be below the {weight.shape[0]} classes, got {int(target.max())}")
