@@ -1,0 +1,216 @@
+"""From an image file to the graph's uint8 input. Training's evaluation and every runtime use this one path."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from ssod_edge.config import Preprocess
+from ssod_edge.errors import ImageError, UsageError
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+
+#: Largest width * height that is decoded: 256 MiB of RGB, and Pillow's own default warning limit.
+MAX_PIXELS = 89_478_485
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Read an image as upright 8-bit RGB.
+
+    The EXIF orientation is applied. An alpha channel is dropped, colours as stored, which is what the usual
+    training pipelines do. 16-bit grayscale keeps its high byte (value >> 8). 32-bit integers are read as 16-bit
+    values (0..65535) and floating point as 0..1; a picture outside that range is refused, because its scale
+    cannot be known. Of an animation the first frame is read (of a PIL image, its current frame).
+
+    Args:
+        source: path, encoded bytes, PIL image, or uint8 array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4]
+            (RGBA). A PIL image is not modified.
+
+    Returns:
+        A decoded PIL image of mode RGB. A source that is already one is returned as it is.
+
+    Raises:
+        ImageError: the image cannot be read (missing, empty, truncated, no image, more than `MAX_PIXELS`
+            pixels, unsupported mode or dtype); the message holds its name and the reason.
+    """
+    name = _name(source)
+    # Pillow's decoders raise whatever a damaged file leads them to (OSError, SyntaxError, struct.error, ...).
+    try:
+        if isinstance(source, Image.Image):
+            return _decode(source)
+        if isinstance(source, np.ndarray):
+            return _to_rgb(_from_array(source))
+        with _open(source) as file:
+            if not file.read(1):
+                raise ImageError("the file is empty")
+            file.seek(0)
+            with Image.open(file) as image:
+                return _decode(image)
+    except Exception as error:
+        raise ImageError(f"'{name}': {_reason(error)}") from error
+
+
+def preprocess(
+    image: Image.Image, settings: Preprocess, out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Centre crop and resize in one pass.
+
+    The crop is the centred square whose side is `crop_pct` times the shorter side of the image.
+
+    Args:
+        image: RGB, from `load_image`.
+        settings: input size, crop and interpolation.
+        out: uint8 [3, S, S] to write into, for example one row of a batch.
+
+    Returns:
+        uint8 [3, S, S], C-contiguous (`out` where it is given).
+
+    Raises:
+        UsageError: the image is not RGB, or `out` has another shape, dtype or layout.
+    """
+    size = settings.input_size
+    if out is None:
+        out = np.empty((3, size, size), np.uint8)
+    elif out.shape != (3, size, size) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise UsageError(
+            f"out must be a C-contiguous uint8 array of shape (3, {size}, {size}), got {out.dtype} {out.shape}"
+        )
+    resized = _square(image, size, settings.crop_pct, _RESAMPLE[settings.interpolation])
+    out[...] = np.asarray(resized).transpose(2, 0, 1)
+    return out
+
+
+def via(image: Image.Image, size: int) -> Image.Image:
+    """The picture reduced to its centred square at `size` x `size` pixels (bicubic).
+
+    The `via32` protocol passes every image through this before `preprocess`, so that a difference in native
+    resolution cannot tell in-distribution images from others.
+
+    Raises:
+        UsageError: `size` is below 1, or the image is not RGB.
+    """
+    if size < 1:
+        raise UsageError(f"via: size must be at least 1 pixel, got {size}")
+    return _square(image, size, 1.0, Image.Resampling.BICUBIC)
+
+
+def _square(image: Image.Image, size: int, crop_pct: float, resample: Image.Resampling) -> Image.Image:
+    if image.mode != "RGB":
+        raise UsageError(f"image must have mode RGB, got {image.mode}; pass it through load_image first")
+    width, height = image.size
+    side = crop_pct * min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return image.resize((size, size), resample, box=(left, top, left + side, top + side))
+
+
+def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if isinstance(source, (str, os.PathLike)):
+        return open(Path(source), "rb")
+    raise ImageError(f"expected a path, bytes, PIL image or uint8 array, got {type(source).__name__}")
+
+
+def _name(source: object) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or "PIL image"
+    return "array" if isinstance(source, np.ndarray) else "bytes"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a format that Pillow reads"
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return _too_large()
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return f"damaged or unsupported image data ({error or type(error).__name__})"
+
+
+def _too_large(size: tuple[int, int] | None = None) -> str:
+    found = f"{size[0]} x {size[1]} is" if size else "it has"
+    return f"{found} more than {MAX_PIXELS} pixels, the most that is decoded; reduce it first"
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(_too_large(image.size))
+    if image.format == "EPS":  # Pillow would start Ghostscript on it
+        raise ImageError("EPS is a program, not a picture; convert it to PNG first")
+    image.load()
+    rgb = _to_rgb(image)
+    # After load(): Pillow turns some formats (TIFF) upright by itself, and then reports orientation 1.
+    turn = _UPRIGHT.get(_orientation(image))
+    if turn is None:
+        return rgb
+    rgb = rgb.transpose(turn)
+    rgb.info.clear()  # or a second load_image would turn it again
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF: the picture itself is whole, and viewers show it as stored
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        return _gray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        return _gray(_to_8_bit(image))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")
+
+
+def _gray(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    limit = 65535 if image.mode == "I" else 1
+    if not (low >= 0 and high <= limit):
+        raise ImageError(f"values {low} to {high} in mode {image.mode}; expected 0 to {limit}, save it as 8 or 16 bit")
+    scaled = pixels >> 8 if image.mode == "I" else np.rint(pixels * 255)
+    return np.asarray(scaled, np.uint8)
+
+
+def _from_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    if pixels.dtype != np.uint8:
+        raise ImageError(f"an array must be uint8 with values 0 to 255, got {pixels.dtype}")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)) or pixels.size == 0:
+        raise ImageError(f"an array must have shape [H, W] or [H, W, 1, 3 or 4], got {list(pixels.shape)}")
+    return Image.fromarray(pixels)
