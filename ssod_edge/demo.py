@@ -1,0 +1,373 @@
+"""The embedded data set: handwritten digits on photographs, drawn on the fly, with three kinds of unknown.
+
+Known are the digits 0 to 7. Unknown are the digits 8 and 9 ("near"), photo crops without a digit ("photos") and
+shapes and textures ("shapes"). The digits (8 x 8 pixels) and the two photographs ship inside scikit-learn, so
+nothing is downloaded. Every image depends on (seed, split, index) alone.
+
+The splits share nothing that a network could memorise: each digit instance and each tile of the photographs belongs
+to exactly one of "train", "val", "calib" and "test". The unknowns use the tiles of "test" and, for "near", digits
+that no other split has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from ssod_edge.errors import UsageError, missing_extra
+from ssod_edge.files import make_directory, write_atomic
+
+#: Height and width of every image in pixels.
+IMAGE_SIZE = 64
+
+#: The known classes, in label order.
+CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7")
+
+#: Number of images in each split.
+SPLIT_SIZES = {"train": 8000, "val": 800, "calib": 800, "test": 1000, "near": 500, "photos": 500, "shapes": 500}
+
+#: Splits of known classes, and the sets of unknowns.
+ID_SPLITS = ("train", "val", "calib", "test")
+OOD_SPLITS = ("near", "photos", "shapes")
+
+#: Kinds of image in "shapes"; image i is of kind i % len.
+SHAPES = ("circle", "polygon", "star", "stripes", "checkerboard", "noise", "clouds", "gradient")
+
+# Changes whenever the drawing changes, so that a fingerprint never stands for two different sets.
+_VERSION = "demo-1"
+
+_UNKNOWN_DIGITS = (8, 9)
+_DIGIT_SIZE = (26, 46)  # side of the digit's 8 x 8 grid after upsampling, pixels
+_CONTRAST = (70.0, 160.0)  # luminance between digit and background, of 255
+_CHROMA = 60.0  # largest colour cast of the digit per channel, of 255
+_OPACITY = (0.8, 1.0)
+_CROP_SIDE = (36, 70)  # side of the photo crop that becomes one image, source pixels
+_GAIN = (0.7, 1.2)  # brightness of the photo crop
+
+# Each photograph is cut into tiles, dealt out along diagonals, so that every split gets some of sky, leaves, roof and
+# petals: a threshold set on "calib" is worth something on "test" only if the two look alike.
+_TILE_ROWS, _TILE_COLUMNS = 6, 8
+_TILE_OWNERS = ("train", "val", "train", "calib", "train", "test")
+_PHOTOS = ("china.jpg", "flower.jpg")
+# Shares of each known digit's instances, in the order of ID_SPLITS.
+_DIGIT_SHARES = (0.64, 0.11, 0.11, 0.14)
+
+_LUMINANCE = np.array([0.299, 0.587, 0.114])
+# Upsampled digits are soft; a smooth step gives them the edge of a pen stroke.
+_STROKE = [round(255 * t * t * (3 - 2 * t)) for t in (min(max((v - 60) / 120, 0.0), 1.0) for v in range(256))]
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of one photograph: file name, (left, top, right, bottom) in its pixels, and the pixels."""
+
+    photo: str
+    box: Box
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What image i of a split is made of.
+
+    Attributes:
+        what: "digit-3", "photo-china" or a kind of shape.
+        tile: where the background comes from; None if it is not a photo.
+        instance: row of scikit-learn's digits; None without a digit.
+        image: RGB, IMAGE_SIZE x IMAGE_SIZE.
+    """
+
+    what: str
+    tile: Tile | None
+    instance: int | None
+    image: Image.Image
+
+
+class DemoSet:
+    """One split of the embedded data set.
+
+    Attributes:
+        name: "demo:SPLIT".
+        split, seed: what it was made from.
+        classes: names of the known classes.
+        labels: int64 [len], 0 to 7 for known digits, -1 for every unknown.
+        hflip_ok: False; a mirrored digit is no digit.
+        fingerprint: 64 hex digits, equal for equal sets.
+    """
+
+    hflip_ok = False
+    classes = CLASSES
+
+    def __init__(self, split: str, seed: int = 0) -> None:
+        if split not in SPLIT_SIZES:
+            raise UsageError(f"split of the demo data must be one of {', '.join(SPLIT_SIZES)}, got '{split}'")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UsageError(f"seed of the demo data must be an integer of 0 or more, got {seed!r}")
+        _sklearn_datasets()
+        self.name = f"demo:{split}"
+        self.split = split
+        self.seed = seed
+        size = SPLIT_SIZES[split]
+        known = split in ID_SPLITS
+        self.labels: npt.NDArray[np.int64] = np.arange(size) % len(CLASSES) if known else np.full(size, -1)
+        self.fingerprint = hashlib.sha256(f"{_VERSION} {split} {seed} {size}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index`: RGB, IMAGE_SIZE x IMAGE_SIZE. Always the same pixels, in whatever order they are asked for.
+
+        Raises:
+            IndexError: index is outside 0 .. len - 1.
+        """
+        return self.drawing(index).image
+
+    def source(self, index: int) -> str:
+        """A name for image `index` that says what it shows, e.g. "demo:test/00012-digit-4"."""
+        return f"{self.name}/{index:05d}-{self.drawing(index).what}"
+
+    def drawing(self, index: int) -> Drawing:
+        """Image `index` together with the digit instance and the photo tile it is made of."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in 0 .. {len(self) - 1} for {self.name}, got {index}")
+        rng = np.random.default_rng((self.seed, list(SPLIT_SIZES).index(self.split), index))
+        if self.split == "shapes":
+            return _draw_shape(rng, SHAPES[index % len(SHAPES)])
+        if self.split == "photos":
+            tile, background = _background(rng, "test")
+            return Drawing(f"photo-{tile.photo.removesuffix('.jpg')}", tile, None, background)
+        digits = _UNKNOWN_DIGITS if self.split == "near" else tuple(range(len(CLASSES)))
+        digit = digits[index % len(digits)]
+        pool = digit_instances(self.split, digit)
+        instance = pool[index // len(digits) % len(pool)]
+        tile, background = _background(rng, "test" if self.split == "near" else self.split)
+        _draw_digit(rng, background, instance)
+        return Drawing(f"digit-{digit}", tile, instance, background)
+
+
+def demo_set(split: str, seed: int = 0) -> DemoSet:
+    """A split of the embedded data set.
+
+    Args:
+        split: "train", "val", "calib" or "test" (known), "near", "photos" or "shapes" (unknown).
+        seed: draws other images from the same digits and photo tiles; what belongs to which split never changes.
+
+    Raises:
+        UsageError: an unknown split or a negative seed.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    return DemoSet(split, seed)
+
+
+def write_demo_images(folder: str | os.PathLike[str], count_per_set: int = 2, seed: int = 0) -> list[Path]:
+    """Write PNG files of the test split and of each set of unknowns, named after what they show.
+
+    Returns:
+        The paths, known first, e.g. "known-digit-3-1.png", "unknown-stripes-3.png".
+
+    Raises:
+        UsageError: count_per_set is below 1 or above the smallest set.
+        OutputError: the folder cannot be written.
+    """
+    names = ("test", *OOD_SPLITS)
+    most = min(SPLIT_SIZES[name] for name in names)
+    if not 1 <= count_per_set <= most:
+        raise UsageError(f"count_per_set must be in 1 .. {most}, got {count_per_set}")
+    folder = make_directory(folder)
+    paths = []
+    for name in names:
+        demo = demo_set(name, seed)
+        verdict = "known" if name in ID_SPLITS else "unknown"
+        for number in range(count_per_set):
+            drawing = demo.drawing(number * 5 % most)  # 5 steps through classes and shapes without repeating soon
+            path = folder / f"{verdict}-{drawing.what}-{number + 1}.png"
+            paths.append(write_atomic(path, partial(drawing.image.save, format="PNG")))
+    return paths
+
+
+@cache
+def digit_instances(split: str, digit: int) -> tuple[int, ...]:
+    """Rows of scikit-learn's digits that show `digit` and belong to `split`. Fixed, whatever the seed."""
+    _, targets = _digits()
+    rows = np.flatnonzero(targets == digit)
+    if digit in _UNKNOWN_DIGITS:
+        return tuple(rows.tolist()) if split == "near" else ()
+    if split not in ID_SPLITS:
+        return ()
+    rows = np.random.default_rng((0, digit)).permutation(rows)
+    ends = np.round(np.cumsum(_DIGIT_SHARES) * len(rows)).astype(int)
+    return tuple(np.split(rows, ends[:-1])[ID_SPLITS.index(split)].tolist())
+
+
+@cache
+def photo_tiles(split: str) -> tuple[Tile, ...]:
+    """The photo tiles that belong to one of ID_SPLITS. No two splits share a pixel."""
+    tiles = []
+    for photo in _PHOTOS:
+        image = _photo(photo)
+        for row, column in np.ndindex(_TILE_ROWS, _TILE_COLUMNS):
+            if _TILE_OWNERS[(row + column) % len(_TILE_OWNERS)] == split:
+                left, right = (image.width * (column + step) // _TILE_COLUMNS for step in (0, 1))
+                top, bottom = (image.height * (row + step) // _TILE_ROWS for step in (0, 1))
+                # A crop of its own: resizing part of the whole photo would read past the tile's edge.
+                box = (left, top, right, bottom)
+                tiles.append(Tile(photo, box, image.crop(box)))
+    return tuple(tiles)
+
+
+def _sklearn_datasets() -> Any:
+    try:
+        return importlib.import_module("sklearn.datasets")
+    except ImportError as error:
+        raise missing_extra("sklearn", "the demo data set") from error
+
+
+@cache
+def _digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Images uint8 [1797, 10, 10], ink 0 to 255 with a border of one empty pixel, and their digits int64 [1797]."""
+    bunch = _sklearn_datasets().load_digits()
+    ink = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    return np.pad(ink, ((0, 0), (1, 1), (1, 1))), bunch.target.astype(np.int64)
+
+
+@cache
+def _photo(name: str) -> Image.Image:
+    return Image.fromarray(np.asarray(_sklearn_datasets().load_sample_image(name)))
+
+
+def _background(rng: np.random.Generator, split: str) -> tuple[Tile, Image.Image]:
+    """A crop of one of the split's tiles, at IMAGE_SIZE, perhaps mirrored and somewhat darker or brighter."""
+    tiles = photo_tiles(split)
+    tile = tiles[rng.integers(len(tiles))]
+    side = rng.uniform(*_CROP_SIDE)
+    left = rng.uniform(0, tile.image.width - side)
+    top = rng.uniform(0, tile.image.height - side)
+    crop = tile.image.resize(
+        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    gain = rng.uniform(*_GAIN)
+    return tile, crop.point([min(255, round(value * gain)) for value in range(256)] * 3)
+
+
+def _draw_digit(rng: np.random.Generator, image: Image.Image, instance: int) -> None:
+    """Composite one handwritten digit onto `image` in place, in a colour that differs from what it covers."""
+    ink = Image.fromarray(_digits()[0][instance])
+    # The grid is 8 of the 10 pixels; its empty border may hang over the edge of the image, the ink may not.
+    grid = int(rng.integers(_DIGIT_SIZE[0], _DIGIT_SIZE[1] + 1))
+    size = round(grid * 10 / 8)
+    border = (size - grid) // 2
+    left, top = (int(v) for v in rng.integers(-border, IMAGE_SIZE - size + border + 1, 2))
+    box = (max(left, 0), max(top, 0), min(left + size, IMAGE_SIZE), min(top + size, IMAGE_SIZE))
+    opacity = rng.uniform(*_OPACITY)
+    alpha = ink.resize((size, size), Image.Resampling.BICUBIC).point([round(v * opacity) for v in _STROKE])
+    colour = _contrasting(rng, np.asarray(image.resize((1, 1), Image.Resampling.BOX, box=box))[0, 0])
+    image.paste(colour, (left, top), alpha)
+
+
+def _contrasting(rng: np.random.Generator, background: npt.NDArray[np.uint8]) -> tuple[int, ...]:
+    """A random colour whose luminance is _CONTRAST away from that of `background` (RGB), on a side where it fits."""
+    luminance = float(background @ _LUMINANCE)
+    contrast = rng.uniform(*_CONTRAST)
+    fits = [luminance + sign * contrast for sign in (-1, 1) if 0 <= luminance + sign * contrast <= 255]
+    level = fits[rng.integers(len(fits))] if fits else (255.0 if luminance < 128 else 0.0)
+    cast = rng.uniform(-_CHROMA, _CHROMA, 3)
+    colour = level + cast - cast @ _LUMINANCE
+    return tuple(int(value) for value in np.clip(colour, 0, 255))
+
+
+def _draw_shape(rng: np.random.Generator, kind: str) -> Drawing:
+    """A filled shape on a photo crop or a plain colour, or a texture that fills the image."""
+    if kind in _TEXTURES:
+        low, high = rng.uniform(0, 255, (2, 3))
+        weight = _TEXTURES[kind](rng)
+        pixels = low + weight.reshape(IMAGE_SIZE, IMAGE_SIZE, -1) * (high - low)
+        return Drawing(kind, None, None, Image.fromarray(pixels.astype(np.uint8)))
+    tile: Tile | None
+    if rng.random() < 0.5:
+        tile, image = _background(rng, "test")
+    else:
+        tile, image = None, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _any_colour(rng))
+    # Drawn at four times the size and reduced: Pillow's polygons have jagged edges.
+    mask = Image.new("L", (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
+    radius = rng.uniform(0.18, 0.36) * mask.width
+    centre = rng.uniform(radius, mask.width - radius, 2)
+    ImageDraw.Draw(mask).polygon(_outline(rng, kind, radius, centre), fill=255)
+    colour = _contrasting(rng, np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0])
+    image.paste(colour, (0, 0), mask.reduce(4))
+    return Drawing(kind, tile, None, image)
+
+
+def _any_colour(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(value) for value in rng.integers(0, 256, 3))
+
+
+def _outline(
+    rng: np.random.Generator, kind: str, radius: float, centre: npt.NDArray[np.float64]
+) -> list[tuple[float, float]]:
+    """Corners of a circle, a convex polygon or a star."""
+    corners = {"circle": 48, "polygon": int(rng.integers(3, 7)), "star": 2 * int(rng.integers(4, 8))}[kind]
+    angles = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
+    radii = np.full(corners, radius)
+    if kind == "star":
+        radii[1::2] *= rng.uniform(0.35, 0.6)
+    points = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return [(float(x), float(y)) for x, y in points]
+
+
+def _ramp(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Distance along a random direction, [IMAGE_SIZE, IMAGE_SIZE], within -0.71 .. 0.71 of the image's side."""
+    angle = rng.uniform(0, 2 * np.pi)
+    axis = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE - 0.5
+    ramp: npt.NDArray[np.float64] = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
+    return ramp
+
+
+def _stripes(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    wave = np.sin(2 * np.pi * (rng.uniform(3, 10) * _ramp(rng) + rng.uniform(0, 1)))
+    return np.clip(0.5 + 2 * wave, 0, 1)
+
+
+def _checkerboard(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    cells = (np.arange(IMAGE_SIZE) + rng.integers(0, IMAGE_SIZE)) // rng.integers(5, 15)
+    return ((cells[None, :] + cells[:, None]) % 2).astype(np.float64)
+
+
+def _noise(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    return rng.random((IMAGE_SIZE, IMAGE_SIZE, 3))
+
+
+def _clouds(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    coarse = rng.integers(0, 256, (int(rng.integers(3, 12)),) * 2, dtype=np.uint8)
+    fine = Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    weight: npt.NDArray[np.float64] = np.asarray(fine) / 255.0
+    return weight
+
+
+def _gradient(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    ramp = _ramp(rng)
+    weight: npt.NDArray[np.float64] = (ramp - ramp.min()) / (ramp.max() - ramp.min())
+    return weight
+
+
+_TEXTURES: dict[str, Callable[[np.random.Generator], npt.NDArray[np.float64]]] = {
+    "stripes": _stripes,
+    "checkerboard": _checkerboard,
+    "noise": _noise,
+    "clouds": _clouds,
+    "gradient": _gradient,
+}
