@@ -1,0 +1,76 @@
+"""Which images the user means: files, folders, patterns, and a list on standard input."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ssod_edge.errors import UsageError
+
+#: File names that a folder is searched for; a file that is named outright may end in anything.
+IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
+
+
+def list_images(arguments: Sequence[str], stdin: Iterable[str] | None = None) -> list[str]:
+    """The paths meant by the arguments, in their order; within a folder or pattern, sorted by name.
+
+    A folder stands for the images anywhere below it, a pattern such as `photos/*.jpg` or `photos/**/*.png` for
+    what it matches, and `-` for the files and folders named on standard input, one a line. A name that does not
+    exist stays in the list: reading it will say so, and the other images go on.
+
+    Args:
+        arguments: at least one.
+        stdin: the lines that `-` stands for.
+
+    Raises:
+        UsageError: no argument, a folder without images, a pattern without a match, or an empty list.
+    """
+    paths: list[str] = []
+    for argument in arguments:
+        paths += _listed(stdin or ()) if argument == "-" else _expand(argument)
+    if not paths:
+        raise UsageError("no images were given. Name files, folders, a pattern, or - for a list on standard input")
+    return paths
+
+
+def _listed(lines: Iterable[str]) -> list[str]:
+    """File names as they are: a bracket or a star in one is not a pattern."""
+    names = [name for line in lines if (name := line.rstrip("\r\n"))]
+    if not names:
+        raise UsageError("'-' was given, and standard input names no images; write one path a line")
+    return [path for name in names for path in (_folder(name) if os.path.isdir(name) else [name])]
+
+
+def _expand(argument: str) -> list[str]:
+    if os.path.isdir(argument):
+        return _folder(argument)
+    if os.path.lexists(argument) or not glob.has_magic(argument):
+        return [argument]
+    matches = sorted(glob.glob(argument, recursive=True))
+    images = [path for match in matches for path in (_walk(match) if os.path.isdir(match) else [match])]
+    if not images:
+        raise UsageError(f"no image matches '{argument}'")
+    # "**" matches a folder and also what lies in it.
+    return list(dict.fromkeys(images))
+
+
+def _folder(folder: str) -> list[str]:
+    images = list(_walk(folder))
+    if not images:
+        raise UsageError(f"the folder '{folder}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return images
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Images below a folder: each folder's own first, by name. Links to folders are not followed."""
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders.sort()
+        for name in sorted(names):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield os.path.join(parent, name)
+
+
+def _raise(error: OSError) -> None:
+    raise UsageError(f"the folder '{error.filename}' cannot be read: {error.strerror}") from error

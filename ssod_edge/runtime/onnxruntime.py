@@ -1,0 +1,101 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.errors import EngineError, missing_extra
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error
+from ssod_edge.spec import Artifact, Spec
+
+#: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
+HEAVY_OPS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+ERRORS_ONLY = 3
+
+
+class OnnxRunner:
+    """`ssod_edge.runtime.Runner` on ONNX Runtime's CPU provider, which is asked for by name.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: another device than the CPU, or the graph cannot be loaded.
+    """
+
+    engine = "onnxruntime"
+    device = "CPU"
+
+    def __init__(
+        self, spec: Spec, artifact: Artifact, path: Path, device: str = "auto", threads: int | None = None
+    ) -> None:
+        if device not in ("auto", "CPU"):
+            raise EngineError(f"onnxruntime runs on 'CPU' here, got device '{device}'")
+        self.spec = spec
+        self.artifact = artifact
+        self._session: Any = None
+        if artifact.precision == "fp32":
+            self._session, self.precision = _open_session(path, threads), "fp32"
+        else:
+            self._session, self.precision = _open_reduced(path, threads, spec.preprocess.input_size)
+        providers = self._session.get_providers()
+        self.details = {"provider": ", ".join(providers), "threads": str(threads or "auto")}
+
+    def __enter__(self) -> OnnxRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
+        if self._session is None:
+            raise closed_error()
+        images = check_images(inputs, self.spec.preprocess.input_size)
+        values = self._session.run(OUTPUTS, {"image": images})
+        return {name: np.asarray(value, np.float32) for name, value in zip(OUTPUTS, values, strict=True)}
+
+
+def _open_session(path: Path, threads: int | None, profile: str | None = None) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise missing_extra("onnxruntime", "the onnxruntime engine") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {error}") from error
+
+
+def _open_reduced(path: Path, threads: int | None, size: int) -> tuple[Any, str]:
+    """A session of an fp16 graph, and the precision its heavy operators ran in.
+
+    Where the CPU provider has no fp16 kernel it inserts casts and computes in fp32. No property says so: the
+    profile of one run does.
+    """
+    with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
+        session = _open_session(path, threads, profile=str(Path(folder) / "run"))
+        session.run(None, {"image": np.zeros((1, 3, size, size), np.uint8)})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    types = {
+        kind
+        for event in events
+        if event.get("args", {}).get("op_name") in HEAVY_OPS
+        for tensor in event["args"].get("input_type_shape", [])
+        for kind in tensor
+    }
+    return session, "fp16" if "float16" in types else "fp32"

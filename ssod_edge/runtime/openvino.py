@@ -1,0 +1,80 @@
+"""OpenVINO, tuned for the latency of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.errors import EngineError, missing_extra
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error
+from ssod_edge.spec import Artifact, Spec
+
+#: OpenVINO's names of element types -> ours.
+PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
+
+
+class OpenVinoRunner:
+    """`ssod_edge.runtime.Runner` on OpenVINO.
+
+    An IR's precision is how it is stored; what it is computed in is a hint, which machines with AMX set to bf16 by
+    themselves. So it is pinned: fp32 artifacts run in fp32; fp16 artifacts run in fp16 where the device can,
+    otherwise in fp32. `precision` is read back from the compiled model.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+        EngineError: the device does not exist, or cannot run the model.
+    """
+
+    engine = "openvino"
+
+    def __init__(
+        self, spec: Spec, artifact: Artifact, path: Path, device: str = "auto", threads: int | None = None
+    ) -> None:
+        try:
+            import openvino
+        except ModuleNotFoundError:
+            raise missing_extra("openvino", "the openvino engine") from None
+        device = "CPU" if device == "auto" else device
+        core = openvino.Core()
+        if device not in core.available_devices:
+            raise EngineError(f"OpenVINO has no device '{device}' here; it has: {', '.join(core.available_devices)}")
+        self.spec = spec
+        self.artifact = artifact
+        half = artifact.precision == "fp16" and "FP16" in core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f16" if half else "f32"}
+        if device == "CPU":
+            config["NUM_STREAMS"] = "1"
+            if threads is not None:
+                config["INFERENCE_NUM_THREADS"] = str(threads)
+        try:
+            compiled = core.compile_model(str(path), device, config)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
+        self._request: Any = compiled.create_infer_request()
+        element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+        self.precision = PRECISIONS.get(element, element)
+        self.device = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
+        self.details = {"device_name": str(core.get_property(device, "FULL_DEVICE_NAME")).strip()}
+        if device == "CPU":
+            self.details["threads"] = str(compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    def __enter__(self) -> OpenVinoRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._request = None
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
+        if self._request is None:
+            raise closed_error()
+        images = check_images(inputs, self.spec.preprocess.input_size)
+        # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
+        values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
+        return {name: np.asarray(values[name], np.float32) for name in OUTPUTS}

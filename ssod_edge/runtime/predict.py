@@ -1,0 +1,198 @@
+"""Photos in, verdicts out: images are decoded on threads while the engine runs on the ones before them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.image import ImageSource, load_image, preprocess
+from ssod_edge.runtime.runner import Array, Runner
+
+Pixels = npt.NDArray[np.uint8]
+
+#: Batches that are decoded or being decoded ahead of the one the engine runs, per decoding thread.
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The verdict on one image; the fields are the keys of a JSON line.
+
+    Attributes:
+        image: the path as it was given, or what kind of object it was.
+        class_index, class_name, confidence: the likeliest class, and its softmax probability in [0, 1].
+        ood_score: larger = more likely out of distribution.
+        threshold: the artifact's; None for untrained weights.
+        known: ood_score <= threshold; None without a threshold.
+        engine, precision: what really ran.
+        error: why there is no verdict, and then all values above but `image` and `threshold` are None.
+    """
+
+    image: str
+    class_index: int | None
+    class_name: str | None
+    confidence: float | None
+    ood_score: float | None
+    threshold: float | None
+    known: bool | None
+    engine: str
+    precision: str
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, in the order of the fields."""
+        return asdict(self)
+
+
+class Predictor:
+    """Verdicts of one open artifact. A context manager; use it from one thread at a time.
+
+    Attributes:
+        runner: the `ssod_edge.runtime.Runner` it owns, and closes.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._settings = runner.spec.preprocess
+        threshold = runner.artifact.threshold
+        self.threshold = None if threshold is None else threshold.value
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.runner.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.runner.__exit__(None, None, None)
+
+    def predict(self, image: ImageSource) -> Prediction:
+        """The verdict on one image.
+
+        Args:
+            image: a path, encoded bytes, a PIL image, or a uint8 array [H, W, 3] (RGB).
+
+        Raises:
+            ImageError: it cannot be read, or the model's output for it is not finite.
+        """
+        pixels = preprocess(load_image(image), self._settings)
+        verdict = self._verdicts([image], self.runner.infer({"image": pixels[None]}), [None])[0]
+        if verdict.error is not None:
+            raise ImageError(verdict.error)
+        return verdict
+
+    def predict_many(
+        self, images: Iterable[ImageSource], batch: int = 1, workers: int | None = None
+    ) -> Iterator[Prediction]:
+        """The verdicts on many images, in their order. One that cannot be read gives a verdict with `error` set.
+
+        Decoding runs ahead on `workers` threads, by a fixed number of images, so memory does not grow with the
+        number of images. Stopping early, or an interrupt, drops what has not begun.
+
+        Args:
+            images: any number of what `predict` takes; they are drawn as needed.
+            batch: images per run of the engine. On a CPU 1 is as fast as any.
+            workers: decoding threads; None takes one for each core, at most 8.
+
+        Raises:
+            UsageError: batch or workers below 1.
+        """
+        if batch < 1:
+            raise UsageError(f"batch must be at least 1, got {batch}")
+        workers = min(8, available_cores()) if workers is None else workers
+        if workers < 1:
+            raise UsageError(f"workers must be at least 1, got {workers}")
+        return self._stream(iter(images), batch, workers)
+
+    def _stream(self, images: Iterator[ImageSource], batch: int, workers: int) -> Iterator[Prediction]:
+        size = self._settings.input_size
+        depth = 1 + math.ceil(AHEAD * workers / batch)
+        free = deque(np.zeros((batch, 3, size, size), np.uint8) for _ in range(depth))
+        begun: deque[tuple[list[ImageSource], Pixels, list[Future[str | None]]]] = deque()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        try:
+            while True:
+                while free and (sources := list(islice(images, batch))):
+                    pixels = free.popleft()
+                    begun.append((sources, pixels, self._submit(pool, sources, pixels)))
+                if not begun:
+                    return
+                sources, pixels, futures = begun.popleft()
+                yield from self._finish(sources, pixels, [future.result() for future in futures])
+                free.append(pixels)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, sources: list[ImageSource], pixels: Pixels) -> list[Future[str | None]]:
+        return [pool.submit(self._decode, source, pixels[row]) for row, source in enumerate(sources)]
+
+    def _decode(self, source: ImageSource, out: Pixels) -> str | None:
+        """Fill one row of a batch; returns the error, if any."""
+        try:
+            preprocess(load_image(source), self._settings, out)
+        except ImageError as error:
+            return str(error)
+        except MemoryError:
+            return f"'{_name(source)}': not enough memory to resize it"
+        return None
+
+    def _finish(self, sources: list[ImageSource], pixels: Pixels, errors: list[str | None]) -> list[Prediction]:
+        """Run the engine, unless no image of the batch could be read. A row that has no image holds old pixels."""
+        if all(error is not None for error in errors):
+            return self._verdicts(sources, {}, errors)
+        return self._verdicts(sources, self.runner.infer({"image": pixels[: len(sources)]}), errors)
+
+    def _verdicts(
+        self, sources: list[ImageSource], outputs: dict[str, Array], errors: list[str | None]
+    ) -> list[Prediction]:
+        return [
+            self._verdict(_name(source), {name: values[row] for name, values in outputs.items()}, error)
+            for row, (source, error) in enumerate(zip(sources, errors, strict=True))
+        ]
+
+    def _verdict(self, name: str, output: dict[str, Any], error: str | None) -> Prediction:
+        runner = self.runner
+        if error is None and not (np.isfinite(output["ood_score"]) and np.isfinite(output["probs"]).all()):
+            error = f"'{name}': the model's output is not finite; verify the artifact, or use another precision"
+        if error is not None:
+            empty = (None, None, None, None)
+            return Prediction(name, *empty, self.threshold, None, runner.engine, runner.precision, error)
+        index, score = int(output["logits"].argmax()), float(output["ood_score"])
+        return Prediction(
+            image=name,
+            class_index=index,
+            class_name=runner.spec.classes[index],
+            confidence=float(output["probs"][index]),
+            ood_score=score,
+            threshold=self.threshold,
+            known=None if self.threshold is None else score <= self.threshold,
+            engine=runner.engine,
+            precision=runner.precision,
+        )
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return "array" if isinstance(source, np.ndarray) else "bytes" if isinstance(source, bytes) else "PIL image"

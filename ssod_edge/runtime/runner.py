@@ -1,0 +1,81 @@
+"""What every engine's runner has in common: its face, and the check of what goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.errors import UsageError
+from ssod_edge.spec import Artifact, Spec
+
+#: Names of the fused graph's outputs, in its order.
+OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
+
+Array = npt.NDArray[Any]
+
+
+class Runner(Protocol):
+    """An artifact, open on an engine. A context manager; one thread at a time calls `infer`.
+
+    Attributes:
+        spec: the export it belongs to.
+        artifact: the artifact that was opened.
+        engine: "onnxruntime", "openvino" or "eager".
+        precision: "fp32", "fp16" or "bf16": what the engine really computes in, read back from it.
+        device: what it really runs on, e.g. "CPU".
+        details: what else the engine says about itself, for reports.
+    """
+
+    spec: Spec
+    artifact: Artifact
+    engine: str
+    precision: str
+    device: str
+    details: dict[str, str]
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a batch.
+
+        Args:
+            inputs: {"image": uint8 [N, 3, S, S]}, N >= 1. An array that is not C-contiguous is copied.
+
+        Returns:
+            float32 arrays that belong to the caller: "logits" [N, M], "probs" [N, M], "id_logit" [N],
+            "ood_score" [N] (larger = more likely out of distribution).
+
+        Raises:
+            UsageError: wrong name, dtype or shape, or the runner is closed.
+        """
+        ...
+
+
+def check_images(inputs: Mapping[str, Array], size: int) -> Array:
+    """The batch in `inputs`, C-contiguous uint8 [N, 3, size, size].
+
+    Raises:
+        UsageError: another name, dtype or shape, or no image at all.
+    """
+    if set(inputs) != {"image"}:
+        raise UsageError(f"inputs must have the one key 'image', got: {', '.join(map(str, inputs)) or 'none'}")
+    images = inputs["image"]
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        got = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        raise UsageError(f"image must be a numpy array of uint8, got {got}. Make it with ssod_edge.image.preprocess")
+    if images.ndim != 4 or images.shape[1:] != (3, size, size) or images.shape[0] < 1:
+        raise UsageError(f"image must have shape [N, 3, {size}, {size}] with N >= 1, got {list(images.shape)}")
+    return np.ascontiguousarray(images)
+
+
+def closed_error() -> UsageError:
+    """The error of `infer` on a runner whose `with` block has ended."""
+    return UsageError("this runner is closed. Open it again with open_runner")

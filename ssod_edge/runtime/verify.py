@@ -1,0 +1,261 @@
+"""Does an artifact still say what the trained model said? Its numbers against `reference.npz`, without torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.errors import ArtifactError, OutputError, VerificationError
+from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
+from ssod_edge.scores import probabilities
+from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_hash, load_spec, save_spec
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artifact may drift from the fp32 model.
+
+    Attributes:
+        logit: bound on |delta logit| (class logits and ID logit) over 1 + max |reference logit|.
+        prob: bound on |probs - softmax(the artifact's own logits)|.
+        class_agreement: least share of images whose class is the reference's.
+        flip_share: largest share of images that cross the threshold.
+
+    One image may always change class or side: a conformal threshold is itself the score of one image, which any
+    rounding moves across it.
+    """
+
+    logit: float
+    prob: float
+    class_agreement: float
+    flip_share: float
+
+
+#: By the artifact's precision, with the reasons:
+#: fp32 - the same arithmetic in another order; fused and reordered sums drift by about 1e-6 of the largest logit
+#:   per layer, and 1e-3 leaves room for hundreds of layers. Any class that changes was a tie: at most 1 in 100.
+#: fp16 - 11 bits of mantissa lose 5e-4 in each layer, and the losses add like a random walk over some hundred
+#:   layers: about 1e-2. The head, the softmax and the scores stay fp32, so only near-ties change class or side.
+TOLERANCES = {
+    "fp32": Tolerance(logit=1e-3, prob=1e-4, class_agreement=0.99, flip_share=0.01),
+    "fp16": Tolerance(logit=2e-2, prob=5e-3, class_agreement=0.99, flip_share=0.02),
+}
+
+#: No score moves by more than this many times the largest logit shift: msp is a difference of two terms that each
+#: move by one shift, posterior adds the ID logit's.
+SCORE_FACTOR = 3.0
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Figures of one artifact on the reference images. Differences are absolute; shares are in [0, 1].
+
+    Attributes:
+        n: reference images.
+        precision: what really ran, see `Runner.precision`.
+        device: where it ran.
+        max_abs_logit_diff, mean_abs_logit_diff: over the class logits.
+        max_abs_id_logit_diff: over the ID logit.
+        max_abs_prob_diff: `probs` against the softmax of the artifact's own logits.
+        class_agreement: share of images with the reference's class.
+        max_abs_score_diff: `ood_score` against the reference's score of that name.
+        decision_flips: images that cross the threshold; None without one.
+        decision_flip_share: the same over n.
+        logit_tolerance: the bound on the logit differences; `SCORE_FACTOR` times it bounds the score's.
+        tolerance: the precision's `Tolerance`.
+        failures: the bounds that were broken, as sentences; empty if it passed.
+    """
+
+    n: int
+    precision: str
+    device: str
+    max_abs_logit_diff: float
+    mean_abs_logit_diff: float
+    max_abs_id_logit_diff: float
+    max_abs_prob_diff: float
+    class_agreement: float
+    max_abs_score_diff: float
+    decision_flips: int | None
+    decision_flip_share: float | None
+    logit_tolerance: float
+    tolerance: dict[str, float]
+    failures: tuple[str, ...]
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready figures, for the spec. A difference that is not finite becomes None."""
+        values = asdict(self)
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None
+        return {**values, "failures": list(self.failures)}
+
+
+def verify_runner(runner: Runner, folder: str | Path, threshold: float | None = None) -> Verification:
+    """Run an artifact on the reference images and compare; nothing is written.
+
+    Weights that were not trained are judged on their logits alone: with random weights the classes and scores are
+    near-ties, which any rounding turns.
+
+    Args:
+        runner: an open artifact.
+        folder: its export folder, which holds `reference.npz`.
+        threshold: on `ood_score`; None takes the artifact's own, if it has one.
+
+    Raises:
+        ArtifactError: the reference is missing, was changed, or does not belong to this export.
+    """
+    spec, artifact = runner.spec, runner.artifact
+    if threshold is None and artifact.threshold is not None:
+        threshold = artifact.threshold.value
+    reference = load_reference(folder, spec)
+    outputs = _run(runner, reference["image"])
+    with np.errstate(invalid="ignore"):  # NaN and infinity are counted as failures, not warned of
+        return _compare(runner, reference, outputs, threshold)
+
+
+def load_reference(folder: str | Path, spec: Spec) -> dict[str, Array]:
+    """`reference.npz`: image uint8 [n, 3, S, S], logits [n, M], id_logit [n], score_<name> [n] for the spec's score.
+
+    Raises:
+        ArtifactError: it is missing, its hash is not the spec's, or an array is missing or has another shape.
+    """
+    path = Path(folder) / REFERENCE_NAME
+    check_hash(path, spec.reference_sha256)
+    score, size = f"score_{spec.score_name}", spec.preprocess.input_size
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("image", "logits", "id_logit", score)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"'{path}' is not a reference of this release ({error}). Export the run again.") from error
+    n = len(arrays["image"])
+    shapes = {"image": (n, 3, size, size), "logits": (n, len(spec.classes)), "id_logit": (n,), score: (n,)}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape or n == 0:
+            raise ArtifactError(
+                f"'{path}' is of another model: {name} has shape {list(arrays[name].shape)}, expected {list(shape)} "
+                "with at least one image. Export the run again."
+            )
+    return arrays
+
+
+def _run(runner: Runner, images: Array) -> dict[str, Array]:
+    """All outputs for all images: the first alone, the others in batches, because both ways are shipped."""
+    starts = [0, *range(1, len(images), BATCH)]
+    ends = [*starts[1:], len(images)]
+    parts = [runner.infer({"image": images[start:end]}) for start, end in zip(starts, ends, strict=True)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS}
+
+
+def _compare(
+    runner: Runner, reference: dict[str, Array], outputs: dict[str, Array], threshold: float | None
+) -> Verification:
+    spec = runner.spec
+    expected, score = reference["logits"].astype(np.float64), reference[f"score_{spec.score_name}"].astype(np.float64)
+    logits, ood_score = outputs["logits"].astype(np.float64), outputs["ood_score"].astype(np.float64)
+    n = len(expected)
+    tolerance = TOLERANCES[runner.artifact.precision]
+    scale = 1.0 + float(max(np.abs(expected).max(), np.abs(reference["id_logit"]).max()))
+    difference = np.abs(logits - expected)
+    flips = None
+    if spec.trained and threshold is not None:
+        flips = int(np.count_nonzero((ood_score <= threshold) != (score <= threshold)))
+    figures = Verification(
+        n=n,
+        precision=runner.precision,
+        device=runner.device,
+        max_abs_logit_diff=float(difference.max()),
+        mean_abs_logit_diff=float(difference.mean()),
+        max_abs_id_logit_diff=float(np.abs(outputs["id_logit"].astype(np.float64) - reference["id_logit"]).max()),
+        max_abs_prob_diff=float(np.abs(outputs["probs"] - probabilities(logits)).max()),
+        class_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
+        max_abs_score_diff=float(np.abs(ood_score - score).max()),
+        decision_flips=flips,
+        decision_flip_share=None if flips is None else flips / n,
+        logit_tolerance=tolerance.logit * scale,
+        tolerance=asdict(tolerance),
+        failures=(),
+        passed=False,
+    )
+    failures = _failures(figures, tolerance, spec.trained)
+    return replace(figures, failures=failures, passed=not failures)
+
+
+def _failures(figures: Verification, tolerance: Tolerance, trained: bool) -> tuple[str, ...]:
+    """The broken bounds. Each is written as "not within", so that NaN breaks it."""
+    bounds: list[tuple[str, float, float]] = [
+        ("max_abs_logit_diff", figures.max_abs_logit_diff, figures.logit_tolerance),
+        ("max_abs_id_logit_diff", figures.max_abs_id_logit_diff, figures.logit_tolerance),
+        ("max_abs_prob_diff", figures.max_abs_prob_diff, tolerance.prob),
+    ]
+    if trained:
+        bounds.append(("max_abs_score_diff", figures.max_abs_score_diff, SCORE_FACTOR * figures.logit_tolerance))
+        share = max(1 / figures.n, 1 - tolerance.class_agreement)
+        bounds.append(("share of changed classes", 1 - figures.class_agreement, share + ROUNDING))
+        if figures.decision_flips is not None:
+            bounds.append(("decision_flips", figures.decision_flips, max(1, tolerance.flip_share * figures.n)))
+    found = [f"{name} is {value:.3g}, at most {most:.3g} allowed" for name, value, most in bounds if not value <= most]
+    if not trained and not math.isfinite(figures.max_abs_score_diff):
+        found.append("max_abs_score_diff is not finite")
+    return tuple(found)
+
+
+def check_passed(artifact: Artifact, verification: Verification) -> None:
+    """Raises VerificationError, with the figures, unless the verification passed."""
+    if not verification.passed:
+        raise VerificationError(
+            f"artifact '{artifact.name}' does not reproduce the trained model on {verification.n} reference images "
+            f"({verification.precision} on {verification.device}): {'; '.join(verification.failures)}. "
+            "Use another precision or engine, or export the run again."
+        )
+
+
+def require_verified(runner: Runner, folder: str | Path) -> Runner:
+    """Let only verified artifacts run. One with no figures yet is verified now, and they are written to the spec.
+
+    Returns:
+        the runner, whose `artifact` carries the figures. It is closed if this raises.
+
+    Raises:
+        VerificationError: it fails, or failed where it was built.
+        ArtifactError: see `verify_runner`.
+    """
+    artifact = runner.artifact
+    try:
+        if artifact.verification is not None:
+            if artifact.verification.get("passed") is not True:
+                reasons = "; ".join(artifact.verification.get("failures", ())) or "no reason recorded"
+                raise VerificationError(f"artifact '{artifact.name}' failed verification when it was built: {reasons}")
+            return runner
+        verification = verify_runner(runner, folder)
+        check_passed(artifact, verification)
+    except BaseException:
+        runner.__exit__(None, None, None)
+        raise
+    runner.artifact = replace(artifact, verification=verification.to_dict())
+    try:
+        record(folder, runner.artifact)
+    except OutputError as error:
+        logging.getLogger("ssod_edge").warning("verified, but not recorded: %s", error)
+    return runner
+
+
+def record(folder: str | Path, artifact: Artifact) -> Spec:
+    """Replace one artifact's entry in `ssod.json`, atomically; the file is read again just before.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        ArtifactError: `ssod.json` is gone or damaged.
+    """
+    spec = load_spec(folder).with_artifact(artifact)
+    save_spec(spec, folder)
+    return spec
