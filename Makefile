@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first target that needs it makes. PYTHON=... chooses the interpreter.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := ssod_edge export bench tests setup.py
+TYPED := build/typed
+
+.PHONY: help venv demo test test-gpu lint format coverage clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## make .venv with every extra (a second run reuses it)
+
+$(STAMP): pyproject.toml setup.py scripts/venv.sh
+	@scripts/venv.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## train, evaluate, export, verify, bench and predict on the embedded data set
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
+
+test: $(STAMP) ## run the tests that need no GPU
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-gpu: $(STAMP) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(STAMP) ## formatter, linter and type checker
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	@# mypy does not follow the mapping of export/ and bench/, so it reads the packages where they would be installed.
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/ssod_edge
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard ssod_edge/*) export bench) $(TYPED)/ssod_edge/
+	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p ssod_edge
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+coverage: $(STAMP) ## coverage of the part that runs without torch; fails under 95%
+	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term
+
+clean: ## remove what was built (runs/ stays)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage $(VENV)
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
