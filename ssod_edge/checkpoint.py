@@ -1,0 +1,136 @@
+"""Checkpoints: tensors in safetensors, everything else as JSON metadata, written by one rename.
+
+A run folder holds `config.json`, `splits.json`, `metrics.jsonl`, `last.safetensors` (to resume from) and
+`best.safetensors` (the model that evaluation and export read). Loading never unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssod_edge.config import Preprocess, from_dict, resolve_backbone
+from ssod_edge.errors import ArtifactError, UsageError, missing_extra
+from ssod_edge.files import write_atomic
+from ssod_edge.model import SSODClassifier, build_model
+
+SCHEMA_VERSION = 1
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata atomically.
+
+    Raises:
+        OutputError: read-only folder or full disk; the previous checkpoint is unchanged.
+    """
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(contiguous, metadata={"ssod_edge": json.dumps({"schema_version": SCHEMA_VERSION, **meta})})
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote: (tensors, metadata).
+
+    Raises:
+        ArtifactError: missing, cut short, not a checkpoint of ssod-edge, or of a newer schema.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise missing_extra("safetensors", "reading a checkpoint") from None
+    if not path.is_file():
+        raise ArtifactError(f"checkpoint '{path}' does not exist. Train one with: ssod-edge train DATA")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["ssod_edge"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError:
+        raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"checkpoint '{path}' is damaged or cut short ({error})") from error
+    if meta["schema_version"] > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"checkpoint '{path}' has schema version {meta['schema_version']}; this release reads up to "
+            f"{SCHEMA_VERSION}. Update with: pip install -U ssod-edge"
+        )
+    return tensors, meta
+
+
+def model_meta(model: SSODClassifier) -> dict[str, Any]:
+    """What `load_model` needs to build the model again."""
+    return {"backbone": model.backbone_name, "classes": list(model.classes), "preprocess": asdict(model.preprocess)}
+
+
+def load_model(path: str | Path) -> tuple[SSODClassifier, dict[str, Any]]:
+    """The trained model of a run folder or checkpoint file, in eval mode, and the checkpoint's metadata.
+
+    Raises:
+        ArtifactError: as `load_checkpoint`, or tensors that do not fit the backbone named in it.
+    """
+    path = Path(path)
+    tensors, meta = load_checkpoint(path / BEST if path.is_dir() else path)
+    try:
+        settings = from_dict(Preprocess, meta["preprocess"])
+        model = build_model(meta["backbone"], tuple(meta["classes"]), settings)
+    except (KeyError, UsageError) as error:
+        raise ArtifactError(f"checkpoint '{path}' does not describe a model ({error})") from error
+    load_state(model, tensors, path)
+    return model.eval(), meta
+
+
+def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors named "model.*" into a model; raises ArtifactError if they are of another one."""
+    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtifactError(f"'{path}' holds another model than {model.backbone_name}: {str(error)[:300]}") from error
+
+
+def model_tensors(model: SSODClassifier) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state as flat tensors, "optimizer.<index>.<name>"."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(value) for i, s in state.items() for name, value in s.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors named "optimizer.*" back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def find_run(root: str | Path = "runs", backbone: str | None = None) -> Path:
+    """The newest finished or running run folder under `root`, of this backbone if one is given.
+
+    Raises:
+        UsageError: there is none.
+    """
+    wanted = resolve_backbone(backbone) if backbone else None
+    found: list[tuple[float, Path]] = []
+    for checkpoint in Path(root).glob(f"*/{BEST}"):
+        try:
+            config = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if wanted is None or resolve_backbone(str(config.get("backbone"))) == wanted:
+            found.append((checkpoint.stat().st_mtime, checkpoint.parent))
+    if not found:
+        what = f"run of '{backbone}'" if backbone else "run"
+        raise UsageError(f"there is no {what} under '{root}'. Train one with: ssod-edge train DATA")
+    return max(found)[1]

@@ -1,0 +1,64 @@
+"""Progress on the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingBar:
+    """A bar for the epoch that runs, and a line for each finished one. Off a terminal: the lines alone."""
+
+    def __init__(self, config: Any, steps: int, enabled: bool = True):
+        self.epochs, self.steps, self.enabled = config.epochs, steps, enabled
+        self.console = Console(stderr=True, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"), console=self.console, disable=not (enabled and sys.stderr.isatty()),
+        )  # fmt: skip
+        self.task = self.bar.add_task("epoch", total=steps, figures="")
+        self.shown = 0.0
+
+    def __enter__(self) -> TrainingBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def update(self, progress: Any) -> None:
+        """After a batch. `progress` has epoch, step and meters."""
+        if self.bar.disable or time.monotonic() - self.shown < 0.2:
+            return
+        from ssod_edge.train import epoch_figures
+
+        self.shown = time.monotonic()
+        figures = epoch_figures(progress.meters)
+        self.bar.update(
+            self.task,
+            completed=progress.step,
+            description=f"epoch {progress.epoch + 1}/{self.epochs}",
+            figures=f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {_patches(figures)}",
+        )
+
+    def epoch_done(self, row: dict[str, Any]) -> None:
+        """After an epoch, with the row that metrics.jsonl gets."""
+        self.bar.reset(self.task, total=self.steps)
+        if self.enabled:
+            self.console.print(
+                f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.3f}  acc {row['accuracy']:.1%}  "
+                f"val {row['val_accuracy']:.1%}  {_patches(row)}  {row['images_per_second']:.0f} images/s",
+                highlight=False,
+            )
+
+
+def _patches(figures: dict[str, Any]) -> str:
+    return (
+        f"patches ID {figures['id_patches']:.0%} OOD {figures['ood_patches']:.0%} "
+        f"ignored {figures['ignored_patches']:.0%}"
+    )

@@ -1,0 +1,381 @@
+"""Training: classes and OOD row together (the paper's Eq. 14), in one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ssod_edge.checkpoint import (
+    BEST,
+    LAST,
+    load_checkpoint,
+    load_optimizer,
+    load_state,
+    model_meta,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from ssod_edge.config import LossConfig, TrainConfig, from_dict, to_dict
+from ssod_edge.data import EvalImages, ImageSource, Splits, TrainImages, open_dataset, split_dataset
+from ssod_edge.errors import ArtifactError, TrainingError, UsageError
+from ssod_edge.files import make_directory, write_json
+from ssod_edge.model import SSODClassifier, build_model, normalise
+from ssod_edge.ops import kernel_in_use, ssod_loss
+
+_METERS = ("loss", "ce", "ood", "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
+
+
+class TrainStep(nn.Module):
+    """uint8 images and labels -> the loss of Eq. 14 and what there is to log.
+
+    A module of its own so that DistributedDataParallel and torch.compile see the whole step.
+    """
+
+    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel_seed: int = 0):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+        self.seed = kernel_seed
+
+    def forward(self, image: Tensor, target: Tensor, alpha: float, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """image uint8 [N, 3, S, S], target int64 [N], alpha the weight of the OOD term (0 skips it)."""
+        x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            logits, z, per_image = self.model.forward_train(x, patches=alpha > 0)
+        ce = F.cross_entropy(logits.float(), target)
+        log = {"ce": ce.detach(), "correct": (logits.detach().argmax(1) == target).sum()}
+        if z is None:
+            return ce, log
+        classifier, ood = self.model.classifier, self.model.ood
+        bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
+        generator = torch.Generator(device=x.device).manual_seed(self.seed + step)
+        ood_loss, stats = ssod_loss(
+            z, classifier.weight, bias, ood.weight, ood.bias, target.repeat_interleave(per_image),
+            self.config.gamma, self.config.balance, per_image, generator,
+        )  # fmt: skip
+        return ce + alpha * ood_loss, {**log, "ood": ood_loss.detach(), **stats}
+
+
+@dataclass
+class _Progress:
+    """Where training stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # finished batches of this epoch
+    best_accuracy: float = -1.0
+    seconds: float = 0.0  # spent on this epoch
+    meters: dict[str, float] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, save_minutes: float = 5.0) -> Path:
+    """Train a classifier with its OOD row; returns the run folder.
+
+    Under `torchrun` the same loop runs in every process (`config.batch_size` images each); process 0 writes.
+
+    Args:
+        config: the settings; `config.name` names the run folder, by default "<backbone>-<data>".
+        out: folder of runs.
+        resume: go on from `last.safetensors` with the settings stored in `config.json`.
+        save_minutes: time between checkpoints inside an epoch; one is written after every epoch anyway.
+
+    Raises:
+        UsageError: data or settings that cannot be trained on; a run of that name exists already.
+        TrainingError: the loss is not finite; the last good checkpoint is kept.
+        OutputError: the run folder cannot be written.
+    """
+    run = Path(out) / (config.name or default_name(config))
+    if resume:
+        config = load_config(run)
+    elif (run / LAST).exists():
+        raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
+    device = _start_processes()
+    source = open_dataset(config.data)
+    splits = split_dataset(source, config.val_fraction, config.calib_fraction, config.seed)
+    torch.manual_seed(config.seed)
+    model = build_model(config.backbone, source.classes, config.preprocess, config.pretrained, config.weights)
+    if config.sync_bn and device.type == "cuda":
+        model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = _optimizer(model, config)
+    progress = _Progress()
+    if resume and (run / LAST).exists():
+        progress = _restore(run, model, optimizer, source, splits)
+    elif _is_main():
+        make_directory(run)
+        write_json(run / "config.json", to_dict(config))
+        write_json(run / "splits.json", _splits_record(source, splits))
+    loop = _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
+    try:
+        loop.run_epochs()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run
+
+
+class _Loop:
+    """The state one training run carries from batch to batch."""
+
+    def __init__(
+        self, config: TrainConfig, run: Path, model: SSODClassifier, optimizer: torch.optim.Optimizer,
+        source: ImageSource, splits: Splits, device: torch.device, progress: _Progress, save_minutes: float,
+    ):  # fmt: skip
+        self.config, self.run, self.model, self.optimizer = config, run, model, optimizer
+        self.splits, self.device, self.progress, self.save_minutes = splits, device, progress, save_minutes
+        self.source = source
+        self.images = TrainImages(source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
+        self.kernel = kernel_in_use(device)
+        step: nn.Module = TrainStep(model, config.loss, config.precision, config.seed)
+        if dist.is_initialized():
+            # The OOD row takes no part while the OOD loss warms up.
+            step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
+        self.train_step = cast(nn.Module, torch.compile(step)) if config.compile else step
+        self.steps_per_epoch = len(self._batches(0))
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"'{config.data}' leaves {len(splits.train)} training images, fewer than one batch of "
+                f"{config.batch_size * _world_size()}. Use a smaller --batch-size"
+            )
+
+    def run_epochs(self) -> None:
+        from ssod_edge.progress import TrainingBar
+
+        with TrainingBar(self.config, self.steps_per_epoch, enabled=_is_main()) as bar:
+            while self.progress.epoch < self.config.epochs:
+                self._train_epoch(bar)
+                self._finish_epoch(bar)
+
+    def _train_epoch(self, bar: Any) -> None:
+        progress, config = self.progress, self.config
+        self.model.train()
+        self.images.epoch = progress.epoch
+        batches = self._batches(progress.epoch)[progress.step :]
+        loader = DataLoader(self.images, batch_sampler=cast(Any, batches), num_workers=config.workers,
+                            pin_memory=self.device.type == "cuda")  # fmt: skip
+        started = saved = time.monotonic()
+        before = progress.seconds
+        for image, target, index in loader:
+            global_step = progress.epoch * self.steps_per_epoch + progress.step
+            rate = learning_rate(config, global_step, self.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            alpha = config.loss.alpha if global_step >= config.loss.warmup_epochs * self.steps_per_epoch else 0.0
+            target = target.to(self.device, non_blocking=True)
+            loss, log = self.train_step(image.to(self.device, non_blocking=True), target, alpha, global_step)
+            self._check_finite(loss, index)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            self.optimizer.step()
+            progress.step += 1
+            progress.seconds = before + time.monotonic() - started
+            self._count(loss, log, len(target))
+            bar.update(progress)
+            if time.monotonic() - saved > self.save_minutes * 60 and _is_main():
+                self._save(LAST)
+                saved = time.monotonic()
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
+        world, size = _world_size(), self.config.batch_size * _world_size()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return [order[i : i + size][rank::world].tolist() for i in range(0, len(order) - size + 1, size)]
+
+    def _check_finite(self, loss: Tensor, index: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            where = f"The last good checkpoint is '{self.run / LAST}'." if (self.run / LAST).exists() else ""
+            raise TrainingError(
+                f"the loss is {loss.item()} at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, on the "
+                f"images {index.tolist()}. Lower --lr, or look at these images. {where}"
+            )
+
+    def _count(self, loss: Tensor, log: dict[str, Tensor], n: int) -> None:
+        meters = self.progress.meters
+        values = {name: float(value) for name, value in log.items() if name in _METERS}
+        for name in ("loss", "ce", "ood"):
+            values[name] = (float(loss.detach()) if name == "loss" else values.get(name, 0.0)) * n
+        for name, value in {**values, "images": float(n)}.items():
+            meters[name] = meters.get(name, 0.0) + value
+
+    def _finish_epoch(self, bar: Any) -> None:
+        progress = self.progress
+        accuracy = validation_accuracy(self.model, self.source, self.splits.val, self.config, self.device)
+        row = {
+            "epoch": progress.epoch + 1,
+            **epoch_figures(progress.meters),
+            "val_accuracy": accuracy,
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(progress.meters["images"] * _world_size() / max(progress.seconds, 1e-9), 2),
+            "kernel": self.kernel,
+        }
+        best = accuracy > progress.best_accuracy
+        self.progress = _Progress(progress.epoch + 1, 0, max(accuracy, progress.best_accuracy))
+        if _is_main():
+            if best:
+                self._save(BEST, accuracy)
+            self._save(LAST, accuracy)
+            _append_metrics(self.run / "metrics.jsonl", row)
+        bar.epoch_done(row)
+
+    def _save(self, name: str, accuracy: float | None = None) -> None:
+        tensors = model_tensors(self.model)
+        meta = {
+            **model_meta(self.model),
+            "trained": True,
+            "epoch": self.progress.epoch,
+            "val_accuracy": accuracy,
+            "data": self.config.data,
+            "data_fingerprint": self.source.fingerprint,
+            "splits_hash": self.splits.hash,
+            "kernel": self.kernel,
+        }
+        if name == LAST:
+            tensors |= optimizer_tensors(self.optimizer)
+            tensors["rng.cpu"] = torch.get_rng_state()
+            meta["progress"] = dataclasses.asdict(self.progress)
+        save_checkpoint(self.run / name, tensors, meta)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Rate of an optimizer step: "paper" halves it every 30 epochs; "short" warms up, then follows a cosine to 1%."""
+    if config.recipe == "paper":
+        return config.lr * 0.5 ** (step // (30 * steps_per_epoch))
+    total = config.epochs * steps_per_epoch
+    warmup = max(1, round(config.lr_warmup_fraction * total))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
+
+
+def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
+    """Means over the images of an epoch, and the shares of ID, OOD and ignored patches."""
+    images = max(meters.get("images", 0.0), 1.0)
+    patches = max(sum(meters.get(name, 0.0) for name in ("n_id", "n_ood", "n_ignored")), 1.0)
+    return {
+        "loss": meters.get("loss", 0.0) / images,
+        "ce": meters.get("ce", 0.0) / images,
+        "ood_loss": meters.get("ood", 0.0) / images,
+        "accuracy": meters.get("correct", 0.0) / images,
+        "id_patches": meters.get("n_id", 0.0) / patches,
+        "ood_patches": meters.get("n_ood", 0.0) / patches,
+        "ignored_patches": meters.get("n_ignored", 0.0) / patches,
+        "invalid_patches": meters.get("n_invalid", 0.0),
+    }
+
+
+@torch.no_grad()
+def validation_accuracy(
+    model: SSODClassifier, source: ImageSource, indices: Any, config: TrainConfig, device: torch.device
+) -> float:
+    """Top-1 accuracy on held-out in-distribution images, by the deployment preprocessing."""
+    model.eval()
+    loader = DataLoader(EvalImages(source, indices, config.preprocess), batch_size=config.batch_size,
+                        num_workers=config.workers)  # fmt: skip
+    correct = 0
+    for image, target, _ in loader:
+        x = normalise(image.to(device), config.preprocess).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits, _ = model(x)
+        correct += int((logits.argmax(1).cpu() == target).sum())
+    return correct / len(indices)
+
+
+def default_name(config: TrainConfig) -> str:
+    """Run folder name: "<backbone>-<data set>"."""
+    data = Path(config.data.replace(":", "-")).name.removesuffix(".tar")
+    return f"{config.backbone}-{data}"
+
+
+def load_config(run: Path) -> TrainConfig:
+    """The settings of a run folder.
+
+    Raises:
+        UsageError: there is no such run, or its config.json has unknown keys.
+        ArtifactError: config.json is damaged.
+    """
+    try:
+        return from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"there is no run '{run}' to resume; leave --resume out to start one") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise ArtifactError(f"'{run / 'config.json'}' is damaged ({error})") from error
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; biases and normalisation parameters are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _restore(
+    run: Path, model: SSODClassifier, optimizer: torch.optim.Optimizer, source: ImageSource, splits: Splits
+) -> _Progress:
+    tensors, meta = load_checkpoint(run / LAST)
+    if (meta["data_fingerprint"], meta["splits_hash"]) != (source.fingerprint, splits.hash):
+        raise UsageError(f"the data set '{source.name}' changed since the run '{run}' began; start a new run")
+    load_state(model, tensors, run / LAST)
+    load_optimizer(optimizer, tensors)
+    torch.set_rng_state(tensors["rng.cpu"])
+    return _Progress(**meta["progress"])
+
+
+def _splits_record(source: ImageSource, splits: Splits) -> dict[str, Any]:
+    return {
+        "data": source.name,
+        "data_fingerprint": source.fingerprint,
+        "splits_hash": splits.hash,
+        "train": len(splits.train),
+        "val": splits.val.tolist(),
+        "calib": splits.calib.tolist(),
+    }
+
+
+def _append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
+    from ssod_edge.files import write_atomic
+
+    write_atomic(path, lambda temporary: temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n"))
+
+
+def _start_processes() -> torch.device:
+    """Join the process group when started by torchrun; the device of this process."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
