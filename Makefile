@@ -38,8 +38,8 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix $(SOURCES)
 
 coverage: $(STAMP) ## coverage of the part that runs without torch; fails under 95%
-	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term
+	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term --cov-fail-under=95
 
-clean: ## remove what was built (runs/ stays)
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage $(VENV)
+clean: ## remove what was built (.venv and runs/ stay)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -26,9 +26,10 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code is set
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -41,6 +42,14 @@ class Commands(click.Group):
             message, code = describe(error)
             click.echo(message, err=True)
             ctx.exit(code)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # `--help` itself could not be written
+            message, code = describe(error)
+            click.echo(message, err=True)
+            sys.exit(code)
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -76,8 +85,9 @@ def main(debug: bool) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def doctor(as_json: bool) -> None:
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
     """Show what is installed, try every engine and device, and name what is missing."""
     from ssod_edge.doctor import run_doctor
 
-    run_doctor(as_json=as_json)
+    ctx.exit(run_doctor(as_json=as_json))

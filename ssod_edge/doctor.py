@@ -1,0 +1,221 @@
+"""`ssod-edge doctor`: what is installed, which engines and devices work, and what installs the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from ssod_edge import __version__
+from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
+from ssod_edge.probe import PROBES
+
+Status = Literal["ok", "failed", "missing"]
+
+#: Module -> its name on the package index, where the two differ.
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "Pillow", "tensorrt_rtx": "tensorrt-rtx"}
+BASE = ("numpy", "PIL", "click", "rich")
+#: Engines that this release runs exports on; one of them has to work.
+RUNTIMES = ("onnxruntime", "openvino")
+#: What each extra is for, as the report says it.
+PURPOSES = {
+    "train": "train, eval and export",
+    "onnx": "export, and ONNX Runtime",
+    "openvino": "OpenVINO",
+    "report": "the plots of eval and bench",
+}
+#: CPU features that decide how fast the engines are.
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8")
+ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
+CPUINFO = Path("/proc/cpuinfo")
+PROBE_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package ssod-edge can use. `version` is None where it is not installed."""
+
+    name: str
+    version: str | None
+    extra: str | None
+    install: str | None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One device of one engine, after a tiny model ran on it (or did not).
+
+    Attributes:
+        device: the engine's name for it; empty where the engine itself is missing or broken.
+        detail: what the device is, or why it does not work.
+        install: the command that installs the engine; None unless it is missing.
+    """
+
+    engine: str
+    device: str
+    status: Status
+    detail: str
+    install: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `doctor` found out."""
+
+    ssod_edge: str
+    python: str
+    platform: str
+    cpu: dict[str, Any]
+    memory_gb: float | None
+    packages: tuple[Package, ...]
+    engines: tuple[Engine, ...]
+
+    @property
+    def working_runtimes(self) -> tuple[str, ...]:
+        """Engines an export can run on here."""
+        return tuple(sorted({e.engine for e in self.engines if e.engine in RUNTIMES and e.status == "ok"}))
+
+
+def examine() -> Report:
+    """Look at this machine; tries every engine in a process of its own, all at the same time."""
+    with ThreadPoolExecutor(len(PROBES)) as pool:
+        engines = [engine for found in pool.map(try_engine, PROBES) for engine in found]
+    return Report(
+        ssod_edge=__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        cpu=cpu(),
+        memory_gb=memory_gb(),
+        packages=tuple(package(module) for module in (*BASE, *EXTRAS)),
+        engines=tuple(engines),
+    )
+
+
+def package(module: str) -> Package:
+    """Which version of a module's package is installed, and the command for it if none is."""
+    name = DISTRIBUTIONS.get(module, module)
+    extra = EXTRAS.get(module)
+    try:
+        version: str | None = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        # The module may come in a package of another name (onnxruntime-gpu, a vendor's wheel).
+        version = "unknown" if find_spec(module) else None
+    install = None if version else install_command(module)
+    return Package(name=name, version=version, extra=extra, install=install)
+
+
+def install_command(module: str) -> str:
+    """The pip command that brings a module."""
+    if module in EXTRAS:
+        return f"pip install 'ssod-edge[{EXTRAS[module]}]'"
+    return f"pip install {DISTRIBUTIONS.get(module, module)}"
+
+
+def try_engine(name: str) -> list[Engine]:
+    """Run one engine's probe (`ssod_edge.probe`) in a new process and read its outcomes."""
+    if find_spec(name) is None:
+        detail = "not installed" if name in EXTRAS else "not installed; this release has no runner for it"
+        return [Engine(name, "", "missing", detail, install_command(name))]
+    # The child searches for modules where this process does: not in the folder the user happens to be in.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from ssod_edge.probe import main; main({name!r})"
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [Engine(name, "", "failed", f"gave no answer within {PROBE_TIMEOUT_S} s")]
+    try:
+        outcomes = json.loads(child.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        why = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        return [Engine(name, "", "failed", f"the process ended with code {child.returncode}: {why}")]
+    return [Engine(name, device, status, detail) for device, status, detail in outcomes]
+
+
+def cpu() -> dict[str, Any]:
+    """Model, usable cores, and the features that matter for inference (True where the CPU has them)."""
+    fields: dict[str, str] = {}
+    try:
+        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass  # not Linux: the model below is what the platform module knows
+    has = set(fields.get("flags", fields.get("Features", "")).split())
+    names = ARM_FLAGS if platform.machine() in ("aarch64", "arm64") else CPU_FLAGS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "flags": {name: name in has for name in names},
+    }
+
+
+def memory_gb() -> float | None:
+    """Physical memory in GB (10^9 bytes), or None where the system does not say."""
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def run_doctor(as_json: bool) -> int:
+    """Print the report; returns the exit code: 3 if no engine can run an export here, else 0."""
+    report = examine()
+    if as_json:
+        document = {**asdict(report), "working_runtimes": report.working_runtimes}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        show(report)
+    return EXIT_OK if report.working_runtimes else EXIT_MISSING
+
+
+def show(report: Report) -> None:
+    """Print the report as tables."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    features = " ".join(name for name, present in report.cpu["flags"].items() if present) or "none of note"
+    console.print(f"[bold]ssod-edge {report.ssod_edge}[/], Python {escape(report.python)}")
+    console.print(report.platform, markup=False)
+    console.print(f"{report.cpu['model']}, {report.cpu['cores']} cores, {report.memory_gb} GB", markup=False)
+    console.print(f"CPU features: {features}\n", markup=False)
+
+    table = Table("engine", "device", "status", "detail", title="Engines, each tried", title_justify="left")
+    colour = {"ok": "green", "failed": "red", "missing": "yellow"}
+    for engine in report.engines:
+        status = f"[{colour[engine.status]}]{engine.status}[/]"
+        table.add_row(engine.engine, engine.device, status, escape(engine.detail))
+    console.print(table, soft_wrap=False)
+
+    table = Table("package", "version", "needed for", title="Packages", title_justify="left")
+    for entry in report.packages:
+        purpose = PURPOSES[entry.extra] if entry.extra else "everything"
+        table.add_row(entry.name, entry.version or "[yellow]missing[/]", purpose)
+    console.print(table, soft_wrap=False)
+
+    for line in advice(report):
+        console.print(line, markup=False)
+
+
+def advice(report: Report) -> list[str]:
+    """The last lines of the report: what runs here, and the commands that bring what is missing."""
+    lines = []
+    if report.working_runtimes:
+        lines.append(f"Exports run here with: {', '.join(report.working_runtimes)}")
+    else:
+        lines.append("No engine can run an export here; 'ssod-edge[onnx]' or 'ssod-edge[openvino]' brings one.")
+    extras = sorted({entry.extra for entry in report.packages if entry.extra and entry.install})
+    if extras:
+        lines.append(f"Install what is missing: pip install 'ssod-edge[{','.join(extras)}]'")
+    return lines

@@ -1,0 +1,179 @@
+"""Try an engine by running a 2x2 matrix product on each of its devices.
+
+Each probe runs in a process of its own (`ssod_edge.doctor` starts it), because a broken driver may
+crash or hang instead of raising.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+#: `FACTOR @ FACTOR`, exact in every floating-point format that an engine may choose.
+FACTOR = [[1.0, 2.0], [3.0, 4.0]]
+PRODUCT = [[7.0, 10.0], [15.0, 22.0]]
+
+#: A device's name, its status, and what to know about it or why it does not work.
+Outcome = tuple[str, Literal["ok", "failed", "missing"], str]
+
+
+def encode(*fields: tuple[int, int | bytes]) -> bytes:
+    """A protobuf message from (field number, integer or bytes) pairs, so that onnx need not be installed."""
+    message = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            message += _varint(number << 3) + _varint(value)
+        else:
+            message += _varint(number << 3 | 2) + _varint(len(value)) + value
+    return message
+
+
+def _varint(value: int) -> bytes:
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
+def tiny_onnx() -> bytes:
+    """An ONNX model, y = x @ x, with float32 [2, 2] x and y. Field numbers are those of onnx.proto."""
+    side = encode((1, 2))
+    shape = encode((1, side), (1, side))
+    tensor = encode((1, encode((1, 1), (2, shape))))  # element type 1 is float32
+    node = encode((1, b"x"), (1, b"x"), (2, b"y"), (4, b"MatMul"))
+    x, y = (encode((1, name), (2, tensor)) for name in (b"x", b"y"))
+    graph = encode((1, node), (2, b"probe"), (11, x), (12, y))
+    return encode((1, 8), (8, encode((1, b""), (2, 18))), (7, graph))  # IR version 8, opset 18
+
+
+def check(device: str, run: Callable[[], Any], detail: str = "") -> Outcome:
+    """Run a product on a device and compare every digit."""
+    try:
+        result = np.asarray(run(), dtype=np.float32)
+    except Exception as error:
+        return device, "failed", first_line(error)
+    if not np.array_equal(result, np.asarray(PRODUCT, dtype=np.float32)):
+        return device, "failed", f"wrong result: {result.tolist()} instead of {PRODUCT}"
+    return device, "ok", detail
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def probe_onnxruntime() -> Iterator[Outcome]:
+    """ONNX Runtime: each execution provider of this build that runs whole graphs by itself."""
+    import onnxruntime
+
+    x = np.asarray(FACTOR, dtype=np.float32)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for provider in onnxruntime.get_available_providers():
+        if provider == "AzureExecutionProvider":  # calls a remote service; nothing to try here
+            continue
+
+        def run(provider: str = provider) -> Any:
+            session = onnxruntime.InferenceSession(tiny_onnx(), options, providers=[provider])
+            if session.get_providers()[0] != provider:
+                raise RuntimeError(f"{provider} could not be loaded; ONNX Runtime fell back to the CPU")
+            return session.run(["y"], {"x": x})[0]
+
+        yield check(provider.removesuffix("ExecutionProvider"), run)
+
+
+def probe_openvino() -> Iterator[Outcome]:
+    """OpenVINO: each device its plugins find."""
+    import openvino
+    from openvino import opset13 as ops
+
+    x = ops.parameter([2, 2], np.float32)
+    model = openvino.Model([ops.matmul(x, x, False, False)], [x])
+    core = openvino.Core()
+    for device in core.available_devices:
+        name = core.get_property(device, "FULL_DEVICE_NAME")
+        formats = ", ".join(sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")))
+
+        def run(device: str = device) -> Any:
+            return core.compile_model(model, device)([np.asarray(FACTOR, dtype=np.float32)])[0]
+
+        yield check(device, run, f"{name}; {formats}")
+
+
+def probe_torch() -> Iterator[Outcome]:
+    """PyTorch on the CPU and on each CUDA device."""
+    import torch
+
+    def multiply(device: str) -> Any:
+        x = torch.tensor(FACTOR, device=device)
+        return (x @ x).cpu().numpy()
+
+    yield check("CPU", lambda: multiply("cpu"), f"{torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        reason = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "no CUDA device or driver found"
+        yield "CUDA", "missing", reason
+    for index in range(torch.cuda.device_count()):
+        device = f"cuda:{index}"
+        major, minor = torch.cuda.get_device_capability(index)
+        detail = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        yield check(device.upper(), partial(multiply, device), detail)
+
+
+def probe_tensorrt() -> Iterator[Outcome]:
+    """TensorRT: its builder, which needs a GPU and a driver."""
+    import tensorrt
+
+    yield _builder(tensorrt)
+
+
+def probe_tensorrt_rtx() -> Iterator[Outcome]:
+    """TensorRT for RTX: its builder, which works ahead of time without a GPU."""
+    import tensorrt_rtx
+
+    yield _builder(tensorrt_rtx)
+
+
+def _builder(tensorrt: Any) -> Outcome:
+    try:
+        tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
+    except Exception as error:
+        return "builder", "failed", first_line(error)
+    return "builder", "ok", ""
+
+
+def probe_pycuda() -> Iterator[Outcome]:
+    """PyCUDA: the CUDA driver and its devices."""
+    import pycuda.driver as cuda
+
+    try:
+        cuda.init()
+    except Exception as error:
+        yield "driver", "failed", first_line(error)
+        return
+    for index in range(cuda.Device.count()):
+        yield f"CUDA:{index}", "ok", cuda.Device(index).name()
+
+
+PROBES: dict[str, Callable[[], Iterator[Outcome]]] = {
+    "onnxruntime": probe_onnxruntime,
+    "openvino": probe_openvino,
+    "torch": probe_torch,
+    "tensorrt": probe_tensorrt,
+    "tensorrt_rtx": probe_tensorrt_rtx,
+    "pycuda": probe_pycuda,
+}
+
+
+def main(name: str) -> None:
+    """Run one probe; the last line on stdout is its outcomes as JSON."""
+    try:
+        outcomes = list(PROBES[name]())
+    except Exception as error:
+        outcomes = [("", "failed", f"{type(error).__name__}: {first_line(error)}")]
+    sys.stdout.write("\n" + json.dumps(outcomes) + "\n")
