@@ -261,6 +261,6 @@ def test_splits_look_alike() -> None:
         images = np.stack([pixels(split, index) for index in range(300)]).astype(float).mean(axis=3)
         brightness[split] = images.mean()
         detail[split] = np.abs(np.diff(images, axis=2)).mean()
-    for values, spread in ((brightness, 0.35), (detail, 0.6)):
+    for values, spread in ((brightness, 0.25), (detail, 0.4)):
         ordered = sorted(values.values())
         assert ordered[-1] / ordered[0] < 1 + spread, values
