@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -31,18 +32,16 @@ class TrainingBar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
-    def update(self, progress: Any) -> None:
-        """After a batch. `progress` has epoch, step and meters."""
+    def update(self, epoch: int, step: int, compute_figures: Callable[[], dict[str, Any]]) -> None:
+        """After a batch; `compute_figures` is called only when the bar is drawn, five times a second."""
         if self.bar.disable or time.monotonic() - self.shown < 0.2:
             return
-        from ssod_edge.train import epoch_figures
-
         self.shown = time.monotonic()
-        figures = epoch_figures(progress.meters)
+        figures = compute_figures()
         self.bar.update(
             self.task,
-            completed=progress.step,
-            description=f"epoch {progress.epoch + 1}/{self.epochs}",
+            completed=step,
+            description=f"epoch {epoch + 1}/{self.epochs}",
             figures=f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {_patches(figures)}",
         )
 

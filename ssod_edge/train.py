@@ -185,7 +185,7 @@ class _Loop:
             progress.step += 1
             progress.seconds = before + time.monotonic() - started
             self._count(loss, log, len(target))
-            bar.update(progress)
+            bar.update(progress.epoch, progress.step, lambda: epoch_figures(progress.meters))
             if time.monotonic() - saved > self.save_minutes * 60 and _is_main():
                 self._save(LAST)
                 saved = time.monotonic()
