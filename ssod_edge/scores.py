@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float32]
 
 
 def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName, Array]:
-    """Every score of the fused graph, in fp32, none of which saturates.
+    """Every score of the fused graph, in fp32. None saturates as a probability does.
 
     With top = max_j logits_j, rest = logsumexp of the other logits and s = id_logit:
 
@@ -27,33 +27,42 @@ def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName
         id_logit: [N], the OOD row's output.
 
     Returns:
-        Score name -> float32 [N]. NaN logits give NaN scores.
+        Score name -> float32 [N]. Logits that are not finite give scores that are not, in their row alone.
 
     Raises:
         UsageError: wrong shapes, or M < 2 (with one class, msp would be -inf everywhere).
     """
-    logits, id_logit = _check(logits, id_logit)
-    top, rest = _top_and_rest(logits)
-    margin = rest - top
-    return {
-        "ssod": -id_logit,
-        "msp": margin,
-        "maxlogit": -top,
-        "energy": -(top + _softplus(margin)),
-        "posterior": _softplus(margin) + _softplus(-id_logit),
-    }
+    values, s = _check_logits(logits), np.asarray(id_logit, np.float32)
+    if s.shape != values.shape[:1]:
+        raise UsageError(f"id_logit must have shape [{len(values)}], one per row of logits, got {list(s.shape)}")
+    with np.errstate(invalid="ignore"):
+        top, rest = _top_and_rest(values)
+        margin = rest - top
+        doubt = _softplus(margin)  # -max log_softmax
+        return {
+            "ssod": -s,
+            "msp": margin,
+            "maxlogit": -top,
+            "energy": -(top + doubt),
+            "posterior": doubt + _softplus(-s),
+        }
 
 
 def probabilities(logits: npt.ArrayLike) -> Array:
-    """softmax(logits) over the classes, [N, M] -> float32 [N, M]. The OOD row takes no part in it."""
-    values = np.asarray(logits, np.float32)
-    powers = np.exp(values - values.max(axis=1, keepdims=True))
+    """softmax(logits) over the classes, [N, M] -> float32 [N, M]. The OOD row takes no part in it.
+
+    Raises:
+        UsageError: wrong shape, or M < 2.
+    """
+    values = _check_logits(logits)
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(values - values.max(axis=1, keepdims=True))
     shares: Array = powers / powers.sum(axis=1, keepdims=True)
     return shares
 
 
 def confidence(logits: npt.ArrayLike) -> Array:
-    """The largest softmax probability, [N, M] -> float32 [N] in [1/M, 1]. For display: it saturates at 1."""
+    """The largest softmax probability, [N, M] -> float32 [N] in [1/M, 1]. To show, not to rank: it saturates at 1."""
     largest: Array = probabilities(logits).max(axis=1)
     return largest
 
@@ -76,10 +85,8 @@ def _softplus(x: Array) -> Array:
     return value
 
 
-def _check(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> tuple[Array, Array]:
-    logits, id_logit = np.asarray(logits, np.float32), np.asarray(id_logit, np.float32)
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise UsageError(f"logits must have shape [N, M] with M >= 2 classes, got {list(logits.shape)}")
-    if id_logit.shape != logits.shape[:1]:
-        raise UsageError(f"id_logit must have shape [{len(logits)}], one per row of logits, got {list(id_logit.shape)}")
-    return logits, id_logit
+def _check_logits(logits: npt.ArrayLike) -> Array:
+    values = np.asarray(logits, np.float32)
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise UsageError(f"logits must have shape [N, M] with M >= 2 classes, got {list(values.shape)}")
+    return values
