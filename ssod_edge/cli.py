@@ -84,6 +84,48 @@ def main(debug: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "eager"]), default="auto")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto")
+@click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
+@click.option("--device", default="auto", help="Where to run: the CPU, or an OpenVINO device such as GPU.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine. Default: its own choice.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per run of the engine.")
+@click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
+@click.pass_context
+def predict(
+    ctx: click.Context, folder: str, images: tuple[str, ...], as_json: bool, batch: int, **options: Any
+) -> None:
+    """Classify images, and say which ones are UNKNOWN to the model.
+
+    DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
+    'photos/**/*.jpg', or - for a list on standard input.
+    """
+    from ssod_edge.runtime.report import run_predict
+
+    ctx.exit(run_predict(folder, images, as_json=as_json, batch=batch, **options))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--id", "data", required=True, metavar="DATA", help="In-distribution images that were not trained on.")
+@click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
+@click.option("--artifact", help="Name of the only artifact to calibrate. Default: all of them.")
+@click.pass_context
+def calibrate(ctx: click.Context, folder: str, data: str, tpr: float, artifact: str | None) -> None:
+    """Refit the thresholds of an export on your own images.
+
+    DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
+    also a .tar file, demo, torch/... or hfds/...
+    """
+    from ssod_edge.calibration import run_calibrate
+
+    ctx.exit(run_calibrate(folder, data, tpr, artifact))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:

@@ -106,7 +106,7 @@ def write_export(folder: Path, trained: bool = True, verified: bool = True) -> S
                     opset=18,
                     versions={"onnx": onnx.__version__},
                     threshold=threshold,
-                    verification={"passed": True} if verified else None,
+                    verification={"passed": True, "precision": "fp32", "device": "CPU"} if verified else None,
                 )
             )
     spec = Spec(

@@ -36,7 +36,8 @@ def open_runner(
     """Open one artifact of an export. What was asked for runs, or an error says why not.
 
     The hashes of the artifact and of the reference are checked before anything is loaded. An artifact that could
-    not be verified where it was built (`verification: null`) is verified here, and the figures are recorded.
+    not be verified where it was built (`verification: null`), or was verified in another precision or on another
+    kind of device, is verified here, and the figures are recorded.
 
     Args:
         folder: an export folder, or the run folder that holds it.
@@ -47,7 +48,7 @@ def open_runner(
         device: "auto" is the CPU; OpenVINO also takes its own device names, e.g. "GPU".
         threads: of the engine; None leaves the number to the engine.
         allow_untrained: open an export of untrained weights, whose verdicts mean nothing.
-        verify: False leaves out the verification of an artifact that has none yet.
+        verify: False leaves verification to the caller.
 
     Raises:
         UsageError: an unknown name, nothing that fits, or untrained weights.
@@ -59,7 +60,9 @@ def open_runner(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     if engine == "eager":
-        return _open_eager(Path(folder), threads, allow_untrained)
+        if precision not in ("auto", "fp32") or artifact is not None:
+            raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
+        return _open_eager(Path(folder), device, threads, allow_untrained)
     folder = find_export(folder)
     spec = load_spec(folder)
     require_trained(spec, allow_untrained)
@@ -136,9 +139,9 @@ def _open(spec: Spec, artifact: Artifact, path: Path, device: str, threads: int 
     return OnnxRunner(spec, artifact, path, device=device, threads=threads)
 
 
-def _open_eager(folder: Path, threads: int | None, allow_untrained: bool) -> Runner:
+def _open_eager(folder: Path, device: str, threads: int | None, allow_untrained: bool) -> Runner:
     if not is_installed("eager"):
         raise missing_extra("torch", "the eager engine")
     from ssod_edge.runtime.eager import EagerRunner
 
-    return EagerRunner(folder, threads=threads, allow_untrained=allow_untrained)
+    return EagerRunner(folder, device=device, threads=threads, allow_untrained=allow_untrained)

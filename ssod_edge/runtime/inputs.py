@@ -40,16 +40,16 @@ def _listed(lines: Iterable[str]) -> list[str]:
     names = [name for line in lines if (name := line.rstrip("\r\n"))]
     if not names:
         raise UsageError("'-' was given, and standard input names no images; write one path a line")
-    return [path for name in names for path in (_folder(name) if os.path.isdir(name) else [name])]
+    return [path for name in names for path in (_folder(name) if Path(name).is_dir() else [name])]
 
 
 def _expand(argument: str) -> list[str]:
-    if os.path.isdir(argument):
+    if Path(argument).is_dir():
         return _folder(argument)
     if os.path.lexists(argument) or not glob.has_magic(argument):
         return [argument]
-    matches = sorted(glob.glob(argument, recursive=True))
-    images = [path for match in matches for path in (_walk(match) if os.path.isdir(match) else [match])]
+    matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    images = [path for match in matches for path in (_walk(match) if Path(match).is_dir() else [match])]
     if not images:
         raise UsageError(f"no image matches '{argument}'")
     # "**" matches a folder and also what lies in it.
@@ -68,8 +68,10 @@ def _walk(folder: str) -> Iterator[str]:
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders.sort()
         for name in sorted(names):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield os.path.join(parent, name)
+            path = Path(parent, name)
+            # A pipe or socket would wait for ever; a link that leads nowhere stays, to be reported.
+            if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists()):
+                yield str(path)
 
 
 def _raise(error: OSError) -> None:

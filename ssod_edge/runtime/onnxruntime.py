@@ -70,6 +70,8 @@ def _open_session(path: Path, threads: int | None, profile: str | None = None) -
         raise missing_extra("onnxruntime", "the onnxruntime engine") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    # A thread that spins between two runs takes the core that decodes the next image.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if profile is not None:

@@ -220,7 +220,10 @@ def check_passed(artifact: Artifact, verification: Verification) -> None:
 
 
 def require_verified(runner: Runner, folder: str | Path) -> Runner:
-    """Let only verified artifacts run. One with no figures yet is verified now, and they are written to the spec.
+    """Let only verified artifacts run.
+
+    One without figures, or with figures from another device or precision than what runs here, is verified now, and
+    the figures are written to the spec. In a folder that can't be written that happens each time, with a warning.
 
     Returns:
         the runner, whose `artifact` carries the figures. It is closed if this raises.
@@ -232,10 +235,12 @@ def require_verified(runner: Runner, folder: str | Path) -> Runner:
     artifact = runner.artifact
     try:
         if artifact.verification is not None:
-            if artifact.verification.get("passed") is not True:
-                reasons = "; ".join(artifact.verification.get("failures", ())) or "no reason recorded"
+            recorded = artifact.verification
+            if recorded.get("passed") is not True:
+                reasons = "; ".join(recorded.get("failures", ())) or "no reason recorded"
                 raise VerificationError(f"artifact '{artifact.name}' failed verification when it was built: {reasons}")
-            return runner
+            if (recorded.get("precision"), recorded.get("device")) == (runner.precision, runner.device):
+                return runner
         verification = verify_runner(runner, folder)
         check_passed(artifact, verification)
     except BaseException:

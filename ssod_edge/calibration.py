@@ -1,0 +1,130 @@
+"""The `calibrate` command: new thresholds for an export, from the user's in-distribution images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ssod_edge.errors import (
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    EngineError,
+    ImageError,
+    MissingExtraError,
+    UsageError,
+    VerificationError,
+)
+from ssod_edge.image import ImageSource
+from ssod_edge.runtime import find_export, open_runner
+from ssod_edge.runtime.calibrate import calibrate
+from ssod_edge.runtime.inputs import list_images
+from ssod_edge.runtime.predict import Predictor
+from ssod_edge.spec import Artifact, Spec, load_spec
+
+#: Draws the images afresh for each artifact, and takes the message of each one that cannot be read.
+Draw = Callable[[Callable[[str], Any]], Iterator[ImageSource]]
+
+
+def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | None = None) -> int:
+    """Refit the threshold of one artifact, or of every artifact; returns the exit code.
+
+    Each artifact is fitted on its own scores and verified at its new threshold. One that cannot run here, or fails,
+    keeps its old threshold and is reported.
+
+    Args:
+        folder: an export folder, or the run folder that holds it.
+        data: a folder of in-distribution images, or what `ssod_edge.data.open_dataset` takes (which needs torch).
+            Of the data the run was trained on, the calibration split is taken.
+        tpr: share of in-distribution images to keep known, in (0, 1).
+        artifact: the name of the only one to calibrate.
+
+    Raises:
+        UsageError: untrained weights, no such artifact or data, or too few images.
+    """
+    export = find_export(folder)
+    spec = load_spec(export)
+    if not spec.trained:
+        raise UsageError("untrained weights have no threshold: their scores mean nothing. Train a model and export it.")
+    targets = spec.artifacts if artifact is None else (spec.artifact(artifact),)
+    draw, description = _id_images(data, spec, export)
+    unreadable: dict[str, None] = {}
+    code = EXIT_OK
+    for target in targets:
+        try:
+            done = _calibrate_one(export, target, draw, unreadable, tpr, description)
+        except (MissingExtraError, EngineError, VerificationError) as error:
+            print(f"{target.name}: not calibrated: {error}", file=sys.stderr)
+            code = max(code, error.exit_code)
+            continue
+        print(_line(target, done))
+    for message in unreadable:
+        print(f"left out: {message}", file=sys.stderr)
+    return code or (EXIT_SOME_FAILED if unreadable else EXIT_OK)
+
+
+def _calibrate_one(
+    export: Path, target: Artifact, draw: Draw, unreadable: dict[str, None], tpr: float, description: str
+) -> Artifact:
+    # Not verified on opening: an old threshold may be what fails, and the new one is verified before it is written.
+    with Predictor(open_runner(export, artifact=target.name, verify=False)) as predictor:
+        scores: list[float] = []
+        for verdict in predictor.predict_many(draw(unreadable.setdefault)):
+            if verdict.ood_score is not None:
+                scores.append(verdict.ood_score)
+            elif verdict.error is not None:
+                unreadable.setdefault(verdict.error)
+        return calibrate(predictor.runner, export, scores, tpr, description)
+
+
+def _line(before: Artifact, after: Artifact) -> str:
+    old = "none" if before.threshold is None else f"{before.threshold.value:.4f}"
+    new, figures = after.threshold, after.verification
+    assert new is not None and figures is not None
+    return (
+        f"{after.name}: threshold {old} -> {new.value:.4f}, keeps {new.fitted_tpr:.1%} of {new.n} images known "
+        f"(target {new.target_tpr:.0%}); {figures['decision_flips']} of {figures['n']} reference images change sides "
+        "against the trained model"
+    )
+
+
+def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
+    """How to draw the images, and what they are, for the record."""
+    if Path(data).is_dir() and not _same_path(data, spec.source.get("data")):
+        paths = list_images([data])
+        return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
+    from ssod_edge.data import open_dataset
+
+    dataset = open_dataset(data, labelled=False)
+    indices: list[int] = list(range(len(dataset)))
+    description = f"'{data}', fingerprint {dataset.fingerprint[:12]}"
+    if dataset.fingerprint == spec.source.get("data_fingerprint"):
+        indices = _calibration_split(data, export)
+        description = f"'{data}', calib split {str(spec.source.get('splits_hash'))[:12]}"
+
+    def draw(failed: Callable[[str], Any]) -> Iterator[ImageSource]:
+        for index in indices:
+            try:
+                yield dataset.image(index)
+            except ImageError as error:
+                failed(str(error))
+
+    return draw, description
+
+
+def _same_path(data: str, other: object) -> bool:
+    return isinstance(other, str) and Path(data).resolve() == Path(other).resolve()
+
+
+def _calibration_split(data: str, export: Path) -> list[int]:
+    """Indices of the calibration split that training recorded beside the export."""
+    path = export.resolve().parent / "splits.json"
+    try:
+        return [int(index) for index in json.loads(path.read_text(encoding="utf-8"))["calib"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"the model was trained on '{data}', and the record of its calibration split, '{path}', cannot be read "
+            f"({error}). Give images that were not trained on."
+        ) from error
