@@ -1,0 +1,164 @@
+"""Wheel, sdist and editable install, each built and imported for real, with nothing but `ssod_edge` on top."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import ssod_edge
+from ssod_edge.errors import EXTRAS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+LOCAL = ("build", "dist", "runs", "__pycache__", "*.egg-info", ".*")
+
+pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools>=77; install the extra 'dev'")
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Call setuptools' own build hook (`wheel` or `sdist`): no network, no isolated environment."""
+    out.mkdir(exist_ok=True)
+    code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, without what is only on this machine."""
+    copy = tmp_path_factory.mktemp("source") / "ssod-edge"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LOCAL))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    return build("wheel", source, source.parent / "wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path) -> Path:
+    return build("sdist", source, source.parent / "sdist")
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def environment(folder: Path) -> Path:
+    """A virtual environment that sees this one's packages, but not its (editable) ssod-edge; returns its Python."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    # A .pth file adds a folder without running the .pth files in it, and those are what makes an install editable.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return python
+
+
+def install(python: Path, *what: str) -> None:
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*command, *what], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def origins(python: Path, folder: Path) -> dict[str, Path]:
+    """Import the package and its parts in a neutral folder; module -> where it came from."""
+    code = (
+        "import ssod_edge.cli, ssod_edge.runtime, importlib.util, sys\n"
+        "for name in ('ssod_edge', 'ssod_edge.runtime', 'ssod_edge.export', 'ssod_edge.bench'):\n"
+        "    print(name, importlib.util.find_spec(name).origin)\n"
+    )
+    done = subprocess.run([str(python), "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: Path(origin) for name, origin in (line.split(" ", 1) for line in done.stdout.splitlines())}
+
+
+def check_command(python: Path) -> None:
+    script = python.with_name("ssod-edge")
+    shown = subprocess.run([str(script), "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"ssod-edge {ssod_edge.__version__}\n"
+
+
+def test_wheel_has_one_top_level_name_and_every_module(source: Path, wheel: Path) -> None:
+    names = names_in(wheel)
+    assert {name.split("/")[0] for name in names} == {"ssod_edge"}
+    expected = {str(path.relative_to(source)) for path in (source / "ssod_edge").rglob("*.py")}
+    for folder in ("export", "bench"):
+        expected |= {f"ssod_edge/{path.relative_to(source)}" for path in (source / folder).rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert "ssod_edge/py.typed" in names
+
+
+def test_wheel_carries_data_files(source: Path, wheel: Path) -> None:
+    kept = {".json", ".onnx", ".npz", ".html", ".j2"}
+    for name in ("ssod_edge", "export", "bench"):
+        for path in (source / name).rglob("*"):
+            if path.suffix in kept and (path.parent / "__init__.py").exists():
+                inside = str(path.relative_to(source))
+                assert (inside if name == "ssod_edge" else f"ssod_edge/{inside}") in names_in(wheel)
+
+
+def test_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        folder = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(folder).decode())
+    assert metadata["Version"] == ssod_edge.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert sorted(line.split(">")[0] for line in base) == ["Pillow", "click", "numpy", "rich"]
+    # every command that an error message names installs what it says
+    assert set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
+    for module, extra in EXTRAS.items():
+        package = {"sklearn": "scikit-learn"}.get(module, module)
+        lines = [line for line in metadata.get_all("Requires-Dist") if line.endswith(f'extra == "{extra}"')]
+        assert any(line.startswith(package) for line in lines), f"extra '{extra}' does not bring {package}"
+
+
+def test_torch_is_not_needed_to_build() -> None:
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert not [requirement for requirement in requires if requirement.startswith("torch")]
+
+
+def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (unpacked,) = tmp_path.iterdir()
+    for name in ("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "tests/test_packaging.py", "export/__init__.py"):
+        assert (unpacked / name).is_file(), f"the sdist lacks {name}"
+    assert names_in(build("wheel", unpacked, tmp_path / "wheel")) == names_in(wheel)
+
+
+def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv")
+    install(python, str(wheel))
+    for name, origin in origins(python, tmp_path).items():
+        assert origin.is_relative_to(tmp_path), f"{name} came from {origin}"
+    check_command(python)
+
+
+def test_editable_install_imports_from_the_sources(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "ssod-edge"
+    shutil.copytree(source, copy)
+    python = environment(tmp_path / "venv")
+    install(python, "--editable", str(copy))
+    found = origins(python, tmp_path)
+    assert found["ssod_edge"] == copy / "ssod_edge" / "__init__.py"
+    assert found["ssod_edge.export"] == copy / "export" / "__init__.py"
+    assert found["ssod_edge.bench"] == copy / "bench" / "__init__.py"
+    check_command(python)
