@@ -105,6 +105,8 @@ class TrainConfig:
         recipe: "short" (one warm-up and a cosine) or "paper" (AdamW at 1e-4, halved every 30 epochs).
         epochs, batch_size, lr, weight_decay: the optimizer's. batch_size is per process.
         val_fraction, calib_fraction: shares of the training data kept for choices and for thresholds.
+        half_size_epochs: first epochs trained at half the input size, at about a quarter of the cost; the last
+            epochs, validation and deployment use the full size.
         crop_scale_min: smallest area of a random training crop, as a share of the image.
         hflip: probability of mirroring a training image.
         precision: "bf16" autocast or "fp32".
@@ -122,6 +124,7 @@ class TrainConfig:
     clip_grad: float = 5.0
     val_fraction: float = 0.05
     calib_fraction: float = 0.05
+    half_size_epochs: int = 0
     crop_scale_min: float = 0.5
     hflip: float = 0.5
     precision: Precision = "fp32"
@@ -144,6 +147,8 @@ class TrainConfig:
             raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
         if self.lr <= 0:
             raise UsageError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.half_size_epochs < self.epochs:
+            raise UsageError(f"half_size_epochs must be 0 or more and below epochs, got {self.half_size_epochs}")
         if self.workers < 0:
             raise UsageError(f"workers must be 0 or more, got {self.workers}")
         for field in ("val_fraction", "calib_fraction", "crop_scale_min"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,9 +230,14 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         self.source = source
         self.settings = settings
         self.seed = seed
-        self.epoch = 0
+        self.start_epoch(0, settings.input_size)
         self.crop_scale_min = crop_scale_min
         self.hflip = hflip if source.hflip_ok else 0.0
+
+    def start_epoch(self, epoch: int, size: int) -> None:
+        """From here on, draw for this epoch, at this size in pixels. Workers started later see it."""
+        self.epoch = epoch
+        self.settings = replace(self.settings, input_size=size)
 
     def __len__(self) -> int:
         return len(self.source)

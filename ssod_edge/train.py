@@ -163,7 +163,8 @@ class _Loop:
     def _train_epoch(self, bar: Any) -> None:
         progress, config = self.progress, self.config
         self.model.train()
-        self.images.epoch = progress.epoch
+        full = config.preprocess.input_size
+        self.images.start_epoch(progress.epoch, full // 2 if progress.epoch < config.half_size_epochs else full)
         batches = self._batches(progress.epoch)[progress.step :]
         loader = DataLoader(self.images, batch_sampler=cast(Any, batches), num_workers=config.workers,
                             pin_memory=self.device.type == "cuda")  # fmt: skip
