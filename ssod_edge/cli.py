@@ -84,6 +84,41 @@ def main(debug: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", metavar="[DIR]", required=False)
+@click.option("--backbone", help="Bench the newest export of this backbone under runs/.")
+@click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
+@click.option("--id", "known", metavar="DATA", help="In-distribution images. Default: the run's validation split.")
+@click.option("--ood", "unknown", metavar="NAME=DATA", multiple=True, help="Out-of-distribution images; repeatable.")
+@click.option("--via", type=click.IntRange(min=1), help="Resize every image to this many pixels first, as in eval.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per query.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each engine. Default: its own choice.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the record to FILE.")
+@click.option("--compare", "compare_file", metavar="OLD.json", help="Show what moved since that record.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    folder: str | None,
+    backbone: str | None,
+    json_file: str | None,
+    compare_file: str | None,
+    as_markdown: bool,
+    unknown: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Measure latency and accuracy of every artifact of an export, beside the eager model.
+
+    DIR is an export folder, or the run folder that holds it. Default: the newest export under runs/.
+    """
+    from ssod_edge.bench.measurement import BenchOptions
+    from ssod_edge.bench.run import parse_unknown, run_bench
+
+    wanted = BenchOptions(unknown=parse_unknown(unknown), **options)
+    ctx.exit(run_bench(folder, backbone, wanted, json_file, compare_file, as_markdown))
+
+
+@main.command()
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
@@ -96,7 +131,7 @@ def main(debug: bool) -> None:
 @click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
 @click.pass_context
 def predict(
-    ctx: click.Context, folder: str, images: tuple[str, ...], as_json: bool, batch: int, **options: Any
+    ctx: click.Context, /, folder: str, images: tuple[str, ...], as_json: bool, batch: int, **options: Any
 ) -> None:
     """Classify images, and say which ones are UNKNOWN to the model.
 

@@ -23,6 +23,8 @@ ERRORS_ONLY = 3
 class OnnxRunner:
     """`ssod_edge.runtime.Runner` on ONNX Runtime's CPU provider, which is asked for by name.
 
+    A graph with fewer `outputs` than the fused one's is for measuring only.
+
     Raises:
         MissingExtraError: onnxruntime is not installed.
         EngineError: another device than the CPU, or the graph cannot be loaded.
@@ -32,12 +34,19 @@ class OnnxRunner:
     device = "CPU"
 
     def __init__(
-        self, spec: Spec, artifact: Artifact, path: Path, device: str = "auto", threads: int | None = None
+        self,
+        spec: Spec,
+        artifact: Artifact,
+        path: Path,
+        device: str = "auto",
+        threads: int | None = None,
+        outputs: tuple[str, ...] = OUTPUTS,
     ) -> None:
         if device not in ("auto", "CPU"):
             raise EngineError(f"onnxruntime runs on 'CPU' here, got device '{device}'")
         self.spec = spec
         self.artifact = artifact
+        self._outputs = outputs
         self._session: Any = None
         if artifact.precision == "fp32":
             self._session, self.precision = _open_session(path, threads), "fp32"
@@ -59,8 +68,8 @@ class OnnxRunner:
         if self._session is None:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
-        values = self._session.run(OUTPUTS, {"image": images})
-        return {name: np.asarray(value, np.float32) for name, value in zip(OUTPUTS, values, strict=True)}
+        values = self._session.run(self._outputs, {"image": images})
+        return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, values, strict=True)}
 
 
 def _open_session(path: Path, threads: int | None, profile: str | None = None) -> Any:

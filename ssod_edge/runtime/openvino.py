@@ -25,6 +25,8 @@ class OpenVinoRunner:
     layer to 16 bits with the rest, and a 16-bit last layer makes tied scores. On other devices fp16 artifacts run in
     fp16 where they can. `precision` is read back from the compiled model.
 
+    A graph with fewer `outputs` than the fused one's is for measuring only.
+
     Raises:
         MissingExtraError: openvino is not installed.
         EngineError: the device does not exist, or cannot run the model.
@@ -33,7 +35,13 @@ class OpenVinoRunner:
     engine = "openvino"
 
     def __init__(
-        self, spec: Spec, artifact: Artifact, path: Path, device: str = "auto", threads: int | None = None
+        self,
+        spec: Spec,
+        artifact: Artifact,
+        path: Path,
+        device: str = "auto",
+        threads: int | None = None,
+        outputs: tuple[str, ...] = OUTPUTS,
     ) -> None:
         try:
             import openvino
@@ -45,6 +53,7 @@ class OpenVinoRunner:
             raise EngineError(f"OpenVINO has no device '{device}' here; it has: {', '.join(core.available_devices)}")
         self.spec = spec
         self.artifact = artifact
+        self._outputs = outputs
         config = _config(device, artifact.precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
             compiled = core.compile_model(str(path), device, config)
@@ -73,7 +82,7 @@ class OpenVinoRunner:
         images = check_images(inputs, self.spec.preprocess.input_size)
         # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
         values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
-        return {name: np.asarray(values[name], np.float32) for name in OUTPUTS}
+        return {name: np.asarray(values[name], np.float32) for name in self._outputs}
 
 
 def _config(device: str, precision: str, capabilities: Sequence[str], threads: int | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -90,7 +90,7 @@ class Predictor:
             ImageError: it cannot be read, or the model's output for it is not finite.
         """
         pixels = preprocess(load_image(image), self._settings)
-        verdict = self._verdicts([image], self.runner.infer({"image": pixels[None]}), [None])[0]
+        verdict = self.verdicts([image], self.runner.infer({"image": pixels[None]}))[0]
         if verdict.error is not None:
             raise ImageError(verdict.error)
         return verdict
@@ -153,12 +153,20 @@ class Predictor:
     def _finish(self, sources: list[ImageSource], pixels: Pixels, errors: list[str | None]) -> list[Prediction]:
         """Run the engine, unless no image of the batch could be read. A row that has no image holds old pixels."""
         if all(error is not None for error in errors):
-            return self._verdicts(sources, {}, errors)
-        return self._verdicts(sources, self.runner.infer({"image": pixels[: len(sources)]}), errors)
+            return self.verdicts(sources, {}, errors)
+        return self.verdicts(sources, self.runner.infer({"image": pixels[: len(sources)]}), errors)
 
-    def _verdicts(
-        self, sources: list[ImageSource], outputs: dict[str, Array], errors: list[str | None]
+    def verdicts(
+        self, sources: Sequence[ImageSource], outputs: dict[str, Array], errors: Sequence[str | None] | None = None
     ) -> list[Prediction]:
+        """The verdicts that a run of the engine comes to.
+
+        Args:
+            sources: the n images of the batch.
+            outputs: what `Runner.infer` returned for them.
+            errors: for each image, why it could not be read, or None; its outputs then mean nothing.
+        """
+        errors = [None] * len(sources) if errors is None else errors
         return [
             self._verdict(_name(source), {name: values[row] for name, values in outputs.items()}, error)
             for row, (source, error) in enumerate(zip(sources, errors, strict=True))

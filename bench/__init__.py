@@ -1,0 +1,1 @@
+"""Latency and accuracy of every artifact of an export, measured in one run."""

@@ -1,0 +1,185 @@
+"""Does each artifact still classify and reject as the eager model does? One pass over the images, all backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ssod_edge.config import Preprocess
+from ssod_edge.errors import EngineError, ImageError
+from ssod_edge.image import preprocess, via
+from ssod_edge.metrics import detection_metrics
+from ssod_edge.runtime.runner import Array, Runner
+
+BATCH = 32
+
+
+class Images(Protocol):
+    """What an image set is drawn from; `ssod_edge.data.ImageSource` is one."""
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to run every backend on.
+
+    Attributes:
+        name: "id", or the OOD set's name.
+        data: how the user named the data.
+        fingerprint: of the data, hex.
+        images: where they come from.
+        indices: int64 [n], which of them.
+        labels: int64 [n], in the model's classes; None for an OOD set.
+        via: size of the `via` protocol in pixels; None for native resolution.
+    """
+
+    name: str
+    data: str
+    fingerprint: str
+    images: Images
+    indices: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | None = None
+    via: int | None = None
+
+    def load(self, index: int) -> Image.Image:
+        """One image, RGB, through the protocol. Raises ImageError if it cannot be read."""
+        image = self.images.image(int(index))
+        return image if self.via is None else via(image, self.via)
+
+
+@dataclass
+class Collected:
+    """What every backend said about one image set.
+
+    Attributes:
+        outputs: backend -> {"logits": [n, M], "ood_score": [n] (not for the plain classifier)}.
+        errors: backend -> why it has no outputs.
+        rows: positions in the set's indices of the n images that could be read.
+        unreadable: a message for each of the others.
+    """
+
+    outputs: dict[str, dict[str, Array]] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def collect(
+    runners: Mapping[str, Runner], images: ImageSet, settings: Preprocess, tick: Callable[[int], None] | None = None
+) -> Collected:
+    """Run every backend on every image of a set; each image is decoded once.
+
+    Args:
+        runners: open backends by name.
+        images: the set.
+        settings: the export's preprocessing.
+        tick: called with the number of images after each batch.
+    """
+    collected = Collected()
+    parts: dict[str, list[dict[str, Array]]] = {name: [] for name in runners}
+    for pixels in _batches(images, settings, collected):
+        for name in [name for name in runners if name not in collected.errors]:
+            try:
+                parts[name].append(_finite(runners[name].infer({"image": pixels}), name))
+            except Exception as error:  # whatever an engine raises, the other rows go on
+                collected.errors[name] = error
+        if tick is not None:
+            tick(len(pixels))
+    if collected.rows:
+        for name in runners.keys() - collected.errors.keys():
+            first = parts[name][0]
+            collected.outputs[name] = {key: np.concatenate([part[key] for part in parts[name]]) for key in first}
+    return collected
+
+
+def _batches(images: ImageSet, settings: Preprocess, collected: Collected) -> Iterator[Array]:
+    size = settings.input_size
+    pixels, filled = np.empty((BATCH, 3, size, size), np.uint8), 0
+    for row, index in enumerate(images.indices):
+        try:
+            preprocess(images.load(index), settings, pixels[filled])
+        except ImageError as error:
+            collected.unreadable.append(str(error))
+            continue
+        collected.rows.append(row)
+        filled += 1
+        if filled == BATCH:
+            yield pixels
+            filled = 0
+    if filled:
+        yield pixels[:filled]
+
+
+def _finite(outputs: dict[str, Array], name: str) -> dict[str, Array]:
+    """Copies of what is compared. Raises EngineError for NaN or infinity: they would count as "known" or "wrong"."""
+    kept: dict[str, Array] = {key: outputs[key].copy() for key in ("logits", "ood_score") if key in outputs}
+    if not all(np.isfinite(value).all() for value in kept.values()):
+        raise EngineError(f"the output of '{name}' is not finite on some images")
+    return kept
+
+
+def accuracy_figures(
+    name: str,
+    threshold: float | None,
+    labels: npt.NDArray[np.int64],
+    known: Mapping[str, Mapping[str, Array]],
+    unknown: Mapping[str, Mapping[str, Mapping[str, Array]]],
+    reference: str,
+) -> dict[str, Any]:
+    """One backend's accuracy columns. A figure that cannot be computed is None.
+
+    Args:
+        name: the backend.
+        threshold: its own; None if it has none.
+        labels: int64 [n], of the ID images.
+        known: backend -> outputs on the ID images.
+        unknown: OOD set -> backend -> outputs.
+        reference: the backend that the others are compared with; itself, it has no agreement and no flips.
+
+    Returns:
+        - top1: share of ID images whose largest logit is the label's.
+        - agreement: share of ID images with the reference's class.
+        - auroc, fpr_at_id_tpr95: of `ood_score`, means over the OOD sets (each set counts the same).
+        - decision_flips: ID and OOD images that this backend and the reference put on different sides of `threshold`.
+        - ood_sets: OOD set -> {auroc, fpr_at_id_tpr95, n_ood}.
+    """
+    own = known[name]
+    eager = known.get(reference) if name != reference else None
+    classes = own["logits"].argmax(axis=1)
+    figures: dict[str, Any] = {
+        "top1": float((classes == labels).mean()),
+        "agreement": None if eager is None else float((classes == eager["logits"].argmax(axis=1)).mean()),
+        "auroc": None,
+        "fpr_at_id_tpr95": None,
+        "decision_flips": None,
+        "ood_sets": {},
+    }
+    if "ood_score" not in own:
+        return figures
+    for set_name, outputs in unknown.items():
+        metrics = detection_metrics(own["ood_score"], outputs[name]["ood_score"], bootstrap=0)
+        figures["ood_sets"][set_name] = {key: metrics[key] for key in ("auroc", "fpr_at_id_tpr95", "n_ood")}
+    for key in ("auroc", "fpr_at_id_tpr95") if unknown else ():
+        figures[key] = float(np.mean([values[key] for values in figures["ood_sets"].values()]))
+    if threshold is not None and eager is not None:
+        pairs = [(own, eager), *((outputs[name], outputs[reference]) for outputs in unknown.values())]
+        figures["decision_flips"] = sum(_flips(one, other, threshold) for one, other in pairs)
+    return figures
+
+
+def _flips(one: Mapping[str, Array], other: Mapping[str, Array], threshold: float) -> int:
+    return int(np.count_nonzero((one["ood_score"] <= threshold) != (other["ood_score"] <= threshold)))
+
+
+def match_classes(classes: Sequence[str], labels: npt.NDArray[np.int64], known: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Labels of a data set in the model's numbering: by class name; -1 for a class that the model does not know."""
+    index = {name: position for position, name in enumerate(known)}
+    table = np.array([index.get(name, -1) for name in classes], np.int64)
+    return table[labels]

@@ -1,0 +1,149 @@
+"""What a bench measures: every artifact of an export, the eager model, and the plain classifier."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from ssod_edge.bench.plain import PAIRS, engines_with_pairs, export_plain, open_plain
+from ssod_edge.errors import MissingExtraError, SsodEdgeError
+from ssod_edge.files import sha256_file
+from ssod_edge.runtime import Runner, open_runner
+from ssod_edge.spec import Artifact, Spec
+
+EAGER = "eager"
+CHECKPOINT = "best.safetensors"
+PLAIN_NAMES = tuple(plain for plain, _ in PAIRS.values())
+
+
+@dataclass
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: of the artifact, "eager" or one of PLAIN_NAMES.
+        engine: that was asked for.
+        folder: where `open_backend` finds it.
+        sha256: of its one file, or of the list of its files' SHA-256 (see `combined_hash`); None if unknown.
+        size_mb: of its files, 10**6 bytes; None if one is missing.
+        runner: while it is open.
+        precision, device: what really ran; None if it could not be opened.
+        status: "ok", "failed", or "missing" where this machine lacks what it needs (a package, the checkpoint).
+        error: why it is not "ok".
+    """
+
+    name: str
+    engine: str
+    folder: Path
+    sha256: str | None = None
+    size_mb: float | None = None
+    runner: Runner | None = None
+    precision: str | None = None
+    device: str | None = None
+    status: str = "ok"
+    error: str | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Record why there are no more figures; the first reason stands."""
+        if self.status == "ok":
+            self.status = "missing" if isinstance(error, MissingExtraError) else "failed"
+            kind = "" if isinstance(error, SsodEdgeError) else f"{type(error).__name__}: "
+            self.error = f"{kind}{error}"
+
+
+class Backends(AbstractContextManager["Backends"]):
+    """All backends of an export, open. One that cannot be opened has failed; the others go on.
+
+    Args:
+        export: the export folder.
+        spec: its spec.
+        scratch: an empty folder for the plain classifiers.
+        threads: of each engine; None leaves it to them.
+    """
+
+    def __init__(self, export: Path, spec: Spec, scratch: Path, threads: int | None) -> None:
+        self._threads = threads
+        self._stack = ExitStack()
+        self.all = [*(_fused(export, artifact) for artifact in spec.artifacts), _eager(export)]
+        self.all += [_plain(export, spec, engine, scratch / PAIRS[engine][0]) for engine in engines_with_pairs(spec)]
+
+    def __enter__(self) -> Backends:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def open(self) -> None:
+        """Open every backend that has not failed."""
+        for backend in self.working():
+            try:
+                runner = self._stack.enter_context(open_backend(backend.folder, backend.name, self._threads))
+            except Exception as error:
+                backend.fail(error)
+            else:
+                backend.runner, backend.precision, backend.device = runner, runner.precision, runner.device
+
+    def working(self) -> list[Backend]:
+        """Those that have not failed."""
+        return [backend for backend in self.all if backend.status == "ok"]
+
+    def runners(self) -> dict[str, Runner]:
+        """The open runners of those that have not failed, by name."""
+        return {backend.name: backend.runner for backend in self.working() if backend.runner is not None}
+
+    def named(self, name: str) -> Backend:
+        """The backend of that name, which exists."""
+        return next(backend for backend in self.all if backend.name == name)
+
+
+def open_backend(folder: Path, name: str, threads: int | None) -> Runner:
+    """Open one backend. Untrained weights are welcome here: latency does not depend on them."""
+    if name == EAGER:
+        return open_runner(folder, engine="eager", threads=threads, allow_untrained=True)
+    if name in PLAIN_NAMES:
+        return open_plain(folder, threads)
+    return open_runner(folder, artifact=name, threads=threads, allow_untrained=True)
+
+
+def combined_hash(artifact: Artifact) -> str:
+    """The SHA-256 of an artifact's one file; of several, that of their SHA-256 digits, joined in the spec's order."""
+    digests = list(artifact.files.values())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
+
+
+def _fused(export: Path, artifact: Artifact) -> Backend:
+    size = _size_mb([export / name for name in artifact.files])
+    return Backend(artifact.name, artifact.engine, export, combined_hash(artifact), size)
+
+
+def _eager(export: Path) -> Backend:
+    checkpoint = export.parent / CHECKPOINT
+    if not checkpoint.is_file():
+        # An export that was copied to a device, or one of untrained weights.
+        error = f"there is no {CHECKPOINT} beside this export"
+        return Backend(EAGER, EAGER, export.parent, status="missing", error=error)
+    return Backend(EAGER, EAGER, export.parent, sha256_file(checkpoint), _size_mb([checkpoint]))
+
+
+def _plain(export: Path, spec: Spec, engine: str, folder: Path) -> Backend:
+    backend = Backend(PAIRS[engine][0], engine, folder)
+    try:
+        folder.mkdir(parents=True)
+        artifact = export_plain(export, spec, engine, folder)
+    except Exception as error:
+        backend.fail(error)
+        return backend
+    backend.sha256, backend.size_mb = combined_hash(artifact), _size_mb([folder / name for name in artifact.files])
+    return backend
+
+
+def _size_mb(paths: list[Path]) -> float | None:
+    try:
+        return round(sum(path.stat().st_size for path in paths) / 1e6, 3)
+    except OSError:
+        return None

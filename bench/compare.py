@@ -1,0 +1,131 @@
+"""What moved between two benches, beyond the noise of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Smallest relative change of a latency that counts: what a restart of the process alone can do.
+LATENCY_FLOOR = 0.02
+#: The same for memory, which is read once.
+RSS_FLOOR = 0.05
+#: Accuracy on the same images is exact but for the rounding of decimals in a file.
+EXACT = 1e-9
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure that moved. `noise` is the difference that would have been ignored, in the figure's unit."""
+
+    artifact: str
+    figure: str
+    old: float
+    new: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes: `notes`, sentences on what differs around the figures; `changes`, the figures that moved."""
+
+    notes: tuple[str, ...]
+    changes: tuple[Change, ...]
+
+
+def noise_of(old: Sequence[float], new: Sequence[float], level: float) -> float:
+    """How far a latency may move by itself: the larger spread (max - min) of the repeats, at least LATENCY_FLOOR.
+
+    Args:
+        old, new: the figure in each repeat.
+        level: the old figure.
+    """
+    spreads = [max(values) - min(values) for values in (old, new) if values]
+    return max([*spreads, LATENCY_FLOOR * abs(level)])
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
+    """Compare two records of `ssod_edge.bench.record`.
+
+    Latencies move beyond the noise of `noise_of`; memory beyond RSS_FLOOR; accuracy, which is exact, is compared
+    only where both ran on the same images.
+    """
+    notes = _surroundings(old, new)
+    same_images = old["data"] == new["data"]
+    if not same_images:
+        notes.append("the images differ, so accuracy is not compared")
+    changes: list[Change] = []
+    before, after = _rows(old), _rows(new)
+    notes += [f"{name} batch {batch} is no longer there" for name, batch in before.keys() - after.keys()]
+    notes += [f"{name} batch {batch} is new" for name, batch in after.keys() - before.keys()]
+    for key in [key for key in after if key in before]:
+        one, other = before[key], after[key]
+        if one["status"] != other["status"]:
+            notes.append(f"{key[0]} was {one['status']} and is {other['status']}")
+        changes += _row_changes(one, other, same_images)
+    return Comparison(tuple(notes), (*changes, *_cost_changes(old, new)))
+
+
+def _rows(record: dict[str, Any]) -> dict[tuple[str, int], Row]:
+    return {(row["artifact"], row["batch"]): row for row in record["rows"]}
+
+
+def _row_changes(old: Row, new: Row, same_images: bool) -> list[Change]:
+    name, found = new["artifact"], []
+    latencies: list[tuple[str, str, Callable[[Row], float]]] = [
+        ("p50 ms", "p50", lambda row: row["latency_ms"]["p50"]),
+        ("p90 ms", "p90", lambda row: row["latency_ms"]["p90"]),
+        ("compute p50 ms", "compute_p50", lambda row: row["stages_ms"]["compute"]["p50"]),
+    ]
+    if old["latency_ms"] and new["latency_ms"]:
+        for figure, key, value in latencies:
+            noise = noise_of(old["repeats_ms"][key], new["repeats_ms"][key], value(old))
+            found.append(Change(name, figure, value(old), value(new), noise))
+    plain = [("size_mb", EXACT), ("rss_mb", RSS_FLOOR * abs(old["rss_mb"] or 0))]
+    if same_images:
+        plain += [(key, EXACT) for key in ("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips")]
+    for key, noise in plain:
+        if old[key] is not None and new[key] is not None:
+            found.append(Change(name, key, old[key], new[key], noise))
+    return [change for change in found if abs(change.new - change.old) > change.noise]
+
+
+def _cost_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    found = []
+    for engine, cost in new["cost_of_unknown"].items():
+        before = old["cost_of_unknown"].get(engine)
+        if cost is None or before is None:
+            continue
+        noise = max(max(c["repeats"]) - min(c["repeats"]) for c in (before, cost))
+        if abs(cost["ratio"] - before["ratio"]) > noise:
+            found.append(Change(f"{engine}: fused / plain", "ratio", before["ratio"], cost["ratio"], noise))
+    return found
+
+
+def _surroundings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences that would explain a change."""
+    notes = []
+    one, other = old["environment"], new["environment"]
+    pairs = [
+        ("processor", one["cpu"]["model"], other["cpu"]["model"]),
+        ("usable cores", one["cpu"]["usable_cores"], other["cpu"]["usable_cores"]),
+        ("threads", one["threads"], other["threads"]),
+        ("governor", one["state"]["governor"], other["state"]["governor"]),
+        ("system", one["system"], other["system"]),
+        ("Python", one["python"], other["python"]),
+        ("quick", old["method"]["quick"], new["method"]["quick"]),
+        ("query images", old["method"]["images"], new["method"]["images"]),
+    ]
+    names = sorted({*one["packages"], *other["packages"]})
+    pairs += [(name, one["packages"].get(name), other["packages"].get(name)) for name in names]
+    notes += [f"{name}: {before} -> {after}" for name, before, after in pairs if before != after]
+    if old["export"] != new["export"]:
+        notes.append(f"another export: {_export(old)} -> {_export(new)}")
+    return notes
+
+
+def _export(record: dict[str, Any]) -> str:
+    export = record["export"]
+    return f"{export['backbone']} at {export['input_size']} px" + (f" ({export['run']})" if export["run"] else "")

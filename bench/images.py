@@ -1,0 +1,150 @@
+"""Which images a bench runs on: those that were named, else the run's own validation split, else the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ssod_edge.bench.accuracy import ImageSet, match_classes
+from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
+from ssod_edge.runtime.verify import load_reference
+from ssod_edge.spec import Spec
+
+#: Images of each set that a quick bench takes, evenly spread.
+QUICK_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class BenchImages:
+    """Attributes: `known` (None without data), `unknown`, and `note`: why something is left out."""
+
+    known: ImageSet | None
+    unknown: tuple[ImageSet, ...] = ()
+    note: str | None = None
+
+    @property
+    def sets(self) -> tuple[ImageSet, ...]:
+        return self.unknown if self.known is None else (self.known, *self.unknown)
+
+
+def choose_images(
+    export: Path, spec: Spec, known: str | None, unknown: dict[str, str], via: int | None, quick: bool
+) -> BenchImages:
+    """The image sets of a bench.
+
+    Args:
+        export: the export folder; the run's folder is the one above.
+        spec: its spec.
+        known: ID data (`ssod_edge.data.open_dataset`); None takes the run's recorded validation split.
+        unknown: name -> OOD data.
+        via: see `ImageSet.via`.
+        quick: at most QUICK_IMAGES of each set.
+
+    Raises:
+        UsageError: data that were named cannot be opened or share no class with the model; OOD data without ID data.
+        MissingExtraError: data were named and the packages that read them are not installed.
+    """
+    note = None
+    if known is not None:
+        chosen: ImageSet | None = named_set(known, spec)
+    else:
+        chosen, note = recorded_split(export, spec)
+    if chosen is None and unknown:
+        raise UsageError(f"--ood needs in-distribution images too: {note} Name them with --id DATA.")
+    others = [unknown_set(name, data) for name, data in unknown.items()]
+    known_set, *unknown_sets = [_limit(s, via, quick) if s is not None else None for s in (chosen, *others)]
+    return BenchImages(known_set, tuple(s for s in unknown_sets if s is not None), note)
+
+
+def named_set(data: str, spec: Spec) -> ImageSet:
+    """The ID images of a data set: those of classes that the model knows, whatever their order."""
+    source = _open(data)
+    labels = match_classes(source.classes, source.labels, spec.classes)
+    indices = np.flatnonzero(labels >= 0)
+    if len(indices) == 0:
+        raise UsageError(
+            f"--id '{data}' shares no class with the model: it has {', '.join(source.classes[:5])}; "
+            f"the model has {', '.join(spec.classes[:5])}"
+        )
+    return ImageSet("id", data, source.fingerprint, source, indices, labels[indices])
+
+
+def unknown_set(name: str, data: str) -> ImageSet:
+    """All images of an OOD data set."""
+    source = _open(data, labelled=False)
+    return ImageSet(name, data, source.fingerprint, source, np.arange(len(source)))
+
+
+def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | None]:
+    """The validation split that the run recorded, or None and the reason."""
+    record = export.parent / "splits.json"
+    if not spec.trained:
+        return None, "The weights are untrained."
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        indices = np.asarray(values["val"], np.int64)
+        source = _open(values["data"])
+        if source.fingerprint != values["data_fingerprint"]:
+            return None, f"The data '{values['data']}' changed since the run."
+    except FileNotFoundError:
+        return None, f"The run's record of its splits, '{record}', is not here."
+    except (OSError, ValueError, KeyError, TypeError, SsodEdgeError, ImportError) as error:
+        return None, f"The run's validation images cannot be opened ({error})."
+    return ImageSet(
+        "id", f"{values['data']} (val split)", source.fingerprint, source, indices, source.labels[indices]
+    ), None
+
+
+def reference_images(export: Path, spec: Spec) -> list[Image.Image]:
+    """The images of `reference.npz`, to time queries with where there are no data."""
+    pixels = load_reference(export, spec)["image"]
+    return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in pixels]
+
+
+def query_images(images: BenchImages, export: Path, spec: Spec, count: int) -> tuple[list[Image.Image], str]:
+    """At most `count` images to time queries with, evenly spread over the ID images, and what they are.
+
+    Raises:
+        ArtifactError: there are neither data nor a reference, or none of the images can be read.
+    """
+    if images.known is None:
+        found, origin = reference_images(export, spec)[:count], "reference.npz"
+    else:
+        known, found, origin = images.known, [], images.known.data
+        for index in _spread(known.indices, count):
+            try:
+                found.append(known.load(index))
+            except ImageError:
+                continue
+    if not found:
+        raise ArtifactError(f"none of {count} images of '{origin}' can be read")
+    sizes = sorted({image.size for image in found})
+    sizes_text = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
+    return found, f"{len(found)} images of {origin}, {sizes_text}, as JPEG in memory"
+
+
+def _open(data: str, labelled: bool = True) -> Any:
+    from ssod_edge.data import open_dataset
+
+    return open_dataset(data, labelled=labelled)
+
+
+def _limit(images: ImageSet, via: int | None, quick: bool) -> ImageSet:
+    if not quick or len(images.indices) <= QUICK_IMAGES:
+        return replace(images, via=via)
+    rows = _spread(np.arange(len(images.indices)), QUICK_IMAGES)
+    labels = None if images.labels is None else images.labels[rows]
+    return replace(images, via=via, indices=images.indices[rows], labels=labels)
+
+
+def _spread(values: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """At most `count` of the values, at equal distances."""
+    if len(values) <= count:
+        return values
+    return values[np.linspace(0, len(values) - 1, count).round().astype(np.int64)]

@@ -1,0 +1,236 @@
+"""Measuring the backends of one export: latency, the cost of the OOD row, accuracy, memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.bench.accuracy import Collected, ImageSet, accuracy_figures, collect
+from ssod_edge.bench.backends import EAGER, Backend, Backends
+from ssod_edge.bench.environment import describe_state
+from ssod_edge.bench.images import BenchImages, query_images
+from ssod_edge.bench.latency import QUICK, Plan, Samples, alternate, interleave, measure
+from ssod_edge.bench.memory import measure_rss
+from ssod_edge.bench.plain import PAIRS
+from ssod_edge.bench.progress import Bar
+from ssod_edge.bench.query import IMAGES, ImageQuery, encode
+from ssod_edge.bench.record import latency_figures, make_record, make_row
+from ssod_edge.errors import UsageError
+from ssod_edge.spec import Spec
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What a bench is asked for.
+
+    Attributes:
+        quick: seconds instead of minutes, with fewer samples and images.
+        known: ID data; None takes the run's recorded validation split.
+        unknown: OOD set name -> data.
+        batch: images per query.
+        threads: of each engine; None leaves it to them.
+        via: resize images to this many pixels first, as `eval --via`; None takes them as they are.
+        plan: how long to measure; None takes the full method's, or QUICK.
+    """
+
+    quick: bool = False
+    known: str | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+    batch: int = 1
+    threads: int | None = None
+    via: int | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "threads", "via"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+
+
+class Measurement:
+    """One bench: the backends, and what has been measured of them."""
+
+    def __init__(
+        self, export: Path, spec: Spec, options: BenchOptions, backends: Backends, images: BenchImages, bar: Bar
+    ) -> None:
+        self.spec, self.options, self.backends, self.images, self.bar = spec, options, backends, images, bar
+        self.plan = options.plan or (QUICK if options.quick else Plan())
+        found, self.queries = query_images(images, export, spec, IMAGES)
+        self.files = encode(found)
+        self.samples: dict[str, list[Samples]] = {}
+        self.cost: dict[str, dict[str, Any] | None] = dict.fromkeys(PAIRS)
+        self.collected: dict[str, Collected] = {}
+        self.accuracy: dict[str, dict[str, Any]] = {}
+        self.rss: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Latency first, while nothing else runs; a backend that fails takes no further part."""
+        with self.bar.steps("opening", 1):
+            self.backends.open()
+        self._measure_latency()
+        self._measure_cost()
+        if self.images.known is not None:
+            self._collect_outputs()
+            self._compute_accuracy(self.images.known)
+        self._measure_memory()
+
+    def _measure_latency(self) -> None:
+        queries: dict[str, ImageQuery] = {}
+        names = list(self.backends.runners())
+        with self.bar.steps("latency", len(names) * self.plan.repeats) as step:
+            for repeat, name in interleave(names, self.plan.repeats):
+                step(f"{name}, repeat {repeat + 1} of {self.plan.repeats}", 1)
+                runner = self.backends.runners().get(name)
+                if runner is None:
+                    continue
+                try:
+                    query = queries.setdefault(name, ImageQuery(runner, self.files, self.options.batch))
+                    samples = measure(query, self.plan, self.bar.refresh)
+                    self.samples.setdefault(name, []).append(samples)
+                except Exception as error:
+                    self.backends.named(name).fail(error)
+
+    def _measure_cost(self) -> None:
+        """The fused graph over the plain one, per engine: the ratio of medians that were taken in turns."""
+        with self.bar.steps("cost of unknown", len(PAIRS)) as step:
+            for engine, (plain, fused) in PAIRS.items():
+                step(engine, 1)
+                runners = self.backends.runners()
+                if plain not in runners or fused not in runners:
+                    continue
+                try:
+                    queries = [ImageQuery(runners[name], self.files, self.options.batch) for name in (fused, plain)]
+                    for query in queries:
+                        query()
+                    medians = [
+                        alternate(queries[0].compute, queries[1].compute, self.plan.pair_s)
+                        for _ in range(self.plan.repeats)
+                    ]
+                except Exception as error:
+                    self.backends.named(plain).fail(error)
+                else:
+                    self.cost[engine] = cost_figures(fused, plain, self.options.batch, medians)
+
+    def _collect_outputs(self) -> None:
+        with self.bar.steps("accuracy", sum(len(images.indices) for images in self.images.sets)) as step:
+            for images in self.images.sets:
+                tick = partial(step, images.name)
+                found = collect(self.backends.runners(), images, self.spec.preprocess, tick)
+                self.collected[images.name] = found
+                for name, error in found.errors.items():
+                    self.backends.named(name).fail(error)
+
+    def _compute_accuracy(self, known: ImageSet) -> None:
+        found = self.collected[known.name]
+        if known.labels is None or not found.rows:
+            return
+        labels, runners = known.labels[found.rows], self.backends.runners()
+        # A backend that failed on one set is left out of all, also as the reference.
+        outputs = {
+            name: {backend: outputs for backend, outputs in collected.outputs.items() if backend in runners}
+            for name, collected in self.collected.items()
+            if collected.rows
+        }
+        own = outputs.pop(known.name)
+        for name, runner in runners.items():
+            threshold = None if runner.artifact.threshold is None else runner.artifact.threshold.value
+            self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, EAGER)
+
+    def _measure_memory(self) -> None:
+        working = self.backends.working()
+        with self.bar.steps("memory", len(working)) as step:
+            for backend in working:
+                step(backend.name, 1)
+                try:
+                    self.rss[backend.name] = measure_rss(
+                        backend.folder, backend.name, self.options.batch, self.options.threads
+                    )
+                except Exception as error:
+                    backend.fail(error)
+
+    def record(self, environment: dict[str, Any], command: str) -> dict[str, Any]:
+        """What was measured, JSON-ready."""
+        spec, options = self.spec, self.options
+        method = {"quick": options.quick, "batch": options.batch, "images": self.queries, **asdict(self.plan)}
+        export = {
+            "backbone": spec.backbone,
+            "input_size": spec.preprocess.input_size,
+            "classes": len(spec.classes),
+            "score": spec.score_name,
+            "trained": spec.trained,
+            "run": spec.source.get("run"),
+        }
+        return make_record(
+            environment={**environment, "state_after": describe_state()},
+            command=command,
+            method=method,
+            export=export,
+            data=self._data(),
+            cost_of_unknown=self.cost,
+            rows=[self._row(backend) for backend in self.backends.all],
+        )
+
+    def _row(self, backend: Backend) -> dict[str, Any]:
+        samples = self.samples.get(backend.name, [])
+        whole = len(samples) == self.plan.repeats
+        return make_row(
+            artifact=backend.name,
+            sha256=backend.sha256,
+            engine=backend.engine,
+            precision=backend.precision,
+            device=backend.device,
+            batch=self.options.batch,
+            **(latency_figures(samples, self.options.batch) if whole else {}),
+            size_mb=backend.size_mb,
+            rss_mb=self.rss.get(backend.name),
+            **self.accuracy.get(backend.name, {}),
+            status=backend.status,
+            error=backend.error,
+        )
+
+    def _data(self) -> dict[str, Any]:
+        entries = {}
+        for images in self.images.sets:
+            found = self.collected.get(images.name, Collected())
+            entries[images.name] = {
+                "data": images.data,
+                "fingerprint": images.fingerprint,
+                "n": len(found.rows),
+                "unreadable": found.unreadable,
+            }
+        via = self.options.via
+        return {
+            "id": entries.pop("id", None),
+            "ood": entries,
+            "protocol": "native" if via is None else f"via{via}",
+            "note": self.images.note,
+        }
+
+
+def cost_figures(fused: str, plain: str, batch: int, medians: list[tuple[float, float]]) -> dict[str, Any]:
+    """One engine's entry of `cost_of_unknown`.
+
+    Args:
+        fused, plain: names of the artifacts.
+        batch: images per run.
+        medians: (fused, plain) in ms of each repeat of `latency.alternate`.
+
+    Returns:
+        `ratio`: the median over the repeats of fused / plain; `repeats`: the ratio of each; `fused_ms`, `plain_ms`:
+        medians over the repeats.
+    """
+    ratios = [round(one / other, 5) for one, other in medians]
+    return {
+        "fused": fused,
+        "plain": plain,
+        "batch": batch,
+        "fused_ms": round(float(np.median([one for one, _ in medians])), 5),
+        "plain_ms": round(float(np.median([other for _, other in medians])), 5),
+        "ratio": float(np.median(ratios)),
+        "repeats": ratios,
+    }

@@ -1,0 +1,53 @@
+"""A progress bar that is redrawn between queries only: a thread that draws would be measured with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Bar:
+    """One bar for each part of a bench. Off a terminal, or without a console, nothing is shown."""
+
+    def __init__(self, console: Console | None) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[item]}"),
+            console=console,
+            auto_refresh=False,
+            disable=console is None or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def refresh(self) -> None:
+        """Redraw now."""
+        self._progress.refresh()
+
+    @contextmanager
+    def steps(self, part: str, total: int) -> Iterator[Callable[[str, int], None]]:
+        """A bar for one part. Call what it yields with the item that begins and how many more items that makes."""
+        task = self._progress.add_task(part, total=total, item="")
+
+        def step(item: str, count: int = 1) -> None:
+            self._progress.update(task, advance=count, item=item)
+            self._progress.refresh()
+
+        self._progress.refresh()
+        yield step
+        self._progress.update(task, item="")
+        self._progress.refresh()

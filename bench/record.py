@@ -1,0 +1,105 @@
+"""The JSON face of a bench. Its keys are stable; a file is whole or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.bench.latency import Samples, summarise, summarise_stages
+from ssod_edge.errors import UsageError
+from ssod_edge.files import write_json
+
+SCHEMA_VERSION = 1
+
+#: Keys of a record, in their order.
+RECORD_KEYS = ("schema_version", "environment", "command", "method", "export", "data", "cost_of_unknown", "rows")
+
+#: Keys of a row, in their order. `repeats_ms` and `ood_sets` hold the evidence behind the columns before them.
+ROW_KEYS = (
+    *("artifact", "sha256", "engine", "precision", "device", "batch"),
+    *("latency_ms", "stages_ms", "throughput_ips", "size_mb", "rss_mb"),
+    *("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips"),
+    *("status", "error", "repeats_ms", "ood_sets"),
+)
+
+COMPUTE = 2  # column of latency.STAGES
+
+
+def make_row(**values: Any) -> dict[str, Any]:
+    """A row with every key of ROW_KEYS; what is not given is None.
+
+    Raises:
+        TypeError: a key that a row does not have.
+    """
+    unknown = values.keys() - set(ROW_KEYS)
+    if unknown:
+        raise TypeError(f"a row has no key {', '.join(sorted(unknown))}")
+    return {key: values.get(key) for key in ROW_KEYS}
+
+
+def latency_figures(repeats: Sequence[Samples], batch: int) -> dict[str, Any]:
+    """The latency columns of a row, from its repeats (int64 [n, len(STAGES)] nanoseconds each).
+
+    Returns:
+        - latency_ms: end to end over all repeats together; see `latency.summarise`.
+        - stages_ms: the same for each stage and "end_to_end".
+        - throughput_ips: images per second of this single stream, end to end.
+        - repeats_ms: p50 and p90 end to end, and p50 of compute, of each repeat: their spread is the noise.
+    """
+    stages = summarise_stages(np.concatenate(list(repeats)))
+    ends = [summarise(samples.sum(axis=1)) for samples in repeats]
+    latency = stages["end_to_end"]
+    return {
+        "latency_ms": latency,
+        "stages_ms": stages,
+        "throughput_ips": round(1000 * batch / float(latency["mean"] or 1), 2),
+        "repeats_ms": {
+            "p50": [end["p50"] for end in ends],
+            "p90": [end["p90"] for end in ends],
+            "compute_p50": [summarise(samples[:, COMPUTE])["p50"] for samples in repeats],
+        },
+    }
+
+
+def make_record(**values: Any) -> dict[str, Any]:
+    """A record with the keys of RECORD_KEYS, all of which but the version must be given."""
+    record = {"schema_version": SCHEMA_VERSION, **values}
+    if set(record) != set(RECORD_KEYS):
+        raise TypeError(f"a record has the keys {', '.join(RECORD_KEYS)}, got {', '.join(record)}")
+    return {key: record[key] for key in RECORD_KEYS}
+
+
+def save_record(record: dict[str, Any], path: str | Path) -> Path:
+    """Write a record, atomically.
+
+    Raises:
+        OutputError: the folder cannot be written; an earlier file is unchanged.
+    """
+    return write_json(path, record)
+
+
+def load_record(path: str | Path) -> dict[str, Any]:
+    """Read what `save_record` wrote.
+
+    Raises:
+        UsageError: missing, not JSON, not a bench record, or of a newer schema.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{path}' cannot be read as a bench record ({error})") from error
+    if not isinstance(record, dict) or not set(RECORD_KEYS) <= record.keys():
+        raise UsageError(f"'{path}' is not a bench record. Make one with: ssod-edge bench --json FILE")
+    if not isinstance(record["schema_version"], int) or record["schema_version"] > SCHEMA_VERSION:
+        raise UsageError(
+            f"'{path}' has schema version {record['schema_version']}; this release reads up to {SCHEMA_VERSION}. "
+            "Update with: pip install -U ssod-edge"
+        )
+    rows = record["rows"]
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or not set(ROW_KEYS) <= row.keys() for row in rows):
+        raise UsageError(f"'{path}' has rows that lack keys. Make it again with: ssod-edge bench --json FILE")
+    return record

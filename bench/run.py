@@ -1,0 +1,156 @@
+"""`ssod-edge bench`: latency and accuracy of every artifact of an export, in one run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ssod_edge.bench.backends import Backends
+from ssod_edge.bench.compare import compare
+from ssod_edge.bench.environment import describe_environment
+from ssod_edge.bench.images import choose_images
+from ssod_edge.bench.measurement import BenchOptions, Measurement
+from ssod_edge.bench.progress import Bar
+from ssod_edge.bench.record import load_record, save_record
+from ssod_edge.bench.report import markdown, print_comparison, print_record
+from ssod_edge.config import resolve_backbone
+from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, ArtifactError, OutputError, UsageError
+from ssod_edge.files import make_directory
+from ssod_edge.runtime import find_export
+from ssod_edge.spec import SPEC_NAME, load_spec
+
+
+def newest_export(root: str | Path = "runs", backbone: str | None = None) -> Path:
+    """The export under `root` that was written last, of this backbone if one is given.
+
+    Raises:
+        UsageError: there is none.
+    """
+    wanted = None if backbone is None else resolve_backbone(backbone)
+    found = []
+    for path in Path(root).glob(f"*/export/{SPEC_NAME}"):
+        try:
+            matches = wanted is None or load_spec(path.parent).backbone == wanted
+        except ArtifactError:
+            continue
+        if matches:
+            found.append((path.stat().st_mtime, path.parent))
+    if not found:
+        what = f"export of '{backbone}'" if backbone else "export"
+        option = f" --backbone {backbone}" if backbone else ""
+        raise UsageError(f"there is no {what} under '{root}'. Make one with: ssod-edge export{option}")
+    return max(found)[1]
+
+
+def bench(folder: str | Path, options: BenchOptions, console: Console | None = None) -> dict[str, Any]:
+    """Measure an export.
+
+    Args:
+        folder: an export folder, or the run folder that holds it.
+        options: see `BenchOptions`.
+        console: where the progress bar goes; None shows none.
+
+    Returns:
+        The record that `ssod_edge.bench.record` describes. A row that failed is in it, with the reason.
+
+    Raises:
+        UsageError, ArtifactError, MissingExtraError: the export or the data that were named cannot be opened.
+    """
+    export = find_export(folder)
+    spec = load_spec(export)
+    environment = describe_environment(options.threads)
+    images = choose_images(export, spec, options.known, options.unknown, options.via, options.quick)
+    with tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
+        backends = Backends(export, spec, Path(scratch), options.threads)
+        with backends, Bar(console) as bar:
+            measurement = Measurement(export, spec, options, backends, images, bar)
+            measurement.run()
+            return measurement.record(environment, _command(folder, options))
+
+
+def exit_code(record: dict[str, Any]) -> int:
+    """0; 1 if a row failed or an image could not be read; 3 if nothing could run for lack of packages."""
+    statuses = {row["status"] for row in record["rows"]}
+    sets = [entry for entry in (record["data"]["id"], *record["data"]["ood"].values()) if entry is not None]
+    if "failed" in statuses or any(entry["unreadable"] for entry in sets):
+        return EXIT_SOME_FAILED
+    return EXIT_OK if "ok" in statuses else EXIT_MISSING
+
+
+def _command(folder: str | Path, options: BenchOptions) -> str:
+    """The command line that measures the same again."""
+    words = ["ssod-edge", "bench", str(folder)]
+    words += ["--quick"] if options.quick else []
+    words += ["--id", options.known] if options.known is not None else []
+    for name, data in options.unknown.items():
+        words += ["--ood", f"{name}={data}"]
+    for name in ("batch", "threads", "via"):
+        value = getattr(options, name)
+        words += [f"--{name}", str(value)] if value is not None else []
+    return shlex.join(words)
+
+
+def run_bench(
+    folder: str | None,
+    backbone: str | None,
+    options: BenchOptions,
+    json_file: str | None = None,
+    compare_file: str | None = None,
+    as_markdown: bool = False,
+) -> int:
+    """The command `bench`: measure, print, save, compare.
+
+    Returns:
+        the exit code, see `exit_code`.
+
+    Raises:
+        UsageError: both a folder and a backbone, no export to bench, or a record to compare with that is none.
+        OutputError: the JSON file cannot be written; this is found out before anything is measured.
+    """
+    if folder is not None and backbone is not None:
+        raise UsageError("give either DIR or --backbone, not both")
+    old = None if compare_file is None else load_record(compare_file)
+    if json_file is not None:
+        _check_writable(Path(json_file))
+    errors = Console(stderr=True)
+    record = bench(newest_export(backbone=backbone) if folder is None else folder, options, errors)
+    output = Console(width=None if sys.stdout.isatty() else 132)
+    if as_markdown:
+        click.echo(markdown(record), nl=False)
+    else:
+        print_record(record, output)
+    if old is not None:
+        print_comparison(compare(old, record), output)
+    if json_file is not None:
+        save_record(record, json_file)
+    return exit_code(record)
+
+
+def parse_unknown(values: tuple[str, ...]) -> dict[str, str]:
+    """The values of --ood, "NAME=DATA" each, as name -> data.
+
+    Raises:
+        UsageError: one has another form, a name is given twice, or is "id".
+    """
+    sets: dict[str, str] = {}
+    for value in values:
+        name, separator, data = value.partition("=")
+        if not (name and separator and data):
+            raise UsageError(f"--ood must have the form NAME=DATA, got '{value}'")
+        if name in sets or name == "id":
+            raise UsageError(f"--ood: the name '{name}' is taken; choose another")
+        sets[name] = data
+    return sets
+
+
+def _check_writable(path: Path) -> None:
+    make_directory(path.parent)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write '{path}': it is a folder, or lies in one that is read-only. Choose another.")
