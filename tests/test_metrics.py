@@ -48,7 +48,7 @@ def sklearn_metrics(ind: np.ndarray, ood: np.ndarray) -> dict[str, float]:
 # ---------------------------------------------------------------- detection_metrics
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TIED, TIED)
 def test_metrics_are_scikit_learns_with_ties(ind: list[float], ood: list[float]) -> None:
     found = detection_metrics(ind, ood, bootstrap=0)
@@ -153,10 +153,10 @@ def test_the_intervals_are_those_of_plain_resampling() -> None:
     rng = np.random.default_rng(2)
     ind, ood = np.round(rng.normal(size=60), 1), np.round(rng.normal(1, 1, 40), 1)
     found = detection_metrics(ind, ood, bootstrap=2000)["ci"]
-    samples = [sklearn_metrics(rng.choice(ind, 60), rng.choice(ood, 40)) for _ in range(600)]
+    samples = [sklearn_metrics(rng.choice(ind, 60), rng.choice(ood, 40)) for _ in range(300)]
     for name in POINT:
         plain = np.quantile([sample[name] for sample in samples], [0.025, 0.975])
-        assert found[name] == pytest.approx(plain, abs=0.06), name
+        assert found[name] == pytest.approx(plain, abs=0.08), name
 
 
 def test_the_seed_decides_the_intervals_and_nothing_else() -> None:
