@@ -118,6 +118,78 @@ def bench(
     ctx.exit(run_bench(folder, backbone, wanted, json_file, compare_file, as_markdown))
 
 
+def train_options(command: Any) -> Any:
+    """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names."""
+    options = [
+        click.option("--recipe", type=click.Choice(["short", "paper"]), default="short", help="Paper: Appendix A.4."),
+        click.option("--epochs", type=int, help="Passes over the training data. Default: 10, paper 60."),
+        click.option("--batch-size", type=int, help="Images a step and process. Default: 128, paper 256."),
+        click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, paper 1e-4."),
+        click.option("--weight-decay", type=float, help="Of AdamW. Default: 0.05, paper 0.01."),
+        click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: 0.95."),
+        click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 is cross-entropy. Default: 1."),
+        click.option("--balance", type=click.Choice(["lwb", "lw", "dr"]), help="Table 5. Default: lwb."),
+        click.option("--warmup-epochs", type=float, help="Epochs before the OOD loss. Default: 1, paper 0."),
+        click.option("--half-size-epochs", type=int, help="First epochs, at half the input size. Default: 0."),
+        click.option("--crop-scale-min", type=float, help="Smallest random crop, share of the area. Default: 0.5."),
+        click.option("--hflip", type=float, help="Probability of mirroring an image. Default: 0.5."),
+        click.option("--val-fraction", type=float, help="Training images kept for choices. Default: 0.05."),
+        click.option("--calib-fraction", type=float, help="Kept for thresholds and INT8. Default: 0.05."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, else fp32."),
+        click.option("--workers", type=int, help="Processes that read images. Default: 1."),
+        click.option("--seed", type=int, help="Of splits, order, augmentation and weights. Default: 0."),
+        click.option("--compile", is_flag=True, default=None, help="Use torch.compile."),
+        click.option("--sync-bn", is_flag=True, default=None, help="Synchronise batch norm between GPUs."),
+        click.option("--pretrained", is_flag=True, default=None, help="Start from timm's published weights."),
+        click.option("--weights", type=click.Path(), help="Start from a local .safetensors or .pth file."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("data", required=False)
+@click.option("--backbone", default="mobilenetv3", help="An alias of the paper's Table 6, or any timm CNN.")
+@click.option("--size", type=int, help="Input height and width in pixels. Default: the backbone's.")
+@click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
+@click.option("-o", "--out", default="runs", help="Folder of runs.")
+@click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
+@train_options
+def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
+    """Train a classifier that knows when to say "unknown".
+
+    DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
+    Several processes: torchrun --nproc-per-node N -m ssod_edge train DATA ...
+    """
+    if (data is None) == (resume is None):
+        raise click.UsageError("give DATA to train on, or --resume RUN to go on with a run")
+    from ssod_edge.train import resume_run, start_run
+
+    run = resume_run(resume) if resume else start_run(data, out, options)
+    click.echo(run)
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--backbone", help="Without RUN: the newest run of this backbone.")
+@click.option("--runs", default="runs", help="Folder of runs.")
+@click.option("--id", "id_data", metavar="DATA", help="ID images. Default: the run's validation split.")
+@click.option("--ood", multiple=True, metavar="NAME=DATA", help="OOD images; may be given several times.")
+@click.option("--via", "via_size", type=click.IntRange(min=1), help="Resize every image to N pixels first (via32).")
+@click.option("--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of the intervals.")
+@click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
+@click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")
+def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...], **options: Any) -> None:
+    """Measure ID accuracy, and every score against every OOD set.
+
+    RUN is a run folder or a checkpoint. DATA as in train; NAME=DATA@LIST keeps the classes of a list.
+    """
+    from ssod_edge.evaluate import run_eval
+
+    run_eval(run, runs, backbone, ood, **options)
+
+
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)

@@ -2,128 +2,52 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from ssod_edge.config import Preprocess
-from ssod_edge.files import sha256_file
-from ssod_edge.scores import ood_scores
-from ssod_edge.spec import Artifact, Spec, Threshold, save_spec
-
-SIZE = 16
-CLASSES = ("red", "green", "blue")
-#: A colour classifier: features are the three channel means in [0, 1]; grey is what it does not know.
-WEIGHT = np.array([[8, -4, -4], [-4, 8, -4], [-4, -4, 8], [2, 1, 1]], np.float32)
-BIAS = np.array([0.0, 0.1, -0.1, -1.0], np.float32)
+from ssod_edge.spec import Spec
 
 
-def colour_graph(half: bool = False) -> onnx.ModelProto:
-    """The fused graph's face on a colour classifier; `half` computes the pooling in fp16."""
-    body = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    kernel = np.eye(3, dtype=np.float16 if half else np.float32).reshape(3, 3, 1, 1)
-    constants = {
-        "scale": np.array(255, np.float32), "kernel": kernel, "weight": WEIGHT, "bias": BIAS,
-        "start": np.array([0]), "middle": np.array([3]), "end": np.array([4]), "axis": np.array([1]),
-    }  # fmt: skip
-    nodes = [
-        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("Div", ["float", "scale"], ["unit"]),
-        helper.make_node("Cast", ["unit"], ["body"], to=body),
-        helper.make_node("Conv", ["body", "kernel"], ["convolved"]),
-        helper.make_node("GlobalAveragePool", ["convolved"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("Cast", ["flat"], ["z"], to=TensorProto.FLOAT),
-        helper.make_node("Gemm", ["z", "weight", "bias"], ["fused"], transB=1),
-        helper.make_node("Slice", ["fused", "start", "middle", "axis"], ["logits"]),
-        helper.make_node("Slice", ["fused", "middle", "end", "axis"], ["row"]),
-        helper.make_node("Squeeze", ["row", "axis"], ["id_logit"]),
-        helper.make_node("Softmax", ["logits"], ["probs"], axis=1),
-        helper.make_node("ReduceLogSumExp", ["logits", "axis"], ["energy"], keepdims=0),
-        helper.make_node("Neg", ["energy"], ["ood_score"]),
-    ]
-    shapes = {"logits": ["N", 3], "probs": ["N", 3], "id_logit": ["N"], "ood_score": ["N"]}
-    graph = helper.make_graph(
-        nodes,
-        "colour",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 3, SIZE, SIZE])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    return model
+@pytest.fixture(scope="session")
+def export_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once: `export` and `make_export` copy it."""
+    # Here, so that tests of the base install collect without onnx and openvino.
+    from colour import write_export
 
-
-def colour_outputs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(logits [N, 3], id_logit [N]) of uint8 images [N, 3, S, S]: what `colour_graph` stands for, in numpy."""
-    z = (images.astype(np.float64) / 255).mean((2, 3))
-    fused = (z @ WEIGHT.T + BIAS).astype(np.float32)
-    return fused[:, :3], fused[:, 3]
-
-
-def colour_images(n: int, seed: int = 0) -> np.ndarray:
-    """uint8 [n, 3, S, S]: strong colours, each with some noise."""
-    rng = np.random.default_rng(seed)
-    colour = np.eye(3)[rng.integers(0, 3, n)] * rng.uniform(120, 220, (n, 1)) + rng.uniform(0, 30, (n, 3))
-    return np.clip(colour[:, :, None, None] + rng.normal(0, 8, (n, 3, SIZE, SIZE)), 0, 255).astype(np.uint8)
-
-
-def write_reference(folder: Path, images: np.ndarray) -> str:
-    """`reference.npz` of the colour classifier; returns its SHA-256."""
-    logits, id_logit = colour_outputs(images)
-    scores = {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
-    np.savez(folder / "reference.npz", image=images, label=logits.argmax(1), logits=logits, id_logit=id_logit, **scores)
-    return sha256_file(folder / "reference.npz")
-
-
-def write_export(folder: Path, trained: bool = True, verified: bool = True) -> Spec:
-    """A real export folder of the colour classifier: ONNX and OpenVINO, fp32 and fp16."""
-    import openvino
-
-    folder.mkdir(parents=True, exist_ok=True)
-    threshold = Threshold(value=-2.0, target_tpr=0.95, n=100, data="calib", fitted_tpr=0.95) if trained else None
-    artifacts = []
-    for precision in ("fp32", "fp16"):
-        onnx.save(colour_graph(half=precision == "fp16"), folder / f"model-{precision}.onnx")
-        ir = folder / f"openvino-{precision}" / "model.xml"
-        openvino.save_model(
-            openvino.convert_model(folder / f"model-{precision}.onnx"), ir, compress_to_fp16=precision == "fp16"
-        )
-        for engine, names in (
-            ("onnxruntime", [f"model-{precision}.onnx"]),
-            ("openvino", [f"openvino-{precision}/model.xml", f"openvino-{precision}/model.bin"]),
-        ):
-            artifacts.append(
-                Artifact(
-                    name=f"{engine.removesuffix('runtime')}-{precision}",
-                    engine=engine,
-                    precision=precision,
-                    files={name: sha256_file(folder / name) for name in names},
-                    opset=18,
-                    versions={"onnx": onnx.__version__},
-                    threshold=threshold,
-                    verification={"passed": True, "precision": "fp32", "device": "CPU"} if verified else None,
-                )
-            )
-    spec = Spec(
-        backbone="colour",
-        classes=CLASSES,
-        preprocess=Preprocess(input_size=SIZE),
-        score={"name": "energy", "evidence": "default"},
-        trained=trained,
-        reference_sha256=write_reference(folder, colour_images(40)),
-        artifacts=tuple(artifacts),
-    )
-    save_spec(spec, folder)
-    return spec
+    folder = tmp_path_factory.mktemp("template")
+    write_export(folder)
+    return folder
 
 
 @pytest.fixture
-def export(tmp_path: Path) -> Path:
+def make_export(export_template: Path) -> Callable[..., Path]:
+    """make_export(folder, trained=True, verified=True): a copy of the colour classifier's export."""
+
+    from colour import edit_spec
+
+    def make(folder: Path, trained: bool = True, verified: bool = True) -> Path:
+        shutil.copytree(export_template, folder, dirs_exist_ok=True)
+
+        def edit(spec: Spec) -> Spec:
+            artifacts = (
+                replace(
+                    a, threshold=a.threshold if trained else None, verification=a.verification if verified else None
+                )
+                for a in spec.artifacts
+            )
+            return replace(spec, trained=trained, artifacts=tuple(artifacts))
+
+        edit_spec(folder, edit)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def export(make_export: Callable[..., Path], tmp_path: Path) -> Path:
     """An export folder of trained weights whose artifacts are verified."""
-    write_export(tmp_path / "export")
-    return tmp_path / "export"
+    return make_export(tmp_path / "export")

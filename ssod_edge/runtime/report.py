@@ -107,4 +107,5 @@ def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:
     threshold = runner.artifact.threshold
     if threshold is None:
         return f"{counts}; {ran}; no threshold"
-    return f"{counts}; {ran}; known up to {threshold.value:.3f}, which keeps {threshold.target_tpr:.0%} of in-distribution images"
+    kept = f"{threshold.target_tpr:.0%} of in-distribution images"
+    return f"{counts}; {ran}; known up to {threshold.value:.3f}, which keeps {kept}"
