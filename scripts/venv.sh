@@ -38,4 +38,5 @@ fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 echo "Installing ssod-edge[$extras] into $venv (about 5.5 GB with PyTorch; a few minutes the first time)"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
-"$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+# setuptools warns at every editable install that folders may shadow it; there is nothing to act on.
+PYTHONWARNINGS="ignore:Editable" "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
