@@ -166,7 +166,7 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
         raise click.UsageError("give DATA to train on, or --resume RUN to go on with a run")
     from ssod_edge.train import resume_run, start_run
 
-    run = resume_run(resume) if resume else start_run(data, out, options)
+    run = start_run(data, out, options) if data is not None else resume_run(str(resume))
     click.echo(run)
 
 

@@ -162,6 +162,13 @@ class TrainConfig:
             raise UsageError("--pretrained and --weights exclude each other")
 
 
+#: Settings that a recipe changes; an option on the command line wins over them.
+RECIPES: dict[str, dict[str, Any]] = {
+    "short": {},
+    # Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch, 224 px. Epochs are not given there.
+    "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
+}
+
 T = TypeVar("T")
 
 
@@ -192,3 +199,18 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         return cls(**prepared)
     except TypeError as error:
         raise UsageError(f"{cls.__name__}: {error}") from error
+
+
+def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
+    """Settings from a recipe and the options given beside it; those that are None are left to the recipe.
+
+    Raises:
+        UsageError: an unknown recipe or key, or a value out of range.
+    """
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'")
+    loss_keys = {field.name for field in dataclasses.fields(LossConfig)}
+    given = {key: value for key, value in options.items() if value is not None}
+    base = dict(RECIPES[recipe])
+    loss = {**base.pop("loss", {}), **{key: given.pop(key) for key in loss_keys & set(given)}}
+    return from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})

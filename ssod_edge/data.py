@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ImageError, UsageError
@@ -71,7 +73,8 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     Args:
         name: an ImageFolder directory; a .tar file in that layout; "demo" or "demo:SPLIT"; "torch/NAME:ROOT"
             (torchvision, training part; "torch/NAME:ROOT:test" for the test part); "hfds/NAME" or
-            "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm.
+            "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm. "NAME@LIST" keeps the
+            classes that LIST names: a text file, or a list that ships here ("imagenet-objects").
         labelled: False accepts images without classes (an OOD set).
 
     Raises:
@@ -80,10 +83,11 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     """
     if name == "demo" or name.startswith("demo:"):
         return DemoImages(name)
+    name, at, class_list = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
     source = ReaderImages(name)
     if labelled:
         _check_labels(source)
-    return source
+    return ChosenClasses(source, class_list) if at else source
 
 
 class ReaderImages:
@@ -134,6 +138,53 @@ class ReaderImages:
             tar.tf = None
             for child in tar.children.values():
                 child.tf = None
+
+
+class ChosenClasses:
+    """The images of some classes of a source; labels and class names stay those of the source."""
+
+    fixed_splits = None
+
+    def __init__(self, source: ImageSource, class_list: str):
+        self.name = f"{source.name}@{class_list}"
+        self._source = source
+        self.classes, self.hflip_ok = source.classes, source.hflip_ok
+        self._indices = np.flatnonzero(np.isin(source.labels, read_class_list(class_list, source.classes)))
+        self.labels = source.labels[self._indices]
+        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self._source.image(int(self._indices[index]))
+
+    def source(self, index: int) -> str:
+        return self._source.source(int(self._indices[index]))
+
+
+def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
+    """Label indices named by a list: one class index or class name a line, "#" starts a comment.
+
+    Raises:
+        UsageError: no such list, or a line that names no class.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = Path(__file__).parent / "lists" / f"{name}.txt"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+        raise UsageError(f"there is no class list '{name}'. Give a text file, or one of: {shipped}")
+    chosen = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = line.partition("#")[0].strip()
+        if not entry:
+            continue
+        index = int(entry) if entry.isdigit() else classes.index(entry) if entry in classes else -1
+        if not 0 <= index < len(classes):
+            raise UsageError(f"class list '{name}' names '{entry}', which is none of the {len(classes)} classes")
+        chosen.append(index)
+    return chosen
 
 
 class DemoImages:
@@ -191,7 +242,9 @@ def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: floa
         n_val = max(1, round(val_fraction * len(members)))
         n_calib = max(1, round(calib_fraction * len(members)))
         n_val, n_calib = min(n_val, len(members) - 2), min(n_calib, len(members) - 1 - min(n_val, len(members) - 2))
-        for part, chosen in zip(parts, np.split(members, [len(members) - n_val - n_calib, len(members) - n_calib]), strict=True):
+        for part, chosen in zip(
+            parts, np.split(members, [len(members) - n_val - n_calib, len(members) - n_calib]), strict=True
+        ):
             part.append(chosen)
     return Splits(*(np.sort(np.concatenate(part)) for part in parts))
 
@@ -248,10 +301,30 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(image), int(self.source.labels[index]), index
 
 
+def load_batches(
+    dataset: Dataset[tuple[Tensor, int, int]], workers: int, **options: Any
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches (uint8 [N, 3, S, S], labels [N], indices [N]) through a DataLoader.
+
+    Raises:
+        ImageError: an image cannot be read; the message names it, without the worker's traceback.
+    """
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=_ignore_interrupts, **options)
+    try:
+        yield from loader
+    except ImageError as error:
+        raise ImageError(str(error).strip().splitlines()[-1].rpartition("ImageError: ")[2]) from None
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one decides what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def augment(
     image: Image.Image, settings: Preprocess, rng: np.random.Generator, crop_scale_min: float, hflip: float
 ) -> NDArray[np.uint8]:
-    """A random crop (area crop_scale_min..1, aspect 3/4..4/3) resized in one pass, perhaps mirrored: uint8 [3, S, S]."""
+    """uint8 [3, S, S]: a random crop (area crop_scale_min..1, aspect 3/4..4/3) resized in one pass, maybe mirrored."""
     width, height = image.size
     area = width * height * rng.uniform(crop_scale_min, 1.0)
     aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -275,11 +348,15 @@ def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
 
     path = Path(name)
     if not path.exists():
-        raise UsageError(f"data set '{name}' does not exist. Give a folder, a .tar file, 'demo', 'torch/...' or 'hfds/...'")
+        raise UsageError(
+            f"data set '{name}' does not exist. Give a folder, a .tar file, 'demo', 'torch/...' or 'hfds/...'"
+        )
     try:
         reader = create_reader("", root=name, **({"cache_tarinfo": False} if path.is_file() else {}))
     except Exception as error:
-        raise UsageError(f"'{name}' holds no images ({error}). Expected CLASS/IMAGE.jpg folders, or a .tar file of them") from error
+        raise UsageError(
+            f"'{name}' holds no images ({error}). Expected CLASS/IMAGE.jpg folders, or a .tar file of them"
+        ) from error
     if path.is_dir():
         return reader, np.array([s[1] for s in reader.samples], dtype=np.int64), _names(reader.class_to_idx)
     return reader, np.asarray(reader.targets, dtype=np.int64), _names(reader.class_name_to_idx)
@@ -326,7 +403,9 @@ def _check_labels(source: ReaderImages) -> None:
     """Raises UsageError for an empty class or a label outside the class list."""
     path = Path(source.name)
     if path.is_dir():
-        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in source.classes and p.name[:1] != ".")
+        empty = sorted(
+            p.name for p in path.iterdir() if p.is_dir() and p.name not in source.classes and p.name[:1] != "."
+        )
         if empty:
             raise UsageError(f"class folder '{empty[0]}' of '{source.name}' holds no images. Add some or remove it")
     lowest, highest = int(source.labels.min()), int(source.labels.max())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import timm.data
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,6 +124,34 @@ def normalise(image: Tensor, preprocess: Preprocess) -> Tensor:
     return image.float() * scale + shift
 
 
+def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained: bool = False) -> Preprocess:
+    """The preprocessing that timm records for a backbone: mean, std and interpolation.
+
+    Args:
+        input_size: in pixels; None takes timm's.
+        pretrained: also take its centre crop; a model trained here sees whole images.
+
+    Raises:
+        UsageError: no such backbone.
+    """
+    name = resolve_backbone(backbone)
+    _check_name(name, backbone)
+    settings = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    return Preprocess(
+        input_size=input_size or settings["input_size"][-1],
+        crop_pct=settings["crop_pct"] if pretrained else 1.0,
+        interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+    )
+
+
+def _check_name(name: str, given: str) -> None:
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise UsageError(f"unknown backbone '{given}'. " + (f"Similar: {close}" if close else "See timm's models."))
+
+
 def build_model(
     backbone: str,
     classes: tuple[str, ...],
@@ -146,9 +175,7 @@ def build_model(
     name = resolve_backbone(backbone)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}")
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-        raise UsageError(f"unknown backbone '{backbone}'." + (f" Similar: {close}" if close else " See timm's model list."))
+    _check_name(name, backbone)
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes))
     except RuntimeError as error:
@@ -175,7 +202,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ArtifactError(f"'{path}' cannot be read as weights ({error}). Give a .safetensors or .pth file.") from error
+        raise ArtifactError(
+            f"'{path}' cannot be read as weights ({error}). Give a .safetensors or .pth file."
+        ) from error
     state = state.get("state_dict", state)
     own = model.state_dict()
     classifier = cast(Any, model).default_cfg["classifier"]
@@ -222,7 +251,9 @@ def _patch_mismatch(model: SSODClassifier, feature_map: Tensor) -> str:
     pooled = cast(Any, model.backbone).forward_head(patch, pre_logits=True)
     alone = model.patch_features(patch)
     if alone.shape != (1, 1, 1, model.classifier.in_features) or pooled.shape != alone[0, 0].shape:
-        return f"its head gives {list(alone.shape)} at one patch for a classifier of {model.classifier.in_features} inputs"
+        return (
+            f"its head gives {list(alone.shape)} at one patch for a classifier of {model.classifier.in_features} inputs"
+        )
     if not torch.allclose(alone[0, 0], pooled, rtol=1e-3, atol=1e-4):
         return "its head gives other features at a patch than on the same patch pooled"
     return ""

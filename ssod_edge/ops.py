@@ -22,9 +22,7 @@ def kernel_in_use(device: torch.device | str) -> str:
     return "reference"
 
 
-def patch_sample(
-    z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95
-) -> tuple[Tensor, Tensor]:
+def patch_sample(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95) -> tuple[Tensor, Tensor]:
     """Confidence of the classifier on each patch's true class, and the label it gives the patch (Eq. 12).
 
     Args:

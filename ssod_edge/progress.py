@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -60,3 +61,15 @@ def _patches(figures: dict[str, Any]) -> str:
         f"patches ID {figures['id_patches']:.0%} OOD {figures['ood_patches']:.0%} "
         f"ignored {figures['ignored_patches']:.0%}"
     )
+
+
+@contextlib.contextmanager
+def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over images; the value is a function that advances it. Off a terminal nothing is shown."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(task, n)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssod_edge.checkpoint import (
     BEST,
@@ -29,11 +32,19 @@ from ssod_edge.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from ssod_edge.config import LossConfig, TrainConfig, from_dict, to_dict
-from ssod_edge.data import EvalImages, ImageSource, Splits, TrainImages, open_dataset, split_dataset
+from ssod_edge.config import LossConfig, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
+from ssod_edge.data import (
+    EvalImages,
+    ImageSource,
+    Splits,
+    TrainImages,
+    load_batches,
+    open_dataset,
+    split_dataset,
+)
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
-from ssod_edge.files import make_directory, write_json
-from ssod_edge.model import SSODClassifier, build_model, normalise
+from ssod_edge.files import make_directory, write_atomic, write_json
+from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, normalise
 from ssod_edge.ops import kernel_in_use, ssod_loss
 
 _METERS = ("loss", "ce", "ood", "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
@@ -45,14 +56,13 @@ class TrainStep(nn.Module):
     A module of its own so that DistributedDataParallel and torch.compile see the whole step.
     """
 
-    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel_seed: int = 0):
+    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32"):
         super().__init__()
         self.model = model
         self.config = config
         self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-        self.seed = kernel_seed
 
-    def forward(self, image: Tensor, target: Tensor, alpha: float, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, image: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
         """image uint8 [N, 3, S, S], target int64 [N], alpha the weight of the OOD term (0 skips it)."""
         x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -63,10 +73,9 @@ class TrainStep(nn.Module):
             return ce, log
         classifier, ood = self.model.classifier, self.model.ood
         bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
-        generator = torch.Generator(device=x.device).manual_seed(self.seed + step)
         ood_loss, stats = ssod_loss(
             z, classifier.weight, bias, ood.weight, ood.bias, target.repeat_interleave(per_image),
-            self.config.gamma, self.config.balance, per_image, generator,
+            self.config.gamma, self.config.balance, per_image,
         )  # fmt: skip
         return ce + alpha * ood_loss, {**log, "ood": ood_loss.detach(), **stats}
 
@@ -128,6 +137,23 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     return run
 
 
+def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
+    """Begin a run from command-line options: `train_config`'s, and `size`; returns the run folder."""
+    options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
+    pretrained = bool(options.get("pretrained") or options.get("weights"))
+    options["preprocess"] = to_dict(backbone_preprocess(options["backbone"], options.pop("size"), pretrained))
+    if options.get("precision") is None:
+        # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
+        options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
+    return train(train_config(options.pop("recipe"), options), out)
+
+
+def resume_run(run: str | Path) -> Path:
+    """Go on with a run folder, with the settings stored in it."""
+    run = Path(run)
+    return train(replace(load_config(run), name=run.name), run.parent, resume=True)
+
+
 class _Loop:
     """The state one training run carries from batch to batch."""
 
@@ -137,10 +163,10 @@ class _Loop:
     ):  # fmt: skip
         self.config, self.run, self.model, self.optimizer = config, run, model, optimizer
         self.splits, self.device, self.progress, self.save_minutes = splits, device, progress, save_minutes
-        self.source = source
+        self.source, self.interrupted = source, False
         self.images = TrainImages(source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = kernel_in_use(device)
-        step: nn.Module = TrainStep(model, config.loss, config.precision, config.seed)
+        step: nn.Module = TrainStep(model, config.loss, config.precision)
         if dist.is_initialized():
             # The OOD row takes no part while the OOD loss warms up.
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
@@ -155,10 +181,27 @@ class _Loop:
     def run_epochs(self) -> None:
         from ssod_edge.progress import TrainingBar
 
-        with TrainingBar(self.config, self.steps_per_epoch, enabled=_is_main()) as bar:
+        with TrainingBar(self.config, self.steps_per_epoch, enabled=_is_main()) as bar, self._finish_batch_on_ctrl_c():
             while self.progress.epoch < self.config.epochs:
                 self._train_epoch(bar)
                 self._finish_epoch(bar)
+
+    @contextlib.contextmanager
+    def _finish_batch_on_ctrl_c(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the running batch, with a checkpoint; the second ends it at once."""
+
+        def interrupt(*_: object) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # handlers belong to the main thread
+            return
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _train_epoch(self, bar: Any) -> None:
         progress, config = self.progress, self.config
@@ -166,51 +209,60 @@ class _Loop:
         full = config.preprocess.input_size
         self.images.start_epoch(progress.epoch, full // 2 if progress.epoch < config.half_size_epochs else full)
         batches = self._batches(progress.epoch)[progress.step :]
-        loader = DataLoader(self.images, batch_sampler=cast(Any, batches), num_workers=config.workers,
-                            pin_memory=self.device.type == "cuda")  # fmt: skip
+        loader = load_batches(self.images, config.workers, batch_sampler=batches, pin_memory=self.device.type == "cuda")
         started = saved = time.monotonic()
         before = progress.seconds
         for image, target, index in loader:
             global_step = progress.epoch * self.steps_per_epoch + progress.step
-            rate = learning_rate(config, global_step, self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            alpha = config.loss.alpha if global_step >= config.loss.warmup_epochs * self.steps_per_epoch else 0.0
-            target = target.to(self.device, non_blocking=True)
-            loss, log = self.train_step(image.to(self.device, non_blocking=True), target, alpha, global_step)
-            self._check_finite(loss, index)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-            self.optimizer.step()
+            loss, log = self._train_batch(image, target, index, global_step)
             progress.step += 1
             progress.seconds = before + time.monotonic() - started
-            self._count(loss, log, len(target))
+            self._count(loss, log, len(index))
             bar.update(progress.epoch, progress.step, lambda: epoch_figures(progress.meters))
-            if time.monotonic() - saved > self.save_minutes * 60 and _is_main():
+            if (self.interrupted or time.monotonic() - saved > self.save_minutes * 60) and _is_main():
                 self._save(LAST)
                 saved = time.monotonic()
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+    def _train_batch(
+        self, image: Tensor, target: Tensor, index: Tensor, global_step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One optimizer step. Its randomness depends on (seed, step, process) alone, so resuming repeats it."""
+        config = self.config
+        torch.manual_seed((config.seed * 1_000_003 + global_step) * _world_size() + _rank())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, global_step, self.steps_per_epoch)
+        alpha = config.loss.alpha if global_step >= config.loss.warmup_epochs * self.steps_per_epoch else 0.0
+        target = target.to(self.device, non_blocking=True)
+        loss, log = self.train_step(image.to(self.device, non_blocking=True), target, alpha)
+        self._check_finite("loss", loss, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self._check_finite("gradient's norm", norm, index)
+        self.optimizer.step()
+        return loss.detach(), log
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
         world, size = _world_size(), self.config.batch_size * _world_size()
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return [order[i : i + size][rank::world].tolist() for i in range(0, len(order) - size + 1, size)]
+        return [order[i : i + size][_rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
 
-    def _check_finite(self, loss: Tensor, index: Tensor) -> None:
-        if not math.isfinite(loss.item()):
+    def _check_finite(self, what: str, value: Tensor, index: Tensor) -> None:
+        if not math.isfinite(value.item()):
             where = f"The last good checkpoint is '{self.run / LAST}'." if (self.run / LAST).exists() else ""
             raise TrainingError(
-                f"the loss is {loss.item()} at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, on the "
-                f"images {index.tolist()}. Lower --lr, or look at these images. {where}"
+                f"the {what} is {value.item()} at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, "
+                f"on the images {index.tolist()}. Lower --lr, or look at these images. {where}"
             )
 
     def _count(self, loss: Tensor, log: dict[str, Tensor], n: int) -> None:
         meters = self.progress.meters
         values = {name: float(value) for name, value in log.items() if name in _METERS}
         for name in ("loss", "ce", "ood"):
-            values[name] = (float(loss.detach()) if name == "loss" else values.get(name, 0.0)) * n
+            values[name] = (float(loss) if name == "loss" else values.get(name, 0.0)) * n
         for name, value in {**values, "images": float(n)}.items():
             meters[name] = meters.get(name, 0.0) + value
 
@@ -230,8 +282,9 @@ class _Loop:
         if _is_main():
             if best:
                 self._save(BEST, accuracy)
-            self._save(LAST, accuracy)
+            # Before `last`: a kill in between repeats the epoch and its line, and loses neither.
             _append_metrics(self.run / "metrics.jsonl", row)
+            self._save(LAST, accuracy)
         bar.epoch_done(row)
 
     def _save(self, name: str, accuracy: float | None = None) -> None:
@@ -248,7 +301,6 @@ class _Loop:
         }
         if name == LAST:
             tensors |= optimizer_tensors(self.optimizer)
-            tensors["rng.cpu"] = torch.get_rng_state()
             meta["progress"] = dataclasses.asdict(self.progress)
         save_checkpoint(self.run / name, tensors, meta)
 
@@ -286,10 +338,9 @@ def validation_accuracy(
 ) -> float:
     """Top-1 accuracy on held-out in-distribution images, by the deployment preprocessing."""
     model.eval()
-    loader = DataLoader(EvalImages(source, indices, config.preprocess), batch_size=config.batch_size,
-                        num_workers=config.workers)  # fmt: skip
+    images = EvalImages(source, indices, config.preprocess)
     correct = 0
-    for image, target, _ in loader:
+    for image, target, _ in load_batches(images, config.workers, batch_size=config.batch_size):
         x = normalise(image.to(device), config.preprocess).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             logits, _ = model(x)
@@ -336,7 +387,6 @@ def _restore(
         raise UsageError(f"the data set '{source.name}' changed since the run '{run}' began; start a new run")
     load_state(model, tensors, run / LAST)
     load_optimizer(optimizer, tensors)
-    torch.set_rng_state(tensors["rng.cpu"])
     return _Progress(**meta["progress"])
 
 
@@ -355,8 +405,6 @@ def _append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
-    from ssod_edge.files import write_atomic
-
     write_atomic(path, lambda temporary: temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n"))
 
 
@@ -376,7 +424,9 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
+    return _rank() == 0

@@ -1,0 +1,289 @@
+"""Evaluation of a trained model: ID accuracy, and every score against every OOD set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ssod_edge.checkpoint import find_run, load_model
+from ssod_edge.config import DEFAULT_SCORE, SCORES
+from ssod_edge.data import EvalImages, ImageSource, Indices, load_batches, open_dataset
+from ssod_edge.errors import MissingExtraError, UsageError, missing_extra
+from ssod_edge.files import write_atomic, write_json
+from ssod_edge.metrics import detection_metrics
+from ssod_edge.model import SSODClassifier, normalise
+from ssod_edge.progress import image_bar
+from ssod_edge.scores import ood_scores
+
+#: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
+DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model says of N images.
+
+    Attributes:
+        logits: float32 [N, M].
+        id_logit: float32 [N].
+        labels: int64 [N]; -1 where there are none.
+    """
+
+    logits: NDArray[np.float32]
+    id_logit: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy in [0, 1]."""
+        return float((self.logits.argmax(axis=1) == self.labels).mean())
+
+
+@torch.no_grad()
+def collect(
+    model: SSODClassifier,
+    source: ImageSource,
+    indices: Indices | None = None,
+    via_size: int | None = None,
+    batch_size: int = 64,
+    workers: int = 1,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Outputs:
+    """Run a model in fp32 over images, in order.
+
+    Args:
+        model: in any mode; it is left in eval mode.
+        source, indices, via_size: as `EvalImages`.
+        advance: called with the size of each finished batch.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    logits, id_logits, labels = [], [], []
+    images = EvalImages(source, indices, model.preprocess, via_size)
+    for image, label, _ in load_batches(images, workers, batch_size=batch_size):
+        x = normalise(image.to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
+        batch_logits, batch_id = model(x)
+        logits.append(batch_logits.cpu().numpy())
+        id_logits.append(batch_id.cpu().numpy())
+        labels.append(label.numpy())
+        advance(len(label))
+    return Outputs(np.concatenate(logits), np.concatenate(id_logits), np.concatenate(labels))
+
+
+def evaluate(
+    run: str | Path,
+    id_data: str | None = None,
+    ood_data: Mapping[str, str] | None = None,
+    via_size: int | None = None,
+    bootstrap: int = 1000,
+    batch_size: int = 64,
+    workers: int = 1,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluate a run or checkpoint file.
+
+    Args:
+        run: run folder or checkpoint.
+        id_data: ID images, labelled with the model's classes; None: the run's validation split.
+        ood_data: name -> OOD images; None: those of the demo, if the run was trained on it.
+        via_size: every image is first resized to this many pixels ("via32"); None is protocol "native".
+        bootstrap: resamples of the confidence intervals.
+
+    Returns:
+        The JSON face: `id_accuracy`, `results` (a row for each OOD set and score) and `mean` (AUROC and FPR of
+        each score over the OOD sets); and the raw scores, {"id": {score: values}, NAME: {score: values}}.
+
+    Raises:
+        UsageError: data that cannot be opened, or whose classes are not the model's.
+        ArtifactError: a checkpoint that cannot be read.
+    """
+    model, meta = load_model(run)
+    if torch.cuda.is_available():
+        model.cuda()
+    source, indices = _id_images(run, meta, id_data, model.classes)
+    if ood_data is None:
+        ood_data = DEMO_OOD if str(meta["data"]).startswith("demo") else {}
+    # Every set is opened before the first image is run: a wrong name shows at once.
+    ood_sources = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
+    total = len(indices if indices is not None else source) + sum(len(s) for s in ood_sources.values())
+    with image_bar("evaluating", total) as advance:
+        id_outputs = collect(model, source, indices, via_size, batch_size, workers, advance)
+        raw: dict[str, dict[Any, NDArray[np.float32]]] = {"id": ood_scores(id_outputs.logits, id_outputs.id_logit)}
+        for name, ood_source in ood_sources.items():
+            outputs = collect(model, ood_source, None, via_size, batch_size, workers, advance)
+            raw[name] = ood_scores(outputs.logits, outputs.id_logit)
+    protocol = f"via{via_size}" if via_size else "native"
+    results = [
+        {
+            "ood": name,
+            "score": score,
+            "protocol": protocol,
+            **detection_metrics(raw["id"][score], raw[name][score], bootstrap),
+        }
+        for name in ood_sources
+        for score in SCORES
+    ]
+    report = {
+        "run": Path(run).name,
+        "backbone": model.backbone_name,
+        "epoch": meta["epoch"],
+        "input_size": model.preprocess.input_size,
+        "protocol": protocol,
+        "id_data": source.name if id_data else f"{source.name} (validation split)",
+        "ood_data": dict(ood_data),
+        "n_id": len(id_outputs.labels),
+        "id_accuracy": id_outputs.accuracy,
+        "default_score": DEFAULT_SCORE,
+        "results": results,
+        "mean": _means(results),
+    }
+    return report, raw
+
+
+def _id_images(
+    run: str | Path, meta: dict[str, Any], id_data: str | None, classes: tuple[str, ...]
+) -> tuple[ImageSource, Indices | None]:
+    if id_data is not None:
+        source = open_dataset(id_data)
+        if source.classes != classes:
+            raise UsageError(
+                f"the classes of '{id_data}' ({', '.join(source.classes[:4])}, ...) are not the model's "
+                f"({', '.join(classes[:4])}, ...)"
+            )
+        return source, None
+    source = open_dataset(str(meta["data"]))
+    if source.fingerprint != meta["data_fingerprint"]:
+        raise UsageError(f"the data set '{meta['data']}' changed since training; name the ID images with --id")
+    return source, recorded_split(run, "val")
+
+
+def recorded_split(run: str | Path, split: str) -> Indices:
+    """Indices of the "val" or "calib" split of a run's training data.
+
+    Raises:
+        UsageError: the run folder has no splits.json, or a damaged one.
+    """
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    try:
+        return np.asarray(json.loads((folder / "splits.json").read_text(encoding="utf-8"))[split], dtype=np.int64)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"'{folder}' has no readable splits.json ({error}); name the ID images with --id") from error
+
+
+def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Score -> unweighted mean over the OOD sets."""
+    means: dict[str, dict[str, float]] = {}
+    for score in SCORES if results else ():
+        rows = [row for row in results if row["score"] == score]
+        means[score] = {key: float(np.mean([row[key] for row in rows])) for key in ("auroc", "fpr_at_id_tpr95")}
+    return means
+
+
+def run_eval(
+    run: str | None,
+    runs: str,
+    backbone: str | None,
+    ood: tuple[str, ...],
+    via_size: int | None,
+    json_file: str | None,
+    png_file: str | None,
+    **options: Any,
+) -> None:
+    """The command `eval`: evaluate, print the table, write JSON and PNG."""
+    folder = Path(run) if run else find_run(runs, backbone)
+    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, **options)
+    target = folder if folder.is_dir() else folder.parent
+    print_report(report)
+    written = [write_json(json_file or target / f"eval-{report['protocol']}.json", report)]
+    try:
+        png = png_file or target / f"eval-{report['protocol']}.png"
+        written.append(save_histograms(raw, report["default_score"], png))
+    except MissingExtraError as error:
+        if png_file:
+            raise
+        click.echo(f"no histograms: {error}", err=True)
+    click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+
+
+def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
+    """("NAME=DATA", ...) -> {NAME: DATA}.
+
+    Raises:
+        UsageError: no "=", an empty part, a name given twice, or the name "id".
+    """
+    named: dict[str, str] = {}
+    for item in items:
+        name, equals, data = item.partition("=")
+        if not (name and equals and data) or name in named or name == "id":
+            raise UsageError(f"expected --ood NAME=DATA with a name of its own (not 'id'), got '{item}'")
+        named[name] = data
+    return named
+
+
+def save_histograms(raw: Mapping[str, Mapping[Any, NDArray[np.float32]]], score: str, path: str | Path) -> Path:
+    """A PNG with the distribution of one score on ID and on each OOD set (the paper's Fig. 6).
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_extra("matplotlib", "the histogram") from None
+    names = [name for name in raw if name != "id"]
+    figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")
+    values = np.concatenate([raw[name][score] for name in raw])
+    low, high = np.quantile(values, [0.001, 0.999])
+    bins = np.linspace(float(low), float(high), 60)
+    for column, name in enumerate(names or ["id"]):
+        axes = figure.add_subplot(1, max(1, len(names)), column + 1)
+        axes.hist(raw["id"][score], bins, density=True, alpha=0.6, color="tab:orange", label="ID")
+        if name != "id":
+            axes.hist(raw[name][score], bins, density=True, alpha=0.6, color="tab:blue", label=name)
+        axes.set_xlabel(f"{score} (larger: more likely OOD)")
+        axes.set_ylabel("density" if column == 0 else "")
+        axes.legend()
+    return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The report as a table on the terminal; figures in percent."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{report['run']}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
+        f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
+        f"of {report['id_data']}",
+        highlight=False,
+    )
+    if not report["results"]:
+        console.print("No OOD set was given; add some with --ood NAME=DATA")
+        return
+    table = Table(title="AUROC % (FPR % at 95% ID accepted), larger AUROC is better")
+    table.add_column("OOD set")
+    for score in SCORES:
+        table.add_column(score + (" *" if score == report["default_score"] else ""), justify="right", no_wrap=True)
+    for name in report["ood_data"]:
+        rows = {row["score"]: row for row in report["results"] if row["ood"] == name}
+        table.add_row(name, *(_cell(rows[score]) for score in SCORES))
+    table.add_section()
+    table.add_row("mean", *(_cell(report["mean"][score]) for score in SCORES))
+    console.print(table)
+    console.print("* the score that an export ships by default")
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    return f"{100 * row['auroc']:.1f} ({100 * row['fpr_at_id_tpr95']:.1f})"
