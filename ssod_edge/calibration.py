@@ -76,6 +76,8 @@ def _calibrate_one(
                 scores.append(verdict.ood_score)
             elif verdict.error is not None:
                 unreadable.setdefault(verdict.error)
+        if not scores:
+            raise UsageError(f"none of the images of {description} could be read")
         return calibrate(predictor.runner, export, scores, tpr, description)
 
 

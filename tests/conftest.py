@@ -26,7 +26,6 @@ def export_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_export(export_template: Path) -> Callable[..., Path]:
     """make_export(folder, trained=True, verified=True): a copy of the colour classifier's export."""
-
     from colour import edit_spec
 
     def make(folder: Path, trained: bool = True, verified: bool = True) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +31,15 @@ def fit_threshold(
         UsageError: untrained weights, or too few images for `target_tpr` (fewer than 19 at 95%).
     """
     _require_trained(runner)
-    if isinstance(images, np.ndarray):
-        images = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-    scores = [runner.infer({"image": batch})["ood_score"] for batch in images]
-    return conformal_threshold(np.concatenate(scores) if scores else [], target_tpr, data)
+    batches = _batches(images) if isinstance(images, np.ndarray) else images
+    scores = [runner.infer({"image": batch})["ood_score"] for batch in batches]
+    if not scores:
+        raise UsageError("no in-distribution images were given to fit a threshold to")
+    return conformal_threshold(np.concatenate(scores), target_tpr, data)
+
+
+def _batches(images: Array) -> Iterator[Array]:
+    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
 
 def calibrate(

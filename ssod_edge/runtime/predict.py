@@ -187,7 +187,7 @@ class Predictor:
             confidence=float(output["probs"][index]),
             ood_score=score,
             threshold=self.threshold,
-            known=None if self.threshold is None else score <= self.threshold,
+            known=None if self.threshold is None else bool(score <= self.threshold),
             engine=runner.engine,
             precision=runner.precision,
         )
