@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := ssod_edge export bench tests setup.py
+SOURCES := ssod_edge export bench scripts tests setup.py
 TYPED := build/typed
 
 .PHONY: help venv demo test test-gpu lint format coverage clean

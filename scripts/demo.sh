@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole product on the embedded data set: a few minutes on two cores. `make demo` installs first.
+# Replaces runs/demo.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run=runs/demo
+rm -rf "$run"
+SECONDS=0
+
+step() {
+    printf '\n$ ssod-edge %s\n' "$*"
+    ssod-edge "$@"
+}
+
+step train demo --name demo --backbone mobilenetv3_small_100 --size 64 --epochs 6 --batch-size 64
+step eval "$run" --id demo:test --ood near=demo:near --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/eval.json"
+step export "$run" --fp16
+step bench "$run" --quick --json "$run/bench.json"
+
+python -c "from ssod_edge.demo import write_demo_images; write_demo_images('$run/images')"
+step predict "$run" "$run/images"
+
+python scripts/demo_summary.py "$run" "$SECONDS"
