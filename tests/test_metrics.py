@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ssod_edge.errors import UsageError
@@ -149,14 +149,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.88 <= covered <= 0.99
 
 
-def test_the_intervals_are_those_of_plain_resampling() -> None:
-    rng = np.random.default_rng(2)
-    ind, ood = np.round(rng.normal(size=60), 1), np.round(rng.normal(1, 1, 40), 1)
-    found = detection_metrics(ind, ood, bootstrap=2000)["ci"]
-    samples = [sklearn_metrics(rng.choice(ind, 60), rng.choice(ood, 40)) for _ in range(300)]
-    for name in POINT:
-        plain = np.quantile([sample[name] for sample in samples], [0.025, 0.975])
-        assert found[name] == pytest.approx(plain, abs=0.08), name
+def test_the_intervals_are_the_quantiles_of_resampling_both_sets() -> None:
+    """One set constant, the other on both sides of it: the resampled AUROC is a binomial share."""
+    constant, sides = np.zeros(50), np.repeat([-1.0, 1.0], [30, 70])
+    expected = np.array(binom.interval(0.95, 100, 0.7)) / 100
+    assert detection_metrics(constant, sides, bootstrap=4000)["ci"]["auroc"] == pytest.approx(expected, abs=0.011)
+    assert detection_metrics(-sides, constant, bootstrap=4000)["ci"]["auroc"] == pytest.approx(expected, abs=0.011)
+    found = detection_metrics(sides, constant, bootstrap=4000)["ci"]["fpr_at_ood_tpr95"]
+    assert found == pytest.approx(expected, abs=0.011)
 
 
 def test_the_seed_decides_the_intervals_and_nothing_else() -> None:
