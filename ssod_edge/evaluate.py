@@ -245,7 +245,7 @@ def save_histograms(raw: Mapping[str, Mapping[Any, NDArray[np.float32]]], score:
     figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")
     values = np.concatenate([raw[name][score] for name in raw])
     low, high = np.quantile(values, [0.001, 0.999])
-    bins = np.linspace(float(low), float(high), 60)
+    bins = np.linspace(float(low), float(high), 60).tolist()
     for column, name in enumerate(names or ["id"]):
         axes = figure.add_subplot(1, max(1, len(names)), column + 1)
         axes.hist(raw["id"][score], bins, density=True, alpha=0.6, color="tab:orange", label="ID")

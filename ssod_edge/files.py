@@ -57,7 +57,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OutputError(
             f"cannot write '{path}': {error.strerror or error}. "

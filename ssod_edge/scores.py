@@ -57,7 +57,7 @@ def probabilities(logits: npt.ArrayLike) -> Array:
     values = _check_logits(logits)
     with np.errstate(invalid="ignore"):
         powers = np.exp(values - values.max(axis=1, keepdims=True))
-    shares: Array = powers / powers.sum(axis=1, keepdims=True)
+    shares: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32, copy=False)
     return shares
 
 

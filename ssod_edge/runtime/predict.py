@@ -121,7 +121,7 @@ class Predictor:
     def _stream(self, images: Iterator[ImageSource], batch: int, workers: int) -> Iterator[Prediction]:
         size = self._settings.input_size
         depth = 1 + math.ceil(AHEAD * workers / batch)
-        free = deque(np.zeros((batch, 3, size, size), np.uint8) for _ in range(depth))
+        free: deque[Pixels] = deque(np.zeros((batch, 3, size, size), np.uint8) for _ in range(depth))
         begun: deque[tuple[list[ImageSource], Pixels, list[Future[str | None]]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         try:
