@@ -1,4 +1,4 @@
-"""The graphs that are exported: uint8 image in, everything an application needs out."""
+"""The graph that is exported: uint8 image in, everything an application needs out."""
 
 from __future__ import annotations
 
@@ -35,22 +35,6 @@ class FusedClassifier(nn.Module):
         fused = self.head(self.trunk(image))
         logits, id_logit = fused[:, :-1], fused[:, -1]
         return logits, torch.softmax(logits, dim=1), id_logit, ood_score(self.score, logits, id_logit)
-
-
-class PlainClassifier(nn.Module):
-    """The same graph without the OOD row and the score: what knowing "unknown" is measured against."""
-
-    def __init__(self, model: SSODClassifier):
-        super().__init__()
-        weight, bias = model.head_weight()
-        self.trunk = _Trunk(model)
-        self.head = _linear(weight[:-1], bias[:-1])
-        self.eval()
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], fp32."""
-        logits = self.head(self.trunk(image))
-        return logits, torch.softmax(logits, dim=1)
 
 
 class _Trunk(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import UsageError, VerificationError
-from ssod_edge.export.graph import FusedClassifier, PlainClassifier
+from ssod_edge.export.graph import FusedClassifier
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime.runner import OUTPUTS
@@ -52,11 +52,6 @@ def fused_graph(model: SSODClassifier, score: ScoreName, trained: bool) -> onnx.
         },
     )
     return graph
-
-
-def plain_graph(model: SSODClassifier) -> onnx.ModelProto:
-    """The same backbone with its M-row classifier alone: outputs `logits` and `probs`. Errors: see `fused_graph`."""
-    return _export(PlainClassifier(model), OUTPUTS[:2], model.preprocess.input_size)
 
 
 def save_onnx(graph: onnx.ModelProto, path: str | Path) -> Path:

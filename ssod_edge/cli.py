@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
+from ssod_edge.config import SCORES
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
 
 
@@ -85,7 +86,8 @@ def main(debug: bool) -> None:
 
 @main.command()
 @click.argument("folder", metavar="[DIR]", required=False)
-@click.option("--backbone", help="Bench the newest export of this backbone under runs/.")
+@click.option("--backbone", help="Without DIR: the newest export of this backbone.")
+@click.option("--runs", default="runs", help="Folder of runs.")
 @click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
 @click.option("--id", "known", metavar="DATA", help="In-distribution images. Default: the run's validation split.")
 @click.option("--ood", "unknown", metavar="NAME=DATA", multiple=True, help="Out-of-distribution images; repeatable.")
@@ -101,6 +103,7 @@ def bench(
     /,
     folder: str | None,
     backbone: str | None,
+    runs: str,
     json_file: str | None,
     compare_file: str | None,
     as_markdown: bool,
@@ -109,13 +112,13 @@ def bench(
 ) -> None:
     """Measure latency and accuracy of every artifact of an export, beside the eager model.
 
-    DIR is an export folder, or the run folder that holds it. Default: the newest export under runs/.
+    DIR is an export folder, or the run folder that holds it; default: the newest export.
     """
     from ssod_edge.bench.measurement import BenchOptions
     from ssod_edge.bench.run import parse_unknown, run_bench
 
     wanted = BenchOptions(unknown=parse_unknown(unknown), **options)
-    ctx.exit(run_bench(folder, backbone, wanted, json_file, compare_file, as_markdown))
+    ctx.exit(run_bench(folder, backbone, wanted, json_file, compare_file, as_markdown, runs))
 
 
 def train_options(command: Any) -> Any:
@@ -188,6 +191,34 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
     from ssod_edge.evaluate import run_eval
 
     run_eval(run, runs, backbone, ood, **options)
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--backbone", help="Without RUN: the newest run of this backbone, or its untrained weights.")
+@click.option("--runs", default="runs", help="Folder of runs.")
+@click.option("-o", "--out", type=click.Path(), help="Export folder. Default: RUN/export.")
+@click.option("--fp16", is_flag=True, help="Make fp16 artifacts. Default: fp32 and fp16.")
+@click.option("--fp32", is_flag=True, help="Make fp32 artifacts.")
+@click.option("--target", type=click.Choice(["onnx", "openvino", "all"]), default="all", help="All that is installed.")
+@click.option("--score", type=click.Choice(SCORES), help="OOD score in the graph. Default: energy.")
+@click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
+@click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")
+@click.option("--weights", type=click.Path(), help="Export this .safetensors or .pth file, trained elsewhere.")
+@click.option("--pretrained", is_flag=True, help="Export timm's published weights.")
+@click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
+@click.option("--size", type=click.IntRange(min=1), help="Input size in pixels, of weights not trained here.")
+@click.pass_context
+def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **options: Any) -> None:
+    """Make verified ONNX and OpenVINO artifacts, each with its own threshold.
+
+    RUN is a run folder or a checkpoint; default: the newest run. With --backbone and no run of it, untrained weights
+    are exported, to measure latency.
+    """
+    from ssod_edge.export.command import run_export
+
+    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16)) if wanted)
+    ctx.exit(run_export(run, precisions=precisions, **options))
 
 
 @main.command()

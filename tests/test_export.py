@@ -12,8 +12,8 @@ import torch
 
 from ssod_edge.config import SCORES, Preprocess
 from ssod_edge.errors import VerificationError
-from ssod_edge.export.graph import FusedClassifier, PlainClassifier
-from ssod_edge.export.onnx import check_fused, fused_graph, plain_graph
+from ssod_edge.export.graph import FusedClassifier
+from ssod_edge.export.onnx import check_fused, fused_graph
 from ssod_edge.model import SSODClassifier, build_model, normalise
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.scores import ood_scores
@@ -99,18 +99,3 @@ def test_graph_ends_in_one_gemm_of_all_rows(small: SSODClassifier, small_graph: 
     assert Counter(node.op_type for node in small_graph.graph.node)["Gemm"] == 1
     with pytest.raises(VerificationError, match="9 rows"):
         check_fused(small_graph, rows=9)
-
-
-def test_plain_graph_has_the_same_trunk_and_one_row_less(small: SSODClassifier, small_graph: onnx.ModelProto) -> None:
-    plain = plain_graph(small)
-    check_fused(plain, rows=len(CLASSES))
-    assert [output.name for output in plain.graph.output] == ["logits", "probs"]
-    fused_ops, plain_ops = (Counter(n.op_type for n in g.graph.node) for g in (small_graph, plain))
-    assert not plain_ops - fused_ops
-    assert set(fused_ops - plain_ops) <= {"Slice", "Gather", "ReduceLogSumExp", "Neg"}
-    images = random_images(2)
-    with torch.no_grad():
-        logits, probs = PlainClassifier(small)(images)
-    expected = eager(small, images)
-    np.testing.assert_allclose(logits.numpy(), expected["logits"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(probs.numpy(), expected["probs"], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,147 @@
+"""The `export` command: choose what is exported, say what happens, and show what came out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ssod_edge.checkpoint import find_run
+from ssod_edge.config import ScoreName
+from ssod_edge.errors import UsageError
+from ssod_edge.export.run import PRECISIONS, TARGETS, ExportOptions, export_source
+from ssod_edge.export.source import Source, from_run, from_weights, untrained
+from ssod_edge.runtime import is_installed
+from ssod_edge.spec import Artifact, Spec
+
+UNTRAINED_WARNING = (
+    "WARNING: there is no trained run of '{backbone}' under '{runs}': exporting UNTRAINED weights. They show how fast "
+    "the backbone runs; their classes and verdicts mean nothing, and predict refuses them without --allow-untrained."
+)
+NO_IMAGES_NOTE = (
+    "note: without images there is no threshold, so nothing can be told known from unknown. "
+    "Add --id DATA, or fit one later with: ssod-edge calibrate"
+)
+
+WIDE = 200
+
+
+def run_export(
+    run: str | None,
+    runs: str = "runs",
+    out: str | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
+    pretrained: bool = False,
+    data: str | None = None,
+    classes: str | None = None,
+    size: int | None = None,
+    precisions: tuple[str, ...] = (),
+    target: str = "all",
+    score: ScoreName | None = None,
+    tpr: float = 0.95,
+) -> int:
+    """Export, and print a table of the artifacts; returns the exit code.
+
+    Args:
+        run: a run folder or checkpoint; None takes the newest run of `backbone`, or its untrained weights.
+        runs: folder of runs.
+        out: the export folder; None is `export` inside the run folder.
+        backbone: an alias or a timm name.
+        weights, pretrained: export these instead of a run; see `ssod_edge.export.source.from_weights`.
+        data: in-distribution images for the thresholds; None takes the run's calibration split.
+        classes: file of class names for `weights` and `pretrained`.
+        size: input size in pixels, of weights that were not trained here.
+        precisions: of "fp32" and "fp16"; none given makes both.
+        target: "onnx", "openvino", or "all" that is installed.
+        score, tpr: see `ExportOptions`.
+    """
+    started = time.monotonic()
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    options = ExportOptions(precisions or PRECISIONS, engines_for(target), tpr, score)
+    source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
+    if not source.trained:
+        warning = UNTRAINED_WARNING.format(backbone=source.model.backbone_name, runs=runs)
+        console.print(Text(warning, "bold red"))
+    elif source.calibration is None:
+        console.print(Text(NO_IMAGES_NOTE, "yellow"))
+    spec = export_source(source, out, options, say=lambda line: console.print(Text(line)))
+    folder = Path(out) if out else source.folder / "export"
+    print_artifacts(spec, folder)
+    console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
+    return 0
+
+
+def engines_for(target: str) -> tuple[str, ...]:
+    """The engines of "onnx", "openvino" or "all" (those that are installed)."""
+    if target == "all":
+        return tuple(engine for engine in TARGETS if is_installed(engine)) or TARGETS
+    return ("onnxruntime",) if target == "onnx" else ("openvino",)
+
+
+def choose_source(
+    run: str | None,
+    runs: str = "runs",
+    backbone: str | None = None,
+    weights: str | None = None,
+    pretrained: bool = False,
+    data: str | None = None,
+    classes: str | None = None,
+    size: int | None = None,
+) -> Source:
+    """What the arguments of `run_export` mean.
+
+    Raises:
+        UsageError: they contradict each other, or there is nothing to export.
+    """
+    if weights or pretrained:
+        if run or not backbone or (weights and pretrained):
+            raise UsageError("give --backbone NAME with either --weights FILE or --pretrained, and no run")
+        return from_weights(backbone, weights, runs, data, classes, size)
+    if classes:
+        raise UsageError("--classes belongs to --weights or --pretrained; a run knows its classes")
+    if run and backbone:
+        raise UsageError("give a run, or --backbone for the newest run of it, not both")
+    if run is None:
+        try:
+            run = str(find_run(runs, backbone))
+        except UsageError:
+            if backbone is None:
+                raise
+            if data:
+                raise UsageError("untrained weights have no threshold; leave --id out, or train first") from None
+            return untrained(backbone, runs, size)
+    if size:
+        raise UsageError("--size belongs to weights that were not trained here; a run has its own input size")
+    return from_run(run, data)
+
+
+def print_artifacts(spec: Spec, folder: Path) -> None:
+    """The table of an export on standard output."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("artifact", no_wrap=True)
+    for heading in ("size", "max |dlogit|", "agreement", "flips", "threshold", "verified"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for artifact in spec.artifacts:
+        table.add_row(*_row(artifact, folder))
+    # Off a terminal a row is one line.
+    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+
+
+def _row(artifact: Artifact, folder: Path) -> tuple[str, ...]:
+    size = sum((folder / name).stat().st_size for name in artifact.files) / 1e6
+    figures, threshold = artifact.verification or {}, artifact.threshold
+    flips = figures.get("decision_flips")
+    return (
+        artifact.name,
+        f"{size:.1f} MB",
+        f"{figures['max_abs_logit_diff']:.1e}",
+        f"{figures['class_agreement']:.1%}",
+        "-" if flips is None else f"{flips}/{figures['n']}",
+        "none" if threshold is None else f"{threshold.value:.4f}",
+        f"yes, {figures['precision']} on {figures['device']}",
+    )

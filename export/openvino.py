@@ -1,0 +1,35 @@
+"""OpenVINO IR from the ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssod_edge.errors import OutputError, VerificationError, missing_extra
+
+
+def save_ir(onnx_path: Path, folder: Path) -> tuple[Path, Path]:
+    """Convert an ONNX file; returns the paths of `model.xml` and `model.bin` in `folder`.
+
+    The types of the graph are kept as they are: an fp16 graph gives an IR whose trunk is stored in fp16 and whose
+    normalisation and head are fp32. OpenVINO's own compression would store the head in fp16 too.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+        VerificationError: OpenVINO cannot read the graph.
+        OutputError: the IR cannot be written.
+    """
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        raise missing_extra("openvino", "making an OpenVINO IR") from None
+    try:
+        model = openvino.convert_model(str(onnx_path))
+    except Exception as error:  # OpenVINO raises RuntimeError and classes of its frontends
+        raise VerificationError(f"OpenVINO {openvino.__version__} cannot read '{onnx_path.name}': {error}") from error
+    path = folder / "model.xml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"cannot write '{path}': {error}. Free some space or choose another folder.") from error
+    return path, path.with_suffix(".bin")

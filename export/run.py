@@ -1,0 +1,224 @@
+"""A whole export: make every artifact, fit its threshold, prove its numbers, then release all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from ssod_edge import __version__
+from ssod_edge.config import DEFAULT_SCORE, ScoreName
+from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.export.fp16 import HalfReport, to_fp16
+from ssod_edge.export.onnx import OPSET, fused_graph, save_onnx
+from ssod_edge.export.openvino import save_ir
+from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
+from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
+from ssod_edge.export.staging import staged
+from ssod_edge.files import sha256_file
+from ssod_edge.metrics import conformal_threshold
+from ssod_edge.progress import image_bar
+from ssod_edge.runtime import ENGINES, Runner, is_installed, open_runner
+from ssod_edge.runtime.verify import check_passed, verify_runner
+from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, save_spec
+
+PRECISIONS = ("fp32", "fp16")
+TARGETS = ("onnxruntime", "openvino")
+#: Images in a reference that has to do without real ones.
+SYNTHETIC_IMAGES = 32
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make.
+
+    Attributes:
+        precisions: of `PRECISIONS`.
+        engines: of `TARGETS`.
+        target_tpr: share of in-distribution images that must stay known, in (0, 1).
+        score: the OOD score that the graph computes; None takes the default.
+    """
+
+    precisions: tuple[str, ...] = PRECISIONS
+    engines: tuple[str, ...] = TARGETS
+    target_tpr: float = 0.95
+    score: ScoreName | None = None
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
+            if not given or not set(given) <= set(known):
+                raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        if not 0 < self.target_tpr < 1:
+            raise UsageError(f"target_tpr must lie between 0 and 1, got {self.target_tpr}")
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    precisions: Sequence[str] = PRECISIONS,
+    engines: Sequence[str] = TARGETS,
+    target_tpr: float = 0.95,
+    score: ScoreName | None = None,
+) -> Spec:
+    """Export a trained run; see `export_source`.
+
+    Args:
+        run: a run folder, or a checkpoint file.
+        out: the export folder; None is `export` inside the run folder.
+        precisions, engines, target_tpr, score: see `ExportOptions`.
+    """
+    options = ExportOptions(tuple(precisions), tuple(engines), target_tpr, score)
+    return export_source(from_run(run), out, options)
+
+
+def export_source(
+    source: Source, out: str | Path | None = None, options: ExportOptions | None = None, say: Say = lambda line: None
+) -> Spec:
+    """Make, calibrate and verify every artifact, then put the whole folder in its place by a rename.
+
+    Args:
+        source: what to export.
+        out: the export folder; None is `export` in the source's run folder, which is made if need be.
+        options: what to make.
+        say: gets a line for each step.
+
+    Returns:
+        the spec that was written.
+
+    Raises:
+        UsageError: the backbone cannot be exported, or there are too few images for `target_tpr`.
+        MissingExtraError: an engine that was asked for is not installed.
+        VerificationError: an artifact drifted beyond its tolerance; nothing is released.
+        OutputError: the folder cannot be written. In every case an earlier export is unchanged.
+    """
+    options = options or ExportOptions()
+    for engine in options.engines:
+        if not is_installed(engine):
+            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
+    check_score(source, options.score or DEFAULT_SCORE)
+    if out is None:
+        check_run_folder(source)
+    with staged(Path(out) if out is not None else source.folder / "export") as folder:
+        spec = _build(source, folder, options, say)
+        spec = _prove(source, folder, spec, options.target_tpr, say)
+        if out is None and source.checkpoint is None:
+            spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
+            save_spec(spec, folder)
+    return spec
+
+
+def _build(source: Source, folder: Path, options: ExportOptions, say: Say) -> Spec:
+    """Write every artifact and the reference; the spec has neither thresholds nor figures yet."""
+    score = options.score or DEFAULT_SCORE
+    reference_sha256 = sha256_file(_reference(source, folder))
+    say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {score}")
+    fp32 = fused_graph(source.model, score, source.trained)
+    artifacts: list[Artifact] = []
+    for precision in options.precisions:
+        graph = fp32
+        if precision == "fp16":
+            graph, report = to_fp16(fp32, len(source.model.classes) + 1)
+            say(_weights_line(report))
+        path = save_onnx(graph, folder / f"model-{precision}.onnx")
+        if "onnxruntime" in options.engines:
+            artifacts.append(_artifact("onnxruntime", precision, folder, [path]))
+        if "openvino" in options.engines:
+            artifacts.append(_artifact("openvino", precision, folder, save_ir(path, folder / f"openvino-{precision}")))
+        if "onnxruntime" not in options.engines:
+            path.unlink()
+    evidence = "chosen when exporting" if options.score else "the default; no study has chosen one for this model"
+    spec = Spec(
+        backbone=source.model.backbone_name,
+        classes=source.model.classes,
+        preprocess=source.model.preprocess,
+        score={"name": score, "evidence": evidence},
+        trained=source.trained,
+        reference_sha256=reference_sha256,
+        source=source.facts,
+        artifacts=tuple(sorted(artifacts, key=lambda artifact: TARGETS.index(artifact.engine))),
+    )
+    save_spec(spec, folder)
+    return spec
+
+
+def _reference(source: Source, folder: Path) -> Path:
+    """`reference.npz` from the calibration images, or from noise where there are none."""
+    settings, calibration = source.model.preprocess, source.calibration
+    if calibration is None:
+        images = synthetic_images(SYNTHETIC_IMAGES, settings.input_size)
+        labels = np.full(len(images), -1, np.int64)
+    else:
+        order = np.random.default_rng(0).permutation(calibration.indices)
+        batches = list(calibration.batches(settings, [], np.sort(order[:IMAGES])))
+        if not batches:
+            raise UsageError(f"none of the images of {calibration.description} can be read")
+        images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return write_reference(folder / REFERENCE_NAME, source.model, images, labels)
+
+
+def _artifact(engine: str, precision: str, folder: Path, paths: Sequence[Path]) -> Artifact:
+    packages = ("torch", "timm", "onnx", "onnxscript", engine)
+    return Artifact(
+        name=f"{engine.removesuffix('runtime')}-{precision}",
+        engine=engine,
+        precision=precision,
+        files={path.relative_to(folder).as_posix(): sha256_file(path) for path in paths},
+        opset=OPSET,
+        versions={"ssod-edge": __version__, **{package: version(package) for package in packages}},
+    )
+
+
+def _weights_line(report: HalfReport) -> str:
+    line = f"fp16: {report.weights} weights, largest error {report.max_abs_error:.2g}"
+    for count, what in ((report.clipped, "clipped to 65504"), (report.flushed, "rounded to 0")):
+        line += f", {count} {what}" if count else ""
+    return line
+
+
+def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say) -> Spec:
+    """Fit each artifact's threshold on its own scores, verify it at that threshold, and write both down."""
+    with ExitStack() as stack:
+        runners = [
+            stack.enter_context(open_runner(folder, artifact=a.name, allow_untrained=True, verify=False))
+            for a in spec.artifacts
+        ]
+        if source.trained and source.calibration is not None:
+            _fit_thresholds(source, runners, target_tpr, say)
+        failures: list[str] = []
+        for runner in runners:
+            verification = verify_runner(runner, folder)
+            try:
+                check_passed(runner.artifact, verification)
+            except VerificationError as error:
+                failures.append(str(error))
+            spec = spec.with_artifact(replace(runner.artifact, verification=verification.to_dict()))
+    if failures:
+        raise VerificationError("nothing is released: " + "\n".join(failures))
+    save_spec(spec, folder)
+    return spec
+
+
+def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float, say: Say) -> None:
+    """One pass over the calibration images, which every runner sees; each runner's artifact gets its threshold."""
+    calibration = source.calibration
+    assert calibration is not None
+    say(f"fitting thresholds on {len(calibration.indices)} images of {calibration.description}")
+    scores: list[list[np.ndarray]] = [[] for _ in runners]
+    failed: list[str] = []
+    with image_bar("calibrating", len(calibration.indices)) as advance:
+        for images, _ in calibration.batches(source.model.preprocess, failed):
+            for runner, found in zip(runners, scores, strict=True):
+                found.append(runner.infer({"image": images})["ood_score"])
+            advance(len(images))
+    for message in failed:
+        say(f"left out: {message}")
+    for runner, found in zip(runners, scores, strict=True):
+        values = np.concatenate(found) if found else np.empty(0, np.float32)
+        threshold = conformal_threshold(values, target_tpr, calibration.description)
+        runner.artifact = replace(runner.artifact, threshold=threshold)

@@ -1,0 +1,268 @@
+"""What is exported: a training run, published or local weights, or untrained weights for latency work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+
+from ssod_edge.checkpoint import BEST, load_model, model_meta, model_tensors, save_checkpoint
+from ssod_edge.config import Preprocess, ScoreName, resolve_backbone
+from ssod_edge.data import ImageSource, open_dataset
+from ssod_edge.errors import ImageError, SsodEdgeError, UsageError
+from ssod_edge.files import sha256_file
+from ssod_edge.image import preprocess
+from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, load_weights
+
+#: Scores that need the OOD row, which only training with the OOD loss gives a meaning.
+NEED_OOD_ROW = ("ssod", "posterior")
+UNTRAINED_CLASSES = 1000
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """In-distribution images that were not trained on.
+
+    Attributes:
+        source: where they come from.
+        indices: which of them.
+        description: for the record.
+    """
+
+    source: ImageSource
+    indices: NDArray[np.int64]
+    description: str
+
+    def batches(
+        self, settings: Preprocess, failed: list[str], indices: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """(images uint8 [n, 3, S, S], labels int64 [n]) in batches. Unreadable images are left out, and said so.
+
+        Args:
+            settings: the model's preprocessing.
+            failed: gets the message of each image that cannot be read.
+            indices: which images; None for all.
+        """
+        chosen = self.indices if indices is None else indices
+        for start in range(0, len(chosen), BATCH):
+            images, labels = [], []
+            for index in chosen[start : start + BATCH].tolist():
+                try:
+                    images.append(preprocess(self.source.image(index), settings))
+                except ImageError as error:
+                    failed.append(str(error))
+                else:
+                    labels.append(int(self.source.labels[index]))
+            if images:
+                yield np.stack(images), np.array(labels, np.int64)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and what the spec has to say about its origin.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        trained: False for random weights.
+        folder: the run folder; the export goes into `folder/export` unless another place is named.
+        facts: the spec's `source`.
+        calibration: None if there are no images to fit thresholds on.
+        checkpoint: the run's; None if `folder` is yet to be made from the weights.
+    """
+
+    model: SSODClassifier
+    trained: bool
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    checkpoint: Path | None = None
+
+
+def check_score(source: Source, score: ScoreName) -> None:
+    """Raises UsageError if the score needs an OOD row and this model's was never trained."""
+    if score in NEED_OOD_ROW and source.trained and not source.model.ood.weight.any():
+        raise UsageError(
+            f"the score '{score}' needs a trained OOD row, and this model has none. "
+            "Choose --score energy, msp or maxlogit, or train with the OOD loss."
+        )
+
+
+def from_run(path: str | Path, data: str | None = None) -> Source:
+    """A trained run.
+
+    Args:
+        path: a run folder, or a checkpoint file.
+        data: images for the thresholds; None takes the run's own calibration split.
+
+    Raises:
+        ArtifactError: the checkpoint is missing or damaged.
+        UsageError: the training data is gone or changed, so that there is no calibration split.
+    """
+    path = Path(path)
+    model, meta = load_model(path)
+    checkpoint = path / BEST if path.is_dir() else path
+    folder = checkpoint.parent
+    calibration = from_dataset(data) if data else _run_split(folder, meta)
+    facts = {
+        "run": folder.resolve().name,
+        "checkpoint_sha256": sha256_file(checkpoint),
+        **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
+        "id_accuracy_val": meta.get("val_accuracy"),
+    }
+    return Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
+
+
+def from_weights(
+    backbone: str,
+    weights: str | None,
+    runs: str | Path = "runs",
+    data: str | None = None,
+    classes_file: str | None = None,
+    input_size: int | None = None,
+) -> Source:
+    """Weights that were trained elsewhere: they have classes, and no OOD row.
+
+    Args:
+        backbone: an alias or a timm name.
+        weights: a .safetensors or .pth file; None takes timm's published weights.
+        runs: folder of runs; the model gets a folder there.
+        data: in-distribution images for the thresholds, in CLASS/IMAGE folders that name the classes.
+        classes_file: the class names, one a line, in label order; wins over the folder names of `data`.
+        input_size: in pixels; None takes the backbone's.
+
+    Raises:
+        UsageError: the number of classes does not fit the weights, or they cannot be had.
+        ArtifactError: the weights are unreadable or of another model.
+    """
+    calibration = from_dataset(data, labelled=classes_file is None) if data else None
+    if classes_file is not None:
+        classes = _read_classes(classes_file)
+    elif calibration is not None:
+        classes = calibration.source.classes
+    else:
+        classes = imagenet_classes()
+    name = resolve_backbone(backbone)
+    settings = backbone_preprocess(backbone, input_size, pretrained=True)
+    model = _pretrained(name, classes, settings) if weights is None else build_model(name, classes, settings)
+    if weights is not None:
+        _load_all_weights(model, weights)
+    origin = Path(weights).stem if weights else "pretrained"
+    facts: dict[str, Any] = {"run": f"{name}-{origin}", "weights": Path(weights).name if weights else "timm"}
+    if weights is not None:
+        facts["weights_sha256"] = sha256_file(weights)
+    if calibration is not None:
+        facts |= {"data": data, "data_fingerprint": calibration.source.fingerprint}
+    return Source(model.eval(), True, Path(runs) / facts["run"], facts, calibration)
+
+
+def untrained(backbone: str, runs: str | Path = "runs", input_size: int | None = None) -> Source:
+    """Seeded random weights with 1000 classes: the latency of a backbone, and nothing else.
+
+    Raises:
+        UsageError: no such backbone, or one that is not supported.
+    """
+    torch.manual_seed(0)
+    classes = tuple(str(index) for index in range(UNTRAINED_CLASSES))
+    model = build_model(backbone, classes, backbone_preprocess(backbone, input_size)).eval()
+    name = f"{model.backbone_name}-untrained"
+    return Source(model, False, Path(runs) / name, {"run": name})
+
+
+def save_run(source: Source) -> Path:
+    """Put the weights of a source without a run where a run has them, so that the eager model can be opened too.
+
+    Returns:
+        the checkpoint.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    meta = {
+        **model_meta(source.model),
+        "trained": source.trained,
+        "epoch": None,
+        "val_accuracy": None,
+        **{key: source.facts.get(key) for key in ("data", "data_fingerprint", "splits_hash")},
+    }
+    save_checkpoint(source.folder / BEST, model_tensors(source.model), meta)
+    return source.folder / BEST
+
+
+def check_run_folder(source: Source) -> None:
+    """Raises UsageError if the folder that a source is about to make belongs to a training run."""
+    if source.checkpoint is None and (source.folder / "config.json").exists():
+        raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
+
+
+def from_dataset(name: str, labelled: bool = False) -> Calibration:
+    """All images of a data set."""
+    images = open_dataset(name, labelled=labelled)
+    return Calibration(images, np.arange(len(images)), f"'{name}', fingerprint {images.fingerprint[:12]}")
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The 1000 classes of ImageNet-1k in label order: WordNet id and first name, "n01440764_tench"."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    names = (info.index_to_description(index).split(",")[0].replace(" ", "_") for index in range(info.num_classes()))
+    return tuple(f"{info.index_to_label_name(index)}_{name}" for index, name in enumerate(names))
+
+
+def _run_split(folder: Path, meta: dict[str, Any]) -> Calibration:
+    """The calibration split that training recorded."""
+    data = str(meta.get("data"))
+    try:
+        source = open_dataset(data)
+        record = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+        indices = np.asarray(record["calib"], dtype=np.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the run's calibration images cannot be had ({error}). Name others with --id") from error
+    if (source.fingerprint, record.get("splits_hash")) != (meta.get("data_fingerprint"), meta.get("splits_hash")):
+        raise UsageError(
+            f"the data set '{data}' or '{folder / 'splits.json'}' changed since training. Name images with --id"
+        )
+    return Calibration(source, indices, f"'{data}', calib split {str(meta['splits_hash'])[:12]}")
+
+
+def _pretrained(name: str, classes: tuple[str, ...], settings: Preprocess) -> SSODClassifier:
+    count = timm.get_pretrained_cfg(name).num_classes
+    if count != len(classes):
+        raise UsageError(f"timm's weights of '{name}' have {count} classes, got {len(classes)}. Give --classes FILE")
+    try:
+        return build_model(name, classes, settings, pretrained=True)
+    except SsodEdgeError:
+        raise
+    except Exception as error:  # a download fails in many ways
+        raise UsageError(f"timm's weights of '{name}' cannot be had ({error}). Give a file with --weights") from error
+
+
+def _load_all_weights(model: SSODClassifier, path: str) -> None:
+    """Load a file whose classifier must fit as well: `load_weights` leaves out one of another width."""
+    with torch.no_grad():
+        model.classifier.weight.fill_(torch.nan)
+    load_weights(model.backbone, path)
+    if model.classifier.weight.isnan().any():
+        raise UsageError(
+            f"the classifier in '{path}' does not have {len(model.classes)} classes. Name them with --classes FILE, "
+            "one a line in label order, or with the folders of --id DATA"
+        )
+
+
+def _read_classes(path: str) -> tuple[str, ...]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes '{path}' cannot be read: {error}") from error
+    classes = tuple(line.strip() for line in lines if line.strip())
+    if len(set(classes)) != len(classes):
+        raise UsageError(f"--classes '{path}' names a class twice")
+    return classes
