@@ -6,6 +6,7 @@ A run folder holds `config.json`, `splits.json`, `metrics.jsonl`, `last.safetens
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(contiguous, metadata={"ssod_edge": json.dumps({"schema_version": SCHEMA_VERSION, **meta})})
+    meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": _hash(contiguous), **meta}
+    data = save(contiguous, metadata={"ssod_edge": json.dumps(meta)})
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -61,7 +63,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"checkpoint '{path}' has schema version {meta['schema_version']}; this release reads up to "
             f"{SCHEMA_VERSION}. Update with: pip install -U ssod-edge"
         )
+    if _hash(tensors) != meta["tensors_sha256"]:
+        raise ArtifactError(f"checkpoint '{path}' was changed after it was written: its tensors' hash does not match")
     return tensors, meta
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of contiguous tensors, hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_meta(model: SSODClassifier) -> dict[str, Any]:

@@ -164,8 +164,7 @@ def _linear_fp32(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _label_patches(logits: Tensor, target: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     valid = target >= 0
     index = target.clamp(min=0).unsqueeze(1)
-    log_confidence = logits.gather(1, index).squeeze(1) - torch.logsumexp(logits, dim=1)
-    confidence = torch.where(valid, log_confidence.exp(), torch.nan)
+    confidence = torch.where(valid, logits.softmax(dim=1).gather(1, index).squeeze(1), torch.nan)
     label = torch.full_like(target, IGNORED, dtype=torch.int8)
     # gamma and 1 - gamma are rounded once, from double, to the dtype they are compared in.
     upper, lower = confidence.new_tensor(gamma), confidence.new_tensor(1.0 - gamma)

@@ -1,0 +1,227 @@
+"""Data sets: every layout, the splits, and images that cannot be read."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import write_folder
+from PIL import Image
+
+from ssod_edge.config import Preprocess
+from ssod_edge.data import (
+    EvalImages,
+    TrainImages,
+    augment,
+    load_batches,
+    open_dataset,
+    read_class_list,
+    split_dataset,
+)
+from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.image import load_image, preprocess, via
+
+SETTINGS = Preprocess(input_size=24)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "pictures")
+
+
+def as_tar(folder: Path) -> Path:
+    path = folder.with_suffix(".tar")
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*.png")):
+            tar.add(file, file.relative_to(folder))
+    return path
+
+
+def test_a_folder_and_its_tar_hold_the_same_images(folder):
+    plain, tar = open_dataset(str(folder)), open_dataset(str(as_tar(folder)))
+    assert plain.classes == tar.classes == ("class0", "class1", "class2")
+    assert len(plain) == len(tar) == 36 and plain.labels.dtype == np.int64
+    for index in (0, 17, 35):
+        assert plain.labels[index] == tar.labels[index]
+        assert Path(plain.source(index)).name == Path(tar.source(index)).name
+        assert np.array_equal(np.asarray(plain.image(index)), np.asarray(tar.image(index)))
+
+
+def test_workers_that_share_a_tar_file_read_the_right_bytes(folder):
+    source = open_dataset(str(as_tar(folder)))
+    source.image(0)  # opens the file in this process, before the workers are forked
+    dataset = EvalImages(source, None, SETTINGS)
+    alone = [dataset[i] for i in range(len(dataset))]
+    seen = 0
+    for images, labels, indices in load_batches(dataset, 2, batch_size=5):
+        for image, label, index in zip(images, labels, indices, strict=True):
+            assert np.array_equal(image.numpy(), alone[int(index)][0].numpy()) and int(label) == alone[int(index)][1]
+            seen += 1
+    assert seen == len(source)
+
+
+def test_torchvision_data_sets(folder):
+    source = open_dataset(f"torch/image_folder:{folder}")
+    assert source.classes == ("class0", "class1", "class2") and len(source) == 36
+    assert np.array_equal(np.asarray(source.image(3)), np.asarray(open_dataset(str(folder)).image(3)))
+    with pytest.raises(UsageError, match="cannot be opened"):
+        open_dataset(f"torch/cifar10:{folder}")
+
+
+def test_hugging_face_data_sets(folder, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="needs the package 'datasets'")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    source = open_dataset(f"hfds/{folder}:train")
+    assert source.classes == ("class0", "class1", "class2") and len(source) == 36
+    assert source.image(0).mode == "RGB" and source.image(0).size == (40, 40)
+
+
+def test_the_demo_has_its_own_splits():
+    source = open_dataset("demo")
+    splits = split_dataset(source, 0.05, 0.05, seed=0)
+    assert sum(map(len, (splits.train, splits.val, splits.calib))) == len(source) and not source.hflip_ok
+    val = open_dataset("demo:val")
+    assert np.array_equal(np.asarray(source.image(int(splits.val[3]))), np.asarray(val.image(3)))
+    assert source.labels[splits.val[3]] == val.labels[3] and source.classes == val.classes
+    with pytest.raises(UsageError):
+        open_dataset("demo:nothing")
+
+
+def test_splits_are_disjoint_by_class_and_seeded(folder):
+    source = open_dataset(str(folder))
+    splits = split_dataset(source, 0.2, 0.2, seed=1)
+    parts = (splits.train, splits.val, splits.calib)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(36))
+    assert all(
+        np.bincount(source.labels[part], minlength=3).tolist() == [n] * 3
+        for part, n in zip(parts, (8, 2, 2), strict=True)
+    )
+    assert split_dataset(source, 0.2, 0.2, seed=1).hash == splits.hash
+    assert split_dataset(source, 0.2, 0.2, seed=2).hash != splits.hash
+
+
+def test_small_fractions_still_leave_one_image_of_each_class(folder):
+    splits = split_dataset(open_dataset(str(folder)), 0.001, 0.001, seed=0)
+    assert (len(splits.train), len(splits.val), len(splits.calib)) == (30, 3, 3)
+
+
+def test_the_fingerprint_follows_names_and_labels(folder):
+    before = open_dataset(str(folder)).fingerprint
+    assert open_dataset(str(folder)).fingerprint == before
+    shutil.move(folder / "class0" / "00.png", folder / "class1" / "zz.png")
+    assert open_dataset(str(folder)).fingerprint != before
+
+
+def test_chosen_classes_keep_labels_and_names(folder, tmp_path):
+    names = tmp_path / "some.txt"
+    names.write_text("# two of them\n2\nclass0  # by name\n\n")
+    source, chosen = open_dataset(str(folder)), open_dataset(f"{folder}@{names}")
+    assert len(chosen) == 24 and set(chosen.labels.tolist()) == {0, 2} and chosen.classes == source.classes
+    assert np.array_equal(np.asarray(chosen.image(12)), np.asarray(source.image(24)))
+    assert chosen.source(12) == source.source(24) and chosen.fingerprint != source.fingerprint
+    names.write_text("7\n")
+    with pytest.raises(UsageError, match="names '7'"):
+        open_dataset(f"{folder}@{names}")
+    with pytest.raises(UsageError, match="one of: imagenet-objects"):
+        open_dataset(f"{folder}@nothing")
+
+
+def test_the_shipped_list_leaves_out_animals_and_vehicles():
+    chosen = read_class_list("imagenet-objects", tuple(str(i) for i in range(1000)))
+    assert min(chosen) == 398 and len(set(chosen)) == len(chosen) == 518
+    for index in (404, 436, 472, 603, 627, 717, 780, 864, 895):  # airliner ... warplane
+        assert index not in chosen
+
+
+def test_data_that_cannot_be_trained_on_is_refused_with_the_fix(tmp_path, folder):
+    with pytest.raises(UsageError, match="does not exist"):
+        open_dataset(str(tmp_path / "nowhere"))
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(UsageError, match="holds no images"):
+        open_dataset(str(tmp_path / "hollow"))
+    (tmp_path / "text.tar").write_text("not a tar")
+    with pytest.raises(UsageError, match="holds no images"):
+        open_dataset(str(tmp_path / "text.tar"))
+    (folder / "class9").mkdir()
+    with pytest.raises(UsageError, match="class folder 'class9' .* holds no images"):
+        open_dataset(str(folder))
+    assert len(open_dataset(str(folder), labelled=False)) == 36
+    (folder / "class9").rmdir()
+    for index in range(2, 12):
+        (folder / "class1" / f"{index:02}.png").unlink()
+    with pytest.raises(UsageError, match="class 'class1' .* has 2 image"):
+        split_dataset(open_dataset(str(folder)), 0.1, 0.1, 0)
+
+
+def test_a_label_outside_the_classes_is_refused(folder, monkeypatch):
+    import ssod_edge.data
+
+    real = ssod_edge.data._open_reader
+    for wrong in (-1, 3):
+
+        def broken(name, wrong=wrong):
+            reader, labels, classes = real(name)
+            labels[5] = wrong
+            return reader, labels, classes
+
+        monkeypatch.setattr(ssod_edge.data, "_open_reader", broken)
+        with pytest.raises(UsageError, match=f"label {wrong}, outside its 3 classes"):
+            open_dataset(str(folder))
+
+
+def test_a_flat_folder_is_an_ood_set(folder):
+    flat = open_dataset(str(folder / "class1"), labelled=False)
+    assert len(flat) == 12
+
+
+def test_evaluation_images_are_the_runtimes_bytes(folder):
+    source = open_dataset(str(folder))
+    image, label, index = EvalImages(source, np.array([20, 3]), SETTINGS)[1]
+    expected = load_image(source.source(3) if Path(source.source(3)).exists() else folder / source.source(3))
+    assert np.array_equal(image.numpy(), preprocess(expected, SETTINGS)) and (label, index) == (0, 3)
+    through = EvalImages(source, None, SETTINGS, via_size=8)[3][0]
+    assert np.array_equal(through.numpy(), preprocess(via(expected, 8), SETTINGS))
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
+    source = open_dataset(str(folder))
+
+    def batch(seed=0, epoch=0, workers=0, order=(4, 5, 6)):
+        dataset = TrainImages(source, SETTINGS, seed, 0.5, 0.5)
+        dataset.start_epoch(epoch, 24)
+        found = {}
+        for images, _, indices in load_batches(dataset, workers, batch_sampler=[[i] for i in order]):
+            found[int(indices[0])] = images[0].numpy()
+        return np.stack([found[i] for i in (4, 5, 6)])
+
+    reference = batch()
+    assert np.array_equal(reference, batch(workers=2, order=(6, 4, 5)))
+    for other in (batch(seed=1), batch(epoch=1)):
+        assert not np.array_equal(reference, other)
+
+
+def test_augmentation_mirrors_only_where_a_mirrored_image_keeps_its_label():
+    image = Image.fromarray(np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (32, 1, 3)))
+
+    def rising(hflip):
+        rng = np.random.default_rng(0)
+        return [
+            float(np.diff(augment(image, SETTINGS, rng, 0.9, hflip)[0].astype(float)).mean()) > 0 for _ in range(20)
+        ]
+
+    assert all(rising(0.0)) and not any(rising(1.0)) and 0 < sum(rising(0.5)) < 20
+    assert TrainImages(open_dataset("demo:val"), SETTINGS, 0, 0.5, 0.5).hflip == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_without_a_traceback(folder, workers):
+    path = folder / "class1" / "05.png"
+    path.write_bytes(path.read_bytes()[:60])
+    dataset = EvalImages(open_dataset(str(folder)), None, SETTINGS)
+    with pytest.raises(ImageError) as caught:
+        list(load_batches(dataset, workers, batch_size=4))
+    message = str(caught.value)
+    assert "05.png" in message and "Traceback" not in message and "\n" not in message

@@ -1,0 +1,173 @@
+"""The model: any timm CNN, one more row, patches through its own head."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
+from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.model import backbone_preprocess, build_model, normalise
+
+CLASSES = ("cat", "dog", "horse")
+
+
+def small_model(name="test_efficientnet", size=64):
+    torch.manual_seed(0)
+    return build_model(name, CLASSES, Preprocess(input_size=size))
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_patches_through_the_unpooled_head_are_the_head_on_each_patch(alias):
+    model = small_model(alias, 96).eval()
+    with torch.no_grad():
+        feature_map = model.backbone.forward_features(torch.randn(2, 3, 96, 96))
+        patches = model.patch_features(feature_map)
+        n, h, w, d = patches.shape
+        assert (n, h, w) == (2, *feature_map.shape[2:]) and d == model.classifier.in_features
+        for i in range(h):
+            alone = model.backbone.forward_head(feature_map[:, :, i : i + 1, :1], pre_logits=True)
+            torch.testing.assert_close(patches[:, i, 0], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_papers_regnet_has_its_width():
+    assert small_model("regnet").classifier.in_features == 784
+    assert resolve_backbone("mobilenetv3") == "mobilenetv3_large_100"
+
+
+def test_mobilenets_head_does_not_commute_with_pooling():
+    model = small_model("mobilenetv3_small_050").eval()
+    with torch.no_grad():
+        feature_map = 3 * torch.randn(2, model.backbone.conv_head.in_channels, 2, 2)
+        patches = model.patch_features(feature_map)
+        pooled = model.backbone.forward_head(feature_map, pre_logits=True)
+    assert (patches.mean((1, 2)) - pooled).abs().max() > 0.1 * pooled.abs().max()
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet"])
+def test_patches_train_every_weight_and_leave_batch_statistics_alone(name):
+    model = small_model(name).train()
+    x = torch.randn(4, 3, 64, 64)
+    counts = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
+    logits, z, per_image = model.forward_train(x)
+    assert logits.shape == (4, 3) and z.shape == (4 * per_image, model.classifier.in_features)
+    after = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
+    assert counts and all(after[n] == counts[n] + 1 for n in counts)
+    (z**2).mean().backward()
+    trunk = [n for n, p in model.named_parameters() if p.grad is None]
+    assert set(trunk) == {"backbone.classifier.weight", "backbone.classifier.bias", "ood.weight", "ood.bias"} or all(
+        n.startswith(("backbone.head.fc", "ood")) for n in trunk
+    )
+
+
+def test_batch_norm_in_the_head_is_not_updated_by_patches():
+    model = small_model("mobilenetv4_conv_small").train()
+    norms = [n for n, _ in model.backbone.named_modules() if n.startswith("norm_head")]
+    assert norms, "this backbone no longer has batch norm in its head; choose another for this test"
+    before = model.backbone.norm_head.running_mean.clone()
+    feature_map = torch.randn(2, model.backbone.conv_head.in_channels, 2, 2)
+    model.patch_features(feature_map)
+    assert torch.equal(before, model.backbone.norm_head.running_mean)
+    model.backbone.forward_head(feature_map)
+    assert not torch.equal(before, model.backbone.norm_head.running_mean)
+
+
+def test_patches_of_one_image_are_adjacent():
+    model = small_model().eval()
+    with torch.no_grad():
+        x = torch.randn(3, 3, 64, 64)
+        _, z, per_image = model.forward_train(x)
+        _, alone, _ = model.forward_train(x[1:2])
+    torch.testing.assert_close(z[per_image : 2 * per_image], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fused_row_gives_what_the_two_heads_give():
+    model = small_model().eval()
+    torch.nn.init.normal_(model.ood.weight)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 64)
+        logits, s = model(x)
+        torch.testing.assert_close(logits, model.backbone(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(s, model.ood(model.features(x)).squeeze(1), rtol=1e-4, atol=1e-5)
+        weight, bias = model.head_weight()
+    assert weight.shape == (4, model.classifier.in_features) and bias.shape == (4,)
+    assert logits.dtype == s.dtype == torch.float32
+
+
+def test_plain_cross_entropy_computes_no_patches():
+    model = small_model()
+    logits, z, per_image = model.forward_train(torch.randn(2, 3, 64, 64), patches=False)
+    assert z is None and per_image == 0 and logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("test_vit", "not \\[N, C, H, W\\]"),
+        ("vgg11", "mixes neighbouring patches"),
+        ("test_mambaout", "cannot act on one patch"),
+        ("mobilenetv33", "unknown backbone 'mobilenetv33'. Similar: mobilenet"),
+        ("zzz", "unknown backbone"),
+    ],
+)
+def test_backbones_that_do_not_fit_are_refused_with_the_reason(name, reason):
+    with pytest.raises(UsageError, match=reason):
+        build_model(name, CLASSES, Preprocess())
+
+
+def test_one_class_is_refused():
+    with pytest.raises(UsageError, match="at least 2 classes"):
+        build_model("test_efficientnet", ("cat",), Preprocess())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_local_weights_of_another_width_keep_the_new_classifier(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    donor = timm.create_model("test_efficientnet", num_classes=7)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(donor.state_dict(), path)
+    else:
+        save_file(donor.state_dict(), path)
+    model = build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
+    assert torch.equal(model.backbone.conv_stem.weight, donor.conv_stem.weight)
+    assert model.classifier.out_features == 3
+
+
+def test_weights_of_another_model_or_no_weights_are_refused(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    with pytest.raises(ArtifactError, match="weights of another model"):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
+    path.write_bytes(b"not weights")
+    with pytest.raises(ArtifactError, match="cannot be read as weights"):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path / "none.pth")
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ArtifactError, match="cannot be read as weights"):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_normalise_is_scale_minus_mean_over_std():
+    settings = Preprocess(input_size=2, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+    image = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2) * 20
+    mean, std = torch.tensor(settings.mean)[:, None, None], torch.tensor(settings.std)[:, None, None]
+    torch.testing.assert_close(normalise(image, settings), (image.float() / 255 - mean) / std)
+
+
+def test_preprocessing_is_the_backbones_own():
+    settings = backbone_preprocess("tf_efficientnet_lite0", pretrained=True)
+    assert (settings.input_size, settings.crop_pct, settings.interpolation) == (224, 0.875, "bicubic")
+    assert backbone_preprocess("tf_efficientnet_lite0", 96).crop_pct == 1.0
+    assert backbone_preprocess("tf_efficientnet_lite0", 96).input_size == 96
