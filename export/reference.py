@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def write_reference(path: Path, model: SSODClassifier, images: NDArray[np.uint8]
     if not (np.isfinite(logits).all() and np.isfinite(id_logit).all()):
         raise VerificationError("the model gives logits that are not finite, so there is nothing to compare with")
     scores = {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
-    arrays = {"image": images, "label": labels, "logits": logits, "id_logit": id_logit, **scores}
+    arrays: dict[str, Any] = {"image": images, "label": labels, "logits": logits, "id_logit": id_logit, **scores}
     return write_atomic(path, lambda temporary: np.savez_compressed(temporary, **arrays))
 
 

@@ -84,43 +84,6 @@ def main(debug: bool) -> None:
     """Train, check and ship image classifiers that know when to say "unknown"."""
 
 
-@main.command()
-@click.argument("folder", metavar="[DIR]", required=False)
-@click.option("--backbone", help="Without DIR: the newest export of this backbone.")
-@click.option("--runs", default="runs", help="Folder of runs.")
-@click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
-@click.option("--id", "known", metavar="DATA", help="In-distribution images. Default: the run's validation split.")
-@click.option("--ood", "unknown", metavar="NAME=DATA", multiple=True, help="Out-of-distribution images; repeatable.")
-@click.option("--via", type=click.IntRange(min=1), help="Resize every image to this many pixels first, as in eval.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per query.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of each engine. Default: its own choice.")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the record to FILE.")
-@click.option("--compare", "compare_file", metavar="OLD.json", help="Show what moved since that record.")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
-@click.pass_context
-def bench(
-    ctx: click.Context,
-    /,
-    folder: str | None,
-    backbone: str | None,
-    runs: str,
-    json_file: str | None,
-    compare_file: str | None,
-    as_markdown: bool,
-    unknown: tuple[str, ...],
-    **options: Any,
-) -> None:
-    """Measure latency and accuracy of every artifact of an export, beside the eager model.
-
-    DIR is an export folder, or the run folder that holds it; default: the newest export.
-    """
-    from ssod_edge.bench.measurement import BenchOptions
-    from ssod_edge.bench.run import parse_unknown, run_bench
-
-    wanted = BenchOptions(unknown=parse_unknown(unknown), **options)
-    ctx.exit(run_bench(folder, backbone, wanted, json_file, compare_file, as_markdown, runs))
-
-
 def train_options(command: Any) -> Any:
     """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names."""
     options = [
@@ -222,6 +185,43 @@ def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **opt
 
 
 @main.command()
+@click.argument("folder", metavar="[DIR]", required=False)
+@click.option("--backbone", help="Without DIR: the newest export of this backbone.")
+@click.option("--runs", default="runs", help="Folder of runs.")
+@click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
+@click.option("--id", "known", metavar="DATA", help="In-distribution images. Default: the run's validation split.")
+@click.option("--ood", "unknown", metavar="NAME=DATA", multiple=True, help="Out-of-distribution images; repeatable.")
+@click.option("--via", type=click.IntRange(min=1), help="Resize every image to this many pixels first, as in eval.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per query.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each engine. Default: its own choice.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the record to FILE.")
+@click.option("--compare", "compare_file", metavar="OLD.json", help="Show what moved since that record.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    folder: str | None,
+    backbone: str | None,
+    runs: str,
+    json_file: str | None,
+    compare_file: str | None,
+    as_markdown: bool,
+    unknown: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Measure latency and accuracy of every artifact of an export, beside the eager model.
+
+    DIR is an export folder, or the run folder that holds it; default: the newest export.
+    """
+    from ssod_edge.bench.measurement import BenchOptions
+    from ssod_edge.bench.run import parse_unknown, run_bench
+
+    wanted = BenchOptions(unknown=parse_unknown(unknown), **options)
+    ctx.exit(run_bench(folder, backbone, wanted, json_file, compare_file, as_markdown, runs))
+
+
+@main.command()
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
@@ -230,7 +230,7 @@ def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **opt
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
 @click.option("--device", default="auto", help="Where to run: the CPU, or an OpenVINO device such as GPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine. Default: its own choice.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per run of the engine.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, help="Images per run of the engine.")
 @click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
 @click.pass_context
 def predict(
