@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from ssod_edge import __version__
+from ssod_edge.bench.environment import describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
 from ssod_edge.probe import PROBES
 
@@ -32,10 +31,7 @@ PURPOSES = {
     "openvino": "OpenVINO",
     "report": "the plots of eval and bench",
 }
-#: CPU features that decide how fast the engines are.
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8")
-ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
-CPUINFO = Path("/proc/cpuinfo")
+#: A driver that hangs is given up after this time.
 PROBE_TIMEOUT_S = 120
 
 
@@ -68,13 +64,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `doctor` found out."""
+    """Everything `doctor` found out; cpu, gpus and memory_mb as in a bench record."""
 
     ssod_edge: str
     python: str
     platform: str
     cpu: dict[str, Any]
-    memory_gb: float | None
+    gpus: list[str]
+    memory_mb: int | None
     packages: tuple[Package, ...]
     engines: tuple[Engine, ...]
 
@@ -92,8 +89,9 @@ def examine() -> Report:
         ssod_edge=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
-        cpu=cpu(),
-        memory_gb=memory_gb(),
+        cpu=describe_cpu(),
+        gpus=describe_gpus(),
+        memory_mb=memory_mb(),
         packages=tuple(package(module) for module in (*BASE, *EXTRAS)),
         engines=tuple(engines),
     )
@@ -140,33 +138,6 @@ def try_engine(name: str) -> list[Engine]:
     return [Engine(name, device, status, detail) for device, status, detail in outcomes]
 
 
-def cpu() -> dict[str, Any]:
-    """Model, usable cores, and the features that matter for inference (True where the CPU has them)."""
-    fields: dict[str, str] = {}
-    try:
-        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass  # not Linux: the model below is what the platform module knows
-    has = set(fields.get("flags", fields.get("Features", "")).split())
-    names = ARM_FLAGS if platform.machine() in ("aarch64", "arm64") else CPU_FLAGS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores,
-        "flags": {name: name in has for name in names},
-    }
-
-
-def memory_gb() -> float | None:
-    """Physical memory in GB (10^9 bytes), or None where the system does not say."""
-    try:
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
 def run_doctor(as_json: bool) -> int:
     """Print the report; returns the exit code: 3 if no engine can run an export here, else 0."""
     report = examine()
@@ -185,11 +156,14 @@ def show(report: Report) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    features = " ".join(name for name, present in report.cpu["flags"].items() if present) or "none of note"
     console.print(f"[bold]ssod-edge {report.ssod_edge}[/], Python {escape(report.python)}")
     console.print(report.platform, markup=False)
-    console.print(f"{report.cpu['model']}, {report.cpu['cores']} cores, {report.memory_gb} GB", markup=False)
-    console.print(f"CPU features: {features}\n", markup=False)
+    memory = "" if report.memory_mb is None else f", {report.memory_mb / 1000:.1f} GB memory"
+    console.print(f"{report.cpu['model']}, {report.cpu['usable_cores']} cores{memory}", markup=False)
+    console.print(f"CPU features: {' '.join(report.cpu['flags']) or 'unknown'}", markup=False)
+    for gpu in report.gpus:
+        console.print(f"GPU: {gpu}", markup=False)
+    console.print()
 
     table = Table("engine", "device", "status", "detail", title="Engines, each tried", title_justify="left")
     colour = {"ok": "green", "failed": "red", "missing": "yellow"}
