@@ -27,7 +27,8 @@ from ssod_edge.runtime.predict import Predictor, available_cores
 
 MakeExport = Callable[..., Path]
 KEYS = [
-    "image", "class_index", "class_name", "confidence", "ood_score", "threshold", "known", "engine", "precision", "error",
+    "image", "class_index", "class_name", "confidence", "ood_score",
+    "threshold", "known", "engine", "precision", "error",
 ]  # fmt: skip
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
 
@@ -235,7 +236,7 @@ def test_images_are_drawn_only_a_little_ahead(export: Path, tmp_path: Path, batc
         verdicts = model.predict_many(endless(), batch=batch, workers=2)
         for done in range(1, 50):
             assert next(verdicts).class_name == "red"
-            assert drawn <= done + 4 + 2 * batch
+            assert drawn <= done + 4 + 4 * batch
         verdicts.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
@@ -244,7 +245,7 @@ def test_decoding_goes_on_while_the_engine_runs(export: Path, tmp_path: Path) ->
     """While the caller holds one verdict, the next images are decoded."""
     paths = colours_in_turn(tmp_path, 6)
     with ssod_edge.open(export) as model:
-        verdicts = model.predict_many(paths, workers=2)
+        verdicts = model.predict_many(paths, batch=1, workers=2)
         next(verdicts)
         time.sleep(0.5)
         for path in paths[1:4]:
@@ -359,6 +360,18 @@ def test_an_interrupt_ends_it_at_once(export: Path, tmp_path: Path) -> None:
     assert process.stderr is not None and process.stderr.read() == "interrupted\n"
     assert process.wait(timeout=30) == 130
     assert time.monotonic() - began < 10
+
+
+def test_progress_is_shown_on_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssod_edge.runtime.report import _with_progress
+
+    assert list(_with_progress(range(50), 50)) == list(range(50))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(_with_progress(range(50), 50)) == list(range(50))
+    assert capsys.readouterr().out == "", "standard output is for results"
 
 
 def test_an_interrupt_still_prints_the_rows_that_are_done(export: Path, photos: Path) -> None:
