@@ -128,7 +128,7 @@ def test_ctrl_c_in_a_running_command() -> None:
     assert (child.returncode, stderr) == (130, "interrupted\n")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device /dev/full")  # noqa: PTH110
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--json"]])
 def test_full_disk_behind_stdout(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
