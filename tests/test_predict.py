@@ -210,6 +210,13 @@ def test_a_batch_of_bad_images_alone(export: Path, tmp_path: Path) -> None:
     assert all("no such file" in str(verdict.error) for verdict in verdicts)
 
 
+def test_a_pipe_is_refused_instead_of_waited_for(export: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with ssod_edge.open(export) as model:
+        (verdict,) = model.predict_many([tmp_path / "pipe.png"])
+    assert "a pipe, not a file" in str(verdict.error)
+
+
 def test_no_images_give_no_verdicts(export: Path) -> None:
     with ssod_edge.open(export) as model:
         assert list(model.predict_many([])) == []
@@ -307,7 +314,7 @@ def test_a_list_through_a_pipe(export: Path, photos: Path) -> None:
 
 def test_a_name_that_is_not_utf8(export: Path, photos: Path) -> None:
     odd = os.fsencode(photos) + b"/\xff[bold].png"
-    os.rename(photos / "red.png", odd)  # noqa: PTH104 - a name in bytes
+    os.rename(photos / "red.png", odd)  # a name in bytes, which Path does not take
     code, out, _ = run(export, "-", "--json", stdin=odd + b"\n")
     assert (code, json.loads(out)["image"]) == (0, os.fsdecode(odd))
     code, out, _ = run(export, "-", stdin=odd + b"\n")

@@ -48,7 +48,7 @@ def _expand(argument: str) -> list[str]:
         return _folder(argument)
     if os.path.lexists(argument) or not glob.has_magic(argument):
         return [argument]
-    matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    matches = sorted(glob.glob(argument, recursive=True))  # Path.glob takes no absolute pattern
     images = [path for match in matches for path in (_walk(match) if Path(match).is_dir() else [match])]
     if not images:
         raise UsageError(f"no image matches '{argument}'")
