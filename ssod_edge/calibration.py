@@ -21,7 +21,6 @@ from ssod_edge.image import ImageSource
 from ssod_edge.runtime import find_export, open_runner
 from ssod_edge.runtime.calibrate import calibrate
 from ssod_edge.runtime.inputs import list_images
-from ssod_edge.runtime.predict import Predictor
 from ssod_edge.spec import Artifact, Spec, load_spec
 
 #: Draws the images afresh for each artifact, and takes the message of each one that cannot be read.
@@ -54,7 +53,10 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
     code = EXIT_OK
     for target in targets:
         try:
-            done = _calibrate_one(export, target, draw, unreadable, tpr, description)
+            # Not verified on opening: an old threshold may be what fails, and the new one is verified.
+            with open_runner(export, artifact=target.name, verify=False) as runner:
+                failed = unreadable.setdefault
+                done = calibrate(runner, export, draw(failed), tpr, description, failed)
         except (MissingExtraError, EngineError, VerificationError) as error:
             print(f"{target.name}: not calibrated: {error}", file=sys.stderr)
             code = max(code, error.exit_code)
@@ -63,22 +65,6 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
     for message in unreadable:
         print(f"left out: {message}", file=sys.stderr)
     return code or (EXIT_SOME_FAILED if unreadable else EXIT_OK)
-
-
-def _calibrate_one(
-    export: Path, target: Artifact, draw: Draw, unreadable: dict[str, None], tpr: float, description: str
-) -> Artifact:
-    # Not verified on opening: an old threshold may be what fails, and the new one is verified before it is written.
-    with Predictor(open_runner(export, artifact=target.name, verify=False)) as predictor:
-        scores: list[float] = []
-        for verdict in predictor.predict_many(draw(unreadable.setdefault)):
-            if verdict.ood_score is not None:
-                scores.append(verdict.ood_score)
-            elif verdict.error is not None:
-                unreadable.setdefault(verdict.error)
-        if not scores:
-            raise UsageError(f"none of the images of {description} could be read")
-        return calibrate(predictor.runner, export, scores, tpr, description)
 
 
 def _line(before: Artifact, after: Artifact) -> str:

@@ -128,7 +128,10 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if isinstance(source, (str, os.PathLike)):
-        return open(Path(source), "rb")
+        path = Path(source)
+        if path.is_fifo():  # open() would wait for a writer, for ever
+            raise ImageError("a pipe, not a file")
+        return open(path, "rb")
     raise ImageError(f"expected a path, bytes, PIL image or uint8 array, got {type(source).__name__}")
 
 

@@ -41,40 +41,49 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+def pictures(n: int, seed: int = 1) -> list[np.ndarray]:
+    """HWC images of the input's own size, so that their pixels are the graph's."""
+    return [pixels.transpose(1, 2, 0) for pixels in colour_images(n, seed)]
+
+
 @pytest.mark.parametrize("artifact", ARTIFACTS)
 def test_the_quantile_of_the_artifacts_own_scores(export: Path, artifact: str) -> None:
-    images = colour_images(99, seed=1)
     with open_runner(export, artifact=artifact) as runner:
-        scores = np.sort(runner.infer({"image": images})["ood_score"])
-        whole = fit_threshold(runner, images, 0.9, "test")
-        batches = fit_threshold(runner, iter([images[:50], images[50:]]), 0.9, "test")
-    assert whole.value == pytest.approx(scores[89], abs=1e-5), "ceil(100 * 0.9) = the 90th"
-    assert (whole.n, whole.target_tpr, whole.data) == (99, 0.9, "test")
-    assert whole.fitted_tpr == pytest.approx(90 / 99, abs=0.011)
-    assert batches.value == pytest.approx(whole.value, abs=1e-5)
+        scores = np.sort(runner.infer({"image": colour_images(99, 1)})["ood_score"])
+        threshold = fit_threshold(runner, pictures(99), 0.9, "test")
+    assert threshold.value == pytest.approx(scores[89], abs=1e-5), "ceil(100 * 0.9) = the 90th"
+    assert (threshold.n, threshold.target_tpr, threshold.data) == (99, 0.9, "test")
+    assert threshold.fitted_tpr == pytest.approx(90 / 99)
 
 
-@pytest.mark.parametrize(("n", "message"), [(0, "no in-distribution images"), (18, "19")])
+@pytest.mark.parametrize(("n", "message"), [(0, "no images were given"), (18, "19")])
 def test_too_few_images_are_refused(export: Path, n: int, message: str) -> None:
     with open_runner(export) as runner, pytest.raises(UsageError, match=message):
-        fit_threshold(runner, colour_images(20)[:n])
+        fit_threshold(runner, pictures(n))
+
+
+def test_unreadable_images_are_named(export: Path, tmp_path: Path) -> None:
+    images = [*pictures(30), tmp_path / "gone.png"]
+    named: list[str] = []
+    with open_runner(export) as runner:
+        assert fit_threshold(runner, images, unreadable=named.append).n == 30
+        assert fit_threshold(runner, images).n == 30
+    assert len(named) == 1 and "gone.png" in named[0]
 
 
 def test_untrained_weights_have_no_threshold(make_export: MakeExport, tmp_path: Path) -> None:
     folder = make_export(tmp_path / "untrained", trained=False)
     with open_runner(folder, allow_untrained=True) as runner:
-        with pytest.raises(UsageError, match="untrained"):
-            fit_threshold(runner, colour_images(40))
-        with pytest.raises(UsageError, match="untrained"):
-            calibrate(runner, folder, np.arange(40.0))
+        for fit in (lambda: fit_threshold(runner, pictures(40)), lambda: calibrate(runner, folder, pictures(40))):
+            with pytest.raises(UsageError, match="untrained"):
+                fit()
     code, _, err = run(folder, "--id", tmp_path)
     assert code == 2 and "untrained" in err
 
 
 def test_threshold_and_figures_are_written_together(export: Path) -> None:
     with open_runner(export, artifact="onnx-fp32") as runner:
-        scores = runner.infer({"image": colour_images(50)})["ood_score"]
-        written = calibrate(runner, export, scores, 0.95, "fifty")
+        written = calibrate(runner, export, pictures(50), 0.95, "fifty")
         assert runner.artifact == written
     spec = load_spec(export)
     assert spec.artifact("onnx-fp32") == written
@@ -87,7 +96,7 @@ def test_nothing_is_written_when_verification_fails(export: Path) -> None:
     edit_graph(export, "onnx-fp32", bias=BIAS + 1)
     before = (export / "ssod.json").read_bytes()
     with open_runner(export, artifact="onnx-fp32") as runner, pytest.raises(VerificationError):
-        calibrate(runner, export, np.linspace(-5, -1, 50))
+        calibrate(runner, export, pictures(50))
     assert (export / "ssod.json").read_bytes() == before
 
 
