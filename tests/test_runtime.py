@@ -143,6 +143,32 @@ def test_a_missing_engine_names_the_command_that_installs_it(export: Path, monke
         open_runner(export, engine="eager")
 
 
+@pytest.mark.parametrize("engine", AUTO_ENGINES)
+@pytest.mark.parametrize(
+    ("broken", "kind"),
+    [
+        (
+            "raise ImportError('libgomp.so.1: no such file')",
+            "EngineError:'{}' is installed and cannot be loaded: libgomp",
+        ),
+        ("import sys; sys.modules[__name__] = None; import {}", "MissingExtraError:the {} engine needs the package"),
+    ],
+)
+def test_an_engine_that_cannot_be_imported(export: Path, tmp_path: Path, engine: str, broken: str, kind: str) -> None:
+    (tmp_path / engine).mkdir()
+    (tmp_path / engine / "__init__.py").write_text(broken.format(engine))
+    code = (
+        "import sys; from ssod_edge.runtime import open_runner\n"
+        f"try: open_runner({str(export)!r}, engine={engine!r})\n"
+        "except Exception as error: print(f'{type(error).__name__}:{error}')"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout.startswith(kind.format(engine)), done
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import EngineError, missing_extra
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error
+from ssod_edge.errors import EngineError
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
-HEAVY_OPS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+#: The engine's fused forms of them carry the name inside theirs (FusedConv, NhwcFusedConv, FusedGemm).
+HEAVY_OPS = ("Conv", "Gemm", "MatMul")
 ERRORS_ONLY = 3
 
 
@@ -27,7 +28,7 @@ class OnnxRunner:
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        EngineError: another device than the CPU, or the graph cannot be loaded.
+        EngineError: onnxruntime cannot be loaded, another device than the CPU, or the graph cannot be loaded.
     """
 
     engine = "onnxruntime"
@@ -75,8 +76,8 @@ class OnnxRunner:
 def _open_session(path: Path, threads: int | None, profile: str | None = None) -> Any:
     try:
         import onnxruntime
-    except ModuleNotFoundError:
-        raise missing_extra("onnxruntime", "the onnxruntime engine") from None
+    except ImportError as error:
+        raise import_failed("onnxruntime", error) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     # A thread that spins between two runs takes the core that decodes the next image.
@@ -105,7 +106,7 @@ def _open_reduced(path: Path, threads: int | None, size: int) -> tuple[Any, str]
     types = {
         kind
         for event in events
-        if event.get("args", {}).get("op_name") in HEAVY_OPS
+        if any(name in event.get("args", {}).get("op_name", "") for name in HEAVY_OPS)
         for tensor in event["args"].get("input_type_shape", [])
         for kind in tensor
     }

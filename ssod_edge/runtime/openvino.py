@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import EngineError, missing_extra
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error
+from ssod_edge.errors import EngineError
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
@@ -29,7 +29,7 @@ class OpenVinoRunner:
 
     Raises:
         MissingExtraError: openvino is not installed.
-        EngineError: the device does not exist, or cannot run the model.
+        EngineError: openvino cannot be loaded, the device does not exist, or it cannot run the model.
     """
 
     engine = "openvino"
@@ -45,8 +45,8 @@ class OpenVinoRunner:
     ) -> None:
         try:
             import openvino
-        except ModuleNotFoundError:
-            raise missing_extra("openvino", "the openvino engine") from None
+        except ImportError as error:
+            raise import_failed("openvino", error) from error
         device = "CPU" if device == "auto" else device
         core = openvino.Core()
         if device not in core.available_devices:

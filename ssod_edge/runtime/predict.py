@@ -154,8 +154,6 @@ class Predictor:
             preprocess(load_image(source), self._settings, out)
         except ImageError as error:
             return str(error)
-        except MemoryError:
-            return f"'{_name(source)}': not enough memory to resize it"
         return None
 
     def _finish(self, sources: list[ImageSource], pixels: Pixels, errors: list[str | None]) -> list[Prediction]:

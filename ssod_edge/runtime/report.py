@@ -102,7 +102,9 @@ def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:
     known = sum(v.known is True for v in verdicts)
     unknown = sum(v.known is False for v in verdicts)
     failed = sum(v.error is not None for v in verdicts)
-    counts = f"{len(verdicts)} images: {known} known, {unknown} unknown, {failed} failed"
+    counts = (
+        f"{len(verdicts)} image{'s' if len(verdicts) > 1 else ''}: {known} known, {unknown} unknown, {failed} failed"
+    )
     ran = f"{runner.artifact.name} on {runner.engine} in {runner.precision} on {runner.device}"
     threshold = runner.artifact.threshold
     if threshold is None:

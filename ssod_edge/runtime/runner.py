@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ssod_edge.errors import UsageError
+from ssod_edge.errors import EngineError, MissingExtraError, UsageError, missing_extra
 from ssod_edge.spec import Artifact, Spec
 
 #: Names of the fused graph's outputs, in its order.
@@ -74,6 +74,13 @@ def check_images(inputs: Mapping[str, Array], size: int) -> Array:
     if images.ndim != 4 or images.shape[1:] != (3, size, size) or images.shape[0] < 1:
         raise UsageError(f"image must have shape [N, 3, {size}, {size}] with N >= 1, got {list(images.shape)}")
     return np.ascontiguousarray(images)
+
+
+def import_failed(module: str, error: ImportError) -> MissingExtraError | EngineError:
+    """The error for an engine's module that is not there, or is there and can't be loaded (a system library lacks)."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module:
+        return missing_extra(module, f"the {module} engine")
+    return EngineError(f"'{module}' is installed and cannot be loaded: {error}. Install it again.")
 
 
 def closed_error() -> UsageError:
