@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from ssod_edge.checkpoint import BEST, load_model, model_meta, model_tensors, save_checkpoint
 from ssod_edge.config import Preprocess, ScoreName, resolve_backbone
-from ssod_edge.data import ImageSource, open_dataset
 from ssod_edge.errors import ImageError, SsodEdgeError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.image import preprocess
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, load_weights
+from ssod_edge.sources import ImageSource, open_dataset
 
 #: Scores that need the OOD row, which only training with the OOD loss gives a meaning.
 NEED_OOD_ROW = ("ssod", "posterior")

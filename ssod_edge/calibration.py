@@ -35,7 +35,7 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
 
     Args:
         folder: an export folder, or the run folder that holds it.
-        data: a folder of in-distribution images, or what `ssod_edge.data.open_dataset` takes (which needs torch).
+        data: a folder of in-distribution images, or what `ssod_edge.sources.open_dataset` takes (which needs torch).
             Of the data the run was trained on, the calibration split is taken.
         tpr: share of in-distribution images to keep known, in (0, 1).
         artifact: the name of the only one to calibrate.
@@ -83,7 +83,7 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     if Path(data).is_dir() and not _same_path(data, spec.source.get("data")):
         paths = list_images([data])
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
-    from ssod_edge.data import open_dataset
+    from ssod_edge.sources import open_dataset
 
     dataset = open_dataset(data, labelled=False)
     indices: list[int] = list(range(len(dataset)))

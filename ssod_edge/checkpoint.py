@@ -63,7 +63,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"checkpoint '{path}' has schema version {meta['schema_version']}; this release reads up to "
             f"{SCHEMA_VERSION}. Update with: pip install -U ssod-edge"
         )
-    if _hash(tensors) != meta["tensors_sha256"]:
+    if _hash(tensors) != meta.get("tensors_sha256"):
         raise ArtifactError(f"checkpoint '{path}' was changed after it was written: its tensors' hash does not match")
     return tensors, meta
 

@@ -101,7 +101,7 @@ class TrainConfig:
 
     Attributes:
         backbone: timm model name (aliases resolved).
-        data: what `ssod_edge.data.open_dataset` takes.
+        data: what `ssod_edge.sources.open_dataset` takes.
         recipe: "short" (one warm-up and a cosine) or "paper" (AdamW at 1e-4, halved every 30 epochs).
         epochs, batch_size, lr, weight_decay: the optimizer's. batch_size is per process.
         val_fraction, calib_fraction: shares of the training data kept for choices and for thresholds.

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from ssod_edge.checkpoint import find_run, load_model
 from ssod_edge.config import DEFAULT_SCORE, SCORES
-from ssod_edge.data import EvalImages, ImageSource, Indices, load_batches, open_dataset
+from ssod_edge.data import EvalImages, load_batches
 from ssod_edge.errors import MissingExtraError, UsageError, missing_extra
 from ssod_edge.files import write_atomic, write_json
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.progress import image_bar
 from ssod_edge.scores import ood_scores
+from ssod_edge.sources import ImageSource, Indices, open_dataset
 
 #: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
 DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -33,19 +32,13 @@ from ssod_edge.checkpoint import (
     save_checkpoint,
 )
 from ssod_edge.config import LossConfig, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
-from ssod_edge.data import (
-    EvalImages,
-    ImageSource,
-    Splits,
-    TrainImages,
-    load_batches,
-    open_dataset,
-    split_dataset,
-)
+from ssod_edge.data import EvalImages, TrainImages, load_batches
+from ssod_edge.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, normalise
 from ssod_edge.ops import kernel_in_use, ssod_loss
+from ssod_edge.sources import ImageSource, Splits, open_dataset, split_dataset
 
 _METERS = ("loss", "ce", "ood", "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
 
@@ -112,7 +105,7 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
         config = load_config(run)
     elif (run / LAST).exists():
         raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
-    device = _start_processes()
+    device = start_processes()
     source = open_dataset(config.data)
     splits = split_dataset(source, config.val_fraction, config.calib_fraction, config.seed)
     torch.manual_seed(config.seed)
@@ -124,7 +117,7 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     progress = _Progress()
     if resume and (run / LAST).exists():
         progress = _restore(run, model, optimizer, source, splits)
-    elif _is_main():
+    elif is_main():
         make_directory(run)
         write_json(run / "config.json", to_dict(config))
         write_json(run / "splits.json", _splits_record(source, splits))
@@ -175,13 +168,13 @@ class _Loop:
         if self.steps_per_epoch == 0:
             raise UsageError(
                 f"'{config.data}' leaves {len(splits.train)} training images, fewer than one batch of "
-                f"{config.batch_size * _world_size()}. Use a smaller --batch-size"
+                f"{config.batch_size * world_size()}. Use a smaller --batch-size"
             )
 
     def run_epochs(self) -> None:
         from ssod_edge.progress import TrainingBar
 
-        with TrainingBar(self.config, self.steps_per_epoch, enabled=_is_main()) as bar, self._finish_batch_on_ctrl_c():
+        with TrainingBar(self.config, self.steps_per_epoch, enabled=is_main()) as bar, self._finish_batch_on_ctrl_c():
             while self.progress.epoch < self.config.epochs:
                 self._train_epoch(bar)
                 self._finish_epoch(bar)
@@ -219,7 +212,7 @@ class _Loop:
             progress.seconds = before + time.monotonic() - started
             self._count(loss, log, len(index))
             bar.update(progress.epoch, progress.step, lambda: epoch_figures(progress.meters))
-            if (self.interrupted or time.monotonic() - saved > self.save_minutes * 60) and _is_main():
+            if (self.interrupted or time.monotonic() - saved > self.save_minutes * 60) and is_main():
                 self._save(LAST)
                 saved = time.monotonic()
             if self.interrupted:
@@ -230,7 +223,7 @@ class _Loop:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One optimizer step. Its randomness depends on (seed, step, process) alone, so resuming repeats it."""
         config = self.config
-        torch.manual_seed((config.seed * 1_000_003 + global_step) * _world_size() + _rank())
+        torch.manual_seed((config.seed * 1_000_003 + global_step) * world_size() + rank())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, global_step, self.steps_per_epoch)
         alpha = config.loss.alpha if global_step >= config.loss.warmup_epochs * self.steps_per_epoch else 0.0
@@ -247,8 +240,8 @@ class _Loop:
     def _batches(self, epoch: int) -> list[list[int]]:
         """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
-        world, size = _world_size(), self.config.batch_size * _world_size()
-        return [order[i : i + size][_rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
+        world, size = world_size(), self.config.batch_size * world_size()
+        return [order[i : i + size][rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
 
     def _check_finite(self, what: str, value: Tensor, index: Tensor) -> None:
         if not math.isfinite(value.item()):
@@ -274,12 +267,14 @@ class _Loop:
             **epoch_figures(progress.meters),
             "val_accuracy": accuracy,
             "seconds": round(progress.seconds, 3),
-            "images_per_second": round(progress.meters["images"] * _world_size() / max(progress.seconds, 1e-9), 2),
+            "images_per_second": round(progress.meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
             "kernel": self.kernel,
         }
-        best = accuracy > progress.best_accuracy
-        self.progress = _Progress(progress.epoch + 1, 0, max(accuracy, progress.best_accuracy))
-        if _is_main():
+        best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
+        # A model from before the OOD loss is kept only until there is a later one.
+        warming = self.config.loss.alpha > 0 and progress.epoch < self.config.loss.warmup_epochs
+        self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
+        if is_main():
             if best:
                 self._save(BEST, accuracy)
             # Before `last`: a kill in between repeats the epoch and its line, and loses neither.
@@ -406,27 +401,3 @@ def _append_metrics(path: Path, row: dict[str, Any]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
     write_atomic(path, lambda temporary: temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n"))
-
-
-def _start_processes() -> torch.device:
-    """Join the process group when started by torchrun; the device of this process."""
-    cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if not cuda:
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _is_main() -> bool:
-    return _rank() == 0

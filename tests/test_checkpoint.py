@@ -130,7 +130,7 @@ def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(model, path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [BEST]
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [BEST]
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets: every layout, the splits, and images that cannot be read."""
+"""Sources and data: every layout, the splits, and images that cannot be read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from pictures import write_folder
 from PIL import Image
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data import (
-    EvalImages,
-    TrainImages,
-    augment,
-    load_batches,
-    open_dataset,
-    read_class_list,
-    split_dataset,
-)
+from ssod_edge.data import EvalImages, TrainImages, augment, load_batches
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import load_image, preprocess, via
+from ssod_edge.sources import open_dataset, read_class_list, split_dataset
 
 SETTINGS = Preprocess(input_size=24)
 
@@ -146,20 +139,20 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_fix(tmp_path, folder
     with pytest.raises(UsageError, match="holds no images"):
         open_dataset(str(tmp_path / "text.tar"))
     (folder / "class9").mkdir()
-    with pytest.raises(UsageError, match="class folder 'class9' .* holds no images"):
+    with pytest.raises(UsageError, match=r"class folder 'class9' .* holds no images"):
         open_dataset(str(folder))
     assert len(open_dataset(str(folder), labelled=False)) == 36
     (folder / "class9").rmdir()
     for index in range(2, 12):
         (folder / "class1" / f"{index:02}.png").unlink()
-    with pytest.raises(UsageError, match="class 'class1' .* has 2 image"):
+    with pytest.raises(UsageError, match=r"class 'class1' .* has 2 image"):
         split_dataset(open_dataset(str(folder)), 0.1, 0.1, 0)
 
 
 def test_a_label_outside_the_classes_is_refused(folder, monkeypatch):
-    import ssod_edge.data
+    import ssod_edge.sources
 
-    real = ssod_edge.data._open_reader
+    real = ssod_edge.sources._open_reader
     for wrong in (-1, 3):
 
         def broken(name, wrong=wrong):
@@ -167,7 +160,7 @@ def test_a_label_outside_the_classes_is_refused(folder, monkeypatch):
             labels[5] = wrong
             return reader, labels, classes
 
-        monkeypatch.setattr(ssod_edge.data, "_open_reader", broken)
+        monkeypatch.setattr(ssod_edge.sources, "_open_reader", broken)
         with pytest.raises(UsageError, match=f"label {wrong}, outside its 3 classes"):
             open_dataset(str(folder))
 

@@ -1,0 +1,326 @@
+"""Where images come from: what a data set's name opens, and how it is split."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.image import load_image
+
+Indices = NDArray[np.int64]
+
+
+class ImageSource(Protocol):
+    """Labelled images by index.
+
+    Attributes:
+        name: how the user named it.
+        classes: class names in label order.
+        labels: int64 [n]; -1 where an OOD set has no classes.
+        hflip_ok: whether a mirrored image keeps its label.
+        fingerprint: hash of file names, sizes and labels (hex).
+        fixed_splits: splits that come with the data, or None.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> Indices: ...
+    @property
+    def hflip_ok(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def fixed_splits(self) -> Splits | None: ...
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Image.Image: ...
+    def source(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint indices: train; val (choices); calib (thresholds and INT8, nothing else)."""
+
+    train: Indices
+    val: Indices
+    calib: Indices
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the three index lists, hex."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val, self.calib):
+            digest.update(np.sort(part).astype("<i8").tobytes() + b"|")
+        return digest.hexdigest()
+
+
+def open_dataset(name: str, labelled: bool = True) -> ImageSource:
+    """Open images by name.
+
+    Args:
+        name: an ImageFolder directory; a .tar file in that layout; "demo" or "demo:SPLIT"; "torch/NAME:ROOT"
+            (torchvision, training part; "torch/NAME:ROOT:test" for the test part); "hfds/NAME" or
+            "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm. "NAME@LIST" keeps the
+            classes that LIST names: a text file, or a list that ships here ("imagenet-objects").
+        labelled: False accepts images without classes (an OOD set).
+
+    Raises:
+        UsageError: nothing there, no images, an empty class, or a label outside the class list.
+        MissingExtraError: a package the data set needs is not installed.
+    """
+    if name == "demo" or name.startswith("demo:"):
+        return DemoImages(name)
+    name, at, class_list = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    source = ReaderImages(name)
+    if labelled:
+        _check_labels(source)
+    return ChosenClasses(source, class_list) if at else source
+
+
+def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: float, seed: int) -> Splits:
+    """Split the training data by class, seeded; a data set's own splits win.
+
+    Raises:
+        UsageError: a class has fewer than 3 images, so that one of the splits would lack it.
+    """
+    if source.fixed_splits is not None:
+        return source.fixed_splits
+    parts: list[list[Indices]] = [[], [], []]
+    for label in range(len(source.classes)):
+        members = np.flatnonzero(source.labels == label)
+        if len(members) < 3:
+            raise UsageError(
+                f"class '{source.classes[label]}' of '{source.name}' has {len(members)} image(s); "
+                "at least 3 are needed for training, validation and calibration"
+            )
+        members = np.random.default_rng((seed, label)).permutation(members)
+        n_val = max(1, round(val_fraction * len(members)))
+        n_calib = max(1, round(calib_fraction * len(members)))
+        n_val, n_calib = min(n_val, len(members) - 2), min(n_calib, len(members) - 1 - min(n_val, len(members) - 2))
+        for part, chosen in zip(
+            parts, np.split(members, [len(members) - n_val - n_calib, len(members) - n_calib]), strict=True
+        ):
+            part.append(chosen)
+    return Splits(*(np.sort(np.concatenate(part)) for part in parts))
+
+
+class ReaderImages:
+    """Images through timm's reader: folders, tar files, torchvision and Hugging Face data sets."""
+
+    hflip_ok = True
+    fixed_splits = None
+
+    def __init__(self, name: str):
+        self.name = name
+        self._reader, self.labels, self.classes = _open_reader(name)
+        if len(self.labels) == 0:
+            raise UsageError(f"'{name}' holds no images. Expected CLASS/IMAGE.jpg folders, or a .tar file of them")
+        self._pid = os.getpid()
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for index in range(len(self)):
+            digest.update(f"{self.source(index)}\0{self.labels[index]}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def source(self, index: int) -> str:
+        filename = getattr(self._reader, "filename", None)
+        return str(filename(index)) if filename else f"{self.name}[{index}]"
+
+    def image(self, index: int) -> Image.Image:
+        """RGB image. Raises ImageError, naming the file, if it cannot be read."""
+        if self._pid != os.getpid():
+            self._forget_open_files()
+        try:
+            item = self._reader[index][0]
+        except (OSError, EOFError) as error:
+            raise ImageError(f"'{self.source(index)}' of '{self.name}' cannot be read: {error}") from error
+        if isinstance(item, Image.Image):
+            return load_image(item)
+        try:
+            with item:
+                return load_image(item.read())
+        except ImageError as error:
+            raise ImageError(f"'{self.source(index)}' of '{self.name}': {error}") from error
+
+    def _forget_open_files(self) -> None:
+        """A forked worker must not share a tar file's position with its parent."""
+        self._pid = os.getpid()
+        state = getattr(self._reader, "tar_state", None)
+        for tar in state.values() if isinstance(state, dict) else [state] if state else []:
+            tar.tf = None
+            for child in tar.children.values():
+                child.tf = None
+
+
+class ChosenClasses:
+    """The images of some classes of a source; labels and class names stay those of the source."""
+
+    fixed_splits = None
+
+    def __init__(self, source: ImageSource, class_list: str):
+        self.name = f"{source.name}@{class_list}"
+        self._source = source
+        self.classes, self.hflip_ok = source.classes, source.hflip_ok
+        self._indices = np.flatnonzero(np.isin(source.labels, read_class_list(class_list, source.classes)))
+        self.labels = source.labels[self._indices]
+        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self._source.image(int(self._indices[index]))
+
+    def source(self, index: int) -> str:
+        return self._source.source(int(self._indices[index]))
+
+
+def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
+    """Label indices named by a list: one class index or class name a line, "#" starts a comment.
+
+    Raises:
+        UsageError: no such list, or a line that names no class.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = Path(__file__).parent / "lists" / f"{name}.txt"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+        raise UsageError(f"there is no class list '{name}'. Give a text file, or one of: {shipped}")
+    chosen = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = line.partition("#")[0].strip()
+        if not entry:
+            continue
+        index = int(entry) if entry.isdigit() else classes.index(entry) if entry in classes else -1
+        if not 0 <= index < len(classes):
+            raise UsageError(f"class list '{name}' names '{entry}', which is none of the {len(classes)} classes")
+        chosen.append(index)
+    return chosen
+
+
+class DemoImages:
+    """The embedded data set: "demo" is train + val + calib, "demo:SPLIT" one split of it."""
+
+    hflip_ok = False
+
+    def __init__(self, name: str):
+        from ssod_edge.demo import demo_set
+
+        _, _, split = name.partition(":")
+        self.name = name
+        self._parts = [demo_set(part) for part in ([split] if split else ["train", "val", "calib"])]
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self.labels = np.concatenate([np.asarray(part.labels, dtype=np.int64) for part in self._parts])
+        self.classes = self._parts[0].classes
+        self.fingerprint = hashlib.sha256(f"{name}-v1".encode() + self.labels.tobytes()).hexdigest()
+        self.fixed_splits = None
+        if not split:
+            self.fixed_splits = Splits(*(np.arange(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _locate(self, index: int) -> tuple[Any, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part], int(index - self._starts[part])
+
+    def image(self, index: int) -> Image.Image:
+        part, offset = self._locate(index)
+        return part.image(offset)  # type: ignore[no-any-return]
+
+    def source(self, index: int) -> str:
+        part, offset = self._locate(index)
+        return str(part.source(offset))
+
+
+def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
+    """(reader, labels, class names) of a folder, tar file, torchvision or Hugging Face data set."""
+    if name.startswith("torch/"):
+        return _open_torchvision(name)
+    if name.startswith("hfds/"):
+        return _open_hugging_face(name)
+    from timm.data.readers import create_reader
+
+    path = Path(name)
+    if not path.exists():
+        raise UsageError(
+            f"data set '{name}' does not exist. Give a folder, a .tar file, 'demo', 'torch/...' or 'hfds/...'"
+        )
+    try:
+        reader = create_reader("", root=name, **({"cache_tarinfo": False} if path.is_file() else {}))
+    except Exception as error:
+        raise UsageError(
+            f"'{name}' holds no images ({error}). Expected CLASS/IMAGE.jpg folders, or a .tar file of them"
+        ) from error
+    if path.is_dir():
+        return reader, np.array([s[1] for s in reader.samples], dtype=np.int64), _names(reader.class_to_idx)
+    return reader, np.asarray(reader.targets, dtype=np.int64), _names(reader.class_name_to_idx)
+
+
+def _names(class_to_index: dict[str, int]) -> tuple[str, ...]:
+    return tuple(sorted(class_to_index, key=lambda name: class_to_index[name]))
+
+
+def _open_torchvision(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
+    from timm.data import create_dataset
+
+    parts = name.split(":")
+    root, split = (parts[1] if len(parts) > 1 else "."), (parts[2] if len(parts) > 2 else "train")
+    try:
+        dataset = create_dataset(parts[0], root=root, split=split, download=False)
+    except (AssertionError, RuntimeError, ValueError, OSError) as error:
+        raise UsageError(f"torchvision data set '{name}' cannot be opened: {error}") from error
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", getattr(dataset, "_labels", None)))
+    if labels is None:
+        raise UsageError(f"torchvision data set '{name}' lists no labels; convert it to CLASS/IMAGE folders")
+    labels = np.asarray(labels, dtype=np.int64)
+    classes = getattr(dataset, "classes", None) or [str(i) for i in range(int(labels.max()) + 1)]
+    return dataset, labels, tuple(str(c) for c in classes)
+
+
+def _open_hugging_face(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
+    from timm.data.readers import create_reader
+
+    rest, _, split = name.partition(":")
+    try:
+        reader = create_reader(rest, root=None, split=split or "train")
+    except ImportError as error:
+        raise UsageError("Hugging Face data sets need the package 'datasets': pip install datasets") from error
+    except Exception as error:
+        raise UsageError(f"Hugging Face data set '{name}' cannot be opened: {error}") from error
+    labels = np.asarray(reader.dataset[reader.label_key], dtype=np.int64)
+    feature = reader.dataset.features[reader.label_key]
+    classes = getattr(feature, "names", None) or [str(i) for i in range(int(labels.max()) + 1)]
+    return reader, labels, tuple(classes)
+
+
+def _check_labels(source: ReaderImages) -> None:
+    """Raises UsageError for an empty class or a label outside the class list."""
+    path = Path(source.name)
+    if path.is_dir():
+        empty = sorted(
+            p.name for p in path.iterdir() if p.is_dir() and p.name not in source.classes and p.name[:1] != "."
+        )
+        if empty:
+            raise UsageError(f"class folder '{empty[0]}' of '{source.name}' holds no images. Add some or remove it")
+    lowest, highest = int(source.labels.min()), int(source.labels.max())
+    if lowest < 0 or highest >= len(source.classes):
+        wrong = lowest if lowest < 0 else highest
+        raise UsageError(f"'{source.name}' has the label {wrong}, outside its {len(source.classes)} classes")
+    missing = set(range(len(source.classes))) - set(np.unique(source.labels).tolist())
+    if missing:
+        raise UsageError(f"class '{source.classes[min(missing)]}' of '{source.name}' holds no images")

@@ -1,0 +1,269 @@
+"""Training: it learns, it resumes to the same weights after a kill, and it stops where it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pictures import write_folder
+
+from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, load_model
+from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
+from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, TrainingError, UsageError
+from ssod_edge.model import build_model
+from ssod_edge.train import TrainStep, epoch_figures, learning_rate, load_config, train
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "pictures", per_class=16)
+
+
+@pytest.fixture
+def config(pictures):
+    return TrainConfig(
+        backbone="test_efficientnet", data=str(pictures), name="run", epochs=3, batch_size=8, lr=1e-2, workers=0,
+        preprocess=Preprocess(input_size=40), loss=LossConfig(gamma=0.6, warmup_epochs=1.0), half_size_epochs=1,
+    )  # fmt: skip
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_records_what_it_did(config, tmp_path):
+    run = train(config, tmp_path)
+    model, meta = load_model(run)
+    history = rows(run)
+    assert run == tmp_path / "run" and not model.training
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert history[-1]["ce"] < history[0]["ce"] and history[-1]["val_accuracy"] == 1.0
+    assert history[0]["id_patches"] == 0 and history[-1]["id_patches"] > 0  # the first epoch warms up
+    assert sum(history[-1][kind] for kind in ("id_patches", "ood_patches", "ignored_patches")) == pytest.approx(1)
+    assert {row["kernel"] for row in history} == {"reference"}
+    assert (model.ood.weight != 0).any(), "the OOD row was not trained"
+    splits = json.loads((run / "splits.json").read_text())
+    assert meta["splits_hash"] == splits["splits_hash"] and not set(splits["val"]) & set(splits["calib"])
+    assert load_config(run) == config
+
+
+def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.4])  # the warm-up epoch has the highest
+    monkeypatch.setattr("ssod_edge.train.validation_accuracy", lambda *_: next(accuracies))
+    assert load_model(train(config, tmp_path))[1]["epoch"] == 2
+
+
+def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
+    run = train(replace(config, epochs=2, loss=LossConfig(alpha=0.0)), tmp_path)
+    assert not load_model(run)[0].ood.weight.any() and rows(run)[-1]["ood_loss"] == 0
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, kill):
+    """The kill falls inside an epoch; mini-batches, augmentation, schedule and optimizer go on as if it had not."""
+    whole = train(replace(config, loss=replace(config.loss, balance="dr")), tmp_path / "whole")
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    code = (
+        "import json, sys\n"
+        "from ssod_edge.config import TrainConfig, from_dict\n"
+        "import ssod_edge.train, time\n"
+        "step = ssod_edge.train._Loop._train_batch\n"
+        "def slow(*args):\n    time.sleep(0.2)\n    return step(*args)\n"
+        "ssod_edge.train._Loop._train_batch = slow\n"
+        "config = from_dict(TrainConfig, json.load(open(sys.argv[1] + '/config.json')))\n"
+        "ssod_edge.train.train(config, sys.argv[1] + '/broken', save_minutes=0)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+    last = tmp_path / "broken" / "run" / LAST
+    wait_until(lambda: last.exists() and progress(last)["epoch"] == 1 and progress(last)["step"] >= 1, process)
+    process.send_signal(kill)
+    process.communicate()
+    assert process.returncode == -kill or kill == signal.SIGINT
+    stopped = progress(last)
+    assert stopped["epoch"] == 1 and stopped["step"] >= 1
+    broken = train(load_config(last.parent), tmp_path / "broken", resume=True)
+    for name in (BEST, LAST):
+        expected, found = load_checkpoint(whole / name)[0], load_checkpoint(broken / name)[0]
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+    assert [row["epoch"] for row in rows(broken)] == [1, 2, 3]
+    for ours, theirs in zip(rows(broken), rows(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"]) and ours["val_accuracy"] == theirs["val_accuracy"]
+
+
+def progress(checkpoint):
+    return load_checkpoint(checkpoint)[1]["progress"]
+
+
+def wait_until(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_on_the_command_line_ends_with_130_and_keeps_a_checkpoint(pictures, tmp_path):
+    command = [sys.executable, "-m", "ssod_edge", "train", str(pictures), "--backbone", "test_efficientnet", "--size",
+               "40", "--epochs", "500", "--batch-size", "8", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_until(lambda: (tmp_path / "run" / LAST).exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert b"interrupted" in stderr and b"Traceback" not in stderr
+    assert progress(tmp_path / "run" / LAST)["epoch"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):
+    first = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    before = (first / LAST).read_bytes()
+    stored = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
+    forward = TrainStep.forward
+
+    def explode(self, image, target, alpha):
+        loss, log = forward(self, image, target, alpha)
+        return loss * torch.nan, log
+
+    monkeypatch.setattr(TrainStep, "forward", explode)
+    with pytest.raises(TrainingError, match=r"loss is nan at epoch 2, step 1, on the images \[\d+, .*last good"):
+        train(load_config(first), tmp_path, resume=True)
+    assert (first / LAST).read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, tmp_path, monkeypatch):
+    forward = TrainStep.forward
+
+    def explode(self, image, target, alpha):
+        loss, log = forward(self, image, target, alpha)
+        return loss + 0 * self.model.ood.bias.sum().sqrt(), log  # finite, with an infinite gradient at 0
+
+    monkeypatch.setattr(TrainStep, "forward", explode)
+    with pytest.raises(TrainingError, match="gradient's norm is nan"):
+        train(config, tmp_path)
+    assert not (tmp_path / "run" / BEST).exists()
+
+
+def test_runs_are_not_overwritten_and_need_enough_images(config, tmp_path, pictures):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    with pytest.raises(UsageError, match="exists already. Go on with --resume"):
+        train(config, tmp_path)
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, name="big", batch_size=64), tmp_path)
+    with pytest.raises(UsageError, match="no run .* to resume"):
+        train(replace(config, name="none"), tmp_path, resume=True)
+    (run / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        train(config, tmp_path, resume=True)
+
+
+def test_resuming_on_other_data_is_refused(config, tmp_path):
+    folder = write_folder(tmp_path / "data", per_class=8)
+    run = train(replace(config, data=str(folder), epochs=1, half_size_epochs=0), tmp_path)
+    (folder / "class0" / "00.png").unlink()
+    with pytest.raises(UsageError, match="changed since the run"):
+        train(load_config(run), tmp_path, resume=True)
+
+
+def test_one_class_is_refused(config, tmp_path):
+    folder = write_folder(tmp_path / "data", classes=1)
+    with pytest.raises(UsageError, match="at least 2 classes"):
+        train(replace(config, data=str(folder)), tmp_path)
+
+
+def test_schedules():
+    short = TrainConfig(backbone="b", data="d", epochs=10, lr=1.0)
+    rates = [learning_rate(short, step, 10) for step in range(100)]
+    assert (
+        rates[0] == 0.1
+        and max(rates) == rates[9] == 1.0
+        and rates[-1] < 0.02
+        and rates == rates[:10] + sorted(rates[10:])[::-1]
+    )
+    paper = train_config("paper", {"backbone": "b", "data": "d", "epochs": 70})
+    assert (paper.lr, paper.batch_size, paper.loss.warmup_epochs) == (1e-4, 256, 0.0)
+    assert [learning_rate(paper, epoch * 7, 7) for epoch in (0, 29, 30, 60)] == [1e-4, 1e-4, 5e-5, 2.5e-5]
+
+
+def test_options_win_over_the_recipe_and_unknown_ones_are_refused():
+    config = train_config("paper", {"backbone": "b", "data": "d", "lr": 3e-4, "gamma": 0.9, "epochs": None})
+    assert (config.lr, config.loss.gamma, config.loss.warmup_epochs, config.epochs) == (3e-4, 0.9, 0.0, 60)
+    with pytest.raises(UsageError, match="unknown TrainConfig key: learning"):
+        train_config("short", {"backbone": "b", "data": "d", "learning": 1})
+    with pytest.raises(UsageError, match=r"0\.5 < gamma < 1"):
+        train_config("short", {"backbone": "b", "data": "d", "gamma": 0.5})
+
+
+def test_an_epoch_without_patches_has_no_shares():
+    assert epoch_figures({"images": 4.0, "loss": 8.0})["loss"] == 2.0
+    assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
+
+
+def test_torch_compile_takes_the_step(config):
+    model = build_model("test_efficientnet", ("a", "b"), Preprocess(32))
+    step = TrainStep(model, LossConfig())
+    image, target = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    compiled = torch.compile(step, backend="aot_eager")
+    for alpha in (0.0, 1.0):
+        torch.testing.assert_close(
+            compiled(image, target, alpha)[0], step(image, target, alpha)[0], rtol=1e-3, atol=1e-4
+        )
+
+
+def seeded_step():
+    """A model without batch norm, labels that give ID, OOD and ignored patches, and a global batch."""
+    torch.manual_seed(0)
+    model = build_model("test_convnext", ("a", "b", "c"), Preprocess(input_size=64))
+    torch.nn.init.normal_(model.ood.weight)
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    image = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    return TrainStep(model, LossConfig(gamma=0.7)), image, torch.randint(0, 3, (8,))
+
+
+def two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    step, image, target = seeded_step()
+    parallel = torch.nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
+    # Uneven counts of ID and OOD patches on the two sides: a mean of means would be wrong.
+    loss, stats = parallel(image[rank::2], target[rank::2], 1.0)
+    loss.backward()
+    grads = {name: p.grad for name, p in step.named_parameters()}
+    torch.save({"loss": loss.detach(), "grads": grads, "n_id": stats["n_id"]}, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    step, image, target = seeded_step()
+    loss, stats = step(image, target, 1.0)
+    loss.backward()
+    assert int(stats["n_id"]) > 0 and int(stats["n_ood"]) > 0
+    mp.spawn(two_processes, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert int(parts[0]["n_id"]) != int(parts[1]["n_id"]), "counts are even by accident; choose another seed"
+    torch.testing.assert_close((parts[0]["loss"] + parts[1]["loss"]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in step.named_parameters():
+        torch.testing.assert_close(parts[0]["grads"][name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+        assert torch.equal(parts[0]["grads"][name], parts[1]["grads"][name])
+
+
+def test_torchrun_trains_one_run_folder(pictures, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ssod_edge", "train",
+               str(pictures), "--backbone", "test_efficientnet", "--size", "40", "--epochs", "2", "--batch-size", "4",
+               "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert len(rows(tmp_path / "run")) == 2 and load_model(tmp_path / "run")[1]["epoch"] >= 1
