@@ -154,19 +154,16 @@ def test_a_missing_engine_names_the_command_that_installs_it(export: Path, monke
         ("import sys; sys.modules[__name__] = None; import {}", "MissingExtraError:the {} engine needs the package"),
     ],
 )
-def test_an_engine_that_cannot_be_imported(export: Path, tmp_path: Path, engine: str, broken: str, kind: str) -> None:
+def test_an_engine_that_cannot_be_imported(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, broken: str, kind: str
+) -> None:
     (tmp_path / engine).mkdir()
     (tmp_path / engine / "__init__.py").write_text(broken.format(engine))
-    code = (
-        "import sys; from ssod_edge.runtime import open_runner\n"
-        f"try: open_runner({str(export)!r}, engine={engine!r})\n"
-        "except Exception as error: print(f'{type(error).__name__}:{error}')"
-    )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert done.stdout.startswith(kind.format(engine)), done
+    monkeypatch.delitem(sys.modules, engine, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((EngineError, MissingExtraError)) as error:
+        open_runner(export, engine=engine)
+    assert f"{error.type.__name__}:{error.value}".startswith(kind.format(engine))
 
 
 @pytest.mark.parametrize(
