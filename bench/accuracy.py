@@ -20,7 +20,7 @@ BATCH = 32
 
 
 class Images(Protocol):
-    """What an image set is drawn from; `ssod_edge.data.ImageSource` is one."""
+    """What an image set is drawn from; `ssod_edge.sources.ImageSource` is one."""
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image: ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ssod_edge.bench.plain import PAIRS, engines_with_pairs, export_plain, open_plain
+from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime import Runner, open_runner
@@ -16,7 +16,6 @@ from ssod_edge.spec import Artifact, Spec
 
 EAGER = "eager"
 CHECKPOINT = "best.safetensors"
-PLAIN_NAMES = tuple(plain for plain, _ in PAIRS.values())
 
 
 @dataclass
@@ -24,7 +23,7 @@ class Backend:
     """One row of the table.
 
     Attributes:
-        name: of the artifact, "eager" or one of PLAIN_NAMES.
+        name: of the artifact, "eager", or "plain-" and the name of a fused artifact.
         engine: that was asked for.
         folder: where `open_backend` finds it.
         sha256: of its one file, or of the list of its files' SHA-256 (see `combined_hash`); None if unknown.
@@ -55,7 +54,7 @@ class Backend:
 
 
 class Backends(AbstractContextManager["Backends"]):
-    """All backends of an export, open. One that cannot be opened has failed; the others go on.
+    """All backends of an export. One that cannot be made or opened has failed; the others go on.
 
     Args:
         export: the export folder.
@@ -68,7 +67,8 @@ class Backends(AbstractContextManager["Backends"]):
         self._threads = threads
         self._stack = ExitStack()
         self.all = [*(_fused(export, artifact) for artifact in spec.artifacts), _eager(export)]
-        self.all += [_plain(export, spec, engine, scratch / PAIRS[engine][0]) for engine in engines_with_pairs(spec)]
+        self.pairs = choose_pairs(spec)
+        self.all += [_plain(export, spec, pair, scratch / pair.plain) for pair in self.pairs]
 
     def __enter__(self) -> Backends:
         return self
@@ -78,15 +78,14 @@ class Backends(AbstractContextManager["Backends"]):
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def open(self) -> None:
-        """Open every backend that has not failed."""
-        for backend in self.working():
-            try:
-                runner = self._stack.enter_context(open_backend(backend.folder, backend.name, self._threads))
-            except Exception as error:
-                backend.fail(error)
-            else:
-                backend.runner, backend.precision, backend.device = runner, runner.precision, runner.device
+    def open(self, backend: Backend) -> None:
+        """Open one of `all`, until this context ends."""
+        try:
+            runner = self._stack.enter_context(open_backend(backend.folder, backend.name, self._threads))
+        except Exception as error:  # whatever an engine raises, the other rows go on
+            backend.fail(error)
+        else:
+            backend.runner, backend.precision, backend.device = runner, runner.precision, runner.device
 
     def working(self) -> list[Backend]:
         """Those that have not failed."""
@@ -105,7 +104,7 @@ def open_backend(folder: Path, name: str, threads: int | None) -> Runner:
     """Open one backend. Untrained weights are welcome here: latency does not depend on them."""
     if name == EAGER:
         return open_runner(folder, engine="eager", threads=threads, allow_untrained=True)
-    if name in PLAIN_NAMES:
+    if name.startswith(PREFIX):
         return open_plain(folder, threads)
     return open_runner(folder, artifact=name, threads=threads, allow_untrained=True)
 
@@ -122,19 +121,23 @@ def _fused(export: Path, artifact: Artifact) -> Backend:
 
 
 def _eager(export: Path) -> Backend:
-    checkpoint = export.parent / CHECKPOINT
+    run = export.resolve().parent
+    checkpoint = run / CHECKPOINT
     if not checkpoint.is_file():
         # An export that was copied to a device, or one of untrained weights.
         error = f"there is no {CHECKPOINT} beside this export"
-        return Backend(EAGER, EAGER, export.parent, status="missing", error=error)
-    return Backend(EAGER, EAGER, export.parent, sha256_file(checkpoint), _size_mb([checkpoint]))
+        return Backend(EAGER, EAGER, run, status="missing", error=error)
+    return Backend(EAGER, EAGER, run, sha256_file(checkpoint), _size_mb([checkpoint]))
 
 
-def _plain(export: Path, spec: Spec, engine: str, folder: Path) -> Backend:
-    backend = Backend(PAIRS[engine][0], engine, folder)
+def _plain(export: Path, spec: Spec, pair: Pair, folder: Path) -> Backend:
+    backend = Backend(pair.plain, pair.engine, folder)
+    if pair.source not in {artifact.name for artifact in spec.artifacts}:
+        backend.status, backend.error = "missing", f"there is no {pair.source} in this export, which it is made from"
+        return backend
     try:
         folder.mkdir(parents=True)
-        artifact = export_plain(export, spec, engine, folder)
+        artifact = export_plain(export, spec, pair, folder)
     except Exception as error:
         backend.fail(error)
         return backend

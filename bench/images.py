@@ -41,7 +41,7 @@ def choose_images(
     Args:
         export: the export folder; the run's folder is the one above.
         spec: its spec.
-        known: ID data (`ssod_edge.data.open_dataset`); None takes the run's recorded validation split.
+        known: ID data (`ssod_edge.sources.open_dataset`); None takes the run's recorded validation split.
         unknown: name -> OOD data.
         via: see `ImageSet.via`.
         quick: at most QUICK_IMAGES of each set.
@@ -83,7 +83,7 @@ def unknown_set(name: str, data: str) -> ImageSet:
 
 def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | None]:
     """The validation split that the run recorded, or None and the reason."""
-    record = export.parent / "splits.json"
+    record = export.resolve().parent / "splits.json"
     if not spec.trained:
         return None, "The weights are untrained."
     try:
@@ -130,7 +130,7 @@ def query_images(images: BenchImages, export: Path, spec: Spec, count: int) -> t
 
 
 def _open(data: str, labelled: bool = True) -> Any:
-    from ssod_edge.data import open_dataset
+    from ssod_edge.sources import open_dataset
 
     return open_dataset(data, labelled=labelled)
 

@@ -15,11 +15,12 @@ from ssod_edge.bench.environment import describe_state
 from ssod_edge.bench.images import BenchImages, query_images
 from ssod_edge.bench.latency import QUICK, Plan, Samples, alternate, interleave, measure
 from ssod_edge.bench.memory import measure_rss
-from ssod_edge.bench.plain import PAIRS
+from ssod_edge.bench.plain import Pair
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.query import IMAGES, ImageQuery, encode
 from ssod_edge.bench.record import latency_figures, make_record, make_row
 from ssod_edge.errors import UsageError
+from ssod_edge.runtime import Runner
 from ssod_edge.spec import Spec
 
 
@@ -63,15 +64,17 @@ class Measurement:
         found, self.queries = query_images(images, export, spec, IMAGES)
         self.files = encode(found)
         self.samples: dict[str, list[Samples]] = {}
-        self.cost: dict[str, dict[str, Any] | None] = dict.fromkeys(PAIRS)
+        self.cost: dict[str, dict[str, Any] | None] = {pair.engine: None for pair in backends.pairs}
         self.collected: dict[str, Collected] = {}
         self.accuracy: dict[str, dict[str, Any]] = {}
         self.rss: dict[str, float] = {}
 
     def run(self) -> None:
         """Latency first, while nothing else runs; a backend that fails takes no further part."""
-        with self.bar.steps("opening", 1):
-            self.backends.open()
+        with self.bar.steps("opening", len(self.backends.working())) as step:
+            for backend in self.backends.working():
+                step(backend.name, 1)
+                self.backends.open(backend)
         self._measure_latency()
         self._measure_cost()
         if self.images.known is not None:
@@ -97,24 +100,24 @@ class Measurement:
 
     def _measure_cost(self) -> None:
         """The fused graph over the plain one, per engine: the ratio of medians that were taken in turns."""
-        with self.bar.steps("cost of unknown", len(PAIRS)) as step:
-            for engine, (plain, fused) in PAIRS.items():
-                step(engine, 1)
+        with self.bar.steps("cost of unknown", len(self.backends.pairs)) as step:
+            for pair in self.backends.pairs:
+                step(pair.engine, 1)
                 runners = self.backends.runners()
-                if plain not in runners or fused not in runners:
+                if pair.plain not in runners or pair.fused not in runners:
                     continue
                 try:
-                    queries = [ImageQuery(runners[name], self.files, self.options.batch) for name in (fused, plain)]
-                    for query in queries:
-                        query()
-                    medians = [
-                        alternate(queries[0].compute, queries[1].compute, self.plan.pair_s)
-                        for _ in range(self.plan.repeats)
-                    ]
+                    self.cost[pair.engine] = self._cost(pair, runners[pair.fused], runners[pair.plain])
                 except Exception as error:
-                    self.backends.named(plain).fail(error)
-                else:
-                    self.cost[engine] = cost_figures(fused, plain, self.options.batch, medians)
+                    self.backends.named(pair.plain).fail(error)
+
+    def _cost(self, pair: Pair, fused: Runner, plain: Runner) -> dict[str, Any]:
+        queries = [ImageQuery(runner, self.files, self.options.batch) for runner in (fused, plain)]
+        for query in queries:
+            query()
+        first, second = (query.compute for query in queries)
+        medians = [alternate(first, second, self.plan.pair_s) for _ in range(self.plan.repeats)]
+        return cost_figures(pair.fused, pair.plain, self.options.batch, medians)
 
     def _collect_outputs(self) -> None:
         with self.bar.steps("accuracy", sum(len(images.indices) for images in self.images.sets)) as step:

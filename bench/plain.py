@@ -1,16 +1,17 @@
 """The plain classifier: the same graph without the OOD row and the scores, to measure what "unknown" costs.
 
-It is cut out of the fp32 ONNX artifact, so that trunk and weights are the same to the last bit, and needs no torch.
+It is cut out of an ONNX artifact, so that trunk and weights are the same to the last bit, and needs no torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import ArtifactError, missing_extra
+from ssod_edge.export.openvino import save_ir
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime import Runner
 from ssod_edge.runtime.runner import OUTPUTS
@@ -19,48 +20,68 @@ from ssod_edge.spec import Artifact, Spec, check_files, load_spec, save_spec
 #: What is left of the fused graph's outputs.
 PLAIN_OUTPUTS = OUTPUTS[:2]
 
-#: Engine -> (name of the plain artifact, name of the fused one it stands beside).
-PAIRS = {
-    "onnxruntime": ("plain-onnx-fp32", "onnx-fp32"),
-    "openvino": ("plain-openvino-fp32", "openvino-fp32"),
-}
-SOURCE = "onnx-fp32"
+PREFIX = "plain-"
+ENGINES = {"onnxruntime": "onnx", "openvino": "openvino"}
+PRECISIONS = ("fp32", "fp16")
 
 
-def export_plain(export: Path, spec: Spec, engine: str, folder: Path) -> Artifact:
+@dataclass(frozen=True)
+class Pair:
+    """A fused artifact, e.g. "openvino-fp32", and the plain classifier that it is measured against."""
+
+    engine: str
+    precision: str
+
+    @property
+    def fused(self) -> str:
+        return f"{ENGINES[self.engine]}-{self.precision}"
+
+    @property
+    def plain(self) -> str:
+        return f"{PREFIX}{self.fused}"
+
+    @property
+    def source(self) -> str:
+        """The artifact that the plain classifier is cut out of."""
+        return f"onnx-{self.precision}"
+
+
+def choose_pairs(spec: Spec) -> list[Pair]:
+    """One pair for each engine that the export has artifacts for, in the first of PRECISIONS that there is."""
+    names = {artifact.name for artifact in spec.artifacts}
+    pairs = [[Pair(engine, precision) for precision in PRECISIONS] for engine in ENGINES]
+    found = [[pair for pair in both if pair.fused in names] for both in pairs]
+    return [both[0] for both in found if both]
+
+
+def export_plain(export: Path, spec: Spec, pair: Pair, folder: Path) -> Artifact:
     """Make the plain classifier for one engine in a folder of its own, with a spec that `open_plain` reads.
 
     Args:
-        export: the export folder, which has the artifact SOURCE.
+        export: the export folder.
         spec: its spec.
-        engine: a key of PAIRS.
+        pair: which one to make.
         folder: exists; gets the model and `ssod.json`.
 
     Raises:
         MissingExtraError: onnx (or openvino, for its engine) is not installed.
-        UsageError, ArtifactError: there is no SOURCE, its file was changed, or it is not a fused graph.
+        UsageError, ArtifactError: the export lacks the pair's source, its file was changed, or it is not a fused graph.
     """
     if importlib.util.find_spec("onnx") is None:
         raise missing_extra("onnx", "making the plain classifier")
-    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
-        raise missing_extra("openvino", "the openvino engine")
     import onnx
 
-    source = spec.artifact(SOURCE)
+    source = spec.artifact(pair.source)
     graph = onnx.load(check_files(export, source))
     cut_plain(graph, len(spec.classes))
     onnx.save(graph, folder / "plain.onnx")
     files = ["plain.onnx"]
-    if engine == "openvino":
-        import openvino
-
-        openvino.save_model(openvino.convert_model(folder / "plain.onnx"), folder / "plain.xml", compress_to_fp16=False)
-        (folder / "plain.onnx").unlink()
-        files = ["plain.xml", "plain.bin"]
+    if pair.engine == "openvino":
+        files = [path.name for path in save_ir(folder / files[0], folder)]
     artifact = replace(
         source,
-        name=PAIRS[engine][0],
-        engine=engine,
+        name=pair.plain,
+        engine=pair.engine,
         files={name: sha256_file(folder / name) for name in files},
         threshold=None,
         verification=None,
@@ -102,7 +123,7 @@ def cut_plain(model: Any, classes: int) -> None:
         dropped.append(producers[name])
         name = dropped[-1].input[0]
     if name not in producers:
-        raise ArtifactError("the onnx-fp32 graph does not end in a Gemm. Export the run again.")
+        raise ArtifactError("the ONNX graph does not end in a Gemm. Export the run again.")
     gemm = producers[name]
     _drop_last_row(graph, gemm, classes)
     aliases = {node.output[0] for node in dropped} | {name}
@@ -125,9 +146,11 @@ def _drop_last_row(graph: Any, gemm: Any, classes: int) -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     transposed = any(a.name == "transB" and a.i for a in gemm.attribute)
     for which, axis in ((1, 0 if transposed else 1), (2, 0)):
-        tensor = tensors.get(gemm.input[which]) if which < len(gemm.input) else None
+        if which == len(gemm.input):
+            continue  # a bias of zeros is left out by the exporter
+        tensor = tensors.get(gemm.input[which])
         if tensor is None or len(tensor.dims) <= axis or tensor.dims[axis] != classes + 1:
-            raise ArtifactError(f"the onnx-fp32 graph's Gemm does not have {classes} + 1 rows. Export the run again.")
+            raise ArtifactError(f"the ONNX graph's Gemm does not have {classes} + 1 rows. Export the run again.")
         rows = numpy_helper.to_array(tensor).take(range(classes), axis=axis)
         tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))
 
@@ -142,9 +165,3 @@ def _prune(graph: Any) -> None:
             needed.update(node.input)
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in needed]:
         graph.initializer.remove(tensor)
-
-
-def engines_with_pairs(spec: Spec) -> list[str]:
-    """Engines that a plain classifier can be measured on: those whose fused fp32 artifact there is."""
-    names = {artifact.name for artifact in spec.artifacts}
-    return [engine for engine, (_, fused) in PAIRS.items() if fused in names]

@@ -11,9 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar:
-    """One bar for each part of a bench. Off a terminal, or without a console, nothing is shown."""
+    """One bar for each part of a bench. Off a terminal, or without a console, nothing is shown.
 
-    def __init__(self, console: Console | None) -> None:
+    Args:
+        console: where to draw.
+        check: called before each redraw; may raise, to end the bench.
+    """
+
+    def __init__(self, console: Console | None, check: Callable[[], None]) -> None:
+        self._check = check
         self._progress = Progress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),
@@ -36,6 +42,7 @@ class Bar:
 
     def refresh(self) -> None:
         """Redraw now."""
+        self._check()
         self._progress.refresh()
 
     @contextmanager
@@ -45,9 +52,9 @@ class Bar:
 
         def step(item: str, count: int = 1) -> None:
             self._progress.update(task, advance=count, item=item)
-            self._progress.refresh()
+            self.refresh()
 
-        self._progress.refresh()
+        self.refresh()
         yield step
         self._progress.update(task, item="")
-        self._progress.refresh()
+        self.refresh()

@@ -16,6 +16,7 @@ from ssod_edge.bench.backends import Backends
 from ssod_edge.bench.compare import compare
 from ssod_edge.bench.environment import describe_environment
 from ssod_edge.bench.images import choose_images
+from ssod_edge.bench.interrupt import Interrupts
 from ssod_edge.bench.measurement import BenchOptions, Measurement
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.record import load_record, save_record
@@ -66,10 +67,9 @@ def bench(folder: str | Path, options: BenchOptions, console: Console | None = N
     export = find_export(folder)
     spec = load_spec(export)
     environment = describe_environment(options.threads)
-    images = choose_images(export, spec, options.known, options.unknown, options.via, options.quick)
-    with tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
-        backends = Backends(export, spec, Path(scratch), options.threads)
-        with backends, Bar(console) as bar:
+    with Interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
+        images = choose_images(export, spec, options.known, options.unknown, options.via, options.quick)
+        with Backends(export, spec, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
             measurement = Measurement(export, spec, options, backends, images, bar)
             measurement.run()
             return measurement.record(environment, _command(folder, options))
@@ -104,6 +104,7 @@ def run_bench(
     json_file: str | None = None,
     compare_file: str | None = None,
     as_markdown: bool = False,
+    runs: str = "runs",
 ) -> int:
     """The command `bench`: measure, print, save, compare.
 
@@ -120,7 +121,7 @@ def run_bench(
     if json_file is not None:
         _check_writable(Path(json_file))
     errors = Console(stderr=True)
-    record = bench(newest_export(backbone=backbone) if folder is None else folder, options, errors)
+    record = bench(newest_export(runs, backbone) if folder is None else folder, options, errors)
     output = Console(width=None if sys.stdout.isatty() else 132)
     if as_markdown:
         click.echo(markdown(record), nl=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from ssod_edge.config import Preprocess
 from ssod_edge.files import sha256_file
@@ -140,3 +141,14 @@ def edit_graph(folder: Path, artifact: str, **initializers: np.ndarray) -> None:
             tensor.CopyFrom(numpy_helper.from_array(initializers[tensor.name], tensor.name))
     onnx.save(model, path)
     edit_spec(folder, lambda spec: spec, rehash=True)
+
+
+def write_colours(folder: Path, n: int = 4) -> Path:
+    """An ImageFolder of the colour classifier's classes, n images of 20 x 24 pixels in each; returns its path."""
+    for index, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(n):
+            colour = [20 * number, 20 * number, 20 * number]
+            colour[index] = 230
+            Image.new("RGB", (20, 24), tuple(colour)).save(folder / name / f"{number}.png")
+    return folder
