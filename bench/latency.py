@@ -64,7 +64,7 @@ class Plan:
 
 
 #: A look at the figures in seconds: too few samples for a p99, and more noise.
-QUICK = Plan(warmup_s=0.2, warmup_queries=10, measure_s=0.5, measure_queries=64, repeats=3, pair_s=0.5)
+QUICK = Plan(warmup_s=0.2, warmup_queries=5, measure_s=0.5, measure_queries=16, repeats=3, pair_s=0.5)
 
 
 def measure(query: Query, plan: Plan, tick: Tick | None = None, clock: Callable[[], float] = time.monotonic) -> Samples:

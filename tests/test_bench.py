@@ -256,6 +256,14 @@ def test_newest_export_by_time_and_backbone(tmp_path: Path, make_export: Callabl
         newest_export(tmp_path, "mobilenetv3")
 
 
+def test_the_bench_itself_loads_no_engine() -> None:
+    """So it runs on a device without torch, and measures memory from a small process."""
+    code = "import sys, ssod_edge.bench.run, ssod_edge.bench.memory\n"
+    code += "print(sorted({'torch', 'timm', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_ood_options() -> None:
     assert parse_unknown(("near=demo:near", "far=a=b")) == {"near": "demo:near", "far": "a=b"}
     for wrong in ("near", "=x", "near="):
