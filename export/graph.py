@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod_edge.config import SCORES, Preprocess, ScoreName
@@ -33,8 +34,22 @@ class FusedClassifier(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], id_logit [N], ood_score [N], all fp32."""
         fused = self.head(self.trunk(image))
-        logits, id_logit = fused[:, :-1], fused[:, -1]
-        return logits, torch.softmax(logits, dim=1), id_logit, ood_score(self.score, logits, id_logit)
+        logits, row = fused.split([fused.shape[1] - 1, 1], dim=1)
+        probs, id_logit = torch.softmax(logits, dim=1), row.squeeze(1)
+        return logits, probs, id_logit, score_of_graph(self.score, logits, probs, id_logit)
+
+
+def score_of_graph(name: ScoreName, logits: Tensor, probs: Tensor, id_logit: Tensor) -> Tensor:
+    """`ssod_edge.ops.ood_score` in as few small operations as the engines need: each costs about a microsecond.
+
+    max log_softmax is the logarithm of the largest probability, which is at least 1/M and has been computed anyway.
+    msp has no such short cut: 1 - max(probs) is a difference that vanishes when the network is sure.
+    """
+    if name == "energy":
+        return probs.amax(dim=1).log() - logits.amax(dim=1)
+    if name == "posterior":
+        return F.softplus(-id_logit) - probs.amax(dim=1).log()
+    return ood_score(name, logits, id_logit)
 
 
 class _Trunk(nn.Module):

@@ -23,11 +23,11 @@ from PIL import Image
 
 from ssod_edge.checkpoint import BEST, model_meta, model_tensors, save_checkpoint
 from ssod_edge.cli import main
-from ssod_edge.config import SCORES, Preprocess
+from ssod_edge.config import SCORES, Preprocess, ScoreName
 from ssod_edge.errors import ArtifactError, OutputError, UsageError, VerificationError
 from ssod_edge.export.command import choose_source
 from ssod_edge.export.fp16 import to_fp16
-from ssod_edge.export.graph import FusedClassifier
+from ssod_edge.export.graph import FusedClassifier, score_of_graph
 from ssod_edge.export.onnx import check_fused, fused_graph
 from ssod_edge.export.openvino import save_ir
 from ssod_edge.export.reference import run_eager
@@ -105,6 +105,17 @@ def test_fused_module_gives_what_the_model_and_the_scores_give(small: SSODClassi
         outputs["ood_score"].numpy(), ood_scores(expected["logits"], expected["id_logit"])[score], rtol=1e-4, atol=1e-5
     )
     assert np.ptp(expected["id_logit"]) > 1e-2 and np.ptp(expected["logits"]) > 0.1
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_in_the_graph_neither_saturate_nor_overflow(score: ScoreName) -> None:
+    rng = np.random.default_rng(0)
+    scale = np.array([0.01, 1, 10, 80, 1000], np.float32)
+    logits = (rng.normal(0, 1, (5, 6)) * scale[:, None]).astype(np.float32)
+    id_logit = np.array([-1000, -20, 0, 20, 1000], np.float32)
+    tensors = torch.from_numpy(logits), torch.from_numpy(logits).softmax(1), torch.from_numpy(id_logit)
+    expected = ood_scores(logits, id_logit)[score]
+    np.testing.assert_allclose(score_of_graph(score, *tensors).numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 5])
