@@ -1,0 +1,26 @@
+"""The cost of the OOD loss in training: measured on real steps, recorded with what ran."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner
+
+from ssod_edge.bench.training import main
+
+
+def test_both_kinds_of_step_are_timed_and_recorded(tmp_path):
+    args = ["--backbone", "test_efficientnet", "--size", "64", "--batch", "8", "--rounds", "4"]
+    result = CliRunner().invoke(main, [*args, "--json", str(tmp_path / "rows.json")], catch_exceptions=False)
+    assert result.exit_code == 0
+    record = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = record["rows"]
+    assert row["backbone"] == "test_efficientnet" and row["kernel"] == "reference" and row["rounds"] == 4
+    assert row["cross_entropy_ms"] > 0 and row["ssod_ms"] > 0
+    assert row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
+    assert record["environment"]["packages"]["torch"]
+
+
+def test_a_backbone_that_does_not_fit_ends_with_its_exit_code():
+    result = CliRunner().invoke(main, ["--backbone", "test_vit", "--rounds", "1"])
+    assert result.exit_code == 2 and "not supported" in result.stderr
