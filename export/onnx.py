@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ssod_edge.config import ScoreName
-from ssod_edge.errors import UsageError, VerificationError
+from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.graph import FusedClassifier
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier
@@ -35,6 +36,7 @@ def fused_graph(model: SSODClassifier, score: ScoreName, trained: bool) -> onnx.
         trained: recorded in the metadata.
 
     Raises:
+        MissingExtraError: onnxscript is not installed.
         UsageError: the exporter cannot handle this backbone, or the graph is over 2 GB.
         VerificationError: the exported graph does not have the fused form.
     """
@@ -101,6 +103,8 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
 
 
 def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.ModelProto:
+    if importlib.util.find_spec("onnxscript") is None:
+        raise missing_extra("onnxscript", "exporting to ONNX")
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     try:
         with warnings.catch_warnings(), torch.no_grad():

@@ -24,7 +24,7 @@ from PIL import Image
 from ssod_edge.checkpoint import BEST, model_meta, model_tensors, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.config import SCORES, Preprocess, ScoreName
-from ssod_edge.errors import ArtifactError, OutputError, UsageError, VerificationError
+from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.export.command import choose_source
 from ssod_edge.export.fp16 import to_fp16
 from ssod_edge.export.graph import FusedClassifier, score_of_graph
@@ -267,6 +267,18 @@ def test_reference_holds_the_eager_numbers(small: SSODClassifier, exported: Path
         for score, value in ood_scores(logits, id_logit).items():
             np.testing.assert_allclose(reference[f"score_{score}"], value, atol=1e-4)
         assert set(np.unique(reference["label"])) == set(range(len(CLASSES)))
+
+
+def test_missing_packages_are_named_before_any_work(
+    run: Path, small: SSODClassifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"ssod-edge\[onnx\]"):
+        fused_graph(small, "energy", trained=True)
+    for engine, extra in (("openvino", "openvino"), ("onnxruntime", "onnx")):
+        with pytest.raises(MissingExtraError, match=rf"ssod-edge\[{extra}\]"):
+            export_run(run, tmp_path / "out", engines=[engine])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_run_gives_the_same_bytes(run: Path, exported: Path, traced_once: None, tmp_path: Path) -> None:
