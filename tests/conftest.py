@@ -6,10 +6,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ssod_edge.spec import Spec
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ssod_edge.model import SSODClassifier
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +56,30 @@ def make_export(export_template: Path) -> Callable[..., Path]:
 def export(make_export: Callable[..., Path], tmp_path: Path) -> Path:
     """An export folder of trained weights whose artifacts are verified."""
     return make_export(tmp_path / "export")
+
+
+@pytest.fixture(scope="session")
+def small_model() -> SSODClassifier:
+    """A MobileNetV3-Small of random weights for 64 px and 7 classes."""
+    from small import make_model
+
+    return make_model("mobilenetv3_small_050")
+
+
+@pytest.fixture(scope="session")
+def small_graph(small_model: SSODClassifier) -> onnx.ModelProto:
+    """Its fused ONNX graph. Tracing it takes seconds; do not change it."""
+    from ssod_edge.export.onnx import fused_graph
+
+    return fused_graph(small_model, "energy", trained=True)
+
+
+@pytest.fixture(scope="session")
+def small_run(small_model: SSODClassifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of it, with 84 images in class folders beside it. Nobody changes it."""
+    from small import write_images, write_run
+
+    root = tmp_path_factory.mktemp("runs")
+    write_images(root / "data")
+    write_run(root / "small", small_model, str(root / "data"))
+    return root / "small"
