@@ -226,7 +226,7 @@ class DemoImages:
         self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
         self.labels = np.concatenate([np.asarray(part.labels, dtype=np.int64) for part in self._parts])
         self.classes = self._parts[0].classes
-        self.fingerprint = hashlib.sha256(f"{name}-v1".encode() + self.labels.tobytes()).hexdigest()
+        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in self._parts).encode()).hexdigest()
         self.fixed_splits = None
         if not split:
             self.fixed_splits = Splits(*(np.arange(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False)))
