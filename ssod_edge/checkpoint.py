@@ -45,18 +45,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ArtifactError: missing, cut short, not a checkpoint of ssod-edge, or of a newer schema.
     """
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
     except ImportError:
         raise missing_extra("safetensors", "reading a checkpoint") from None
     if not path.is_file():
         raise ArtifactError(f"checkpoint '{path}' does not exist. Train one with: ssod-edge train DATA")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["ssod_edge"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # In one piece: safetensors opens a path twice, and training may put a newer file there in between.
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        meta = json.loads(header["__metadata__"]["ssod_edge"])
+        tensors = load(content)
     except KeyError:
         raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"checkpoint '{path}' is damaged or cut short ({error})") from error
     if meta["schema_version"] > SCHEMA_VERSION:
         raise ArtifactError(

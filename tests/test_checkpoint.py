@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -154,3 +156,29 @@ def test_find_run_takes_the_newest_of_a_backbone(model, tmp_path):
     assert find_run(tmp_path, "mobilenetv3").name == "new"
     with pytest.raises(UsageError, match="no run of 'regnet'"):
         find_run(tmp_path, "regnet")
+
+
+def test_a_file_replaced_while_it_is_read_is_whole(tmp_path):
+    """A reader beside a training run gets one checkpoint or the next, never parts of both."""
+    path = tmp_path / "last.safetensors"
+    versions = [tmp_path / "1", tmp_path / "2"]
+    for epoch, version in enumerate(versions, 1):
+        save_checkpoint(version, {"weight": torch.full((64, 64), float(epoch))}, {"epoch": epoch})
+    shutil.copy(versions[0], path)
+    stop = threading.Event()
+
+    def replace_often():
+        while not stop.is_set():
+            for version in versions:
+                os.link(version, tmp_path / "next")
+                (tmp_path / "next").replace(path)
+
+    writer = threading.Thread(target=replace_often)
+    writer.start()
+    try:
+        for _ in range(1000):
+            tensors, meta = load_checkpoint(path)
+            assert (tensors["weight"] == meta["epoch"]).all()
+    finally:
+        stop.set()
+        writer.join()
