@@ -13,7 +13,7 @@ step() {
     ssod-edge "$@"
 }
 
-step train demo --name demo --backbone mobilenetv3_small_100 --size 64 --epochs 6 --batch-size 64
+step train demo --name demo --backbone test_resnet --size 64 --epochs 10 --batch-size 64 --lr 3e-3
 step eval "$run" --id demo:test --ood near=demo:near --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/eval.json"
 step export "$run" --fp16
 step bench "$run" --quick --json "$run/bench.json"
