@@ -25,18 +25,18 @@ def main(run: Path, seconds: int) -> None:
     table.add_row("unknown photos, AUROC", f"{auroc['photos']:.1%}")
     table.add_row("unknown shapes and textures, AUROC", f"{auroc['shapes']:.1%}")
     for row in bench["rows"]:
-        if row["status"] == "ok":
+        if row["status"] == "ok" and not row["artifact"].startswith("plain"):
             table.add_row(f"{row['artifact']}, image to verdict", f"{row['latency_ms']['p50']:.2f} ms")
     console = Console(highlight=False)
     console.print()
     console.print(table)
-    console.print("Try next (after: source .venv/bin/activate):")
+    console.print("Try next:")
     for command in (
-        f"ssod-edge predict {run} YOUR_PHOTO.jpg --json",
-        "ssod-edge train YOUR_IMAGES --backbone mobilenetv3   # YOUR_IMAGES/CLASS/IMAGE",
-        "ssod-edge doctor",
+        f"predict {run} YOUR_PHOTO.jpg --json",
+        "train YOUR_IMAGES --backbone mobilenetv3   # a folder of CLASS/IMAGE files",
+        "doctor",
     ):
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        console.print(f"  .venv/bin/ssod-edge {command}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
