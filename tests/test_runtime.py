@@ -363,11 +363,12 @@ def test_eager_runs_the_checkpoint(run_folder: Path) -> None:
 
     images = colour_images(3)
     threads = torch.get_num_threads()
-    with open_runner(run_folder, engine="eager", threads=1) as runner:
+    with open_runner(run_folder, engine="eager", threads=threads + 1) as runner:
+        assert runner.details["threads"] == str(threads + 1)
         outputs = runner.infer({"image": images})
         assert (runner.engine, runner.precision, runner.device) == ("eager", "fp32", "CPU")
         assert runner.artifact.threshold is None and runner.spec.trained
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads, "the number of threads is the whole process's"
     model, _ = load_model(run_folder)
     with torch.no_grad():
         logits, id_logit = model(normalise(torch.from_numpy(images), model.preprocess))

@@ -64,6 +64,7 @@ class EagerRunner:
             versions={"torch": torch.__version__},
             threshold=None if export is None else _threshold(self.spec, export),
         )
+        self._threads_before = torch.get_num_threads()  # a setting of the whole process: given back at the end
         if threads is not None:
             torch.set_num_threads(threads)
         self.details = {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
@@ -76,6 +77,7 @@ class EagerRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._model = None
+        torch.set_num_threads(self._threads_before)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
