@@ -87,7 +87,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        if self.alpha < 0:
+        if not 0 <= self.alpha < float("inf"):
             raise UsageError(f"alpha must be 0 or more, got {self.alpha}")
         if self.balance not in BALANCES:
             raise UsageError(f"balance must be one of {', '.join(BALANCES)}, got '{self.balance}'")
@@ -145,7 +145,7 @@ class TrainConfig:
             raise UsageError(f"recipe must be 'short' or 'paper', got '{self.recipe}'")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
-        if self.lr <= 0:
+        if not 0 < self.lr < float("inf"):
             raise UsageError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.half_size_epochs < self.epochs:
             raise UsageError(f"half_size_epochs must be 0 or more and below epochs, got {self.half_size_epochs}")

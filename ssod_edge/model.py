@@ -180,6 +180,11 @@ def build_model(
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes))
     except RuntimeError as error:
         raise UsageError(f"backbone '{name}' cannot be built: {error}") from error
+    classifier = cast(Any, model).get_classifier()
+    if isinstance(classifier, nn.Linear) and not (pretrained and len(classes) == model.default_cfg["num_classes"]):
+        # Some timm families scale this layer by 1/sqrt(classes): with ten of them MobileNetV3 would begin with
+        # confident, wrong logits.
+        nn.init.normal_(classifier.weight, std=0.01)
     if weights is not None:
         load_weights(model, weights)
     return SSODClassifier(model, name, classes, preprocess)

@@ -32,9 +32,10 @@ from ssod_edge.checkpoint import (
     save_checkpoint,
 )
 from ssod_edge.config import LossConfig, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
-from ssod_edge.data import EvalImages, TrainImages, load_batches
+from ssod_edge.data import TrainImages, load_batches
 from ssod_edge.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
+from ssod_edge.evaluate import collect
 from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, normalise
 from ssod_edge.ops import kernel_in_use, ssod_loss
@@ -261,7 +262,10 @@ class _Loop:
 
     def _finish_epoch(self, bar: Any) -> None:
         progress = self.progress
-        accuracy = validation_accuracy(self.model, self.source, self.splits.val, self.config, self.device)
+        held_out = collect(
+            self.model, self.source, self.splits.val, batch_size=self.config.batch_size, workers=self.config.workers
+        )
+        accuracy = held_out.accuracy
         row = {
             "epoch": progress.epoch + 1,
             **epoch_figures(progress.meters),
@@ -325,22 +329,6 @@ def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
         "ignored_patches": meters.get("n_ignored", 0.0) / patches,
         "invalid_patches": meters.get("n_invalid", 0.0),
     }
-
-
-@torch.no_grad()
-def validation_accuracy(
-    model: SSODClassifier, source: ImageSource, indices: Any, config: TrainConfig, device: torch.device
-) -> float:
-    """Top-1 accuracy on held-out in-distribution images, by the deployment preprocessing."""
-    model.eval()
-    images = EvalImages(source, indices, config.preprocess)
-    correct = 0
-    for image, target, _ in load_batches(images, config.workers, batch_size=config.batch_size):
-        x = normalise(image.to(device), config.preprocess).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits, _ = model(x)
-        correct += int((logits.argmax(1).cpu() == target).sum())
-    return correct / len(indices)
 
 
 def default_name(config: TrainConfig) -> str:

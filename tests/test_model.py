@@ -116,6 +116,22 @@ def test_backbones_that_do_not_fit_are_refused_with_the_reason(name, reason):
         build_model(name, CLASSES, Preprocess())
 
 
+@pytest.mark.parametrize("backbone", ["mobilenetv3", "test_efficientnet", "test_resnet"])
+def test_a_new_classifier_begins_without_an_opinion(backbone):
+    model = build_model(backbone, CLASSES, Preprocess(64)).eval()
+    with torch.no_grad():
+        logits, _ = model(torch.randn(4, 3, 64, 64))
+    assert 0 < logits.abs().max() < 1
+    assert torch.softmax(logits, 1).max() < 0.5
+
+
+def test_local_weights_of_the_same_width_keep_their_classifier(tmp_path):
+    donor = timm.create_model("test_efficientnet", num_classes=3)
+    torch.save(donor.state_dict(), tmp_path / "weights.pth")
+    model = build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path / "weights.pth")
+    assert torch.equal(model.classifier.weight, donor.get_classifier().weight)
+
+
 def test_one_class_is_refused():
     with pytest.raises(UsageError, match="at least 2 classes"):
         build_model("test_efficientnet", ("cat",), Preprocess())

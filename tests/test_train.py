@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_a_run_learns_and_records_what_it_did(config, tmp_path):
 
 def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.5, 0.4])  # the warm-up epoch has the highest
-    monkeypatch.setattr("ssod_edge.train.validation_accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr("ssod_edge.train.collect", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies)))
     assert load_model(train(config, tmp_path))[1]["epoch"] == 2
 
 

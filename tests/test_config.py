@@ -1,0 +1,66 @@
+"""Settings: every value is checked where it is made, and JSON gives the same settings back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict
+from ssod_edge.errors import UsageError
+
+
+def test_json_gives_the_same_settings_back():
+    config = TrainConfig("resnet18", "photos", loss=LossConfig(gamma=0.9, balance="dr"), preprocess=Preprocess(96))
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 0.0, -0.7, 1.5, float("nan")])
+def test_gamma_outside_its_range_is_refused(gamma):
+    with pytest.raises(UsageError, match="0.5 < gamma < 1"):
+        LossConfig(gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", [0.500001, 0.95, 0.999999])
+def test_gamma_inside_its_range_is_taken(gamma):
+    assert LossConfig(gamma=gamma).gamma == gamma
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (LossConfig, {"alpha": -1.0}, "alpha must be 0 or more"),
+        (LossConfig, {"balance": "none"}, "one of lwb, lw, dr"),
+        (LossConfig, {"warmup_epochs": -1.0}, "warmup_epochs"),
+        (Preprocess, {"input_size": 0}, "at least 1 pixel"),
+        (Preprocess, {"crop_pct": 1.1}, "crop_pct"),
+        (Preprocess, {"interpolation": "nearest"}, "'bicubic' or 'bilinear'"),
+        (Preprocess, {"std": (0.1, 0.0, 0.1)}, "positive"),
+        (TrainConfig, {"epochs": 0}, "epochs must be at least 1"),
+        (TrainConfig, {"batch_size": 0}, "batch_size must be at least 1"),
+        (TrainConfig, {"lr": 0.0}, "lr must be positive"),
+        (TrainConfig, {"half_size_epochs": 10}, "below epochs"),
+        (TrainConfig, {"val_fraction": 0.0}, "val_fraction"),
+        (TrainConfig, {"val_fraction": 0.5, "calib_fraction": 0.5}, "no images to train on"),
+        (TrainConfig, {"hflip": 2.0}, "hflip"),
+        (TrainConfig, {"workers": -1}, "workers"),
+        (TrainConfig, {"precision": "fp16"}, "'fp32' or 'bf16'"),
+        (TrainConfig, {"recipe": "long"}, "'short' or 'paper'"),
+        (TrainConfig, {"pretrained": True, "weights": "w.pth"}, "exclude each other"),
+        (TrainConfig, {"learning": 1}, "unknown TrainConfig key: learning. Known keys: .*lr"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(cls, values, message):
+    required = {"backbone": "resnet18", "data": "photos"} if cls is TrainConfig else {}
+    with pytest.raises(UsageError, match=message):
+        from_dict(cls, {**required, **values})
+
+
+def test_missing_values_are_named():
+    with pytest.raises(UsageError, match="backbone"):
+        from_dict(TrainConfig, {"data": "photos"})
+
+
+def test_aliases_are_the_papers_backbones_and_other_names_stay():
+    assert resolve_backbone("regnet") == "regnety_008_tv" and len(ALIASES) == 7
+    assert resolve_backbone("efficientnet_b0") == "efficientnet_b0"
