@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
-from ssod_edge.config import SCORES
+from ssod_edge.config import RECIPES, SCORES
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
 
 
@@ -87,11 +87,16 @@ def main(debug: bool) -> None:
 def train_options(command: Any) -> Any:
     """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names."""
     options = [
-        click.option("--recipe", type=click.Choice(["short", "paper"]), default="short", help="Paper: Appendix A.4."),
-        click.option("--epochs", type=int, help="Passes over the training data. Default: 10, paper 60."),
-        click.option("--batch-size", type=int, help="Images a step and process. Default: 128, paper 256."),
-        click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, paper 1e-4."),
-        click.option("--weight-decay", type=float, help="Of AdamW. Default: 0.05, paper 0.01."),
+        click.option(
+            "--recipe",
+            type=click.Choice(list(RECIPES)),
+            default="short",
+            help="short: AdamW; scratch: SGD, for more epochs without pretrained weights; paper: Appendix A.4.",
+        ),
+        click.option("--epochs", type=int, help="Passes over the training data. Default: 10, scratch 30, paper 60."),
+        click.option("--batch-size", type=int, help="Images a step and process. Default: 128, scratch 64, paper 256."),
+        click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, scratch 0.1, paper 1e-4."),
+        click.option("--weight-decay", type=float, help="Default: 0.05, scratch 5e-4, paper 0.01."),
         click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: 0.95."),
         click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 is cross-entropy. Default: 1."),
         click.option("--balance", type=click.Choice(["lwb", "lw", "dr"]), help="Table 5. Default: lwb."),

@@ -305,7 +305,7 @@ class _Loop:
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Rate of an optimizer step: "paper" halves it every 30 epochs; "short" warms up, then follows a cosine to 1%."""
+    """Rate of an optimizer step: "paper" halves it every 30 epochs; the others warm up, then a cosine to 1%."""
     if config.recipe == "paper":
         return config.lr * 0.5 ** (step // (30 * steps_per_epoch))
     total = config.epochs * steps_per_epoch
@@ -354,11 +354,13 @@ def load_config(run: Path) -> TrainConfig:
         raise ArtifactError(f"'{run / 'config.json'}' is damaged ({error})") from error
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases and normalisation parameters are not decayed."""
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or, from scratch, SGD; biases and normalisation parameters are not decayed."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.recipe == "scratch":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.lr)
 
 

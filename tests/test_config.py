@@ -45,7 +45,7 @@ def test_gamma_inside_its_range_is_taken(gamma):
         (TrainConfig, {"hflip": 2.0}, "hflip"),
         (TrainConfig, {"workers": -1}, "workers"),
         (TrainConfig, {"precision": "fp16"}, "'fp32' or 'bf16'"),
-        (TrainConfig, {"recipe": "long"}, "'short' or 'paper'"),
+        (TrainConfig, {"recipe": "long"}, "one of short, scratch, paper"),
         (TrainConfig, {"pretrained": True, "weights": "w.pth"}, "exclude each other"),
         (TrainConfig, {"learning": 1}, "unknown TrainConfig key: learning. Known keys: .*lr"),
     ],

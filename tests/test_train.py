@@ -69,10 +69,10 @@ def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
     assert not load_model(run)[0].ood.weight.any() and rows(run)[-1]["ood_loss"] == 0
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, kill):
+@pytest.mark.parametrize(("kill", "recipe"), [(signal.SIGKILL, "short"), (signal.SIGINT, "scratch")])
+def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, kill, recipe):
     """The kill falls inside an epoch; mini-batches, augmentation, schedule and optimizer go on as if it had not."""
-    whole = train(replace(config, loss=replace(config.loss, balance="dr")), tmp_path / "whole")
+    whole = train(replace(config, recipe=recipe, loss=replace(config.loss, balance="dr")), tmp_path / "whole")
     (tmp_path / "config.json").write_text((whole / "config.json").read_text())
     code = (
         "import json, sys, torch\n"
