@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from colour import BIAS, colour_images, edit_graph, edit_spec
+from interrupt import interrupt_while_reading
 from PIL import Image
 
 from ssod_edge.cli import main
@@ -200,3 +201,14 @@ def test_the_training_data_gives_its_calibration_split_alone(export: Path, tmp_p
     (Path(dataset.source(0)) if Path(dataset.source(0)).is_absolute() else photos / dataset.source(0)).write_bytes(b"")
     code, _, err = run(export, "--id", photos, "--artifact", "onnx-fp32")
     assert code == 1 and "left out" in err
+
+
+def test_an_interrupt_changes_nothing(export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (1500, 1500), "red").save(folder / "0.png")
+    for index in range(1, 400):
+        (folder / f"{index}.png").hardlink_to(folder / "0.png")
+    before = (export / "ssod.json").read_bytes()
+    assert interrupt_while_reading(folder, "calibrate", export, "--id", folder) == (130, "interrupted\n")
+    assert (export / "ssod.json").read_bytes() == before

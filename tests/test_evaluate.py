@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from interrupt import interrupt_while_reading
 from pictures import write_folder
 from PIL import Image
 
@@ -126,3 +127,16 @@ def test_a_broken_ood_image_is_named(place, tmp_path):
     (tmp_path / "bad" / "broken.png").write_bytes(b"\x89PNG")
     result = CliRunner().invoke(main, ["eval", str(place / "run"), "--ood", f"bad={tmp_path / 'bad'}"])
     assert result.exit_code == 1 and "broken.png" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_interrupt_leaves_no_report(place, tmp_path):
+    (tmp_path / "grey").mkdir()
+    Image.new("L", (1500, 1500)).save(tmp_path / "grey" / "0.png")
+    for index in range(1, 400):
+        (tmp_path / "grey" / f"{index}.png").hardlink_to(tmp_path / "grey" / "0.png")
+    report = tmp_path / "report.json"
+    code, stderr = interrupt_while_reading(
+        tmp_path / "grey", "eval", place / "run", "--ood", f"grey={tmp_path / 'grey'}", "--json", report
+    )
+    assert (code, stderr) == (130, "interrupted\n")
+    assert not report.exists()
