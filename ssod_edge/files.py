@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.errors import OutputError
+from ssod_edge.errors import OutputError, UsageError
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -32,21 +34,73 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"cannot create the folder '{path}': {error.strerror}. Choose another with -o/--out."
-        ) from error
+        raise OutputError(f"cannot create the folder '{path}': {error.strerror}. Choose another folder.") from error
     return path
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
+    """Let `write` fill a temporary file, flush it to disk, then rename it over `path`.
 
-    A kill, a full disk or an error at any instant leaves the previous file, whole.
+    A kill, a full disk or an error at any instant leaves the previous file, whole. A link stays, and the file it leads
+    to is replaced. A device or pipe, which must not be replaced, is sent the finished bytes.
 
     Raises:
-        OutputError: the folder is read-only, the disk is full, or the rename failed.
+        OutputError: the folder is read-only, the disk is full, `path` is a folder, or the rename failed.
+        UsageError: `path` is "-".
     """
+    if os.fspath(path) == "-":
+        raise UsageError("'-' is not the name of an output file; /dev/stdout writes to standard output")
     path = Path(path)
+    try:
+        mode = _mode(path)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise OutputError(f"cannot write '{path}': it is a folder. Give the name of a file.")
+        if _is_open_file(path) or (mode is not None and not stat.S_ISREG(mode)):
+            _send(path, write)
+        else:
+            _replace(Path(os.path.realpath(path)), write)
+    except OSError as error:
+        fix = _FIXES.get(error.errno or 0, "Choose another place")
+        raise OutputError(
+            f"cannot write '{path}': {error.strerror or error}. {fix}; an earlier file of that name is unchanged."
+        ) from error
+    return path
+
+
+_SPACE, _ACCESS = "Free some space or choose another place", "Choose a place that you may write to"
+_FIXES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EROFS: _ACCESS,
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+}
+
+
+def _mode(path: Path) -> int | None:
+    """What `path` leads to, through links; None if there is nothing yet."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_open_file(path: Path) -> bool:
+    """Whether it is a name for an open file of this process: /dev/stdout, /dev/fd/3."""
+    return path.is_symlink() and os.path.abspath(path).startswith(("/dev/", "/proc/"))
+
+
+def _send(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file elsewhere, and send its bytes into `path`."""
+    with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
+        temporary = Path(folder) / f"output{path.suffix}"
+        write(temporary)
+        with open(path, "ab") as stream:  # a redirected /dev/stdout keeps what it already holds
+            stream.write(temporary.read_bytes())
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, and rename it over `path`."""
     make_directory(path.parent)
     temporary: Path | None = None
     try:
@@ -58,15 +112,9 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write '{path}': {error.strerror or error}. "
-            "Free some space or choose another folder; an earlier file of that name is unchanged."
-        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-    return path
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from ssod_edge.errors import OutputError
+from ssod_edge.errors import OutputError, UsageError
 from ssod_edge.files import make_directory, sha256_file, write_atomic, write_json
 
 
@@ -19,8 +22,19 @@ def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_pat
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("broken")])
-def test_a_write_that_fails_keeps_the_earlier_file(tmp_path, error):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded. Free some space"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system. Choose a place that you may write to"),
+        (OSError(errno.EACCES, "Permission denied"), "Permission denied. Choose a place that you may write to"),
+        (OSError("odd"), "odd. Choose another place"),
+        (KeyboardInterrupt(), ""),
+        (ValueError("broken"), "broken"),
+    ],
+)
+def test_a_write_that_fails_keeps_the_earlier_file(tmp_path, error, message):
     path = tmp_path / "value.json"
     path.write_text("earlier")
 
@@ -28,12 +42,60 @@ def test_a_write_that_fails_keeps_the_earlier_file(tmp_path, error):
         temporary.write_text("half")
         raise error
 
-    expected = OutputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected) as caught:
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)) as caught:
         write_atomic(path, write)
     assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["value.json"]
-    if expected is OutputError:
-        assert "No space left on device. Free some space" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "value.json").write_text("earlier")
+    (tmp_path / "link.json").symlink_to("real/value.json")
+    (tmp_path / "dangling.json").symlink_to("new/value.json")
+    for link in ("link.json", "dangling.json"):
+        assert write_json(tmp_path / link, {"a": 1}) == tmp_path / link
+        assert (tmp_path / link).is_symlink()
+        target = tmp_path / (tmp_path / link).readlink()
+        assert json.loads(target.read_text()) == {"a": 1} and os.listdir(target.parent) == ["value.json"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OutputError, match="cannot write .*loop': Too many levels"):
+        write_json(tmp_path / "loop", {})
+    assert (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_pipe_is_sent_the_bytes_and_stays(tmp_path, through_a_link):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json(tmp_path / ("link" if through_a_link else "pipe"), {"a": 1})
+        assert json.loads(os.read(reader, 1000)) == {"a": 1}
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+@pytest.mark.skipif(not os.path.islink("/proc/self/fd/1"), reason="needs /proc")
+def test_standard_output_is_a_place_to_write_to(tmp_path):
+    """Also where it is a file, which must stay the same file, with what it already holds."""
+    # What /dev/stdout leads to; in /proc nothing can be renamed, whatever the code does.
+    code = "from ssod_edge.files import write_json; print('first', flush=True); write_json('/proc/self/fd/1', 1)"
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+        assert os.fstat(out.fileno()).st_nlink == 1
+    assert (tmp_path / "out").read_text() == "first\n1\n"
+    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert piped.stdout == b"first\n1\n"
+
+
+def test_a_dash_is_no_output_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="/dev/stdout writes to standard output"):
+        write_json("-", {})
+    assert not os.listdir(tmp_path)
 
 
 def test_values_that_json_has_no_word_for_are_refused(tmp_path):
@@ -44,7 +106,7 @@ def test_values_that_json_has_no_word_for_are_refused(tmp_path):
 
 def test_a_folder_in_the_place_of_a_file_and_a_file_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="folder': it is a folder. Give the name of a file"):
         write_json(tmp_path / "folder", {})
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot create the folder"):
