@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ssod_edge.checkpoint import find_run
 from ssod_edge.config import ScoreName
-from ssod_edge.errors import UsageError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.run import PRECISIONS, TARGETS, ExportOptions, export_source
 from ssod_edge.export.source import Source, from_run, from_weights, untrained
 from ssod_edge.runtime import is_installed
@@ -45,7 +45,7 @@ def run_export(
     score: ScoreName | None = None,
     tpr: float = 0.95,
 ) -> int:
-    """Export, and print a table of the artifacts; returns the exit code.
+    """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
 
     Args:
         run: a run folder or checkpoint; None takes the newest run of `backbone`, or its untrained weights.
@@ -73,7 +73,7 @@ def run_export(
     folder = Path(out) if out else source.folder / "export"
     print_artifacts(spec, folder)
     console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-    return 0
+    return EXIT_SOME_FAILED if source.calibration and source.calibration.unreadable else EXIT_OK
 
 
 def engines_for(target: str) -> tuple[str, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from ssod_edge import __version__
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
-from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError, VerificationError, missing_extra
 from ssod_edge.export.fp16 import HalfReport, to_fp16
 from ssod_edge.export.onnx import OPSET, fused_graph, save_onnx
 from ssod_edge.export.openvino import save_ir
@@ -24,7 +26,7 @@ from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
 from ssod_edge.runtime import ENGINES, Runner, is_installed, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
-from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, save_spec
+from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_files, load_spec, save_spec
 
 PRECISIONS = ("fp32", "fp16")
 TARGETS = ("onnxruntime", "openvino")
@@ -82,6 +84,8 @@ def export_source(
 ) -> Spec:
     """Make, calibrate and verify every artifact, then put the whole folder in its place by a rename.
 
+    Artifacts of an earlier export in that place that are not made again are kept, if they are of the same model.
+
     Args:
         source: what to export.
         out: the export folder; None is `export` in the source's run folder, which is made if need be.
@@ -104,13 +108,46 @@ def export_source(
     check_score(source, options.score or DEFAULT_SCORE)
     if out is None:
         check_run_folder(source)
-    with staged(Path(out) if out is not None else source.folder / "export") as folder:
+    place = Path(out) if out is not None else source.folder / "export"
+    with staged(place) as folder:
         spec = _build(source, folder, options, say)
         spec = _prove(source, folder, spec, options.target_tpr, say)
         if out is None and source.checkpoint is None:
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
-            save_spec(spec, folder)
+        spec = _keep_earlier(place, folder, spec, say)
+        save_spec(spec, folder)
     return spec
+
+
+def _keep_earlier(place: Path, folder: Path, spec: Spec, say: Say) -> Spec:
+    """Carry over what an earlier export has and this one did not make again; say what is lost."""
+    try:
+        earlier = load_spec(place)
+    except SsodEdgeError:
+        return spec  # there is none, or it is damaged
+    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source", "reference_sha256")
+    same = identity(earlier) == identity(spec)
+    made = {artifact.name: artifact for artifact in spec.artifacts}
+    for old in earlier.artifacts:
+        if old.name in made:
+            new = made[old.name].threshold
+            if same and old.threshold and new and old.threshold.data != new.data:
+                say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
+        elif not same:
+            say(f"removed {old.name}: it is of another model, score or calibration split")
+        else:
+            try:
+                check_files(place, old)
+            except ArtifactError as error:
+                say(f"removed {old.name}: {error}")
+                continue
+            for name in old.files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy2(place / name, folder / name)
+            spec = spec.with_artifact(old)
+            say(f"kept {old.name} of the earlier export")
+    order = sorted(spec.artifacts, key=lambda a: (TARGETS.index(a.engine), PRECISIONS.index(a.precision)))
+    return replace(spec, artifacts=tuple(order))
 
 
 def _build(source: Source, folder: Path, options: ExportOptions, say: Say) -> Spec:
@@ -155,7 +192,7 @@ def _reference(source: Source, folder: Path) -> Path:
         labels = np.full(len(images), -1, np.int64)
     else:
         order = np.random.default_rng(0).permutation(calibration.indices)
-        batches = list(calibration.batches(settings, [], np.sort(order[:IMAGES])))
+        batches = list(calibration.batches(settings, np.sort(order[:IMAGES])))
         if not batches:
             raise UsageError(f"none of the images of {calibration.description} can be read")
         images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
@@ -210,13 +247,12 @@ def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float
     assert calibration is not None
     say(f"fitting thresholds on {len(calibration.indices)} images of {calibration.description}")
     scores: list[list[np.ndarray]] = [[] for _ in runners]
-    failed: list[str] = []
     with image_bar("calibrating", len(calibration.indices)) as advance:
-        for images, _ in calibration.batches(source.model.preprocess, failed):
+        for images, _ in calibration.batches(source.model.preprocess):
             for runner, found in zip(runners, scores, strict=True):
                 found.append(runner.infer({"image": images})["ood_score"])
             advance(len(images))
-    for message in failed:
+    for message in calibration.unreadable:
         say(f"left out: {message}")
     for runner, found in zip(runners, scores, strict=True):
         values = np.concatenate(found) if found else np.empty(0, np.float32)

@@ -35,20 +35,21 @@ class Calibration:
         source: where they come from.
         indices: which of them.
         description: for the record.
+        unreadable: message of each image that `batches` could not read, once.
     """
 
     source: ImageSource
     indices: NDArray[np.int64]
     description: str
+    unreadable: dict[str, None] = field(default_factory=dict)
 
     def batches(
-        self, settings: Preprocess, failed: list[str], indices: NDArray[np.int64] | None = None
+        self, settings: Preprocess, indices: NDArray[np.int64] | None = None
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-        """(images uint8 [n, 3, S, S], labels int64 [n]) in batches. Unreadable images are left out, and said so.
+        """(images uint8 [n, 3, S, S], labels int64 [n]) in batches. Unreadable images are left out.
 
         Args:
             settings: the model's preprocessing.
-            failed: gets the message of each image that cannot be read.
             indices: which images; None for all.
         """
         chosen = self.indices if indices is None else indices
@@ -58,7 +59,7 @@ class Calibration:
                 try:
                     images.append(preprocess(self.source.image(index), settings))
                 except ImageError as error:
-                    failed.append(str(error))
+                    self.unreadable[str(error)] = None
                 else:
                     labels.append(int(self.source.labels[index]))
             if images:

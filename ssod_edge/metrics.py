@@ -134,7 +134,7 @@ def conformal_threshold(id_scores: npt.ArrayLike, target_tpr: float = 0.95, data
         least = _at_least(target_tpr / (1 - target_tpr), 1)
         raise UsageError(
             f"a threshold at {target_tpr:.4g} true-positive rate needs at least {least} in-distribution images, "
-            f"got {n}. Give more images or lower --tpr."
+            f"got {n}. Give more with --id DATA, train with a larger --calib-fraction, or lower --tpr."
         )
     value = float(np.partition(scores, rank - 1)[rank - 1])
     return Threshold(value, target_tpr, n, data, float(np.mean(scores <= value)))

@@ -17,6 +17,7 @@ from small import CLASSES, SIZE, eager, random_images, write_run
 
 from ssod_edge.checkpoint import BEST
 from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, UsageError, VerificationError
+from ssod_edge.export.command import run_export
 from ssod_edge.export.onnx import fused_graph
 from ssod_edge.export.openvino import save_ir
 from ssod_edge.export.reference import run_eager
@@ -27,7 +28,7 @@ from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime import open_runner
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.scores import ood_scores
-from ssod_edge.spec import load_spec, save_spec
+from ssod_edge.spec import Threshold, check_files, load_spec, save_spec
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +173,42 @@ def test_choosing_precision_and_engine(small_run: Path, traced_once: None, tmp_p
             export_run(small_run, tmp_path / "out", **wrong)  # type: ignore[arg-type]
 
 
-def test_export_replaces_the_old_one_and_keeps_files_that_are_not_its_own(
+def test_artifacts_that_are_not_made_again_are_kept_with_their_thresholds(
     small_run: Path, exported: Path, traced_once: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(exported, out)
     (out / "notes.txt").write_text("mine")
-    export_run(small_run, out, precisions=["fp32"], engines=["onnxruntime"])
-    assert set(snapshot(out)) == {"model-fp32.onnx", "reference.npz", "ssod.json", "notes.txt"}
+    fitted = Threshold(-1.25, 0.9, 50, "folder 'mine', 50 images", 0.92)
+    spec = load_spec(out)
+    save_spec(replace(spec, artifacts=tuple(replace(a, threshold=fitted) for a in spec.artifacts)), out)
+    (out / "openvino-fp16" / "model.bin").write_bytes(b"cut")
+    lines: list[str] = []
+    options = ExportOptions(precisions=("fp32",), engines=("onnxruntime",))
+    spec = export_source(from_run(small_run), out, options, say=lines.append)
+    assert spec == load_spec(out)
+    assert [a.name for a in spec.artifacts] == ["onnx-fp32", "onnx-fp16", "openvino-fp32"]
+    assert [a.threshold == fitted for a in spec.artifacts] == [False, True, True]
+    assert {name.split("/")[0] for name in snapshot(out)} == {
+        "model-fp32.onnx", "model-fp16.onnx", "openvino-fp32", "reference.npz", "ssod.json", "notes.txt",
+    }  # fmt: skip
+    assert sum(line.startswith("kept ") for line in lines) == 2
+    assert any("onnx-fp32: its threshold from folder 'mine', 50 images is replaced" in line for line in lines)
+    assert any("removed openvino-fp16" in line and "changed or cut short" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for artifact in spec.artifacts:
+        check_files(out, artifact)
+
+
+def test_artifacts_of_another_score_are_removed_and_named(small_run: Path, exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    lines: list[str] = []
+    options = ExportOptions(precisions=("fp32",), engines=("onnxruntime",), score="msp")
+    spec = export_source(from_run(small_run), out, options, say=lines.append)
+    assert [a.name for a in spec.artifacts] == ["onnx-fp32"]
+    assert set(snapshot(out)) == {"model-fp32.onnx", "reference.npz", "ssod.json"}
+    assert sum("is of another model, score" in line for line in lines) == 3
 
 
 def test_a_folder_of_other_files_is_not_touched(small_run: Path, traced_once: None, tmp_path: Path) -> None:
@@ -287,6 +315,7 @@ def test_unreadable_images_are_left_out_and_named(
     spec = export_source(from_run(tmp_path / "run"), None, options, say=lines.append)
     assert spec.artifacts[0].threshold is not None and spec.artifacts[0].threshold.n == 41
     assert any("left out" in line and "000.png" in line for line in lines)
+    assert run_export(str(tmp_path / "run"), target="onnx", precisions=("fp32",)) == 1, "some inputs failed"
 
 
 def test_too_few_images_for_a_threshold(small_run: Path, traced_once: None, tmp_path: Path) -> None:
