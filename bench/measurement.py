@@ -156,6 +156,10 @@ class Measurement:
                 except Exception as error:
                     backend.fail(error)
 
+    def has_latency(self) -> bool:
+        """Whether the latency of some backend has been measured to the end."""
+        return any(len(samples) == self.plan.repeats for samples in self.samples.values())
+
     def record(self, environment: dict[str, Any], command: str) -> dict[str, Any]:
         """What was measured, JSON-ready."""
         spec, options = self.spec, self.options

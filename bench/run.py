@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,19 @@ def newest_export(root: str | Path = "runs", backbone: str | None = None) -> Pat
     return max(found)[1]
 
 
-def bench(folder: str | Path, options: BenchOptions, console: Console | None = None) -> dict[str, Any]:
+Report = Callable[[dict[str, Any]], None]
+
+
+def bench(
+    folder: str | Path, options: BenchOptions, console: Console | None = None, unfinished: Report | None = None
+) -> dict[str, Any]:
     """Measure an export.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         options: see `BenchOptions`.
         console: where the progress bar goes; None shows none.
+        unfinished: after a Ctrl-C, gets the record of what was measured until then, if there is anything.
 
     Returns:
         The record that `ssod_edge.bench.record` describes. A row that failed is in it, with the reason.
@@ -71,7 +78,12 @@ def bench(folder: str | Path, options: BenchOptions, console: Console | None = N
         images = choose_images(export, spec, options.known, options.unknown, options.via, options.quick)
         with Backends(export, spec, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
             measurement = Measurement(export, spec, options, backends, images, bar)
-            measurement.run()
+            try:
+                measurement.run()
+            except KeyboardInterrupt:
+                if unfinished is not None and measurement.has_latency():
+                    unfinished(measurement.record(environment, _command(folder, options)))
+                raise
             return measurement.record(environment, _command(folder, options))
 
 
@@ -121,12 +133,20 @@ def run_bench(
     if json_file is not None:
         _check_writable(Path(json_file))
     errors = Console(stderr=True)
-    record = bench(newest_export(runs, backbone) if folder is None else folder, options, errors)
     output = Console(width=None if sys.stdout.isatty() else 132)
-    if as_markdown:
-        click.echo(markdown(record), nl=False)
-    else:
-        print_record(record, output)
+
+    def show(record: dict[str, Any]) -> None:
+        if as_markdown:
+            click.echo(markdown(record), nl=False)
+        else:
+            print_record(record, output)
+
+    def show_unfinished(record: dict[str, Any]) -> None:
+        errors.print("interrupted: the columns that are missing were not measured, and no JSON is written")
+        show(record)
+
+    record = bench(newest_export(runs, backbone) if folder is None else folder, options, errors, show_unfinished)
+    show(record)
     if old is not None:
         print_comparison(compare(old, record), output)
     if json_file is not None:

@@ -322,6 +322,24 @@ def test_command_saves_prints_and_compares(
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+def test_an_interrupt_shows_what_was_measured_and_saves_nothing(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssod_edge.bench.measurement.QUICK", BRIEF)
+    monkeypatch.setattr("ssod_edge.bench.measurement.Measurement._measure_memory", interrupt)
+    arguments = ["--quick", "--threads", "1", "--json", str(tmp_path / "b.json")]
+    result = CliRunner().invoke(main, ["bench", str(export), *arguments])
+    assert result.exit_code == 130, result.output
+    assert "onnx-fp32" in result.stdout and "p90" in result.stdout and "RSS" not in result.stdout
+    assert "no JSON is written" in result.stderr and not (tmp_path / "b.json").exists()
+    monkeypatch.setattr("ssod_edge.bench.measurement.Measurement._measure_latency", interrupt)
+    result = CliRunner().invoke(main, ["bench", str(export), *arguments])
+    assert (result.exit_code, result.stdout) == (130, "")
+
+
 def test_an_interrupt_that_a_library_drops_is_not_lost() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
