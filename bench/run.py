@@ -142,7 +142,7 @@ def run_bench(
             print_record(record, output)
 
     def show_unfinished(record: dict[str, Any]) -> None:
-        errors.print("interrupted: the columns that are missing were not measured, and no JSON is written")
+        errors.print("interrupted: columns that are missing were not measured, and no JSON is written", soft_wrap=True)
         show(record)
 
     record = bench(newest_export(runs, backbone) if folder is None else folder, options, errors, show_unfinished)
