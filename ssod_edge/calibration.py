@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
+
 from ssod_edge.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
+    ArtifactError,
     EngineError,
     ImageError,
     MissingExtraError,
@@ -30,8 +32,8 @@ Draw = Callable[[Callable[[str], Any]], Iterator[ImageSource]]
 def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | None = None) -> int:
     """Refit the threshold of one artifact, or of every artifact; returns the exit code.
 
-    Each artifact is fitted on its own scores and verified at its new threshold. One that cannot run here, or fails,
-    keeps its old threshold and is reported.
+    Each artifact is fitted on its own scores and verified at its new threshold. One that is damaged, cannot run
+    here, or fails, keeps its old threshold and is reported.
 
     Args:
         folder: an export folder, or the run folder that holds it.
@@ -57,13 +59,13 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
             with open_runner(export, artifact=target.name, verify=False) as runner:
                 failed = unreadable.setdefault
                 done = calibrate(runner, export, draw(failed), tpr, description, failed)
-        except (MissingExtraError, EngineError, VerificationError) as error:
-            print(f"{target.name}: not calibrated: {error}", file=sys.stderr)
+        except (ArtifactError, EngineError, MissingExtraError, VerificationError) as error:
+            click.echo(f"{target.name}: not calibrated: {error}", err=True)
             code = max(code, error.exit_code)
             continue
         print(_line(target, done))
     for message in unreadable:
-        print(f"left out: {message}", file=sys.stderr)
+        click.echo(f"left out: {message}", err=True)
     return code or (EXIT_SOME_FAILED if unreadable else EXIT_OK)
 
 

@@ -166,6 +166,16 @@ def test_what_cannot_run_keeps_its_threshold_and_is_reported(
     assert [name for name, value in thresholds.items() if value != -2.0] == ["onnx-fp16"]
 
 
+@pytest.mark.parametrize("damaged", ["model-fp32.onnx", "openvino-fp16/model.bin"])
+def test_a_damaged_artifact_does_not_stop_the_others(export: Path, tmp_path: Path, damaged: str) -> None:
+    (export / damaged).write_bytes(b"damaged")
+    code, out, err = run(export, "--id", save_photos(tmp_path / "photos", 30))
+    assert code == 4 and len(out.splitlines()) == 3
+    assert err.count("not calibrated") == 1 and "was changed or cut short" in err
+    kept = [a.name for a in load_spec(export).artifacts if a.threshold.value == -2.0]
+    assert kept == ["onnx-fp32" if damaged.endswith("onnx") else "openvino-fp16"]
+
+
 def test_a_folder_needs_no_torch(export: Path, tmp_path: Path) -> None:
     photos = save_photos(tmp_path / "photos", 30)
     code = (
