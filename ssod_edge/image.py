@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -18,6 +19,10 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDA
 
 #: Largest width * height that is decoded: 256 MiB of RGB, and Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
+
+# Pillow warns of what is refused here anyway. Once, because `catch_warnings` in the threads that decode would undo
+# each other's filters; and last, so that a filter of the host program wins.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -52,7 +57,6 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: the image cannot be read (missing, empty, truncated, no image, more than `MAX_PIXELS`
             pixels, unsupported mode or dtype); the message holds its name and the reason.
     """
-    name = _name(source)
     # Pillow's decoders raise whatever a damaged file leads them to (OSError, SyntaxError, struct.error, ...).
     try:
         if isinstance(source, Image.Image):
@@ -61,12 +65,12 @@ def load_image(source: ImageSource) -> Image.Image:
             return _to_rgb(_from_array(source))
         with _open(source) as file:
             if not file.read(1):
-                raise ImageError("the file is empty")
+                raise ImageError("it is empty")
             file.seek(0)
             with Image.open(file) as image:
                 return _decode(image)
     except Exception as error:
-        raise ImageError(f"'{name}': {_reason(error)}") from error
+        raise ImageError(f"{_name(source)}: {_reason(error)}") from error
 
 
 def preprocess(
@@ -132,15 +136,19 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
         if path.is_fifo():  # open() would wait for a writer, for ever
             raise ImageError("a pipe, not a file")
         return open(path, "rb")
-    raise ImageError(f"expected a path, bytes, PIL image or uint8 array, got {type(source).__name__}")
+    raise ImageError(f"expected a path, encoded bytes, a PIL image or a uint8 array, got {type(source).__name__}")
 
 
 def _name(source: object) -> str:
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+    """What an error message calls it: a file by its name in quotes, the rest by its kind."""
     if isinstance(source, Image.Image):
-        return getattr(source, "filename", "") or "PIL image"
-    return "array" if isinstance(source, np.ndarray) else "bytes"
+        file = getattr(source, "filename", "")
+        return f"'{file}'" if file else "PIL image"
+    if isinstance(source, (str, os.PathLike)):
+        return f"'{os.fspath(source)}'"
+    if isinstance(source, np.ndarray):
+        return "image array"
+    return "image bytes" if isinstance(source, (bytes, bytearray, memoryview)) else "image"
 
 
 def _reason(error: Exception) -> str:
@@ -149,7 +157,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a format that Pillow reads"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return f"too many pixels ({error})"
+        return f"too many pixels (the limit is {MAX_PIXELS}); reduce it first"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:

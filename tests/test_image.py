@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
 import sys
 import warnings
 import zlib
@@ -296,7 +297,22 @@ def test_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
     ]:
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, name, reason)
-    refused(b"", "bytes", "empty")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "image bytes: it is empty"),
+        (bytearray(b"no image"), "image bytes: not an image in a format that Pillow reads"),
+        (np.zeros((4, 4, 3)), "image array: an array must be uint8 with values 0 to 255, got float64"),
+        (5, "image: expected a path, encoded bytes, a PIL image or a uint8 array, got int"),
+        (None, "image: expected a path, encoded bytes, a PIL image or a uint8 array, got NoneType"),
+    ],
+)
+def test_what_has_no_name_is_called_by_its_kind(source: object, message: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image(source)  # type: ignore[arg-type]
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
@@ -316,6 +332,36 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(size: tuple[int
         warnings.simplefilter("ignore")
         refused(png_header(*size), "too many pixels")
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+BOMBS = """
+import sys, warnings
+from concurrent.futures import ThreadPoolExecutor
+from ssod_edge.errors import ImageError
+from ssod_edge.image import load_image
+before = list(warnings.filters)
+def load(path):
+    try:
+        load_image(path)
+    except ImageError as error:
+        return str(error)
+with ThreadPoolExecutor(4) as pool:
+    print(*pool.map(load, sys.argv[1:] * 4), sep="\\n")
+assert list(warnings.filters) == before
+"""
+
+
+def test_a_bomb_is_one_message_with_one_limit(tmp_path: Path) -> None:
+    """Of 100 and 400 million pixels Pillow warns of the first and refuses the second, each with its own limit."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, side in zip(paths, (10_000, 20_000), strict=True):
+        path.write_bytes(png_header(side, side))
+    done = subprocess.run([sys.executable, "-c", BOMBS, *map(str, paths)], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert done.stderr == "" and len(lines) == 8
+    for line in lines:
+        assert "too many pixels (" in line and f"the limit is {MAX_PIXELS}); reduce it first" in line
+        assert str(2 * MAX_PIXELS) not in line
 
 
 def test_a_bomb_is_an_image_error_when_the_host_makes_warnings_errors() -> None:
@@ -365,7 +411,7 @@ def test_damaged_bytes_give_an_image_or_an_image_error(name: str, data: st.DataO
     try:
         image = load_image(bytes(content))
     except ImageError as error:
-        assert str(error).startswith("'bytes': ")
+        assert str(error).startswith("image bytes: ")
     else:
         assert image.mode == "RGB" and image.tobytes()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import ImageSource, load_image, preprocess
@@ -209,4 +210,8 @@ def available_cores() -> int:
 def _name(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
-    return "array" if isinstance(source, np.ndarray) else "bytes" if isinstance(source, bytes) else "PIL image"
+    if isinstance(source, Image.Image):
+        return "PIL image"
+    if isinstance(source, np.ndarray):
+        return "array"
+    return "bytes" if isinstance(source, (bytes, bytearray, memoryview)) else type(source).__name__
