@@ -7,6 +7,7 @@ anything it raises becomes one line on stderr and an exit code in `Commands.invo
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -28,9 +29,13 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             try:
+                # A name that the terminal's encoding has no letters for must not cost the whole table.
+                if isinstance(sys.stdout, io.TextIOWrapper):
+                    sys.stdout.reconfigure(errors="backslashreplace")
                 return super().invoke(ctx)
             finally:
-                sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code is set
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code is set
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -122,12 +127,13 @@ def train_options(command: Any) -> Any:
 @main.command()
 @click.argument("data", required=False)
 @click.option("--backbone", default="mobilenetv3", help="An alias of the paper's Table 6, or any timm CNN.")
-@click.option("--size", type=int, help="Input height and width in pixels. Default: the backbone's.")
+@click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: the backbone's.")
 @click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
 @click.option("-o", "--out", default="runs", help="Folder of runs.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
 @train_options
-def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
+@click.pass_context
+def train(ctx: click.Context, data: str | None, resume: str | None, out: str, **options: Any) -> None:
     """Train a classifier that knows when to say "unknown".
 
     DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
@@ -135,10 +141,24 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
     """
     if (data is None) == (resume is None):
         raise click.UsageError("give DATA to train on, or --resume RUN to go on with a run")
+    if resume is not None and (given := _given(ctx, besides=("data", "resume"))):
+        raise click.UsageError(
+            f"{', '.join(given)} cannot be given with --resume: a run goes on with its own settings and folder"
+        )
     from ssod_edge.train import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))
     click.echo(run)
+
+
+def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
+    """The options that stand on the command line."""
+    return [
+        option.opts[-1]
+        for option in ctx.command.params
+        if option.name not in besides
+        and ctx.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+    ]
 
 
 @main.command()

@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class TrainingBar:
     """A bar for the epoch that runs, and a line for each finished one. Off a terminal: the lines alone."""
 
@@ -20,7 +24,7 @@ class TrainingBar:
         self.console = Console(stderr=True, soft_wrap=True)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=self.console, disable=not (enabled and sys.stderr.isatty()),
+            TextColumn("{task.fields[figures]}"), console=self.console, disable=not (enabled and _on_terminal()),
         )  # fmt: skip
         self.task = self.bar.add_task("epoch", total=steps, figures="")
         self.shown = 0.0
@@ -68,7 +72,7 @@ def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over images; the value is a function that advances it. Off a terminal nothing is shown."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+        console=Console(stderr=True), transient=True, disable=not _on_terminal(),
     )  # fmt: skip
     with bar:
         task = bar.add_task(what, total=total)

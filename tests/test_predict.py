@@ -112,6 +112,25 @@ def test_nothing_to_do_is_a_wrong_argument(tmp_path: Path, arguments: list[str],
         list_images([argument.format(tmp_path) for argument in arguments], [])
 
 
+def test_hidden_names_are_left_out_of_a_search_alone(photos: Path) -> None:
+    hidden = [paint(photos / "._red.png", "red"), paint(photos / ".thumbnails" / "blue.png", "blue")]
+    assert names(list_images([str(photos)]), photos) == ["red.png", "sub/blue.jpg", "sub/deep/grey.PNG"]
+    assert list_images([str(path) for path in hidden]) == [str(path) for path in hidden]
+    assert names(list_images([str(photos / ".thumbnails")]), photos) == [".thumbnails/blue.png"]
+
+
+def test_an_argument_without_images_keeps_its_place_among_others(photos: Path) -> None:
+    (photos / "empty").mkdir()
+    red, empty, pattern = f"{photos}/red.png", f"{photos}/empty", f"{photos}/*.bmp"
+    failed: dict[str, str] = {}
+    assert list_images([empty, red, pattern, "-"], [f"{empty}\n"], failed) == [empty, red, pattern, empty]
+    assert "holds no images" in failed.pop(empty) and "no image matches" in failed.pop(pattern) and not failed
+    assert list_images([red, "-"], [], failed) == [red, "-"]
+    assert "standard input names no images" in failed["-"]
+    with pytest.raises(UsageError, match="no image matches"):
+        list_images([pattern, empty], [], {})
+
+
 # Verdicts
 
 
@@ -210,6 +229,13 @@ def test_a_batch_of_bad_images_alone(export: Path, tmp_path: Path) -> None:
     assert all("no such file" in str(verdict.error) for verdict in verdicts)
 
 
+def test_what_is_no_image_is_named_by_its_type(export: Path) -> None:
+    with ssod_edge.open(export) as model:
+        verdicts = list(model.predict_many([5, None, bytearray(b"x")]))  # type: ignore[list-item]
+    assert [verdict.image for verdict in verdicts] == ["int", "NoneType", "bytes"]
+    assert "got NoneType" in str(verdicts[1].error)
+
+
 def test_a_pipe_is_refused_instead_of_waited_for(export: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with ssod_edge.open(export) as model:
@@ -306,6 +332,52 @@ def test_one_bad_image_does_not_stop_the_others(export: Path, photos: Path) -> N
     assert code == 1 and "1 failed" in out and "ERROR" in out
 
 
+def test_an_argument_without_images_is_one_row(export: Path, photos: Path) -> None:
+    (photos / "empty").mkdir()
+    arguments = [photos / "empty", photos / "red.png", f"{photos}/*.bmp"]
+    code, out, err = run(export, *arguments, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (1, "") and [row["image"] for row in rows] == [str(argument) for argument in arguments]
+    assert "holds no images" in rows[0]["error"] and "no image matches" in rows[2]["error"]
+    assert [row["known"] for row in rows] == [None, True, None] and rows[0]["threshold"] == -2.0
+    code, _, err = run(export, photos / "empty", f"{photos}/*.bmp")
+    assert code == 2 and "holds no images" in err
+
+
+def test_control_characters_stay_in_their_row(export: Path, photos: Path) -> None:
+    odd = paint(photos / "two\nlines\x1b[31m\u2028.png", "red")
+    gone = photos / "gone\t.png"
+    code, out, _ = run(export, odd, gone)
+    assert code == 1 and len(out.splitlines()) == 4
+    assert r"two\nlines\x1b[31m\u2028.png" in out and r"gone\t.png': no such file" in out
+    _, out, _ = run(export, odd, "--json")
+    assert json.loads(out)["image"] == str(odd)
+
+
+def shell(command: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command line with redirections that only a shell can make; $0, $1, ... are the arguments."""
+    return subprocess.run(
+        ["sh", "-c", f'{sys.executable} -m ssod_edge {command}', *map(str, arguments)],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+def test_streams_that_are_closed(export: Path, photos: Path) -> None:
+    done = shell('predict "$0" "$1" --json <&-', export, photos / "red.png")
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["known"]
+    done = shell('predict "$0" - <&-', export)
+    assert (done.returncode, done.stderr) == (2, "error: '-' was given, and standard input is closed\n")
+    done = shell('predict "$0" "$1" >&-', export, photos / "red.png")
+    assert done.returncode == 1 and done.stderr.startswith("error: standard output is closed")
+    done = shell('predict "$0" "$1" --json 2>&-', export, photos / "red.png")
+    assert done.returncode == 0 and json.loads(done.stdout)["known"]
+
+
+def test_a_terminal_without_the_letters_of_a_name(export: Path, photos: Path) -> None:
+    done = shell('predict "$0" "$1"', export, paint(photos / "Grün.png", "green"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"Gr\xfcn.png" in done.stdout and "1 known" in done.stdout
+
+
 def test_a_list_through_a_pipe(export: Path, photos: Path) -> None:
     code, out, _ = run(export, "-", "--json", stdin=f"{photos}/sub/blue.jpg\n{photos}/red.png\n")
     assert code == 0
@@ -326,7 +398,7 @@ def test_a_name_that_is_not_utf8(export: Path, photos: Path) -> None:
     [
         (["{export}"], 2, "IMAGE"),
         (["{export}", "{photos}/*.bmp"], 2, "no image matches"),
-        (["{export}/nowhere", "{photos}"], 4, "ssod-edge export"),
+        (["{export}/nowhere", "{photos}"], 2, "ssod-edge export"),
         (["{export}", "{photos}", "--artifact", "tensorrt"], 2, "it has"),
         (["{export}", "{photos}", "--device", "NPU"], 3, "NPU"),
         (["{export}", "{photos}", "--batch", "0"], 2, "batch"),

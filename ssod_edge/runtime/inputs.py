@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ssod_edge.errors import UsageError
@@ -13,34 +13,59 @@ from ssod_edge.errors import UsageError
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 
 
-def list_images(arguments: Sequence[str], stdin: Iterable[str] | None = None) -> list[str]:
+def list_images(
+    arguments: Sequence[str], stdin: Iterable[str] | None = None, failed: dict[str, str] | None = None
+) -> list[str]:
     """The paths meant by the arguments, in their order; within a folder or pattern, sorted by name.
 
     A folder stands for the images anywhere below it, a pattern such as `photos/*.jpg` or `photos/**/*.png` for
     what it matches, and `-` for the files and folders named on standard input, one a line. A name that does not
-    exist stays in the list: reading it will say so, and the other images go on.
+    exist stays in the list: reading it will say so, and the other images go on. A search passes over files and
+    folders whose names begin with a dot.
 
     Args:
         arguments: at least one.
         stdin: the lines that `-` stands for.
+        failed: gets each argument and line that stands for no image, with the reason; it stays in the list. None
+            raises the first of them.
 
     Raises:
-        UsageError: no argument, a folder without images, a pattern without a match, or an empty list.
+        UsageError: no argument, a folder without images, a pattern without a match, or an empty list; where `failed`
+            is given, only if nothing else is left.
     """
     paths: list[str] = []
-    for argument in arguments:
-        paths += _listed(stdin or ()) if argument == "-" else _expand(argument)
+    for name, expand in _names(arguments, stdin or ()):
+        try:
+            paths += expand(name)
+        except UsageError as error:
+            if failed is None:
+                raise
+            failed[name] = str(error)
+            paths.append(name)
+    if failed and set(paths) <= set(failed):
+        raise UsageError(failed[paths[0]])
     if not paths:
         raise UsageError("no images were given. Name files, folders, a pattern, or - for a list on standard input")
     return paths
 
 
-def _listed(lines: Iterable[str]) -> list[str]:
-    """File names as they are: a bracket or a star in one is not a pattern."""
-    names = [name for line in lines if (name := line.rstrip("\r\n"))]
-    if not names:
-        raise UsageError("'-' was given, and standard input names no images; write one path a line")
-    return [path for name in names for path in (_folder(name) if Path(name).is_dir() else [name])]
+def _names(arguments: Sequence[str], stdin: Iterable[str]) -> Iterator[tuple[str, Callable[[str], list[str]]]]:
+    """Each argument or line of the list, and what turns it into paths."""
+    for argument in arguments:
+        if argument != "-":
+            yield argument, _expand
+            continue
+        lines = [line for text in stdin if (line := text.rstrip("\r\n"))]
+        yield from ((line, _as_it_is) for line in lines) if lines else [(argument, _no_lines)]
+
+
+def _as_it_is(name: str) -> list[str]:
+    """A line of a list: a bracket or a star in it is not a pattern."""
+    return _folder(name) if Path(name).is_dir() else [name]
+
+
+def _no_lines(_: str) -> list[str]:
+    raise UsageError("'-' was given, and standard input names no images; write one path a line")
 
 
 def _expand(argument: str) -> list[str]:
@@ -64,10 +89,13 @@ def _folder(folder: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Images below a folder: each folder's own first, by name. Links to folders are not followed."""
+    """Images below a folder: each folder's own first, by name. Links to folders are not followed.
+
+    Hidden names are passed over: macOS puts a `._a.jpg`, which is no image, beside `a.jpg` on foreign disks.
+    """
     for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders.sort()
-        for name in sorted(names):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(parent, name)
             # A pipe or socket would wait for ever; a link that leads nowhere stays, to be reported.
             if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists()):

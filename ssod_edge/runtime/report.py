@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
+import click
+
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
 from ssod_edge.runtime import open_runner
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.runtime.predict import Prediction, Predictor
@@ -25,13 +28,33 @@ def run_predict(folder: str, images: Sequence[str], as_json: bool, batch: int, *
         batch: images per run of the engine.
         options: of `ssod_edge.runtime.open_runner`.
     """
-    paths = list_images(images, (os.fsdecode(line) for line in sys.stdin.buffer))
+    if sys.stdout is None:
+        raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
+    no_images: dict[str, str] = {}
+    paths = list_images(images, _standard_input(), no_images)
     with Predictor(open_runner(folder, **options)) as predictor:
         if not predictor.runner.spec.trained:
-            print("warning: untrained weights; these verdicts mean nothing", file=sys.stderr)
-        verdicts = predictor.predict_many(paths, batch)
+            click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
+        verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
         failed = _print_json(verdicts) if as_json else _print_table(verdicts, len(paths), predictor.runner)
     return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def _standard_input() -> Iterator[str]:
+    """The lines of standard input, which is not touched before the first is drawn."""
+    if sys.stdin is None:
+        raise UsageError("'-' was given, and standard input is closed")
+    for line in sys.stdin.buffer:
+        yield os.fsdecode(line)
+
+
+def _in_place(
+    predictor: Predictor, verdicts: Iterable[Prediction], no_images: Mapping[str, str]
+) -> Iterator[Prediction]:
+    """The verdicts, where an argument that stands for no image says why."""
+    for verdict in verdicts:
+        reason = no_images.get(verdict.image)
+        yield verdict if reason is None else predictor.verdicts([verdict.image], {}, [reason])[0]
 
 
 def _print_json(verdicts: Iterable[Prediction]) -> int:
@@ -56,7 +79,7 @@ def _print_table(verdicts: Iterable[Prediction], total: int, runner: Runner) -> 
 
 
 def _with_progress(verdicts: Iterable[Prediction], total: int) -> Iterator[Prediction]:
-    if total < 20 or not sys.stderr.isatty():
+    if total < 20 or sys.stderr is None or not sys.stderr.isatty():
         yield from verdicts
         return
     from rich.console import Console
@@ -82,7 +105,7 @@ def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
             continue
         text, style = _WORDS[verdict.known]
         shown = (f"{verdict.confidence:.1%}", f"{verdict.ood_score:.3f}")
-        table.add_row(name, Text(text, style), Text(str(verdict.class_name)), *shown)
+        table.add_row(name, Text(text, style), Text(_printable(str(verdict.class_name))), *shown)
     # Off a terminal a row is one line, however long its file name is.
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
@@ -94,8 +117,15 @@ _WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no thr
 
 
 def _printable(text: str) -> str:
-    """Bytes of a file name that are not UTF-8 as replacement characters."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """For one line of a terminal: bytes that are not UTF-8 are replaced, control and line characters escaped."""
+    return "".join(_printable_character(character) for character in text)
+
+
+def _printable_character(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind == "Cs":  # a surrogate stands for a byte that is not UTF-8
+        return "\ufffd"
+    return character.encode("unicode_escape").decode() if kind in ("Cc", "Zl", "Zp") else character
 
 
 def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:
