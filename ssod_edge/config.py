@@ -19,6 +19,9 @@ ALIASES = {
     "densenet121": "densenet121",
 }
 
+#: What a file name that is an image ends in, in data sets and in folders given to `predict`.
+IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
+
 Balance = Literal["lwb", "lw", "dr"]
 Precision = Literal["fp32", "bf16"]
 ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "posterior"]
@@ -139,17 +142,24 @@ class TrainConfig:
     preprocess: Preprocess = Preprocess()
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.epochs < 1:
+            raise UsageError(f"epochs must be at least 1, got {self.epochs}")
+        if self.batch_size < 2:
+            raise UsageError(f"batch_size must be at least 2 (batch norm needs two images), got {self.batch_size}")
         if self.recipe not in RECIPES:
             raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{self.recipe}'")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
         if not 0 < self.lr < float("inf"):
             raise UsageError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must be 0 or more and below 2**32, got {self.seed}")
         if not 0 <= self.half_size_epochs < self.epochs:
             raise UsageError(f"half_size_epochs must be 0 or more and below epochs, got {self.half_size_epochs}")
+        if self.half_size_epochs and self.preprocess.input_size < 2:
+            raise UsageError("half_size_epochs needs an input_size of at least 2 pixels, got 1")
         if self.workers < 0:
             raise UsageError(f"workers must be 0 or more, got {self.workers}")
         for field in ("val_fraction", "calib_fraction", "crop_scale_min"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -54,6 +55,7 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
 
     def __init__(self, source: ImageSource, settings: Preprocess, seed: int, crop_scale_min: float, hflip: float):
         self.source = source
+        self.indices = np.arange(len(source))
         self.settings = settings
         self.seed = seed
         self.start_epoch(0, settings.input_size)
@@ -74,19 +76,55 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(image), int(self.source.labels[index]), index
 
 
+class _Reasons(Dataset[str]):
+    """Why an image cannot be read; empty if it can."""
+
+    def __init__(self, source: ImageSource, indices: Indices):
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> str:
+        try:
+            self.source.image(int(self.indices[position]))
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
 def load_batches(
-    dataset: Dataset[tuple[Tensor, int, int]], workers: int, **options: Any
+    dataset: EvalImages | TrainImages, workers: int, **options: Any
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (uint8 [N, 3, S, S], labels [N], indices [N]) through a DataLoader.
 
     Raises:
-        ImageError: an image cannot be read; the message names it, without the worker's traceback.
+        ImageError: an image cannot be read; the message names all such images of the data set, without the
+            worker's traceback.
     """
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=_ignore_interrupts, **options)
     try:
         yield from loader
     except ImageError as error:
-        raise ImageError(str(error).strip().splitlines()[-1].rpartition("ImageError: ")[2]) from None
+        first = str(error).strip().splitlines()[-1].rpartition("ImageError: ")[2]
+        raise _all_unreadable(dataset, workers, first) from None
+
+
+def _all_unreadable(dataset: EvalImages | TrainImages, workers: int, first: str) -> ImageError:
+    """The error for every image that cannot be read, so that they need not be found one run at a time."""
+    click.echo(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
+    images = _Reasons(dataset.source, dataset.indices)
+    loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=_ignore_interrupts)
+    reasons = [reason for batch in loader for reason in batch if reason] or [first]
+    if len(reasons) == 1:
+        return ImageError(f"{reasons[0]}. Remove or replace it")
+    shown = "".join(f"\n  {reason}" for reason in reasons[:10])
+    more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+    return ImageError(
+        f"{len(reasons)} of {len(images)} images of '{dataset.source.name}' cannot be read. "
+        f"Remove or replace them:{shown}{more}"
+    )
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -108,4 +146,5 @@ def augment(
     pixels = np.asarray(image.resize(size, _RESAMPLE[settings.interpolation], box=box))
     if rng.uniform() < hflip:
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    # A copy at any size: one pixel is contiguous whatever its strides, and torch refuses negative ones.
+    return pixels.transpose(2, 0, 1).copy()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import load_image
 
 Indices = NDArray[np.int64]
+
+_EXPECTED = "Give a folder of CLASS/IMAGE files, a .tar file of one, 'demo', 'torch/...' or 'hfds/...'"
 
 
 class ImageSource(Protocol):
@@ -26,7 +31,7 @@ class ImageSource(Protocol):
         classes: class names in label order.
         labels: int64 [n]; -1 where an OOD set has no classes.
         hflip_ok: whether a mirrored image keeps its label.
-        fingerprint: hash of file names, sizes and labels (hex).
+        fingerprint: hash of class names, file names and labels (hex); of an image's content it knows nothing.
         fixed_splits: splits that come with the data, or None.
     """
 
@@ -82,6 +87,8 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     if name == "demo" or name.startswith("demo:"):
         return DemoImages(name)
     name, at, class_list = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    if not name:  # Path("") would be the current folder
+        raise UsageError("the name of the data set is empty. " + _EXPECTED)
     source = ReaderImages(name)
     if labelled:
         _check_labels(source)
@@ -115,6 +122,33 @@ def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: floa
     return Splits(*(np.sort(np.concatenate(part)) for part in parts))
 
 
+def read_splits(folder: str | Path, source: ImageSource, splits_hash: str) -> Splits:
+    """The splits that training recorded in a run folder.
+
+    Args:
+        folder: the run folder, with its splits.json.
+        source: the training data, unchanged since.
+        splits_hash: of the splits, from the checkpoint's metadata.
+
+    Raises:
+        UsageError: splits.json is missing, damaged or edited, so that it may name images that were trained on.
+    """
+    path = Path(folder) / "splits.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        val, calib = (np.asarray(record[part], dtype=np.int64) for part in ("val", "calib"))
+        train = np.setdiff1d(np.arange(len(source)), np.concatenate([val, calib]))  # all the others
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UsageError(f"'{folder}' has no readable splits.json ({error}); name the ID images with --id") from error
+    splits = Splits(train, val, calib)
+    if splits.hash != splits_hash:
+        raise UsageError(
+            f"'{path}' was changed after training: its hash is not the checkpoint's. "
+            "Restore it, or name the ID images with --id"
+        )
+    return splits
+
+
 class ReaderImages:
     """Images through timm's reader: folders, tar files, torchvision and Hugging Face data sets."""
 
@@ -125,11 +159,12 @@ class ReaderImages:
         self.name = name
         self._reader, self.labels, self.classes = _open_reader(name)
         if len(self.labels) == 0:
-            raise UsageError(f"'{name}' holds no images. Expected CLASS/IMAGE.jpg folders, or a .tar file of them")
+            raise _no_images(name)
         self._pid = os.getpid()
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        # File names are bytes: one that is not UTF-8 comes with surrogates.
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for index in range(len(self)):
-            digest.update(f"{self.source(index)}\0{self.labels[index]}\n".encode())
+            digest.update(f"{self.source(index)}\0{self.labels[index]}\n".encode(errors="surrogateescape"))
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -145,15 +180,16 @@ class ReaderImages:
             self._forget_open_files()
         try:
             item = self._reader[index][0]
-        except (OSError, EOFError) as error:
-            raise ImageError(f"'{self.source(index)}' of '{self.name}' cannot be read: {error}") from error
-        if isinstance(item, Image.Image):
-            return load_image(item)
-        try:
+            if isinstance(item, Image.Image):
+                return load_image(item)
             with item:
                 return load_image(item.read())
         except ImageError as error:
-            raise ImageError(f"'{self.source(index)}' of '{self.name}': {error}") from error
+            reason = str(error).partition(": ")[2]  # without load_image's name for bytes
+            raise ImageError(f"'{self.source(index)}' of '{self.name}': {reason}") from error
+        except Exception as error:  # readers and their decoders raise whatever a damaged file leads them to
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ImageError(f"'{self.source(index)}' of '{self.name}': {reason}") from error
 
     def _forget_open_files(self) -> None:
         """A forked worker must not share a tar file's position with its parent."""
@@ -191,8 +227,10 @@ class ChosenClasses:
 def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
     """Label indices named by a list: one class index or class name a line, "#" starts a comment.
 
+    A name wins over an index: "2" is the class named 2, where there is one.
+
     Raises:
-        UsageError: no such list, or a line that names no class.
+        UsageError: no such list, one that is not UTF-8 text or names no class, or a line that names none.
     """
     path = Path(name)
     if not path.is_file():
@@ -200,15 +238,21 @@ def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
         raise UsageError(f"there is no class list '{name}'. Give a text file, or one of: {shipped}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"class list '{name}' is not UTF-8 text ({error}). Give one class a line") from error
     chosen = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         entry = line.partition("#")[0].strip()
         if not entry:
             continue
-        index = int(entry) if entry.isdigit() else classes.index(entry) if entry in classes else -1
+        index = classes.index(entry) if entry in classes else int(entry) if entry.isdecimal() else -1
         if not 0 <= index < len(classes):
             raise UsageError(f"class list '{name}' names '{entry}', which is none of the {len(classes)} classes")
         chosen.append(index)
+    if not chosen:
+        raise UsageError(f"class list '{name}' names no class. Write one class index or class name a line")
     return chosen
 
 
@@ -253,22 +297,48 @@ def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
         return _open_torchvision(name)
     if name.startswith("hfds/"):
         return _open_hugging_face(name)
+    return _open_path(name)
+
+
+def _open_path(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
+    """(reader, labels, class names) of a folder or tar file, hidden files left out."""
     from timm.data.readers import create_reader
+    from timm.data.readers.img_extensions import add_img_extensions
 
     path = Path(name)
     if not path.exists():
-        raise UsageError(
-            f"data set '{name}' does not exist. Give a folder, a .tar file, 'demo', 'torch/...' or 'hfds/...'"
-        )
+        raise UsageError(f"data set '{name}' does not exist. {_EXPECTED}")
+    if path.is_file() and path.suffix != ".tar":
+        raise UsageError(f"data set '{name}' is a file, and no .tar file. {_EXPECTED}")
+    add_img_extensions(sorted(IMAGE_SUFFIXES))  # timm knows three; its tar reader takes no list of its own
     try:
         reader = create_reader("", root=name, **({"cache_tarinfo": False} if path.is_file() else {}))
-    except Exception as error:
-        raise UsageError(
-            f"'{name}' holds no images ({error}). Expected CLASS/IMAGE.jpg folders, or a .tar file of them"
-        ) from error
+    except tarfile.TarError as error:
+        raise UsageError(f"'{name}' is no .tar file, or is cut short ({error}). Copy or pack it again") from error
+    except (RuntimeError, ValueError) as error:
+        raise _no_images(name) from error
     if path.is_dir():
-        return reader, np.array([s[1] for s in reader.samples], dtype=np.int64), _names(reader.class_to_idx)
-    return reader, np.asarray(reader.targets, dtype=np.int64), _names(reader.class_name_to_idx)
+        labels, classes = np.array([s[1] for s in reader.samples], dtype=np.int64), _names(reader.class_to_idx)
+    else:
+        labels, classes = np.asarray(reader.targets, dtype=np.int64), _names(reader.class_name_to_idx)
+    shown = [index for index, file in enumerate(reader.filenames()) if not _is_hidden(file)]
+    if len(shown) < len(labels):
+        reader.samples = [reader.samples[index] for index in shown]
+        used, labels = np.unique(labels[shown], return_inverse=True)
+        classes = tuple(classes[label] for label in used)
+    return reader, labels, classes
+
+
+def _is_hidden(file: str) -> bool:
+    """Whether a name in a path begins with a dot: `._0001.jpg` and `.thumbs/` are a system's notes, not images."""
+    return any(part[:1] == "." and part != "." for part in file.split("/"))
+
+
+def _no_images(name: str) -> UsageError:
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    return UsageError(
+        f"'{name}' holds no images ({suffixes}). Expected CLASS/IMAGE.jpg folders, or a .tar file of them"
+    )
 
 
 def _names(class_to_index: dict[str, int]) -> tuple[str, ...]:
@@ -309,14 +379,8 @@ def _open_hugging_face(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
 
 
 def _check_labels(source: ReaderImages) -> None:
-    """Raises UsageError for an empty class or a label outside the class list."""
-    path = Path(source.name)
-    if path.is_dir():
-        empty = sorted(
-            p.name for p in path.iterdir() if p.is_dir() and p.name not in source.classes and p.name[:1] != "."
-        )
-        if empty:
-            raise UsageError(f"class folder '{empty[0]}' of '{source.name}' holds no images. Add some or remove it")
+    """Raises UsageError for a wrong layout, an empty class, or a label outside the class list."""
+    _check_layout(source)
     lowest, highest = int(source.labels.min()), int(source.labels.max())
     if lowest < 0 or highest >= len(source.classes):
         wrong = lowest if lowest < 0 else highest
@@ -324,3 +388,28 @@ def _check_labels(source: ReaderImages) -> None:
     missing = set(range(len(source.classes))) - set(np.unique(source.labels).tolist())
     if missing:
         raise UsageError(f"class '{source.classes[min(missing)]}' of '{source.name}' holds no images")
+
+
+def _check_layout(source: ReaderImages) -> None:
+    """Raises UsageError unless every image of a folder is CLASS/IMAGE: timm takes the innermost folder as the class."""
+    stray = [label for label, name in enumerate(source.classes) if name in ("", ".")]
+    if stray:
+        if len(source.classes) == 1:
+            raise UsageError(f"'{source.name}' holds images, but no class folders. {_EXPECTED}")
+        file = source.source(int(np.flatnonzero(source.labels == stray[0])[0]))
+        raise UsageError(f"'{file}' of '{source.name}' is in no class folder. Move it into one, or remove it")
+    path = Path(source.name)
+    if not path.is_dir():
+        return
+    files = [source.source(index) for index in range(len(source))]
+    deep = next((file for file in files if file.count("/") > 1), None)
+    if deep is not None:
+        if deep.split("/")[0] in ("train", "val", "valid", "validation", "test") and (path / "train").is_dir():
+            raise UsageError(f"'{source.name}' holds splits, not classes. Give '{path / 'train'}'")
+        raise UsageError(
+            f"'{deep}' of '{source.name}' is in a folder below its class folder. Move it up: expected CLASS/IMAGE.jpg"
+        )
+    used = {file.split("/")[0] for file in files}
+    empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in used and p.name[:1] != ".")
+    if empty:
+        raise UsageError(f"class folder '{empty[0]}' of '{source.name}' holds no images. Add some or remove it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -11,10 +13,11 @@ import pytest
 from pictures import write_folder
 from PIL import Image
 
-from ssod_edge.config import Preprocess
+from ssod_edge.config import IMAGE_SUFFIXES, Preprocess
 from ssod_edge.data import EvalImages, TrainImages, augment, load_batches
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import load_image, preprocess, via
+from ssod_edge.runtime import inputs
 from ssod_edge.sources import open_dataset, read_class_list, split_dataset
 
 SETTINGS = Preprocess(input_size=24)
@@ -28,7 +31,7 @@ def folder(tmp_path):
 def as_tar(folder: Path) -> Path:
     path = folder.with_suffix(".tar")
     with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.rglob("*.png")):
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             tar.add(file, file.relative_to(folder))
     return path
 
@@ -108,6 +111,48 @@ def test_the_fingerprint_follows_names_and_labels(folder):
     assert open_dataset(str(folder)).fingerprint != before
 
 
+def test_the_fingerprint_of_an_ordinary_folder_never_changes(folder):
+    assert open_dataset(str(folder)).fingerprint == "c1406f6e8a5c849fe952e6db81d41cba864a17fa9b4c9c82e61b6ba231812828"
+    splits = split_dataset(open_dataset(str(folder)), 0.05, 0.05, 0)
+    assert splits.hash == "d92f9dc2bfbaf1427f16caa5c1064514b31c0eea605a406053f45c653688993b"
+
+
+def test_a_file_name_that_is_not_utf8_is_no_obstacle(folder):
+    os.rename(folder / "class0" / "00.png", os.fsencode(folder / "class0") + b"/caf\xe9.png")
+    for source in (open_dataset(str(folder)), open_dataset(str(as_tar(folder)))):
+        assert len(source) == 36 and len(source.fingerprint) == 64
+        assert source.image(next(i for i in range(36) if "caf" in source.source(i))).mode == "RGB"
+
+
+def test_every_suffix_that_predict_takes_is_an_image_of_a_data_set(folder):
+    assert IMAGE_SUFFIXES == inputs.IMAGE_SUFFIXES
+    picture = Image.open(folder / "class1" / "00.png")
+    for suffix in (".webp", ".bmp", ".tif", ".TIFF", ".gif", ".ppm"):
+        picture.save(folder / "class1" / f"other{suffix}")
+    (folder / "class1" / "notes.txt").write_text("no image")
+    for path in (folder, as_tar(folder)):
+        source = open_dataset(str(path))
+        assert np.bincount(source.labels).tolist() == [12, 18, 12]
+        assert all(source.image(index).size == (40, 40) for index in range(12, 30))
+
+
+def test_hidden_files_and_folders_are_no_images(folder):
+    plain = open_dataset(str(folder))
+    (folder / "class1" / "._00.png").write_bytes(b"AppleDouble")
+    for hidden in (".thumbs", "class2/.thumbs", ".trash/class0"):
+        (folder / hidden).mkdir(parents=True)
+        (folder / hidden / "00.png").write_bytes(b"thumbnail")
+    for path in (folder, as_tar(folder)):
+        source = open_dataset(str(path))
+        assert (source.classes, source.labels.tolist()) == (plain.classes, plain.labels.tolist())
+        assert source.fingerprint == plain.fingerprint
+        assert np.array_equal(np.asarray(source.image(35)), np.asarray(plain.image(35)))
+    for label in range(3):
+        shutil.rmtree(folder / f"class{label}")
+    with pytest.raises(UsageError, match="holds no images"):
+        open_dataset(str(folder), labelled=False)
+
+
 def test_chosen_classes_keep_labels_and_names(folder, tmp_path):
     names = tmp_path / "some.txt"
     names.write_text("# two of them\n2\nclass0  # by name\n\n")
@@ -120,6 +165,21 @@ def test_chosen_classes_keep_labels_and_names(folder, tmp_path):
         open_dataset(f"{folder}@{names}")
     with pytest.raises(UsageError, match="one of: imagenet-objects"):
         open_dataset(f"{folder}@nothing")
+
+
+def test_a_class_name_wins_over_an_index(tmp_path):
+    (tmp_path / "list.txt").write_text("2\n1\n")
+    assert read_class_list(str(tmp_path / "list.txt"), ("2", "10", "abc")) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"# nothing yet\n\n", "names no class"), (b"caf\xe9\n", "is not UTF-8 text"), ("²\n".encode(), "names '²'")],
+)
+def test_a_class_list_that_names_nothing_is_refused(tmp_path, content, reason):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=reason):
+        read_class_list(str(tmp_path / "list.txt"), ("a", "b"))
 
 
 def test_the_shipped_list_leaves_out_animals_and_vehicles():
@@ -136,7 +196,7 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_fix(tmp_path, folder
     with pytest.raises(UsageError, match="holds no images"):
         open_dataset(str(tmp_path / "hollow"))
     (tmp_path / "text.tar").write_text("not a tar")
-    with pytest.raises(UsageError, match="holds no images"):
+    with pytest.raises(UsageError, match=r"is no \.tar file"):
         open_dataset(str(tmp_path / "text.tar"))
     (folder / "class9").mkdir()
     with pytest.raises(UsageError, match=r"class folder 'class9' .* holds no images"):
@@ -147,6 +207,48 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_fix(tmp_path, folder
         (folder / "class1" / f"{index:02}.png").unlink()
     with pytest.raises(UsageError, match=r"class 'class1' .* has 2 image"):
         split_dataset(open_dataset(str(folder)), 0.1, 0.1, 0)
+
+
+def test_a_wrong_layout_is_refused_with_the_reason(folder):
+    def refused(reason, path=folder):
+        with pytest.raises(UsageError, match=reason):
+            open_dataset(str(path))
+
+    refused("'class0/00.png' .* in no class folder|holds images, but no class folders", folder / "class0")
+    shutil.copy(folder / "class0" / "00.png", folder / "stray.png")
+    refused("'stray.png' of .* is in no class folder")
+    refused("'stray.png' of .* is in no class folder", as_tar(folder))
+    (folder / "stray.png").unlink()
+    (folder / "class0" / "more").mkdir()
+    shutil.copy(folder / "class0" / "00.png", folder / "class0" / "more" / "x.png")
+    refused("'class0/more/x.png' of .* is in a folder below its class folder")
+    shutil.rmtree(folder / "class0" / "more")
+    shutil.copytree(folder, folder / "train" / "deeper")
+    shutil.copytree(folder / "class0", folder / "val" / "class0")
+    for label in range(3):
+        shutil.move(folder / "train" / "deeper" / f"class{label}", folder / "train" / f"class{label}")
+        shutil.rmtree(folder / f"class{label}")
+    shutil.rmtree(folder / "train" / "deeper")
+    refused(f"holds splits, not classes. Give '{folder / 'train'}'")
+    assert len(open_dataset(str(folder / "train"))) == 36
+
+
+def test_a_name_that_is_no_data_set_is_refused_with_the_reason(folder, tmp_path):
+    for name, reason in (
+        ("", "name of the data set is empty"),
+        ("@imagenet-objects", "name of the data set is empty"),
+        (str(folder / "class0" / "00.png"), r"is a file, and no \.tar file"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            open_dataset(name)
+    tar = as_tar(folder)
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[: tar.stat().st_size // 2 + 100])
+    with pytest.raises(UsageError, match=r"is no \.tar file, or is cut short \(.*\)\. Copy"):
+        open_dataset(str(tmp_path / "cut.tar"))
+    with tarfile.open(tmp_path / "empty.tar", "w") as empty:
+        empty.addfile(tarfile.TarInfo("readme.txt"), io.BytesIO())
+    with pytest.raises(UsageError, match=r"holds no images \(\.bmp"):
+        open_dataset(str(tmp_path / "empty.tar"))
 
 
 def test_a_label_outside_the_classes_is_refused(folder, monkeypatch):
@@ -209,6 +311,12 @@ def test_augmentation_mirrors_only_where_a_mirrored_image_keeps_its_label():
     assert TrainImages(open_dataset("demo:val"), SETTINGS, 0, 0.5, 0.5).hflip == 0
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_mirrored_image_of_one_pixel_is_a_tensor(folder, size):
+    dataset = TrainImages(open_dataset(str(folder)), Preprocess(input_size=size), 0, 0.5, hflip=1.0)
+    assert dataset[0][0].shape == (3, size, size)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named_without_a_traceback(folder, workers):
     path = folder / "class1" / "05.png"
@@ -217,4 +325,32 @@ def test_a_broken_image_is_named_without_a_traceback(folder, workers):
     with pytest.raises(ImageError) as caught:
         list(load_batches(dataset, workers, batch_size=4))
     message = str(caught.value)
-    assert "05.png" in message and "Traceback" not in message and "\n" not in message
+    assert message.startswith(f"'class1/05.png' of '{folder}': ") and message.endswith(". Remove or replace it")
+    assert "Traceback" not in message and "\n" not in message and "bytes'" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_named_together(folder, workers):
+    broken = [f"class{label}/{index:02}.png" for label in (0, 2) for index in range(6)]
+    for file in broken:
+        (folder / file).write_bytes(b"")
+    source = open_dataset(str(folder))
+    training = TrainImages(source, SETTINGS, 0, 0.5, 0.5)
+    with pytest.raises(ImageError) as caught:
+        list(load_batches(training, workers, batch_sampler=[[3, 20]]))
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"12 of 36 images of '{folder}' cannot be read. Remove or replace them:"
+    assert len(lines) == 11 and lines[10] == "  and 2 more"
+    for line, file in zip(lines, broken[:10], strict=False):
+        assert line.startswith(f"  '{file}' of '{folder}': ") and line.endswith("is empty")
+    with pytest.raises(ImageError, match="2 of 3 images"):  # of the images that were asked for
+        list(load_batches(EvalImages(source, np.array([0, 1, 20]), SETTINGS), workers, batch_size=2))
+
+
+def test_a_file_that_is_gone_is_named(folder):
+    source, tar = open_dataset(str(folder)), open_dataset(str(as_tar(folder)))
+    (folder / "class0" / "00.png").unlink()
+    folder.with_suffix(".tar").write_bytes(b"")
+    for images, name in ((source, folder), (tar, folder.with_suffix(".tar"))):
+        with pytest.raises(ImageError, match=f"^'class0/00.png' of '{name}': "):
+            images.image(0)
