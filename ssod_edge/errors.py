@@ -44,7 +44,7 @@ class TrainingError(SsodEdgeError):
 
 
 class UsageError(SsodEdgeError, ValueError):
-    """An argument, option, data set or configuration value is wrong."""
+    """An argument, option, data set or configuration value is wrong, or names something that is not there."""
 
     exit_code = EXIT_USAGE
 
@@ -62,7 +62,7 @@ class EngineError(SsodEdgeError):
 
 
 class ArtifactError(SsodEdgeError):
-    """A checkpoint or artifact is missing, cut short, edited, of a newer schema or of another model."""
+    """A checkpoint or artifact is cut short, edited, incomplete, of a newer schema or of another model."""
 
     exit_code = EXIT_VERIFICATION
 

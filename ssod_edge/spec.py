@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+import os
+import sys
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ssod_edge.config import Preprocess, ScoreName, from_dict
+from ssod_edge.config import SCORES, Preprocess, ScoreName
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import sha256_file, write_json
 
@@ -34,6 +37,14 @@ class Threshold:
     data: str
     fitted_tpr: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.target_tpr < 1:
+            raise UsageError(f"target_tpr must be in (0, 1), got {self.target_tpr}")
+        if not 0 <= self.fitted_tpr <= 1:
+            raise UsageError(f"fitted_tpr must be in [0, 1], got {self.fitted_tpr}")
+        if self.n < 1:
+            raise UsageError(f"n must be at least 1 image, got {self.n}")
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -59,6 +70,14 @@ class Artifact:
     threshold: Threshold | None = None
     verification: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise UsageError(f"artifact '{self.name}' lists no files")
+        if self.opset < 0:
+            raise UsageError(f"opset must be 0 or more, got {self.opset}")
+        if not isinstance((self.verification or {}).get("failures", []), (list, tuple)):
+            raise UsageError(f"the verification of artifact '{self.name}' must list its failures")
+
     @property
     def main_file(self) -> str:
         """Path, relative to the export folder, of the file the engine opens."""
@@ -78,6 +97,14 @@ class Spec:
     source: dict[str, Any] = field(default_factory=dict)
     artifacts: tuple[Artifact, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise UsageError(f"classes must be at least 2 names, got {len(self.classes)}")
+        if self.score.get("name") not in SCORES:
+            raise UsageError(f"score.name must be one of {', '.join(SCORES)}, got '{self.score.get('name')}'")
+        if len({artifact.name for artifact in self.artifacts}) < len(self.artifacts):
+            raise UsageError("two artifacts have the same name")
 
     @property
     def score_name(self) -> ScoreName:
@@ -114,41 +141,84 @@ def load_spec(folder: str | Path) -> Spec:
     """Read `ssod.json` of an export folder.
 
     Raises:
-        ArtifactError: missing, not JSON, of a newer schema, or with fields that are missing or wrong.
+        UsageError: there is none, so that this is no export folder.
+        ArtifactError: not JSON, of a newer schema, or with fields that are missing or wrong.
     """
     path = Path(folder) / SPEC_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"'{path}' does not exist. Make an export with: ssod-edge export") from None
+        raise UsageError(f"'{path}' does not exist. Make an export with: ssod-edge export") from None
     except NotADirectoryError:
-        raise ArtifactError(f"'{folder}' is not an export folder; give the folder that holds {SPEC_NAME}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"'{folder}' is not an export folder; give the folder that holds {SPEC_NAME}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}' cannot be read ({error}). Export the run again.") from error
-    if not isinstance(values, dict) or not isinstance(values.get("schema_version"), int):
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if type(version) is not int or version < 1:
         raise ArtifactError(f"'{path}' is not an ssod-edge spec. Export the run again.")
-    if values["schema_version"] > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise ArtifactError(
-            f"'{path}' has schema version {values['schema_version']}; this release reads up to {SCHEMA_VERSION}. "
+            f"'{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
     try:
-        values["preprocess"] = from_dict(Preprocess, values["preprocess"])
-        values["classes"] = tuple(values["classes"])
-        values["artifacts"] = tuple(_artifact(a) for a in values["artifacts"])
-        return from_dict(Spec, values)
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        spec: Spec = from_json(Spec, values)
+    except UsageError as error:
         raise ArtifactError(f"'{path}' is damaged ({error}). Export the run again.") from error
+    return spec
 
 
-def _artifact(values: dict[str, Any]) -> Artifact:
-    values = dict(values)
-    if values.get("threshold") is not None:
-        values["threshold"] = from_dict(Threshold, values["threshold"])
-    artifact = from_dict(Artifact, values)
-    if not artifact.files:
-        raise UsageError(f"artifact '{artifact.name}' lists no files")
-    return artifact
+def from_json(kind: Any, value: Any, name: str = "") -> Any:
+    """A value of a JSON document as what a dataclass's annotation says: all fields, each of its type.
+
+    Args:
+        kind: a dataclass, str, int, float, bool, a Literal, tuple[...], dict[str, ...], any of these or None, or Any.
+        value: what `json.loads` gave.
+        name: of the value in the document, for the message.
+
+    Raises:
+        UsageError: another type, a number that is not finite, a missing or unknown field, or one out of its range.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any or (value is None and NoneType in arguments):
+        return value
+    if NoneType in arguments:
+        return from_json(arguments[0], value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _from_object(kind, value, name)
+    if origin is dict and isinstance(value, dict):
+        return {key: from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) == len(value):
+            return tuple(from_json(*pair, f"{name}[{i}]") for i, pair in enumerate(zip(kinds, value, strict=True)))
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind is not float and type(value) is kind:
+        return value
+    expected = f"one of {', '.join(arguments)}" if origin is Literal else _JSON_NAMES.get(origin or kind, "an object")
+    raise UsageError(f"{name} must be {expected}, got {json.dumps(value)[:100]}")
+
+
+#: Type -> what stands for it in JSON.
+_JSON_NAMES = {
+    str: "text",
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    tuple: "a list of the right length",
+}
+
+
+def _from_object(kind: Any, value: dict[str, Any], name: str) -> Any:
+    types = get_type_hints(kind)
+    wrong = [f"{key} is missing" for key in types if key not in value]
+    wrong += [f"{key} is unknown" for key in value if key not in types]
+    if wrong:
+        raise UsageError(f"{name or kind.__name__}: {', '.join(wrong)}")
+    return kind(**{key: from_json(types[key], item, f"{name}.{key}".lstrip(".")) for key, item in value.items()})
 
 
 def check_files(folder: str | Path, artifact: Artifact) -> Path:
@@ -162,7 +232,7 @@ def check_files(folder: str | Path, artifact: Artifact) -> Path:
     folder = Path(folder)
     for name, expected in artifact.files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
             raise ArtifactError(f"artifact '{artifact.name}' names a file outside its folder: '{name}'")
         check_hash(path, expected)
     return folder / artifact.main_file
@@ -170,7 +240,7 @@ def check_files(folder: str | Path, artifact: Artifact) -> Path:
 
 def check_hash(path: Path, expected: str) -> None:
     """Raises ArtifactError unless the file exists and has this SHA-256."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise ArtifactError(f"'{path}' is missing. Export the run again.")
     found = sha256_file(path)
     if found != expected:

@@ -15,9 +15,11 @@ import onnx
 import pytest
 from colour import CLASSES, SIZE, colour_images, colour_outputs, edit_graph, edit_spec
 
+from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.runtime import AUTO_ENGINES, choose_artifact, find_export, open_runner
 from ssod_edge.runtime.openvino import _config
+from ssod_edge.runtime.runner import check_graph
 from ssod_edge.spec import load_spec
 
 MakeExport = Callable[..., Path]
@@ -224,6 +226,29 @@ def test_a_file_that_the_engine_cannot_load_is_an_engine_error(export: Path, nam
         open_runner(export, artifact=name)
 
 
+@pytest.mark.parametrize("name", ARTIFACTS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preprocess": Preprocess(input_size=64)}, "input_size 64 and 3 classes: image has shape ['N', 3, 16, 16]"),
+        ({"classes": ("red", "green")}, "input_size 16 and 2 classes: logits has shape ['N', 3]"),
+        ({"classes": ("red", "green", "blue", "grey")}, "4 classes: logits has shape ['N', 3]"),
+    ],
+)
+def test_a_spec_of_another_graph_is_refused(export: Path, name: str, change: dict, message: str) -> None:
+    edit_spec(export, lambda spec: replace(spec, **change))
+    with pytest.raises(ArtifactError) as caught:
+        open_runner(export, artifact=name)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_graph_without_an_output_is_refused(export: Path) -> None:
+    spec = load_spec(export)
+    check_graph(Path("m"), spec, ("logits",), {"image": ["N", 3, None, 16], "logits": []})
+    with pytest.raises(ArtifactError, match="it has no 'probs'"):
+        check_graph(Path("m"), spec, ("logits", "probs"), {"image": ["N", 3, 16, 16], "logits": ["N", 3]})
+
+
 @pytest.mark.parametrize("engine", AUTO_ENGINES)
 def test_an_unknown_device_is_refused(export: Path, engine: str) -> None:
     with pytest.raises(EngineError, match="'NPU'"):
@@ -231,7 +256,7 @@ def test_an_unknown_device_is_refused(export: Path, engine: str) -> None:
 
 
 def test_missing_folder_and_run_folder(export: Path) -> None:
-    with pytest.raises(ArtifactError, match="ssod-edge export"):
+    with pytest.raises(UsageError, match="ssod-edge export"):
         open_runner(export / "nowhere")
     assert find_export(export.parent) == export
     with open_runner(export.parent) as runner:
@@ -341,6 +366,19 @@ def test_runs_without_torch_and_without_a_word_on_stderr(export: Path, tmp_path:
     assert (done.stdout, done.stderr, done.returncode) == ("red\n", "", 0)
 
 
+def test_onnxruntime_reports_nothing_to_its_makers(export: Path) -> None:
+    """Its telemetry, which would also complain on stderr where no home folder can be written."""
+    code = (
+        "import os, sys, ssod_edge; ssod_edge.open(sys.argv[1], engine='onnxruntime')\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(export)], capture_output=True, text=True, env={**env, "HOME": "/proc/none"}
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run with a real checkpoint (timm's smallest ResNet) and no export."""
@@ -400,7 +438,10 @@ def test_eager_beside_an_export(make_export: MakeExport, run_folder: Path) -> No
     with np.load(export / "reference.npz") as reference:
         scores = np.sort(reference["score_energy"])
     assert threshold is not None and threshold.value == pytest.approx(scores[38]), "the 39th of 40: ceil(41 * 0.95)"
-    edit_spec(export, lambda spec: replace(spec, source={"checkpoint_sha256": "0" * 64}))
+    edit_spec(export, lambda spec: replace(spec, classes=("red", "green")))
+    with pytest.raises(ArtifactError, match="ssod.json names 2 classes, and .* has 3"):
+        open_runner(export, engine="eager")
+    edit_spec(export, lambda spec: replace(spec, classes=CLASSES, source={"checkpoint_sha256": "0" * 64}))
     with pytest.raises(ArtifactError, match="not the checkpoint of this export"):
         open_runner(export, engine="eager")
 
@@ -414,7 +455,7 @@ def test_eager_refuses_untrained_weights_and_missing_checkpoints(
         open_runner(run_folder, engine="eager")
     with open_runner(run_folder, engine="eager", allow_untrained=True) as runner:
         assert runner.artifact.threshold is None
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         open_runner(tmp_path / "nothing", engine="eager")
 
 

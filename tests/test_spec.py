@@ -57,7 +57,44 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v["preprocess"].update(input_size=0), "damaged .*input_size"),
         (lambda v: v["artifacts"][0].update(files={}), "lists no files"),
         (lambda v: v["artifacts"][0]["threshold"].pop("value"), "damaged .*value"),
-        (lambda v: v.update(artifacts=[3]), "damaged"),
+        (lambda v: v.update(schema_version=0), "not an ssod-edge spec"),
+        (lambda v: v.update(schema_version=True), "not an ssod-edge spec"),
+        (lambda v: v.update(artifacts=[3]), r"artifacts\[0\] must be an object, got 3"),
+        (lambda v: v.update(artifacts={}), "artifacts must be a list"),
+        (lambda v: v.update(artifacts=v["artifacts"] * 2), "same name"),
+        (lambda v: v.update(backbone=None), "backbone must be text, got null"),
+        (lambda v: v.update(classes="cat"), "classes must be a list"),
+        (lambda v: v.update(classes=["cat", 3]), r"classes\[1\] must be text, got 3"),
+        (lambda v: v.update(classes=["cat"]), "classes must be at least 2"),
+        (lambda v: v.update(trained=1), "trained must be true or false, got 1"),
+        (lambda v: v.update(source=[]), "source must be an object"),
+        (lambda v: v.update(score={}), "score.name must be one of ssod, msp, maxlogit, energy, posterior"),
+        (lambda v: v.update(score={"name": "best"}), "score.name .*got 'best'"),
+        (lambda v: v.update(score={"name": "energy", "evidence": 1}), "score.evidence must be text"),
+        (lambda v: v.update(reference_sha256=None), "reference_sha256 must be text"),
+        (lambda v: v.update(preprocess=5), "preprocess must be an object"),
+        (lambda v: v["preprocess"].update(input_size="64"), "preprocess.input_size must be an integer"),
+        (lambda v: v["preprocess"].update(input_size=64.0), "preprocess.input_size must be an integer"),
+        (lambda v: v["preprocess"].pop("crop_pct"), "preprocess: crop_pct is missing"),
+        (lambda v: v["preprocess"].update(crop_pct=10**400), "preprocess.crop_pct must be a finite number"),
+        (lambda v: v["preprocess"].update(mean=[None] * 3), r"preprocess.mean\[0\] must be a finite number, got null"),
+        (lambda v: v["preprocess"].update(std=[1.0, 1.0]), "preprocess.std must be a list of the right length"),
+        (lambda v: v["preprocess"].update(interpolation="no"), "interpolation must be one of bicubic, bilinear"),
+        (lambda v: v["artifacts"][0].update(name=1), r"artifacts\[0\].name must be text"),
+        (lambda v: v["artifacts"][0].update(files=["x"]), r"artifacts\[0\].files must be an object"),
+        (lambda v: v["artifacts"][0].update(files={"x": None}), r"artifacts\[0\].files.x must be text"),
+        (lambda v: v["artifacts"][0].update(opset=-1), "opset must be 0 or more"),
+        (lambda v: v["artifacts"][0].update(versions=None), "versions must be an object"),
+        (lambda v: v["artifacts"][0].update(verification="yes"), "verification must be an object"),
+        (lambda v: v["artifacts"][0].update(verification={"failures": 3}), "must list its failures"),
+        (lambda v: v["artifacts"][0].update(threshold=-1.5), "threshold must be an object"),
+        (lambda v: v["artifacts"][0]["threshold"].update(value="abc"), "threshold.value must be a finite number"),
+        (lambda v: v["artifacts"][0]["threshold"].update(value=None), "threshold.value must be a finite number"),
+        (lambda v: v["artifacts"][0]["threshold"].update(value=float("nan")), "threshold.value .*got NaN"),
+        (lambda v: v["artifacts"][0]["threshold"].update(value=True), "threshold.value .*got true"),
+        (lambda v: v["artifacts"][0]["threshold"].update(target_tpr=2), r"target_tpr must be in \(0, 1\), got 2"),
+        (lambda v: v["artifacts"][0]["threshold"].update(fitted_tpr=-1), r"fitted_tpr must be in \[0, 1\]"),
+        (lambda v: v["artifacts"][0]["threshold"].update(n=-5), "n must be at least 1 image, got -5"),
     ],
 )
 def test_a_spec_that_is_newer_or_damaged_is_refused(folder, change, message):
@@ -66,7 +103,12 @@ def test_a_spec_that_is_newer_or_damaged_is_refused(folder, change, message):
         load_spec(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"text"'])
+def test_a_threshold_may_be_a_whole_number(folder):
+    edit(folder, lambda v: v["artifacts"][0]["threshold"].update(value=-2))
+    assert repr(load_spec(folder).artifacts[0].threshold.value) == "-2.0"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000])
 def test_a_file_that_is_no_spec_is_refused(folder, content):
     (folder / SPEC_NAME).write_bytes(content)
     with pytest.raises(ArtifactError, match="Export the run again"):
@@ -74,10 +116,12 @@ def test_a_file_that_is_no_spec_is_refused(folder, content):
 
 
 def test_no_spec_at_all(tmp_path):
-    with pytest.raises(ArtifactError, match="does not exist. Make an export"):
+    with pytest.raises(UsageError, match="does not exist. Make an export"):
         load_spec(tmp_path)
+    with pytest.raises(UsageError, match="does not exist. Make an export"):
+        load_spec(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="not an export folder"):
+    with pytest.raises(UsageError, match="not an export folder"):
         load_spec(tmp_path / "file")
 
 
@@ -94,3 +138,9 @@ def test_files_that_changed_vanished_or_lie_elsewhere_are_refused(folder, tmp_pa
     escaping = Artifact("a", "onnxruntime", "fp32", {f"../{outside.parent.name}/model.onnx": "0"}, 18, {})
     with pytest.raises(ArtifactError, match="outside its folder"):
         check_files(folder, escaping)
+
+
+@pytest.mark.parametrize("name", ["long" * 100, "zero\0byte", ""])
+def test_names_that_no_file_has_are_refused(folder, name):
+    with pytest.raises(ArtifactError, match="is missing|outside its folder"):
+        check_files(folder, Artifact("a", "onnxruntime", "fp32", {name: "0"}, 18, {}))

@@ -51,8 +51,8 @@ def open_runner(
         verify: False leaves verification to the caller.
 
     Raises:
-        UsageError: an unknown name, nothing that fits, or untrained weights.
-        ArtifactError: a file is missing, edited or cut short.
+        UsageError: no export there, an unknown name, nothing that fits, or untrained weights.
+        ArtifactError: a file of the export is missing, edited or cut short, or `ssod.json` describes another graph.
         MissingExtraError: the engine is not installed.
         EngineError: the engine or device cannot run the artifact here.
         VerificationError: the artifact's numbers are not those of its reference.

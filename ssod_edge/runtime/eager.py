@@ -33,9 +33,9 @@ class EagerRunner:
         allow_untrained: open weights that were not trained.
 
     Raises:
-        ArtifactError: the checkpoint is missing or damaged, or is not the one that was exported.
+        ArtifactError: the checkpoint is damaged, or is not the one that was exported.
         EngineError: another device than the CPU.
-        UsageError: untrained weights that were not asked for.
+        UsageError: no checkpoint there, or untrained weights that were not asked for.
     """
 
     engine = "eager"
@@ -52,6 +52,11 @@ class EagerRunner:
         self.spec = _spec(model, meta.get("trained") is True) if export is None else load_spec(export)
         if not self.spec.trained and not allow_untrained:
             raise UsageError(f"'{checkpoint}' holds untrained weights. Train a model, or pass --allow-untrained.")
+        if len(self.spec.classes) != len(model.classes):
+            raise ArtifactError(
+                f"{SPEC_NAME} names {len(self.spec.classes)} classes, and '{checkpoint}' has {len(model.classes)}. "
+                "Export the run again."
+            )
         digest = sha256_file(checkpoint)
         if export is not None and self.spec.source.get("checkpoint_sha256", digest) != digest:
             raise ArtifactError(f"'{checkpoint}' is not the checkpoint of this export. Export the run again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error, import_failed
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
@@ -29,6 +30,7 @@ class OnnxRunner:
     Raises:
         MissingExtraError: onnxruntime is not installed.
         EngineError: onnxruntime cannot be loaded, another device than the CPU, or the graph cannot be loaded.
+        ArtifactError: the graph is not the one that the spec describes.
     """
 
     engine = "onnxruntime"
@@ -50,9 +52,9 @@ class OnnxRunner:
         self._outputs = outputs
         self._session: Any = None
         if artifact.precision == "fp32":
-            self._session, self.precision = _open_session(path, threads), "fp32"
+            self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
         else:
-            self._session, self.precision = _open_reduced(path, threads, spec.preprocess.input_size)
+            self._session, self.precision = _open_reduced(path, threads, spec, outputs)
         providers = self._session.get_providers()
         self.details = {"provider": ", ".join(providers), "threads": str(threads or "auto")}
 
@@ -73,7 +75,11 @@ class OnnxRunner:
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, values, strict=True)}
 
 
-def _open_session(path: Path, threads: int | None, profile: str | None = None) -> Any:
+def _open_session(
+    path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
+) -> Any:
+    # Read while it is imported: it would report to its makers, and say so on stderr where $HOME can't be written.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -88,19 +94,24 @@ def _open_session(path: Path, threads: int | None, profile: str | None = None) -
         options.enable_profiling = True
         options.profile_file_prefix = profile
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {error}") from error
+    check_graph(
+        path, spec, outputs, {value.name: value.shape for value in session.get_inputs() + session.get_outputs()}
+    )
+    return session
 
 
-def _open_reduced(path: Path, threads: int | None, size: int) -> tuple[Any, str]:
+def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...]) -> tuple[Any, str]:
     """A session of an fp16 graph, and the precision its heavy operators ran in.
 
     Where the CPU provider has no fp16 kernel it inserts casts and computes in fp32. No property says so: the
     profile of one run does.
     """
     with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
-        session = _open_session(path, threads, profile=str(Path(folder) / "run"))
+        size = spec.preprocess.input_size
+        session = _open_session(path, threads, spec, outputs, profile=str(Path(folder) / "run"))
         session.run(None, {"image": np.zeros((1, 3, size, size), np.uint8)})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     types = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_images, closed_error, import_failed
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
@@ -30,6 +30,7 @@ class OpenVinoRunner:
     Raises:
         MissingExtraError: openvino is not installed.
         EngineError: openvino cannot be loaded, the device does not exist, or it cannot run the model.
+        ArtifactError: the graph is not the one that the spec describes.
     """
 
     engine = "openvino"
@@ -59,6 +60,7 @@ class OpenVinoRunner:
             compiled = core.compile_model(str(path), device, config)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
+        check_graph(path, spec, outputs, _shapes(compiled))
         self._request: Any = compiled.create_infer_request()
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
@@ -83,6 +85,17 @@ class OpenVinoRunner:
         # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
         values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
         return {name: np.asarray(values[name], np.float32) for name in self._outputs}
+
+
+def _shapes(compiled: Any) -> dict[str, list[int | None]]:
+    """Name of an input or output -> its axes, None where one is dynamic; empty if their number is."""
+    return {
+        name: [axis.get_length() if axis.is_static else None for axis in port.partial_shape]
+        if port.partial_shape.rank.is_static
+        else []
+        for port in (*compiled.inputs, *compiled.outputs)
+        for name in port.names
+    }
 
 
 def _config(device: str, precision: str, capabilities: Sequence[str], threads: int | None) -> dict[str, str]:

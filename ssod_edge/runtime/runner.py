@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ssod_edge.errors import EngineError, MissingExtraError, UsageError, missing_extra
-from ssod_edge.spec import Artifact, Spec
+from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, missing_extra
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec
 
 #: Names of the fused graph's outputs, in its order.
 OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
@@ -74,6 +75,29 @@ def check_images(inputs: Mapping[str, Array], size: int) -> Array:
     if images.ndim != 4 or images.shape[1:] != (3, size, size) or images.shape[0] < 1:
         raise UsageError(f"image must have shape [N, 3, {size}, {size}] with N >= 1, got {list(images.shape)}")
     return np.ascontiguousarray(images)
+
+
+def check_graph(path: Path, spec: Spec, outputs: Sequence[str], shapes: Mapping[str, Sequence[object]]) -> None:
+    """Compare an opened graph with `ssod.json`, before an engine fails on what does not fit.
+
+    Args:
+        path: the graph's file, for the message.
+        outputs: those that will be asked for.
+        shapes: of its inputs and outputs, by name; an axis that is no int is dynamic, and an empty shape unknown.
+
+    Raises:
+        ArtifactError: another input size or number of classes, or an input or output is missing.
+    """
+    size = spec.preprocess.input_size
+    expected: dict[str, list[int]] = {"image": [3, size, size], "logits": [len(spec.classes)]}
+    for name in ("image", *outputs):
+        found, axes = list(shapes.get(name, [])[1:]), expected.get(name, [])
+        if name not in shapes or any(isinstance(a, int) and a != b for a, b in zip(found, axes, strict=False)):
+            what = f"{name} has shape {['N', *found]}" if name in shapes else f"it has no '{name}'"
+            raise ArtifactError(
+                f"'{path}' is not the graph that {SPEC_NAME} describes, with input_size {size} and "
+                f"{len(spec.classes)} classes: {what}. Copy the folder again, or export the run again."
+            )
 
 
 def import_failed(module: str, error: ImportError) -> MissingExtraError | EngineError:

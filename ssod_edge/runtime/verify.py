@@ -237,7 +237,7 @@ def require_verified(runner: Runner, folder: str | Path) -> Runner:
         if artifact.verification is not None:
             recorded = artifact.verification
             if recorded.get("passed") is not True:
-                reasons = "; ".join(recorded.get("failures", ())) or "no reason recorded"
+                reasons = "; ".join(map(str, recorded.get("failures", ()))) or "no reason recorded"
                 raise VerificationError(f"artifact '{artifact.name}' failed verification when it was built: {reasons}")
             if (recorded.get("precision"), recorded.get("device")) == (runner.precision, runner.device):
                 return runner
@@ -259,7 +259,8 @@ def record(folder: str | Path, artifact: Artifact) -> Spec:
 
     Raises:
         OutputError: the folder cannot be written.
-        ArtifactError: `ssod.json` is gone or damaged.
+        UsageError: `ssod.json` is gone.
+        ArtifactError: it is damaged.
     """
     spec = load_spec(folder).with_artifact(artifact)
     save_spec(spec, folder)
