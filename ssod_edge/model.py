@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssod_edge.config import Preprocess, resolve_backbone
+from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 
 _POOLS = ("SelectAdaptivePool2d", "FastAdaptiveAvgPool2d", "AdaptiveAvgPool2d")
@@ -138,7 +139,7 @@ def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained
     _check_name(name, backbone)
     settings = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     return Preprocess(
-        input_size=input_size or settings["input_size"][-1],
+        input_size=settings["input_size"][-1] if input_size is None else input_size,
         crop_pct=settings["crop_pct"] if pretrained else 1.0,
         interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
         mean=tuple(settings["mean"]),
@@ -147,9 +148,11 @@ def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained
 
 
 def _check_name(name: str, given: str) -> None:
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-        raise UsageError(f"unknown backbone '{given}'. " + (f"Similar: {close}" if close else "See timm's models."))
+    if timm.is_model(name):
+        return
+    close = [*difflib.get_close_matches(given, ALIASES), *difflib.get_close_matches(given, timm.list_models(), 5)]
+    hint = f"Similar: {', '.join(list(dict.fromkeys(close))[:5])}" if close else f"Give one of {', '.join(ALIASES)}"
+    raise UsageError(f"unknown backbone '{given}'. {hint}, or another CNN of timm (timm.list_models() names them)")
 
 
 def build_model(
@@ -169,7 +172,8 @@ def build_model(
         weights: a local .safetensors or .pth state dict; a classifier of another width is left out.
 
     Raises:
-        UsageError: no such backbone, or one whose head cannot act on patches (the message says why).
+        UsageError: no such backbone, one whose head cannot act on patches (the message says why), or published
+            weights that cannot be downloaded.
         ArtifactError: the weights file is missing, unreadable or of another model.
     """
     name = resolve_backbone(backbone)
@@ -178,7 +182,12 @@ def build_model(
     _check_name(name, backbone)
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes))
-    except RuntimeError as error:
+    except Exception as error:  # a download fails in many ways
+        if pretrained:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"timm's weights of '{name}' cannot be had ({reason}). Give a local file with --weights FILE"
+            ) from error
         raise UsageError(f"backbone '{name}' cannot be built: {error}") from error
     classifier = cast(Any, model).get_classifier()
     if isinstance(classifier, nn.Linear) and not (pretrained and len(classes) == model.default_cfg["num_classes"]):
@@ -196,21 +205,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ArtifactError: missing or unreadable file, or keys that do not fit beyond the classifier.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"weights file '{path}' does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ArtifactError(
-            f"'{path}' cannot be read as weights ({error}). Give a .safetensors or .pth file."
-        ) from error
-    state = state.get("state_dict", state)
+    state = _read_state(Path(path))
     own = model.state_dict()
     classifier = cast(Any, model).default_cfg["classifier"]
     head_keys = {f"{classifier}.weight", f"{classifier}.bias"}
@@ -223,6 +218,27 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"({', '.join(wrong[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtifactError(f"weights file '{path}' does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+            if not all(isinstance(value, Tensor) for value in state.values()):
+                raise TypeError("not tensors alone")
+    except Exception as error:
+        # torch's own text recommends weights_only=False, which would run what the file says.
+        raise ArtifactError(
+            f"'{path}' cannot be read as weights: expected tensors by name, in a .safetensors or .pth file"
+        ) from error
+    return cast(dict[str, Tensor], state)
 
 
 def _check_backbone(model: SSODClassifier) -> None:

@@ -107,8 +107,9 @@ def test_plain_cross_entropy_computes_no_patches():
         ("test_vit", "not \\[N, C, H, W\\]"),
         ("vgg11", "mixes neighbouring patches"),
         ("test_mambaout", "cannot act on one patch"),
-        ("mobilenetv33", "unknown backbone 'mobilenetv33'. Similar: mobilenet"),
-        ("zzz", "unknown backbone"),
+        ("mobilenetv33", "unknown backbone 'mobilenetv33'. Similar: mobilenetv3, mobilenet"),
+        ("resnet", "unknown backbone 'resnet'. Similar: resnet\\d+, resnet\\d+, resnet\\d+"),
+        ("zzz", "unknown backbone 'zzz'. Give one of mobilenetv3, regnet"),
     ],
 )
 def test_backbones_that_do_not_fit_are_refused_with_the_reason(name, reason):
@@ -158,8 +159,13 @@ def test_weights_of_another_model_or_no_weights_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="weights of another model"):
         build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
     path.write_bytes(b"not weights")
-    with pytest.raises(ArtifactError, match="cannot be read as weights"):
+    with pytest.raises(ArtifactError, match="cannot be read as weights") as caught:
         build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    for other in ([torch.zeros(1)], torch.zeros(1), {"epoch": 3}):
+        torch.save(other, path)
+        with pytest.raises(ArtifactError, match="cannot be read as weights"):
+            build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
     with pytest.raises(ArtifactError, match="does not exist"):
         build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path / "none.pth")
 
@@ -187,3 +193,16 @@ def test_preprocessing_is_the_backbones_own():
     assert (settings.input_size, settings.crop_pct, settings.interpolation) == (224, 0.875, "bicubic")
     assert backbone_preprocess("tf_efficientnet_lite0", 96).crop_pct == 1.0
     assert backbone_preprocess("tf_efficientnet_lite0", 96).input_size == 96
+    with pytest.raises(UsageError, match="input_size must be at least 1 pixel, got 0"):
+        backbone_preprocess("tf_efficientnet_lite0", 0)
+
+
+def test_published_weights_that_cannot_be_had_are_one_line_with_the_fix(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host\nand a long explanation")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(
+        UsageError, match=r"cannot be had \(no route to host\)\. Give a local file with --weights FILE$"
+    ):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), pretrained=True)
