@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssod_edge.config import Preprocess, from_dict, resolve_backbone
+from ssod_edge.config import Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier, build_model
+from ssod_edge.spec import from_json
 
 SCHEMA_VERSION = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -41,8 +42,11 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_checkpoint` wrote: (tensors, metadata).
 
+    Metadata that is asked for and not there is an ArtifactError too.
+
     Raises:
-        ArtifactError: missing, cut short, not a checkpoint of ssod-edge, or of a newer schema.
+        UsageError: there is no such file.
+        ArtifactError: cut short, not a checkpoint of ssod-edge, or of a newer schema.
     """
     try:
         from safetensors import SafetensorError
@@ -50,7 +54,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except ImportError:
         raise missing_extra("safetensors", "reading a checkpoint") from None
     if not path.is_file():
-        raise ArtifactError(f"checkpoint '{path}' does not exist. Train one with: ssod-edge train DATA")
+        raise UsageError(f"checkpoint '{path}' does not exist. Train one with: ssod-edge train DATA")
     try:
         # In one piece: safetensors opens a path twice, and training may put a newer file there in between.
         content = path.read_bytes()
@@ -59,16 +63,30 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load(content)
     except KeyError:
         raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"checkpoint '{path}' is damaged or cut short ({error})") from error
-    if meta["schema_version"] > SCHEMA_VERSION:
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"checkpoint '{path}' is damaged: its metadata has no schema version")
+    if version > SCHEMA_VERSION:
         raise ArtifactError(
-            f"checkpoint '{path}' has schema version {meta['schema_version']}; this release reads up to "
-            f"{SCHEMA_VERSION}. Update with: pip install -U ssod-edge"
+            f"checkpoint '{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
+            "Update with: pip install -U ssod-edge"
         )
     if _hash(tensors) != meta.get("tensors_sha256"):
         raise ArtifactError(f"checkpoint '{path}' was changed after it was written: its tensors' hash does not match")
-    return tensors, meta
+    return tensors, _Metadata(path, meta)
+
+
+class _Metadata(dict):
+    """A checkpoint's metadata, which names the file where something is missing."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ArtifactError(f"checkpoint '{self.path}' is damaged: its metadata has no '{key}'")
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
@@ -90,14 +108,16 @@ def load_model(path: str | Path) -> tuple[SSODClassifier, dict[str, Any]]:
     """The trained model of a run folder or checkpoint file, in eval mode, and the checkpoint's metadata.
 
     Raises:
+        UsageError: there is no such checkpoint.
         ArtifactError: as `load_checkpoint`, or tensors that do not fit the backbone named in it.
     """
-    path = Path(path)
-    tensors, meta = load_checkpoint(path / BEST if path.is_dir() else path)
+    path = Path(path) / BEST if Path(path).is_dir() else Path(path)
+    tensors, meta = load_checkpoint(path)
     try:
-        settings = from_dict(Preprocess, meta["preprocess"])
-        model = build_model(meta["backbone"], tuple(meta["classes"]), settings)
-    except (KeyError, UsageError) as error:
+        backbone = from_json(str, meta["backbone"], "backbone")
+        classes = from_json(tuple[str, ...], meta["classes"], "classes")
+        model = build_model(backbone, classes, from_json(Preprocess, meta["preprocess"], "preprocess"))
+    except UsageError as error:
         raise ArtifactError(f"checkpoint '{path}' does not describe a model ({error})") from error
     load_state(model, tensors, path)
     return model.eval(), meta

@@ -109,7 +109,7 @@ def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_p
     with pytest.raises(ArtifactError, match="holds another model than test_resnet"):
         load_model(path)
     path.write_bytes(original)
-    rewrite(path, lambda meta: meta.pop("classes"))
+    rewrite(path, lambda meta: meta["preprocess"].update(crop_pct=2.0))
     with pytest.raises(ArtifactError, match="does not describe a model"):
         load_model(path)
     from safetensors.torch import save_file
@@ -117,8 +117,48 @@ def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_p
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ArtifactError, match="not written by ssod-edge"):
         load_model(tmp_path / "other.safetensors")
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         load_model(tmp_path / "none.safetensors")
+    with pytest.raises(UsageError, match=f"none/{BEST}' does not exist|none' does not exist"):
+        load_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta.pop("schema_version"), "has no schema version"),
+        (lambda meta: meta.update(schema_version="1"), "has no schema version"),
+        (lambda meta: meta.update(schema_version=0), "has no schema version"),
+        (lambda meta: meta.update(backbone=5), "backbone must be text, got 5"),
+        (lambda meta: meta.pop("backbone"), "has no 'backbone'"),
+        (lambda meta: meta.update(classes=3), "classes must be a list"),
+        (lambda meta: meta.update(classes=["a", None, "c"]), r"classes\[1\] must be text"),
+        (lambda meta: meta.update(preprocess=[]), "preprocess must be an object"),
+        (lambda meta: meta["preprocess"].update(input_size="48"), "preprocess.input_size must be an integer"),
+    ],
+)
+def test_damaged_metadata_is_refused_with_the_name_of_the_file(path, change, message):
+    rewrite(path, change)
+    for source in (path, path.parent):
+        with pytest.raises(ArtifactError, match=message) as caught:
+            load_model(source)
+        assert f"'{path}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", ["[]", "3", "null", '"text"', "[" * 100_000])
+def test_metadata_that_is_no_object_is_refused(path, metadata):
+    from safetensors.torch import save_file
+
+    save_file(load_checkpoint(path)[0], path, metadata={"ssod_edge": metadata})
+    with pytest.raises(ArtifactError, match=str(path)):
+        load_checkpoint(path)
+
+
+def test_metadata_that_a_caller_misses_names_the_file(path):
+    meta = load_checkpoint(path)[1]
+    assert meta.get("data") is None
+    with pytest.raises(ArtifactError, match=f"'{path}' is damaged: its metadata has no 'data'"):
+        meta["data"]
 
 
 def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(model, path):
