@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.progress import image_bar
 from ssod_edge.scores import ood_scores
-from ssod_edge.sources import ImageSource, Indices, open_dataset
+from ssod_edge.sources import ImageSource, Indices, open_dataset, read_splits
 
 #: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
 DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
@@ -101,8 +100,9 @@ def evaluate(
         bootstrap: resamples of the confidence intervals.
 
     Returns:
-        The JSON face: `id_accuracy`, `results` (a row for each OOD set and score) and `mean` (AUROC and FPR of
-        each score over the OOD sets); and the raw scores, {"id": {score: values}, NAME: {score: values}}.
+        The JSON face: `id_accuracy`, `ood_row_trained`, `results` (a row for each OOD set and score) and `mean`
+        (AUROC and FPR of each score over the OOD sets); and the raw scores, {"id": {score: values}, NAME: {score:
+        values}}.
 
     Raises:
         UsageError: data that cannot be opened, or whose classes are not the model's.
@@ -116,6 +116,7 @@ def evaluate(
         ood_data = DEMO_OOD if str(meta["data"]).startswith("demo") else {}
     # Every set is opened before the first image is run: a wrong name shows at once.
     ood_sources = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
+    _warn_of_known_images(ood_data, ood_sources, source, meta)
     total = len(indices if indices is not None else source) + sum(len(s) for s in ood_sources.values())
     with image_bar("evaluating", total) as advance:
         id_outputs = collect(model, source, indices, via_size, batch_size, workers, advance)
@@ -123,7 +124,7 @@ def evaluate(
         for name, ood_source in ood_sources.items():
             outputs = collect(model, ood_source, None, via_size, batch_size, workers, advance)
             raw[name] = ood_scores(outputs.logits, outputs.id_logit)
-    protocol = f"via{via_size}" if via_size else "native"
+    protocol = _protocol(via_size)
     results = [
         {
             "ood": name,
@@ -145,6 +146,7 @@ def evaluate(
         "n_id": len(id_outputs.labels),
         "id_accuracy": id_outputs.accuracy,
         "default_score": DEFAULT_SCORE,
+        "ood_row_trained": bool(model.ood.weight.any()),
         "results": results,
         "mean": _means(results),
     }
@@ -162,23 +164,42 @@ def _id_images(
                 f"({', '.join(classes[:4])}, ...)"
             )
         return source, None
-    source = open_dataset(str(meta["data"]))
-    if source.fingerprint != meta["data_fingerprint"]:
-        raise UsageError(f"the data set '{meta['data']}' changed since training; name the ID images with --id")
-    return source, recorded_split(run, "val")
-
-
-def recorded_split(run: str | Path, split: str) -> Indices:
-    """Indices of the "val" or "calib" split of a run's training data.
-
-    Raises:
-        UsageError: the run folder has no splits.json, or a damaged one.
-    """
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    data = meta.get("data")
+    if data is None:
+        raise UsageError(f"'{run}' records no training data, so it has no validation split; name ID images with --id")
     try:
-        return np.asarray(json.loads((folder / "splits.json").read_text(encoding="utf-8"))[split], dtype=np.int64)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"'{folder}' has no readable splits.json ({error}); name the ID images with --id") from error
+        source = open_dataset(str(data))
+    except UsageError as error:
+        raise UsageError(
+            f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "
+            "go there, or name the ID images with --id"
+        ) from error
+    if source.fingerprint != meta["data_fingerprint"]:
+        raise UsageError(f"the data set '{data}' changed since training; name the ID images with --id")
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    return source, read_splits(folder, source, meta["splits_hash"]).val
+
+
+def _warn_of_known_images(
+    ood_data: Mapping[str, str], ood_sources: Mapping[str, ImageSource], source: ImageSource, meta: Mapping[str, Any]
+) -> None:
+    """Say so where an OOD set is the ID or the training data: its figures would mean nothing."""
+    known = {source.name: source.fingerprint, str(meta.get("data")): meta.get("data_fingerprint")}
+    for name, data in ood_data.items():
+        for id_data, fingerprint in known.items():
+            if ood_sources[name].fingerprint == fingerprint or _overlap(data, id_data):
+                click.echo(
+                    f"warning: the OOD set '{name}' ({data}) holds images of the in-distribution data '{id_data}'; "
+                    "its figures mean nothing. Name images of other things",
+                    err=True,
+                )
+                break
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two folders are the same, or one lies in the other."""
+    a, b = Path(one).resolve(), Path(other).resolve()
+    return a.is_dir() and b.is_dir() and (a.is_relative_to(b) or b.is_relative_to(a))
 
 
 def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -201,19 +222,40 @@ def run_eval(
     **options: Any,
 ) -> None:
     """The command `eval`: evaluate, print the table, write JSON and PNG."""
+    if run and backbone:
+        raise UsageError("give a run, or --backbone for the newest run of it, not both")
     folder = Path(run) if run else find_run(runs, backbone)
-    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, **options)
     target = folder if folder.is_dir() else folder.parent
+    protocol = _protocol(via_size)
+    report_file = Path(json_file or target / f"eval-{protocol}.json")
+    png = Path(png_file or target / f"eval-{protocol}.png")
+    _check_outputs(report_file, png)
+    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, **options)
     print_report(report)
-    written = [write_json(json_file or target / f"eval-{report['protocol']}.json", report)]
+    written = [write_json(report_file, report)]
     try:
-        png = png_file or target / f"eval-{report['protocol']}.png"
         written.append(save_histograms(raw, report["default_score"], png))
     except MissingExtraError as error:
         if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+
+
+def _protocol(via_size: int | None) -> str:
+    return f"via{via_size}" if via_size else "native"
+
+
+def _check_outputs(report_file: Path, png: Path) -> None:
+    """Raises UsageError for files that cannot be written, before hours of evaluation and not after."""
+    for option, path in (("--json", report_file), ("--png", png)):
+        if path.is_dir():
+            raise UsageError(f"{option} '{path}' is a folder; give a file in it")
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            raise UsageError(f"{option} '{path}' lies in '{parent}', which is a file; give another place")
+    if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
+        raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
 
 
 def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
@@ -284,6 +326,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     table.add_row("mean", *(_cell(report["mean"][score]) for score in SCORES))
     console.print(table)
     console.print("* the score that an export ships by default")
+    if not report["ood_row_trained"]:
+        console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")
 
 
 def _cell(row: Mapping[str, float]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +14,11 @@ from interrupt import interrupt_while_reading
 from pictures import write_folder
 from PIL import Image
 
-from ssod_edge.checkpoint import load_model
+from ssod_edge.checkpoint import BEST, load_checkpoint, load_model, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.config import SCORES, LossConfig, Preprocess, TrainConfig
-from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.evaluate import collect, evaluate, parse_named_data, recorded_split
+from ssod_edge.errors import UsageError
+from ssod_edge.evaluate import collect, evaluate, parse_named_data
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.sources import open_dataset
 from ssod_edge.train import train
@@ -77,7 +79,8 @@ def test_via_sends_every_image_through_that_size(place):
 
 def test_without_id_data_the_recorded_validation_split_is_used(place):
     report, _ = evaluate(place / "run", bootstrap=0)
-    assert report["n_id"] == len(recorded_split(place / "run", "val")) and report["results"] == []
+    splits = json.loads((place / "run" / "splits.json").read_text())
+    assert report["n_id"] == len(splits["val"]) and report["results"] == [] and report["ood_row_trained"]
     assert "validation split" in report["id_data"]
 
 
@@ -90,8 +93,67 @@ def test_other_classes_missing_data_and_a_checkpoint_without_splits_are_refused(
     (tmp_path / "copy.safetensors").write_bytes((place / "run" / "best.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"no readable splits\.json"):
         evaluate(tmp_path / "copy.safetensors")
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         evaluate(tmp_path / "nothing")
+
+
+def copy_run(place, target, **meta):
+    shutil.copytree(place / "run", target)
+    if meta:
+        tensors, before = load_checkpoint(target / BEST)
+        save_checkpoint(target / BEST, tensors, {**before, **meta})
+    return target
+
+
+@pytest.mark.parametrize("val", [[0], [10**6], [-1], ["a"], 3, [[0, 1]]])
+def test_splits_that_were_edited_are_refused(place, tmp_path, val):
+    run = copy_run(place, tmp_path / "run")
+    record = json.loads((run / "splits.json").read_text())
+    (run / "splits.json").write_text(json.dumps({**record, "val": val}))
+    with pytest.raises(UsageError, match=r"splits\.json.*--id"):
+        evaluate(run)
+
+
+def test_data_that_moved_are_named_as_the_path_of_that_time(place, tmp_path):
+    with pytest.raises(UsageError, match="'photos' does not exist.*path that was recorded at training.*--id"):
+        evaluate(copy_run(place, tmp_path / "run", data="photos"))
+    with pytest.raises(UsageError, match="records no training data.*--id"):
+        evaluate(copy_run(place, tmp_path / "foreign", data=None))
+
+
+def test_ood_sets_that_are_in_distribution_get_a_warning(place, capsys):
+    shutil.copytree(place / "data", place / "copy", dirs_exist_ok=True)
+    ood = {"same": "copy", "part": "data/class1", "test": "test", "grey": "grey"}
+    evaluate(place / "run", str(place / "test"), {name: str(place / data) for name, data in ood.items()}, bootstrap=0)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the OOD set")]
+    assert [line.split("'")[1] for line in warned] == ["same", "part", "test"]
+
+
+def test_an_ood_row_that_was_not_trained_is_named_beside_the_table(place, tmp_path):
+    run = copy_run(place, tmp_path / "run")
+    tensors, meta = load_checkpoint(run / BEST)
+    tensors["model.ood.weight"].zero_()
+    save_checkpoint(run / BEST, tensors, {key: value for key, value in meta.items() if key != "tensors_sha256"})
+    arguments = ["eval", str(run), "--ood", f"grey={place / 'grey'}", "--bootstrap", "0"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert "`ssod` is constant" in result.stdout and "was not trained" in result.stdout
+    assert json.loads((run / "eval-native.json").read_text())["ood_row_trained"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["{run}", "--backbone", "resnet18"], "give a run, or --backbone"),
+        (["{run}", "--json", "same", "--png", "./same"], "--json and --png name the same file"),
+        (["{run}", "--json", "{run}/eval-native.png"], "--json and --png name the same file"),
+        (["{run}", "--json", "{run}"], "--json '.*' is a folder"),
+        (["{run}", "--png", "{run}/config.json/x.png"], "--png .* which is a file"),
+    ],
+)
+def test_wrong_options_are_found_before_an_image_is_read(place, monkeypatch, arguments, reason):
+    monkeypatch.setattr("ssod_edge.evaluate.evaluate", lambda *_, **__: pytest.fail("it evaluated"))
+    result = CliRunner().invoke(main, ["eval", *(item.format(run=place / "run") for item in arguments)])
+    assert result.exit_code == 2 and re.search(reason, result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("items", [("grey",), ("=x",), ("a=",), ("a=x", "a=y"), ("id=x",)])
@@ -119,7 +181,7 @@ def test_the_command_prints_a_table_and_writes_json_and_png(place):
     with Image.open(place / "run" / "eval-native.png") as png:
         assert png.width > 300 and len(png.convert("RGB").getcolors(1 << 24)) > 5
     missing = CliRunner().invoke(main, ["eval", str(place / "nothing")])
-    assert missing.exit_code == 4 and "error: " in missing.stderr
+    assert missing.exit_code == 2 and "error: " in missing.stderr
 
 
 def test_a_broken_ood_image_is_named(place, tmp_path):
