@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import shlex
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,6 +44,9 @@ from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, normalise
 from ssod_edge.ops import kernel_in_use, ssod_loss
 from ssod_edge.sources import ImageSource, Splits, open_dataset, split_dataset
+
+#: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
+MIN_CALIB = 19
 
 _METERS = ("loss", "ce", "ood", "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
 
@@ -101,12 +108,36 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
         TrainingError: the loss is not finite; the last good checkpoint is kept.
         OutputError: the run folder cannot be written.
     """
-    run = Path(out) / (config.name or default_name(config))
+    name = config.name or default_name(config)
+    if name in (".", "..") or "/" in name or "\0" in name:
+        raise UsageError(f"name must be the name of one folder, got '{name}'; its place is chosen with -o/--out")
+    run = Path(out) / name
     if resume:
         config = load_config(run)
     elif (run / LAST).exists():
         raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
     device = start_processes()
+    is_new = is_main() and not run.exists()
+    try:
+        loop = _start(config, run, resume, device, save_minutes)
+        if loop.progress.epoch >= config.epochs:
+            _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
+        loop.run_epochs()
+        _warn_of_untrained_row(config, loop.model)
+    except KeyboardInterrupt:
+        if (run / LAST).exists():
+            _say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
+        raise
+    finally:
+        if is_new and run.is_dir() and not any((run / kept).exists() for kept in (BEST, LAST)):
+            shutil.rmtree(run, ignore_errors=True)  # a start that failed: there is nothing to evaluate or resume
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run
+
+
+def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float) -> _Loop:
+    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder."""
     source = open_dataset(config.data)
     splits = split_dataset(source, config.val_fraction, config.calib_fraction, config.seed)
     torch.manual_seed(config.seed)
@@ -122,13 +153,28 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
         make_directory(run)
         write_json(run / "config.json", to_dict(config))
         write_json(run / "splits.json", _splits_record(source, splits))
-    loop = _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
-    try:
-        loop.run_epochs()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return run
+        if len(splits.calib) < MIN_CALIB:
+            _say(
+                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
+                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
+            )
+    return _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
+
+
+def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
+    """Say so where the OOD loss was wanted and never moved the OOD row from zero."""
+    if config.loss.alpha == 0 or model.ood.weight.any():
+        return
+    if config.epochs <= config.loss.warmup_epochs:
+        reason = f"all {config.epochs} epochs were its warm-up. Use more --epochs or fewer --warmup-epochs"
+    else:
+        reason = "no patch was labelled ID or OOD. Use more --epochs, or a --gamma nearer to 0.5"
+    _say(f"warning: the OOD row was not trained, and the score `ssod` is constant: {reason}")
+
+
+def _say(message: str) -> None:
+    if is_main():
+        click.echo(message, err=True)
 
 
 def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
@@ -143,8 +189,16 @@ def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
 
 
 def resume_run(run: str | Path) -> Path:
-    """Go on with a run folder, with the settings stored in it."""
+    """Go on with a run folder, with the settings stored in it.
+
+    Raises:
+        UsageError: it is no run folder.
+    """
     run = Path(run)
+    if run.is_file():
+        raise UsageError(f"--resume takes the folder of a run, got the file '{run}'. Give '{run.parent}'")
+    if run.name in ("", ".."):
+        run = run.resolve()
     return train(replace(load_config(run), name=run.name), run.parent, resume=True)
 
 
@@ -333,8 +387,9 @@ def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
 
 def default_name(config: TrainConfig) -> str:
     """Run folder name: "<backbone>-<data set>"."""
-    data = Path(config.data.replace(":", "-")).name.removesuffix(".tar")
-    return f"{config.backbone}-{data}"
+    # Of "." and "..", the folder's own name.
+    path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
+    return f"{config.backbone}-{Path(path).name.removesuffix('.tar') or 'data'}"
 
 
 def load_config(run: Path) -> TrainConfig:

@@ -16,13 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from click.testing import CliRunner
 from pictures import write_folder
 
 from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, load_model
+from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
-from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, TrainingError, UsageError
+from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, ImageError, TrainingError, UsageError
 from ssod_edge.model import build_model
-from ssod_edge.train import TrainStep, epoch_figures, learning_rate, load_config, train
+from ssod_edge.train import TrainStep, default_name, epoch_figures, learning_rate, load_config, resume_run, train
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,80 @@ def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path
 def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
     run = train(replace(config, epochs=2, loss=LossConfig(alpha=0.0)), tmp_path)
     assert not load_model(run)[0].ood.weight.any() and rows(run)[-1]["ood_loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "fix"),
+    [
+        (LossConfig(warmup_epochs=1.0), "Use more --epochs or fewer --warmup-epochs"),
+        (LossConfig(warmup_epochs=0.0, gamma=1 - 1e-9), "Use more --epochs, or a --gamma nearer to 0.5"),
+        (LossConfig(alpha=0.0), ""),
+    ],
+)
+def test_an_ood_row_that_never_learned_is_said_at_the_end(config, tmp_path, capsys, loss, fix):
+    train(replace(config, epochs=1, half_size_epochs=0, loss=loss), tmp_path)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("warning: the OOD row was not trained") == bool(fix) and last.endswith(fix)
+
+
+def test_too_few_calibration_images_are_said_before_the_first_epoch(config, tmp_path, capsys):
+    train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "calibration split has 3 images" in first and "needs 19" in first
+    assert "--calib-fraction" in first and "export --id" in first
+
+
+def test_a_run_that_is_finished_says_so(config, tmp_path, capsys):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    before = (run / LAST).read_bytes()
+    resume_run(run)
+    assert "is finished already (1 epochs)" in capsys.readouterr().err and (run / LAST).read_bytes() == before
+    with pytest.raises(UsageError, match=rf"--resume takes the folder of a run, .* Give '{run}'"):
+        resume_run(run / LAST)
+
+
+def test_resume_takes_no_other_options(tmp_path):
+    arguments = ["train", "--resume", str(tmp_path), "--epochs", "3", "--lr", "0.1", "--recipe", "short", "-o", "x"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "--out, --recipe, --epochs, --lr cannot be given with --resume" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["../escaped", "..", ".", "a/b", "a\0b"])
+def test_a_runs_name_is_one_folder(config, tmp_path, name):
+    with pytest.raises(UsageError, match="name must be the name of one folder"):
+        train(replace(config, name=name), tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_name_is_that_of_the_data(config, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos")
+    names = {".": "photos", "..": tmp_path.name, "sub/": "sub", "x.tar": "x", "demo:val": "demo-val", "/": "data"}
+    for data, expected in names.items():
+        assert default_name(replace(config, data=data)) == f"test_efficientnet-{expected}"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--size", "0"), ("--seed", "-1"), ("--batch-size", "1")])
+def test_wrong_values_are_wrong_usage(pictures, tmp_path, option, value):
+    arguments = ["train", str(pictures), "--backbone", "test_efficientnet", "-o", str(tmp_path), option, value]
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_a_start_that_fails_leaves_no_folder(config, tmp_path):
+    folder = write_folder(tmp_path / "data")
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ImageError, match="36 of 36 images"):
+        train(replace(config, data=str(folder)), tmp_path / "runs")
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, batch_size=64), tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "runs" / "run").mkdir()
+    (tmp_path / "runs" / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, batch_size=64), tmp_path / "runs")
+    assert (tmp_path / "runs" / "run" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize(("kill", "recipe"), [(signal.SIGKILL, "short"), (signal.SIGINT, "scratch")])
@@ -124,7 +200,9 @@ def test_ctrl_c_on_the_command_line_ends_with_130_and_keeps_a_checkpoint(picture
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == EXIT_INTERRUPTED
-    assert b"interrupted" in stderr and b"Traceback" not in stderr
+    assert stderr.endswith(b"\ninterrupted\n") and b"Traceback" not in stderr
+    run = tmp_path / "run"
+    assert f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {run}\n" in stderr.decode()
     assert progress(tmp_path / "run" / LAST)["epoch"] >= 1
 
 
