@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -23,8 +22,8 @@ from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import markdown, print_comparison, print_record
 from ssod_edge.config import resolve_backbone
-from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, ArtifactError, OutputError, UsageError
-from ssod_edge.files import make_directory
+from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, ArtifactError, UsageError
+from ssod_edge.files import check_output
 from ssod_edge.runtime import find_export
 from ssod_edge.spec import SPEC_NAME, load_spec
 
@@ -131,7 +130,7 @@ def run_bench(
         raise UsageError("give either DIR or --backbone, not both")
     old = None if compare_file is None else load_record(compare_file)
     if json_file is not None:
-        _check_writable(Path(json_file))
+        check_output(json_file)
     errors = Console(stderr=True)
     output = Console(width=None if sys.stdout.isatty() else 132)
 
@@ -169,9 +168,3 @@ def parse_unknown(values: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"--ood: the name '{name}' is taken; choose another")
         sets[name] = data
     return sets
-
-
-def _check_writable(path: Path) -> None:
-    make_directory(path.parent)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write '{path}': it is a folder, or lies in one that is read-only. Choose another.")

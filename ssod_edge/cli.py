@@ -105,7 +105,9 @@ def train_options(command: Any) -> Any:
         click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: 0.95."),
         click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 is cross-entropy. Default: 1."),
         click.option("--balance", type=click.Choice(["lwb", "lw", "dr"]), help="Table 5. Default: lwb."),
-        click.option("--warmup-epochs", type=float, help="Epochs before the OOD loss. Default: 1, paper 0."),
+        click.option(
+            "--warmup-epochs", type=float, help="Epochs before the OOD loss. Default: 1, scratch 10, paper 0."
+        ),
         click.option("--half-size-epochs", type=int, help="First epochs, at half the input size. Default: 0."),
         click.option("--crop-scale-min", type=float, help="Smallest random crop, share of the area. Default: 0.5."),
         click.option("--hflip", type=float, help="Probability of mirroring an image. Default: 0.5."),

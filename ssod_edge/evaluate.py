@@ -16,7 +16,7 @@ from ssod_edge.checkpoint import find_run, load_model
 from ssod_edge.config import DEFAULT_SCORE, SCORES
 from ssod_edge.data import EvalImages, load_batches
 from ssod_edge.errors import MissingExtraError, UsageError, missing_extra
-from ssod_edge.files import write_atomic, write_json
+from ssod_edge.files import check_output, write_atomic, write_json
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.progress import image_bar
@@ -247,13 +247,9 @@ def _protocol(via_size: int | None) -> str:
 
 
 def _check_outputs(report_file: Path, png: Path) -> None:
-    """Raises UsageError for files that cannot be written, before hours of evaluation and not after."""
-    for option, path in (("--json", report_file), ("--png", png)):
-        if path.is_dir():
-            raise UsageError(f"{option} '{path}' is a folder; give a file in it")
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if not parent.is_dir():
-            raise UsageError(f"{option} '{path}' lies in '{parent}', which is a file; give another place")
+    """Find files that cannot be written before hours of evaluation and not after."""
+    check_output(report_file)
+    check_output(png)
     if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
 

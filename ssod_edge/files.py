@@ -38,6 +38,24 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Find out before the work whether `write_atomic` can write a file; makes its folder.
+
+    Raises:
+        OutputError: its folder cannot be made or written to.
+        UsageError: `path` is "-" or a folder.
+    """
+    if os.fspath(path) == "-":
+        raise UsageError("'-' is not the name of an output file; /dev/stdout writes to standard output")
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"cannot write '{path}': it is a folder. Give the name of a file.")
+    folder = make_directory(Path(os.path.realpath(path)).parent)
+    if not os.access(folder, os.W_OK) and not path.exists():
+        raise OutputError(f"cannot write '{path}': its folder is read-only. {_ACCESS}.")
+    return path
+
+
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
     """Let `write` fill a temporary file, flush it to disk, then rename it over `path`.
 
@@ -45,16 +63,12 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     to is replaced. A device or pipe, which must not be replaced, is sent the finished bytes.
 
     Raises:
-        OutputError: the folder is read-only, the disk is full, `path` is a folder, or the rename failed.
-        UsageError: `path` is "-".
+        OutputError: the folder is read-only, the disk is full, or the rename failed.
+        UsageError: `path` is "-" or a folder.
     """
-    if os.fspath(path) == "-":
-        raise UsageError("'-' is not the name of an output file; /dev/stdout writes to standard output")
-    path = Path(path)
+    path = check_output(path)
     try:
         mode = _mode(path)
-        if mode is not None and stat.S_ISDIR(mode):
-            raise OutputError(f"cannot write '{path}': it is a folder. Give the name of a file.")
         if _is_open_file(path) or (mode is not None and not stat.S_ISREG(mode)):
             _send(path, write)
         else:

@@ -28,7 +28,7 @@ from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import markdown, print_record
 from ssod_edge.bench.run import bench, exit_code, newest_export, parse_unknown, run_bench
 from ssod_edge.cli import main
-from ssod_edge.errors import OutputError, UsageError
+from ssod_edge.errors import UsageError
 from ssod_edge.spec import load_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "bench.json"
@@ -281,12 +281,13 @@ def test_options_below_one(field: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere"], 4, "does not exist. Make an export"),
+        (["nowhere"], 2, "does not exist. Make an export"),
         (["{export}", "--backbone", "mobilenetv3"], 2, "either DIR or --backbone"),
         (["{export}", "--ood", "far"], 2, "NAME=DATA"),
         (["{export}", "--batch", "0"], 2, "--batch"),
         (["{export}", "--compare", "none.json"], 2, "none.json"),
         (["{export}", "--json", "{export}/ssod.json/x.json"], 1, "cannot create the folder"),
+        (["{export}", "--json", "-"], 2, "not the name of an output file"),
         (["{export}", "--id", "nowhere.tar"], 2, "nowhere.tar"),
     ],
 )
@@ -302,7 +303,7 @@ def test_wrong_use_is_told_before_anything_is_measured(
 
 
 def test_a_folder_is_no_json_file(export: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="it is a folder"):
+    with pytest.raises(UsageError, match="it is a folder"):
         run_bench(str(export), None, BenchOptions(plan=BRIEF), json_file=str(tmp_path))
 
 

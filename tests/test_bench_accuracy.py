@@ -123,7 +123,7 @@ def test_each_image_is_read_once_for_all_backends_and_a_bad_one_is_left_out(expo
         expected = one.infer({"image": np.delete(colour_images(70), (3, 69), axis=0)})
     assert counted == [32, 32, 4]
     assert found.rows == [i for i in range(70) if i not in (3, 69)]
-    assert found.unreadable == ["'bytes': the file is empty"] * 2
+    assert found.unreadable == ["image bytes: it is empty"] * 2
     np.testing.assert_allclose(found.outputs["one"]["logits"], expected["logits"], rtol=1e-6)
     np.testing.assert_allclose(found.outputs["other"]["ood_score"], expected["ood_score"], rtol=1e-4)
 

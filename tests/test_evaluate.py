@@ -141,19 +141,20 @@ def test_an_ood_row_that_was_not_trained_is_named_beside_the_table(place, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "code", "reason"),
     [
-        (["{run}", "--backbone", "resnet18"], "give a run, or --backbone"),
-        (["{run}", "--json", "same", "--png", "./same"], "--json and --png name the same file"),
-        (["{run}", "--json", "{run}/eval-native.png"], "--json and --png name the same file"),
-        (["{run}", "--json", "{run}"], "--json '.*' is a folder"),
-        (["{run}", "--png", "{run}/config.json/x.png"], "--png .* which is a file"),
+        (["{run}", "--backbone", "resnet18"], 2, "give a run, or --backbone"),
+        (["{run}", "--json", "same", "--png", "./same"], 2, "--json and --png name the same file"),
+        (["{run}", "--json", "{run}/eval-native.png"], 2, "--json and --png name the same file"),
+        (["{run}", "--json", "-"], 2, "not the name of an output file"),
+        (["{run}", "--json", "{run}"], 2, "is a folder"),
+        (["{run}", "--png", "{run}/config.json/x.png"], 1, "cannot create the folder"),
     ],
 )
-def test_wrong_options_are_found_before_an_image_is_read(place, monkeypatch, arguments, reason):
+def test_wrong_options_are_found_before_an_image_is_read(place, monkeypatch, arguments, code, reason):
     monkeypatch.setattr("ssod_edge.evaluate.evaluate", lambda *_, **__: pytest.fail("it evaluated"))
     result = CliRunner().invoke(main, ["eval", *(item.format(run=place / "run") for item in arguments)])
-    assert result.exit_code == 2 and re.search(reason, result.stderr), result.stderr
+    assert result.exit_code == code and re.search(reason, result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("items", [("grey",), ("=x",), ("a=",), ("a=x", "a=y"), ("id=x",)])

@@ -106,7 +106,7 @@ def test_values_that_json_has_no_word_for_are_refused(tmp_path):
 
 def test_a_folder_in_the_place_of_a_file_and_a_file_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="folder': it is a folder. Give the name of a file"):
+    with pytest.raises(UsageError, match="folder': it is a folder. Give the name of a file"):
         write_json(tmp_path / "folder", {})
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot create the folder"):
