@@ -135,7 +135,7 @@ def train_options(command: Any) -> Any:
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
 @train_options
 @click.pass_context
-def train(ctx: click.Context, data: str | None, resume: str | None, out: str, **options: Any) -> None:
+def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str, **options: Any) -> None:
     """Train a classifier that knows when to say "unknown".
 
     DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
