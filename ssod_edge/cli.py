@@ -100,7 +100,7 @@ def train_options(command: Any) -> Any:
         ),
         click.option("--epochs", type=int, help="Passes over the training data. Default: 10, scratch 30, paper 60."),
         click.option("--batch-size", type=int, help="Images a step and process. Default: 128, scratch 64, paper 256."),
-        click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, scratch 0.1, paper 1e-4."),
+        click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, scratch 0.05, paper 1e-4."),
         click.option("--weight-decay", type=float, help="Default: 0.05, scratch 5e-4, paper 0.01."),
         click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: 0.95."),
         click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 is cross-entropy. Default: 1."),

@@ -178,7 +178,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short": {},
     # The OOD loss waits: while next to no patch is labelled ID, LWB gives these few half of it, and MobileNetV3 stops
     # learning (docs/results.md).
-    "scratch": {"lr": 0.1, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": {"warmup_epochs": 10.0}},
+    "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": {"warmup_epochs": 10.0}},
     # Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch, 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
 }
