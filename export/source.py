@@ -104,8 +104,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         data: images for the thresholds; None takes the run's own calibration split.
 
     Raises:
-        ArtifactError: the checkpoint is missing or damaged.
-        UsageError: the training data is gone or changed, so that there is no calibration split.
+        UsageError: there is no checkpoint, or its training data is gone or changed and so has no calibration split.
+        ArtifactError: the checkpoint is damaged.
     """
     path = Path(path)
     model, meta = load_model(path)
