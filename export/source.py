@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from ssod_edge.errors import ImageError, SsodEdgeError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.image import preprocess
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, load_weights
-from ssod_edge.sources import ImageSource, open_dataset
+from ssod_edge.sources import ImageSource, open_dataset, read_splits
 
 #: Scores that need the OOD row, which only training with the OOD loss gives a meaning.
 NEED_OOD_ROW = ("ssod", "posterior")
@@ -220,18 +219,15 @@ def imagenet_classes() -> tuple[str, ...]:
 
 def _run_split(folder: Path, meta: dict[str, Any]) -> Calibration:
     """The calibration split that training recorded."""
-    data = str(meta.get("data"))
+    data, splits_hash = str(meta.get("data")), str(meta.get("splits_hash"))
     try:
         source = open_dataset(data)
-        record = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
-        indices = np.asarray(record["calib"], dtype=np.int64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UsageError as error:
         raise UsageError(f"the run's calibration images cannot be had ({error}). Name others with --id") from error
-    if (source.fingerprint, record.get("splits_hash")) != (meta.get("data_fingerprint"), meta.get("splits_hash")):
-        raise UsageError(
-            f"the data set '{data}' or '{folder / 'splits.json'}' changed since training. Name images with --id"
-        )
-    return Calibration(source, indices, f"'{data}', calib split {str(meta['splits_hash'])[:12]}")
+    if source.fingerprint != meta.get("data_fingerprint"):
+        raise UsageError(f"the data set '{data}' changed since training. Name images with --id")
+    splits = read_splits(folder, source, splits_hash)
+    return Calibration(source, splits.calib, f"'{data}', calib split {splits_hash[:12]}")
 
 
 def _pretrained(name: str, classes: tuple[str, ...], settings: Preprocess) -> SSODClassifier:

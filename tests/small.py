@@ -15,7 +15,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.files import write_json
 from ssod_edge.model import SSODClassifier, build_model, normalise
 from ssod_edge.runtime.runner import OUTPUTS
-from ssod_edge.sources import open_dataset
+from ssod_edge.sources import Splits, open_dataset
 
 SIZE = 64
 CLASSES = tuple("abcdefg")
@@ -61,12 +61,13 @@ def run_onnx(graph: onnx.ModelProto, images: torch.Tensor) -> dict[str, np.ndarr
 
 def write_run(folder: Path, model: SSODClassifier, data: str) -> None:
     source = open_dataset(data)
-    calib = np.arange(0, len(source), 2)
-    record = {"data_fingerprint": source.fingerprint, "splits_hash": "ab" * 32}
+    indices = np.arange(len(source))
+    splits = Splits(indices[1::2], indices[:0], indices[::2])
+    record = {"data_fingerprint": source.fingerprint, "splits_hash": splits.hash}
     meta = {**model_meta(model), **record, "trained": True, "epoch": 3, "val_accuracy": 0.5, "data": data}
     save_checkpoint(folder / BEST, model_tensors(model), meta)
     write_json(folder / "config.json", {"backbone": model.backbone_name, "data": data})
-    write_json(folder / "splits.json", {**record, "data": data, "calib": calib.tolist()})
+    write_json(folder / "splits.json", {**record, "data": data, "val": [], "calib": splits.calib.tolist()})
 
 
 def write_images(folder: Path, n: int = 84) -> None:

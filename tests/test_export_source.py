@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ def test_changed_training_data_has_no_calibration_split(
         from_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(UsageError, match="--id"):
+        from_run(tmp_path / "run")
+
+
+def test_an_edited_calibration_split_is_refused(small_run: Path, small_model: SSODClassifier, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", small_model, str(small_run.parent / "data"))
+    path = tmp_path / "run" / "splits.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "calib": [*record["calib"], 1]}))
+    with pytest.raises(UsageError, match="changed after training"):
         from_run(tmp_path / "run")
 
 

@@ -7,10 +7,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.errors import UsageError
-
-#: File names that a folder is searched for; a file that is named outright may end in anything.
-IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 
 
 def list_images(
