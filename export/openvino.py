@@ -23,7 +23,7 @@ def save_ir(onnx_path: Path, folder: Path) -> tuple[Path, Path]:
     except ModuleNotFoundError:
         raise missing_extra("openvino", "making an OpenVINO IR") from None
     try:
-        model = openvino.Core().read_model(str(onnx_path))
+        model = openvino.convert_model(str(onnx_path))
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its frontends
         raise VerificationError(f"OpenVINO {openvino.__version__} cannot read '{onnx_path.name}': {error}") from error
     path = folder / "model.xml"

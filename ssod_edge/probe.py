@@ -7,7 +7,6 @@ crash or hang instead of raising.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -71,7 +70,6 @@ def first_line(error: BaseException) -> str:
 
 def probe_onnxruntime() -> Iterator[Outcome]:
     """ONNX Runtime: each execution provider of this build that runs whole graphs by itself."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read while it is imported
     import onnxruntime
 
     x = np.asarray(FACTOR, dtype=np.float32)

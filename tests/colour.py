@@ -92,7 +92,7 @@ def write_export(folder: Path) -> None:
         onnx.save(colour_graph(half=precision == "fp16"), folder / f"model-{precision}.onnx")
         ir = folder / f"openvino-{precision}" / "model.xml"
         openvino.save_model(
-            openvino.Core().read_model(folder / f"model-{precision}.onnx"), ir, compress_to_fp16=precision == "fp16"
+            openvino.convert_model(folder / f"model-{precision}.onnx"), ir, compress_to_fp16=precision == "fp16"
         )
         for engine, names in (
             ("onnxruntime", [f"model-{precision}.onnx"]),

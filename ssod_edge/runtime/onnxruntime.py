@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,8 +77,6 @@ class OnnxRunner:
 def _open_session(
     path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
 ) -> Any:
-    # Read while it is imported: it would report to its makers, and say so on stderr where $HOME can't be written.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -89,13 +89,13 @@ class OpenVinoRunner:
 
 def _shapes(compiled: Any) -> dict[str, list[int | None]]:
     """Name of an input or output -> its axes, None where one is dynamic; empty if their number is."""
-    return {
-        name: [axis.get_length() if axis.is_static else None for axis in port.partial_shape]
-        if port.partial_shape.rank.is_static
-        else []
-        for port in (*compiled.inputs, *compiled.outputs)
-        for name in port.names
-    }
+    found: dict[str, list[int | None]] = {}
+    for port in (*compiled.inputs, *compiled.outputs):
+        text = str(port.get_partial_shape())  # "[?,3,224,224]"; "[...]" if the number of axes is dynamic
+        axes = [] if "..." in text else text.strip("[]").split(",")
+        for name in port.get_names():
+            found[name] = [int(axis) if axis.isdigit() else None for axis in axes]
+    return found
 
 
 def _config(device: str, precision: str, capabilities: Sequence[str], threads: int | None) -> dict[str, str]:
