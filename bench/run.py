@@ -27,6 +27,8 @@ from ssod_edge.files import check_output
 from ssod_edge.runtime import find_export
 from ssod_edge.spec import SPEC_NAME, load_spec
 
+Report = Callable[[dict[str, Any]], None]
+
 
 def newest_export(root: str | Path = "runs", backbone: str | None = None) -> Path:
     """The export under `root` that was written last, of this backbone if one is given.
@@ -48,9 +50,6 @@ def newest_export(root: str | Path = "runs", backbone: str | None = None) -> Pat
         option = f" --backbone {backbone}" if backbone else ""
         raise UsageError(f"there is no {what} under '{root}'. Make one with: ssod-edge export{option}")
     return max(found)[1]
-
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def bench(
