@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,22 +82,22 @@ def unknown_set(name: str, data: str) -> ImageSet:
 
 def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | None]:
     """The validation split that the run recorded, or None and the reason."""
-    record = export.resolve().parent / "splits.json"
     if not spec.trained:
         return None, "The weights are untrained."
+    facts = spec.source
+    if not facts.get("splits_hash"):
+        return None, "The weights were not trained here, so that there is no recorded validation split."
+    from ssod_edge.sources import read_splits
+
     try:
-        values = json.loads(record.read_text(encoding="utf-8"))
-        indices = np.asarray(values["val"], np.int64)
-        source = _open(values["data"])
-        if source.fingerprint != values["data_fingerprint"]:
-            return None, f"The data '{values['data']}' changed since the run."
-    except FileNotFoundError:
-        return None, f"The run's record of its splits, '{record}', is not here."
-    except (OSError, ValueError, KeyError, TypeError, SsodEdgeError, ImportError) as error:
+        source = _open(str(facts["data"]))
+        if source.fingerprint != facts["data_fingerprint"]:
+            return None, f"The data '{facts['data']}' changed since the run."
+        indices = read_splits(export.resolve().parent, source, str(facts["splits_hash"])).val
+    except (OSError, ValueError, KeyError, SsodEdgeError, ImportError) as error:
         return None, f"The run's validation images cannot be opened ({error})."
-    return ImageSet(
-        "id", f"{values['data']} (val split)", source.fingerprint, source, indices, source.labels[indices]
-    ), None
+    name = f"{facts['data']} (val split)"
+    return ImageSet("id", name, source.fingerprint, source, indices, source.labels[indices]), None
 
 
 def reference_images(export: Path, spec: Spec) -> list[Image.Image]:

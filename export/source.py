@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import timm
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.checkpoint import BEST, load_model, model_meta, model_tensors, save_checkpoint
+from ssod_edge.checkpoint import BEST, is_checkpoint, load_model, model_meta, model_tensors, save_checkpoint
 from ssod_edge.config import Preprocess, ScoreName, resolve_backbone
 from ssod_edge.errors import ImageError, SsodEdgeError, UsageError
 from ssod_edge.files import sha256_file
@@ -139,9 +140,11 @@ def from_weights(
         input_size: in pixels; None takes the backbone's.
 
     Raises:
-        UsageError: the number of classes does not fit the weights, or they cannot be had.
+        UsageError: the number of classes does not fit the weights, they cannot be had, or they are a run's.
         ArtifactError: the weights are unreadable or of another model.
     """
+    if weights is not None and is_checkpoint(weights):
+        raise UsageError(f"'{weights}' is a run's checkpoint. Export it with: ssod-edge export {shlex.quote(weights)}")
     calibration = from_dataset(data, labelled=classes_file is None) if data else None
     if classes_file is not None:
         classes = _read_classes(classes_file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,14 +84,15 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     if Path(data).is_dir() and not _same_path(data, spec.source.get("data")):
         paths = list_images([data])
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
-    from ssod_edge.sources import open_dataset
+    from ssod_edge.sources import open_dataset, read_splits
 
     dataset = open_dataset(data, labelled=False)
     indices: list[int] = list(range(len(dataset)))
     description = f"'{data}', fingerprint {dataset.fingerprint[:12]}"
-    if dataset.fingerprint == spec.source.get("data_fingerprint"):
-        indices = _calibration_split(data, export)
-        description = f"'{data}', calib split {str(spec.source.get('splits_hash'))[:12]}"
+    splits_hash = spec.source.get("splits_hash")  # none where the weights were trained elsewhere
+    if splits_hash and dataset.fingerprint == spec.source.get("data_fingerprint"):
+        indices = read_splits(export.resolve().parent, dataset, str(splits_hash)).calib.tolist()
+        description = f"'{data}', calib split {str(splits_hash)[:12]}"
 
     def draw(failed: Callable[[str], Any]) -> Iterator[ImageSource]:
         for index in indices:
@@ -106,15 +106,3 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
 
 def _same_path(data: str, other: object) -> bool:
     return isinstance(other, str) and Path(data).resolve() == Path(other).resolve()
-
-
-def _calibration_split(data: str, export: Path) -> list[int]:
-    """Indices of the calibration split that training recorded beside the export."""
-    path = export.resolve().parent / "splits.json"
-    try:
-        return [int(index) for index in json.loads(path.read_text(encoding="utf-8"))["calib"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"the model was trained on '{data}', and the record of its calibration split, '{path}', cannot be read "
-            f"({error}). Give images that were not trained on."
-        ) from error

@@ -78,6 +78,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _Metadata(path, meta)
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file says that `save_checkpoint` wrote it; it may still be damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "ssod_edge" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 class _Metadata(dict):
     """A checkpoint's metadata, which names the file where something is missing."""
 
@@ -121,6 +132,11 @@ def load_model(path: str | Path) -> tuple[SSODClassifier, dict[str, Any]]:
         raise ArtifactError(f"checkpoint '{path}' does not describe a model ({error})") from error
     load_state(model, tensors, path)
     return model.eval(), meta
+
+
+def load_preprocess(path: str | Path) -> Preprocess:
+    """What the images of a checkpoint's model go through; errors as `load_checkpoint`."""
+    return from_json(Preprocess, load_checkpoint(Path(path))[1]["preprocess"], "preprocess")
 
 
 def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path) -> None:

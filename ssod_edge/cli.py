@@ -119,7 +119,9 @@ def train_options(command: Any) -> Any:
         click.option("--compile", is_flag=True, default=None, help="Use torch.compile."),
         click.option("--sync-bn", is_flag=True, default=None, help="Synchronise batch norm between GPUs."),
         click.option("--pretrained", is_flag=True, default=None, help="Start from timm's published weights."),
-        click.option("--weights", type=click.Path(), help="Start from a local .safetensors or .pth file."),
+        click.option(
+            "--weights", type=click.Path(), help="Start from a .safetensors or .pth file, or a run's checkpoint."
+        ),
     ]
     for option in reversed(options):
         command = option(command)

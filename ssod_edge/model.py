@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 
+_OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
 _POOLS = ("SelectAdaptivePool2d", "FastAdaptiveAvgPool2d", "AdaptiveAvgPool2d")
 
 
@@ -169,7 +170,8 @@ def build_model(
         classes: class names, in label order.
         preprocess: stored with the model.
         pretrained: load timm's published weights.
-        weights: a local .safetensors or .pth state dict; a classifier of another width is left out.
+        weights: a local .safetensors or .pth state dict, or a checkpoint of ssod-edge, whose OOD row is left out;
+            so is a classifier of another width.
 
     Raises:
         UsageError: no such backbone, one whose head cannot act on patches (the message says why), or published
@@ -200,12 +202,14 @@ def build_model(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a timm state dict from a local file, without unpickling objects.
+    """Load a timm state dict, or the backbone of a checkpoint of ssod-edge, without unpickling objects.
 
     Raises:
         ArtifactError: missing or unreadable file, or keys that do not fit beyond the classifier.
     """
     state = _read_state(Path(path))
+    if any(name.startswith(_OWN) for name in state):
+        state = {name.removeprefix(_OWN): value for name, value in state.items() if name.startswith(_OWN)}
     own = model.state_dict()
     classifier = cast(Any, model).default_cfg["classifier"]
     head_keys = {f"{classifier}.weight", f"{classifier}.bias"}

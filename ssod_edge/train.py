@@ -27,15 +27,17 @@ from torch import Tensor, nn
 from ssod_edge.checkpoint import (
     BEST,
     LAST,
+    is_checkpoint,
     load_checkpoint,
     load_optimizer,
+    load_preprocess,
     load_state,
     model_meta,
     model_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
-from ssod_edge.config import LossConfig, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
+from ssod_edge.config import LossConfig, Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
 from ssod_edge.data import TrainImages, load_batches
 from ssod_edge.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
@@ -44,6 +46,7 @@ from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, normalise
 from ssod_edge.ops import kernel_in_use, ssod_loss
 from ssod_edge.sources import ImageSource, Splits, open_dataset, split_dataset
+from ssod_edge.spec import from_json
 
 #: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
 MIN_CALIB = 19
@@ -138,16 +141,25 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
 
 def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float) -> _Loop:
     """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder."""
-    source = open_dataset(config.data)
+    try:
+        source = open_dataset(config.data)
+    except UsageError as error:
+        if not resume:
+            raise
+        raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
     splits = split_dataset(source, config.val_fraction, config.calib_fraction, config.seed)
+    restored = resume and (run / LAST).exists()
+    if config.weights and not restored and is_checkpoint(config.weights):
+        _check_same_splits(config, source, splits)
     torch.manual_seed(config.seed)
-    model = build_model(config.backbone, source.classes, config.preprocess, config.pretrained, config.weights)
+    begin = {} if restored else {"pretrained": config.pretrained, "weights": config.weights}
+    model = build_model(config.backbone, source.classes, config.preprocess, **begin)
     if config.sync_bn and device.type == "cuda":
         model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     model.to(device, memory_format=torch.channels_last)
     optimizer = _optimizer(model, config)
     progress = _Progress()
-    if resume and (run / LAST).exists():
+    if restored:
         progress = _restore(run, model, optimizer, source, splits)
     elif is_main():
         make_directory(run)
@@ -159,6 +171,16 @@ def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, s
                 f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
             )
     return _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
+
+
+def _check_same_splits(config: TrainConfig, source: ImageSource, splits: Splits) -> None:
+    """Raises UsageError if the weights were trained on images that would now validate and calibrate."""
+    meta = load_checkpoint(Path(str(config.weights)))[1]
+    if meta["data_fingerprint"] == source.fingerprint and meta["splits_hash"] != splits.hash:
+        raise UsageError(
+            f"'{config.weights}' was trained on another split of these images, so validation and calibration would "
+            "see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's config.json"
+        )
 
 
 def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
@@ -180,12 +202,20 @@ def _say(message: str) -> None:
 def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
     """Begin a run from command-line options: `train_config`'s, and `size`; returns the run folder."""
     options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
-    pretrained = bool(options.get("pretrained") or options.get("weights"))
-    options["preprocess"] = to_dict(backbone_preprocess(options["backbone"], options.pop("size"), pretrained))
+    options["preprocess"] = to_dict(_starting_preprocess(options))
     if options.get("precision") is None:
         # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
         options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
     return train(train_config(options.pop("recipe"), options), out)
+
+
+def _starting_preprocess(options: dict[str, Any]) -> Preprocess:
+    """The preprocessing of the weights that training starts from, at the size asked for."""
+    size, weights = options.pop("size"), options.get("weights")
+    if weights and is_checkpoint(weights):
+        preprocess = load_preprocess(weights)
+        return preprocess if size is None else replace(preprocess, input_size=size)
+    return backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
 
 
 def resume_run(run: str | Path) -> Path:
@@ -426,8 +456,11 @@ def _restore(
     if (meta["data_fingerprint"], meta["splits_hash"]) != (source.fingerprint, splits.hash):
         raise UsageError(f"the data set '{source.name}' changed since the run '{run}' began; start a new run")
     load_state(model, tensors, run / LAST)
-    load_optimizer(optimizer, tensors)
-    return _Progress(**meta["progress"])
+    try:
+        load_optimizer(optimizer, tensors)
+        return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
+    except (UsageError, ValueError, KeyError) as error:
+        raise ArtifactError(f"checkpoint '{run / LAST}' does not hold a run to go on with ({error})") from error
 
 
 def _splits_record(source: ImageSource, splits: Splits) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from colour import CLASSES, SIZE, colour_images, edit_graph, write_colours
+from colour import CLASSES, SIZE, colour_images, edit_graph, edit_spec, write_colours
 from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, collect, match_classes
@@ -152,7 +152,7 @@ def test_without_data_the_reference_is_timed(export: Path) -> None:
     spec = load_spec(export)
     images = choose_images(export, spec, None, {}, None, quick=False)
     assert images.sets == ()
-    assert "splits.json" in str(images.note)
+    assert "no recorded validation split" in str(images.note)
     found, origin = query_images(images, export, spec, 5)
     assert [image.size for image in found] == [(SIZE, SIZE)] * 5
     assert origin == f"5 images of reference.npz, {SIZE}x{SIZE}, as JPEG in memory"
@@ -197,18 +197,30 @@ def test_quick_takes_some_images_of_all(export: Path, monkeypatch: pytest.Monkey
 
 def test_the_recorded_split_is_used_only_while_the_data_are_the_same(export: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs the extra train")
-    from ssod_edge.sources import open_dataset
+    from ssod_edge.sources import Splits, open_dataset
 
     data = write_colours(tmp_path / "data")
-    record = {"data": str(data), "data_fingerprint": open_dataset(str(data)).fingerprint, "val": [1, 5, 9]}
-    (tmp_path / "splits.json").write_text(json.dumps(record))
-    images = choose_images(export, load_spec(export), None, {}, None, quick=False)
+    splits = Splits(np.array([0, 2, 3, 4, 7, 8, 10, 11]), np.array([1, 5, 9]), np.array([6]))
+    facts = {
+        "data": str(data),
+        "data_fingerprint": open_dataset(str(data)).fingerprint,
+        "splits_hash": splits.hash,
+    }
+    edit_spec(export, lambda spec: replace(spec, source=facts))
+    spec = load_spec(export)
+    record = tmp_path / "splits.json"
+    record.write_text(json.dumps({"val": [1, 5, 9], "calib": [6]}))
+    images = choose_images(export, spec, None, {}, None, quick=False)
     assert images.known is not None
     assert images.known.indices.tolist() == [1, 5, 9]
     assert images.note is None
+    for edited, reason in (
+        ('{"val": [1, 5, 0], "calib": [6]}', "was changed after training"),
+        ("{", "no readable splits.json"),
+    ):
+        record.write_text(edited)
+        images = choose_images(export, spec, None, {}, None, quick=False)
+        assert images.known is None
+        assert reason in str(images.note)
     (data / "red" / "0.png").rename(data / "red" / "other.png")
-    images = choose_images(export, load_spec(export), None, {}, None, quick=False)
-    assert images.known is None
-    assert "changed since the run" in str(images.note)
-    (tmp_path / "splits.json").write_text("{")
-    assert "cannot be opened" in str(choose_images(export, load_spec(export), None, {}, None, quick=False).note)
+    assert "changed since the run" in str(choose_images(export, spec, None, {}, None, quick=False).note)

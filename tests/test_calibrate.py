@@ -191,26 +191,41 @@ def test_a_folder_needs_no_torch(export: Path, tmp_path: Path) -> None:
 def test_the_training_data_gives_its_calibration_split_alone(export: Path, tmp_path: Path) -> None:
     """Thresholds fitted to images that were trained on would be too tight."""
     pytest.importorskip("timm")
-    from ssod_edge.sources import open_dataset
+    from ssod_edge.sources import Splits, open_dataset
 
     photos = save_photos(tmp_path / "photos", 60)
     dataset = open_dataset(str(photos))
-    source = {"data": str(photos), "data_fingerprint": dataset.fingerprint, "splits_hash": "f" * 64}
+    calib = list(range(0, 60, 2))
+    splits = Splits(np.arange(3, 60, 2), np.array([1]), np.array(calib))
+    source = {"data": str(photos), "data_fingerprint": dataset.fingerprint, "splits_hash": splits.hash}
     edit_spec(export, lambda spec: replace(spec, source=source))
     code, _, err = run(export, "--id", photos)
-    assert code == 2 and "splits.json" in err and "not trained on" in err
-    calib = list(range(0, 60, 2))
-    (export.parent / "splits.json").write_text(json.dumps({"calib": calib}))
+    assert code == 2 and "has no readable splits.json" in err
+    (export.parent / "splits.json").write_text(json.dumps({"val": [1], "calib": [*calib, 3]}))  # 3 was trained on
+    code, _, err = run(export, "--id", photos)
+    assert code == 2 and "was changed after training" in err
+    (export.parent / "splits.json").write_text(json.dumps({"val": [1], "calib": calib}))
     code, _, err = run(export, "--id", photos, "--artifact", "onnx-fp32")
     assert (code, err) == (0, "")
     artifact = load_spec(export).artifact("onnx-fp32")
-    assert artifact.threshold.n == 30 and "calib split ffffffffffff" in artifact.threshold.data
+    assert artifact.threshold.n == 30 and f"calib split {splits.hash[:12]}" in artifact.threshold.data
     with Predictor(open_runner(export, artifact="onnx-fp32")) as predictor:
         verdicts = predictor.predict_many(dataset.image(i) for i in calib)
         assert max(v.ood_score for v in verdicts) >= artifact.threshold.value
     (Path(dataset.source(0)) if Path(dataset.source(0)).is_absolute() else photos / dataset.source(0)).write_bytes(b"")
     code, _, err = run(export, "--id", photos, "--artifact", "onnx-fp32")
     assert code == 1 and "left out" in err
+
+
+def test_the_images_of_weights_trained_elsewhere_are_all_taken(export: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from ssod_edge.sources import open_dataset
+
+    photos = save_photos(tmp_path / "photos", 30)
+    source = {"data": str(photos), "data_fingerprint": open_dataset(str(photos)).fingerprint}
+    edit_spec(export, lambda spec: replace(spec, source=source))
+    assert run(export, "--id", photos, "--artifact", "onnx-fp32")[0] == 0
+    assert load_spec(export).artifact("onnx-fp32").threshold.n == 30
 
 
 def test_an_interrupt_changes_nothing(export: Path, tmp_path: Path) -> None:

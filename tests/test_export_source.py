@@ -104,6 +104,11 @@ def test_weights_from_a_file_must_have_the_named_classes(
         from_weights(*arguments, classes_file=str(tmp_path / "names.txt"))
 
 
+def test_a_checkpoint_is_not_exported_without_its_ood_row(small_run: Path) -> None:
+    with pytest.raises(UsageError, match="is a run's checkpoint. Export it with: ssod-edge export "):
+        from_weights("mobilenetv3_small_050", str(small_run / "best.safetensors"))
+
+
 def test_imagenet_classes_are_in_label_order() -> None:
     classes = imagenet_classes()
     assert len(classes) == len(set(classes)) == 1000

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from click.testing import CliRunner
 from pictures import write_folder
 
-from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, load_model
+from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, ImageError, TrainingError, UsageError
@@ -113,6 +113,35 @@ def test_a_runs_name_is_one_folder(config, tmp_path, name):
     with pytest.raises(UsageError, match="name must be the name of one folder"):
         train(replace(config, name=name), tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_starts_from_a_checkpoint_and_its_preprocessing(config, pictures, tmp_path):
+    first = train(replace(config, epochs=1, half_size_epochs=0, loss=LossConfig(warmup_epochs=0.0)), tmp_path)
+    donor = load_model(first)[0]
+    arguments = ["train", str(pictures), "--backbone", "test_efficientnet", "--weights", str(first / LAST)]
+    options = ["--epochs", "1", "--batch-size", "8", "--lr", "1e-9", "-o", str(tmp_path), "--name", "second"]
+    assert CliRunner().invoke(main, [*arguments, *options]).exit_code == 0
+    model = load_model(tmp_path / "second")[0]
+    torch.testing.assert_close(model.classifier.weight, donor.classifier.weight, rtol=0, atol=1e-6)
+    assert model.preprocess == donor.preprocess == Preprocess(input_size=40)
+    assert donor.ood.weight.any() and not model.ood.weight.abs().max() > 1e-6  # the OOD row begins anew
+    assert CliRunner().invoke(main, [*arguments, *options[:-1], "third", "--size", "32"]).exit_code == 0
+    assert load_model(tmp_path / "third")[0].preprocess == Preprocess(input_size=32)
+    leak = CliRunner().invoke(main, [*arguments, *options[:-1], "fourth", "--seed", "1"])
+    assert leak.exit_code == 2 and "another split of these images" in leak.stderr
+    assert not (tmp_path / "fourth").exists()
+
+
+def test_a_resumed_run_needs_no_starting_weights(config, tmp_path):
+    torch.save(
+        build_model("test_efficientnet", ("a", "b"), config.preprocess).backbone.state_dict(), tmp_path / "w.pth"
+    )
+    run = train(replace(config, epochs=1, half_size_epochs=0, weights=str(tmp_path / "w.pth")), tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"epochs": 2}))
+    (tmp_path / "w.pth").unlink()
+    resume_run(run)
+    assert len(rows(run)) == 2
 
 
 def test_the_default_name_is_that_of_the_data(config, tmp_path, monkeypatch):
@@ -221,6 +250,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoin
     with pytest.raises(TrainingError, match=r"loss is nan at epoch 2, step 1, on the images \[\d+, .*last good"):
         train(load_config(first), tmp_path, resume=True)
     assert (first / LAST).read_bytes() == before
+
+
+def test_data_that_moved_are_explained_to_who_resumes(config, tmp_path):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"data": "photos"}))
+    with pytest.raises(UsageError, match=r"'photos' does not exist.*started with this path: go to the folder"):
+        resume_run(run)
+
+
+def test_a_checkpoint_with_a_malformed_state_is_damaged(config, tmp_path):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    tensors, meta = load_checkpoint(run / LAST)
+    for broken in ({**meta["progress"], "epoch": "one"}, {}, 3):
+        save_checkpoint(run / LAST, tensors, {**meta, "progress": broken})
+        with pytest.raises(ArtifactError, match="does not hold a run to go on with .*progress"):
+            resume_run(run)
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, tmp_path, monkeypatch):
