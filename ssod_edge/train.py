@@ -152,8 +152,8 @@ def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, s
     if config.weights and not restored and is_checkpoint(config.weights):
         _check_same_splits(config, source, splits)
     torch.manual_seed(config.seed)
-    begin = {} if restored else {"pretrained": config.pretrained, "weights": config.weights}
-    model = build_model(config.backbone, source.classes, config.preprocess, **begin)
+    pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
+    model = build_model(config.backbone, source.classes, config.preprocess, pretrained, weights)
     if config.sync_bn and device.type == "cuda":
         model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     model.to(device, memory_format=torch.channels_last)
