@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
-from ssod_edge.config import RECIPES, SCORES
+from ssod_edge.config import KERNELS, RECIPES, SCORES
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
 
 
@@ -114,6 +114,9 @@ def train_options(command: Any) -> Any:
         click.option("--val-fraction", type=float, help="Training images kept for choices. Default: 0.05."),
         click.option("--calib-fraction", type=float, help="Kept for thresholds and INT8. Default: 0.05."),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Default: bf16 on a GPU, else fp32."),
+        click.option(
+            "--kernel", type=click.Choice(KERNELS), help="What samples patches. auto: compiled where it was built."
+        ),
         click.option("--workers", type=int, help="Processes that read images. Default: 1."),
         click.option("--seed", type=int, help="Of splits, order, augmentation and weights. Default: 0."),
         click.option("--compile", is_flag=True, default=None, help="Use torch.compile."),

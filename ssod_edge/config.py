@@ -24,9 +24,11 @@ IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 
 Balance = Literal["lwb", "lw", "dr"]
 Precision = Literal["fp32", "bf16"]
+Kernel = Literal["auto", "reference"]
 ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "posterior"]
 
 BALANCES: tuple[str, ...] = get_args(Balance)
+KERNELS: tuple[str, ...] = get_args(Kernel)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 
 #: The score an artifact ships until a study has chosen another one for it.
@@ -113,6 +115,7 @@ class TrainConfig:
             epochs, validation and deployment use the full size.
         crop_scale_min: smallest area of a random training crop, as a share of the image.
         hflip: probability of mirroring a training image.
+        kernel: what samples the patches; see `ssod_edge.ops.kernel_in_use`.
         precision: "bf16" autocast or "fp32".
     """
 
@@ -132,6 +135,7 @@ class TrainConfig:
     crop_scale_min: float = 0.5
     hflip: float = 0.5
     precision: Precision = "fp32"
+    kernel: Kernel = "auto"
     workers: int = 1
     seed: int = 0
     compile: bool = False
@@ -150,6 +154,8 @@ class TrainConfig:
             raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{self.recipe}'")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
+        if self.kernel not in KERNELS:
+            raise UsageError(f"kernel must be one of {', '.join(KERNELS)}, got '{self.kernel}'")
         if not 0 < self.lr < float("inf"):
             raise UsageError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.weight_decay < float("inf"):

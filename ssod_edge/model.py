@@ -67,7 +67,7 @@ class SSODClassifier(nn.Module):
             out = F.linear(z.float(), weight.float(), bias.float())
         return out[:, :-1], out[:, -1]
 
-    def forward_train(self, x: Tensor, patches: bool = True) -> tuple[Tensor, Tensor | None, int]:
+    def forward_train(self, x: Tensor, patches: bool = True) -> tuple[Tensor, Tensor | None]:
         """One pass for both terms of Eq. 14.
 
         Args:
@@ -75,15 +75,12 @@ class SSODClassifier(nn.Module):
             patches: False leaves the patch features out (plain cross-entropy).
 
         Returns:
-            logits [N, M]; patch features [N*H*W, D] with the patches of one image adjacent, or None; H*W.
+            logits [N, M]; patch features [N, H, W, D], or None.
         """
         backbone = cast(Any, self.backbone)
         feature_map = backbone.forward_features(x)
         logits = self.classifier(backbone.forward_head(feature_map, pre_logits=True))
-        if not patches:
-            return logits, None, 0
-        z = self.patch_features(feature_map)
-        return logits, z.flatten(0, 2), z.shape[1] * z.shape[2]
+        return logits, self.patch_features(feature_map) if patches else None
 
     def patch_features(self, feature_map: Tensor) -> Tensor:
         """The head's pre-logits at every location: [N, C, H, W] -> [N, H, W, D]."""

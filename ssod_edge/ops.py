@@ -1,49 +1,77 @@
-"""The SSOD sampling step and loss in plain PyTorch: the oracle for compiled kernels, and their fallback.
+"""The SSOD sampling step and loss: the compiled kernel, and plain PyTorch as its oracle and fallback.
+
+`_sample` below is the plain form; `kernels/` has the compiled one, the operator `ssod_edge::sample`, which never holds
+the logits of all patches and classes. Both give (confidence, label, ID logit) of each patch.
 
 Labels of a patch (the paper's Eq. 12): 1 = in-distribution (ID), 0 = background used as OOD, -1 = ignored.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssod_edge.config import BALANCES, SCORES, check_gamma
+from ssod_edge.config import BALANCES, KERNELS, SCORES, check_gamma
 from ssod_edge.errors import UsageError
 
 ID, OOD, IGNORED = 1, 0, -1
 
-
-def kernel_in_use(device: torch.device | str) -> str:
-    """Which implementation `patch_sample` and `ssod_loss` run on this device: "reference" is plain PyTorch."""
-    torch.device(device)
-    return "reference"
+#: What the compiled kernel takes; fp64 is for checking gradients, in plain PyTorch.
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def patch_sample(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95) -> tuple[Tensor, Tensor]:
+def kernel_in_use(device: torch.device | str, kernel: str = "auto") -> str:
+    """Which implementation `patch_sample` and `ssod_loss` run on this device.
+
+    Args:
+        device: of the patches.
+        kernel: "auto" takes the compiled one where it was built, "reference" plain PyTorch.
+
+    Returns:
+        "compiled" or "reference".
+
+    Raises:
+        UsageError: an unknown kernel.
+    """
+    if kernel not in KERNELS:
+        raise UsageError(f"kernel must be one of {', '.join(KERNELS)}, got '{kernel}'")
+    return "compiled" if kernel == "auto" and _compiled(torch.device(device).type) else "reference"
+
+
+def patch_sample(
+    z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95, kernel: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Confidence of the classifier on each patch's true class, and the label it gives the patch (Eq. 12).
 
     Args:
-        z: patch features [P, D], floating point.
+        z: patch features [P, D], floating point; or [N, ..., D], as a view of a feature map has them.
         weight: classifier weight [M, D].
         bias: classifier bias [M].
-        target: true class of the image each patch belongs to, int64 [P]; negative means ignored.
+        target: true class of each patch, int64 [P]; of each image [N] where z has one; negative means ignored.
         gamma: confidence from which a patch is ID; below 1 - gamma it is OOD. 0.5 < gamma < 1.
+        kernel: see `kernel_in_use`.
 
     Returns:
-        confidence: softmax probability of the target class, fp32 [P] (fp64 for fp64 input);
-            NaN where the logits are NaN or the target is negative.
+        confidence: softmax probability of the target class, fp32 [P] (fp64 for fp64 input), patches of one image
+            adjacent; NaN where the logits are NaN or the target is negative.
         label: int8 [P] in {1, 0, -1}; NaN confidence gives -1.
 
     Raises:
-        UsageError: a shape or dtype that does not fit, gamma out of range, or target >= M.
+        UsageError: a shape or dtype that does not fit, gamma out of range, an unknown kernel, or target >= M. On CUDA
+            a target >= M gives NaN instead: to raise there would wait for the GPU.
     """
     _check_inputs(z, weight, bias, target, gamma)
     with torch.no_grad():
-        logits = _linear_fp32(z, weight, bias)
-        return _label_patches(logits, target, gamma)
+        confidence, label, _ = _sample(z, weight, bias, None, None, target, gamma, kernel)
+    return confidence, label
 
 
 def ssod_loss(
@@ -57,6 +85,7 @@ def ssod_loss(
     balance: str = "lwb",
     patches_per_image: int | None = None,
     generator: torch.Generator | None = None,
+    kernel: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The OOD term of Eq. 14 over patches, balanced as in the paper's Table 5.
 
@@ -66,21 +95,22 @@ def ssod_loss(
     result is scaled by the world size, so that averaged gradients are those of the global batch.
 
     Args:
-        z: patch features [P, D], patches of one image adjacent.
+        z: patch features [P, D], patches of one image adjacent; or [N, ..., D].
         weight, bias: classifier [M, D] and [M].
         ood_weight, ood_bias: the OOD row, [D] or [1, D], and [] or [1].
-        target: int64 [P].
+        target: int64 [P]; [N] where z is [N, ..., D].
         gamma: see `patch_sample`.
         balance: "lwb": half the mean over ID patches plus half the mean over OOD patches;
             "lw": mean over labelled patches, OOD ones weighted n_id / n_ood;
             "dr": as many ID as OOD patches, drawn at random in each image.
-        patches_per_image: needed by "dr".
+        patches_per_image: needed by "dr" where z is [P, D].
         generator: source of randomness for "dr".
+        kernel: see `kernel_in_use`.
 
     Returns:
         loss: scalar. An empty ID or OOD set contributes 0, with zero gradient.
         stats: detached scalars: sum_id, sum_ood, n_id, n_ood (used by the loss, this process),
-            n_ignored, n_invalid (NaN confidence at a valid target).
+            n_ignored, n_invalid (NaN confidence at a valid target, and on CUDA targets >= M).
 
     Raises:
         UsageError: as `patch_sample`; an unknown balance; "dr" without patches_per_image.
@@ -88,12 +118,16 @@ def ssod_loss(
     _check_inputs(z, weight, bias, target, gamma)
     if balance not in BALANCES:
         raise UsageError(f"balance must be one of {', '.join(BALANCES)}, got '{balance}'")
-    confidence, label, s = _sample_with_ood(z, weight, bias, ood_weight, ood_bias, target, gamma)
-    n_invalid = (confidence.isnan() & (target >= 0)).sum()
+    confidence, label, s = _sample(z, weight, bias, ood_weight, ood_bias, target, gamma, kernel)
+    per_image = math.prod(z.shape[1:-1])
+    n_invalid = (confidence.view(-1, per_image).isnan() & (target >= 0).unsqueeze(1)).sum()
     if balance == "dr":
-        if not patches_per_image or z.shape[0] % patches_per_image:
+        if z.dim() > 2:
+            patches_per_image = per_image
+        if not patches_per_image or len(confidence) % patches_per_image:
             raise UsageError(
-                f"balance 'dr' needs patches_per_image, a divisor of the {z.shape[0]} patches; got {patches_per_image}"
+                f"balance 'dr' needs patches_per_image, a divisor of the {len(confidence)} patches; "
+                f"got {patches_per_image}"
             )
         label = _resample(label, patches_per_image, generator)
     is_id, is_ood = label == ID, label == OOD
@@ -145,13 +179,109 @@ def ood_score(name: str, logits: Tensor, id_logit: Tensor) -> Tensor:
     raise UsageError(f"score must be one of {', '.join(SCORES)}, got '{name}'")
 
 
-def _sample_with_ood(
-    z: Tensor, weight: Tensor, bias: Tensor, ood_weight: Tensor, ood_bias: Tensor, target: Tensor, gamma: float
+def _sample(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ood_weight: Tensor | None,
+    ood_bias: Tensor | None,
+    target: Tensor,
+    gamma: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(confidence, label, s); s is differentiable. The softmax leaves the OOD row out."""
-    confidence, label = patch_sample(z.detach(), weight.detach(), bias.detach(), target, gamma)
-    s = _linear_fp32(z, ood_weight.reshape(1, -1), ood_bias.reshape(1)).squeeze(1)
-    return confidence, label, s
+    """(confidence [P], label [P], s [P]); s is differentiable, and empty without the OOD row."""
+    weight, bias = weight.detach(), bias.detach()
+    if ood_weight is not None and ood_bias is not None:
+        ood_weight, ood_bias = ood_weight.reshape(-1), ood_bias.reshape(())
+    dtypes = {tensor.dtype for tensor in (z, weight, bias, ood_weight, ood_bias) if tensor is not None}
+    if kernel_in_use(z.device, kernel) == "compiled" and dtypes <= set(_COMPILED_DTYPES):
+        patches = z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
+        if z.is_cuda:  # its matrix unit multiplies one type; the CPU widens each by itself
+            weight, bias = weight.to(z.dtype), bias.float()
+            if ood_weight is not None and ood_bias is not None:
+                ood_weight, ood_bias = ood_weight.to(z.dtype), ood_bias.float()
+        return torch.ops.ssod_edge.sample(patches, weight, bias, ood_weight, ood_bias, target, gamma, 1.0 - gamma)
+    target = target.repeat_interleave(math.prod(z.shape[1:-1]))
+    z = z.reshape(-1, z.shape[-1])
+    with torch.no_grad():
+        confidence, label = _label_patches(_linear_fp32(z, weight, bias), target, gamma)
+    if ood_weight is None or ood_bias is None:
+        return confidence, label, confidence.new_empty(0)
+    return confidence, label, _linear_fp32(z, ood_weight.unsqueeze(0), ood_bias.unsqueeze(0)).squeeze(1)
+
+
+@torch.compiler.assume_constant_result  # torch.compile would otherwise trace into the loading
+def _compiled(device: str) -> bool:
+    """Whether the compiled operator runs on this type of device; says why not, once."""
+    if device not in _runs_on:
+        reason = _load_library()
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+        if reason is None and not (key and torch._C._dispatch_has_kernel_for_dispatch_key("ssod_edge::sample", key)):
+            reason = f"it was built without {device}"
+        _runs_on[device] = reason is None
+        if reason:
+            warnings.warn(
+                f"patches are sampled in plain PyTorch, because the compiled kernel cannot run on {device}: {reason}. "
+                "README.md says how to build it",
+                stacklevel=4,
+            )
+    return _runs_on[device]
+
+
+_runs_on: dict[str, bool] = {}
+
+
+@functools.cache
+def _load_library() -> str | None:
+    """Register `ssod_edge::sample`; None if that worked, else why not."""
+    library = next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+    if library is None:
+        return "it was not built"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"'{library.name}' cannot be loaded ({error})"
+    torch.library.register_fake("ssod_edge::sample", _sample_fake)
+    torch.library.register_autograd("ssod_edge::sample", _sample_backward, setup_context=_sample_context)
+    return None
+
+
+def _sample_fake(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ood_weight: Tensor | None,
+    ood_bias: Tensor | None,
+    target: Tensor,
+    upper: float,
+    lower: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the operator's results, for torch.compile."""
+    patches = z.shape[0] * z.shape[1]
+    confidence = z.new_empty(patches, dtype=torch.float32)
+    return confidence, z.new_empty(patches, dtype=torch.int8), confidence.new_empty(0 if ood_weight is None else patches)
+
+
+def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[3])
+    ctx.bias_dtype = None if inputs[4] is None else inputs[4].dtype
+
+
+def _sample_backward(ctx: Any, _: Tensor, __: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of s = z @ ood_weight + ood_bias; confidence and label have none."""
+    z, ood_weight = ctx.saved_tensors
+    if ood_weight is None:
+        return (None,) * 8
+    grad = grad.view(z.shape[:2])
+    dz = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dz = torch.empty_like(z)
+        torch.mul(grad.unsqueeze(2), ood_weight, out=dz)  # rounded to z's dtype on the way, written once
+    if ctx.needs_input_grad[3]:
+        dw = torch.einsum("nld,nl->d", z, grad.to(z.dtype)).to(ood_weight.dtype)
+    if ctx.needs_input_grad[4]:
+        db = grad.sum().to(ctx.bias_dtype)
+    return dz, None, None, dw, db, None, None, None
 
 
 def _linear_fp32(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -162,8 +292,8 @@ def _linear_fp32(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _label_patches(logits: Tensor, target: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    valid = target >= 0
-    index = target.clamp(min=0).unsqueeze(1)
+    valid = (target >= 0) & (target < logits.shape[1])
+    index = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     confidence = torch.where(valid, logits.softmax(dim=1).gather(1, index).squeeze(1), torch.nan)
     label = torch.full_like(target, IGNORED, dtype=torch.int8)
     # gamma and 1 - gamma are rounded once, from double, to the dtype they are compared in.
@@ -202,14 +332,15 @@ def _balance(sum_id: Tensor, sum_ood: Tensor, counts: Tensor, balance: str) -> T
 
 def _check_inputs(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float) -> None:
     check_gamma(gamma)
-    if z.dim() != 2 or not z.is_floating_point():
-        raise UsageError(f"z must be a floating-point tensor [P, D], got {z.dtype} {list(z.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != z.shape[1] or weight.shape[0] < 1:
-        raise UsageError(f"weight must be [M, {z.shape[1]}] to fit z, got {list(weight.shape)}")
+    if z.dim() < 2 or not z.is_floating_point():
+        raise UsageError(f"z must be a floating-point tensor [P, D] or [N, ..., D], got {z.dtype} {list(z.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != z.shape[-1] or weight.shape[0] < 1:
+        raise UsageError(f"weight must be [M, {z.shape[-1]}] to fit z, got {list(weight.shape)}")
     if bias.shape != weight.shape[:1]:
         raise UsageError(f"bias must be [{weight.shape[0]}] to fit weight, got {list(bias.shape)}")
     if target.dtype != torch.int64 or target.shape != z.shape[:1]:
         raise UsageError(f"target must be int64 [{z.shape[0]}], got {target.dtype} {list(target.shape)}")
-    # On CUDA this check would synchronise; there the gather's own assertion reports it.
-    if target.device.type == "cpu" and target.numel() and int(target.max()) >= weight.shape[0]:
+    # On CUDA this check would synchronise, and in a compiled graph it would be a break; the kernel has its own.
+    checked_here = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked_here and target.numel() and int(target.max()) >= weight.shape[0]:
         raise UsageError(f"target must be below the {weight.shape[0]} classes, got {int(target.max())}")

@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,17 +61,18 @@ class TrainStep(nn.Module):
     A module of its own so that DistributedDataParallel and torch.compile see the whole step.
     """
 
-    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32"):
+    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel: str = "auto"):
         super().__init__()
         self.model = model
         self.config = config
+        self.kernel = kernel
         self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
 
     def forward(self, image: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
         """image uint8 [N, 3, S, S], target int64 [N], alpha the weight of the OOD term (0 skips it)."""
         x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits, z, per_image = self.model.forward_train(x, patches=alpha > 0)
+            logits, z = self.model.forward_train(x, patches=alpha > 0)
         ce = F.cross_entropy(logits.float(), target)
         log = {"ce": ce.detach(), "correct": (logits.detach().argmax(1) == target).sum()}
         if z is None:
@@ -78,8 +80,8 @@ class TrainStep(nn.Module):
         classifier, ood = self.model.classifier, self.model.ood
         bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
         ood_loss, stats = ssod_loss(
-            z, classifier.weight, bias, ood.weight, ood.bias, target.repeat_interleave(per_image),
-            self.config.gamma, self.config.balance, per_image,
+            z, classifier.weight, bias, ood.weight, ood.bias, target,
+            self.config.gamma, self.config.balance, kernel=self.kernel,
         )  # fmt: skip
         return ce + alpha * ood_loss, {**log, "ood": ood_loss.detach(), **stats}
 
@@ -173,6 +175,16 @@ def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, s
     return _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
 
 
+def _kernel_in_use(device: torch.device, kernel: str) -> str:
+    """`ops.kernel_in_use`, its warning as one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        in_use = kernel_in_use(device, kernel)
+    for warning in caught:
+        _say(f"note: {warning.message}")
+    return in_use
+
+
 def _check_same_splits(config: TrainConfig, source: ImageSource, splits: Splits) -> None:
     """Raises UsageError if the weights were trained on images that would now validate and calibrate."""
     meta = load_checkpoint(Path(str(config.weights)))[1]
@@ -243,8 +255,8 @@ class _Loop:
         self.splits, self.device, self.progress, self.save_minutes = splits, device, progress, save_minutes
         self.source, self.interrupted = source, False
         self.images = TrainImages(source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
-        self.kernel = kernel_in_use(device)
-        step: nn.Module = TrainStep(model, config.loss, config.precision)
+        self.kernel = _kernel_in_use(device, config.kernel)
+        step: nn.Module = TrainStep(model, config.loss, config.precision, config.kernel)
         if dist.is_initialized():
             # The OOD row takes no part while the OOD loss warms up.
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)

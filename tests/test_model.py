@@ -50,8 +50,8 @@ def test_patches_train_every_weight_and_leave_batch_statistics_alone(name):
     model = small_model(name).train()
     x = torch.randn(4, 3, 64, 64)
     counts = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
-    logits, z, per_image = model.forward_train(x)
-    assert logits.shape == (4, 3) and z.shape == (4 * per_image, model.classifier.in_features)
+    logits, z = model.forward_train(x)
+    assert logits.shape == (4, 3) and z.dim() == 4 and z.shape[::3] == (4, model.classifier.in_features)
     after = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
     assert counts and all(after[n] == counts[n] + 1 for n in counts)
     (z**2).mean().backward()
@@ -77,9 +77,9 @@ def test_patches_of_one_image_are_adjacent():
     model = small_model().eval()
     with torch.no_grad():
         x = torch.randn(3, 3, 64, 64)
-        _, z, per_image = model.forward_train(x)
-        _, alone, _ = model.forward_train(x[1:2])
-    torch.testing.assert_close(z[per_image : 2 * per_image], alone, rtol=1e-4, atol=1e-5)
+        _, z = model.forward_train(x)
+        _, alone = model.forward_train(x[1:2])
+    torch.testing.assert_close(z[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_fused_row_gives_what_the_two_heads_give():
@@ -97,8 +97,8 @@ def test_the_fused_row_gives_what_the_two_heads_give():
 
 def test_plain_cross_entropy_computes_no_patches():
     model = small_model()
-    logits, z, per_image = model.forward_train(torch.randn(2, 3, 64, 64), patches=False)
-    assert z is None and per_image == 0 and logits.shape == (2, 3)
+    logits, z = model.forward_train(torch.randn(2, 3, 64, 64), patches=False)
+    assert z is None and logits.shape == (2, 3)
 
 
 @pytest.mark.parametrize(

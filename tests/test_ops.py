@@ -8,13 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ssod_edge import ops
 from ssod_edge.config import BALANCES, SCORES
 from ssod_edge.errors import UsageError
 from ssod_edge.ops import kernel_in_use, ood_score, patch_sample, ssod_loss
 from ssod_edge.scores import ood_scores
+
+
+@pytest.fixture(autouse=True, params=["compiled", "reference"])
+def kernel(request, monkeypatch):
+    """Every test of this file runs on the compiled kernel and on plain PyTorch."""
+    if request.param == "reference":
+        monkeypatch.setattr(ops, "_compiled", lambda device: False)
+    elif not ops._compiled("cpu"):
+        pytest.skip("the kernel was not built")
+    return request.param
 
 
 def head(p=48, d=16, m=10, scale=6.0, dtype=torch.float32, seed=0):
@@ -215,7 +226,7 @@ def test_gradients_reach_z_and_the_ood_row_only(balance):
     assert torch.autograd.gradcheck(loss, (z, w_ood, b_ood))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(1, 12), st.floats(-50, 50), st.integers(0, 1000))
 def test_shifting_all_logits_changes_nothing(p, d, m, shift, seed):
     z, weight, bias, target = head(p, d, m, dtype=torch.float64, seed=seed)
@@ -254,5 +265,28 @@ def test_scores_do_not_saturate_where_a_probability_does():
     assert torch.sigmoid(s).unique().numel() == logits.softmax(1).amax(1).unique().numel() == 1
 
 
-def test_the_reference_is_what_runs_here():
-    assert kernel_in_use("cpu") == "reference"
+def test_the_kernel_in_use_is_named(kernel):
+    assert kernel_in_use("cpu") == kernel
+    assert kernel_in_use("cpu", "reference") == "reference"
+    with pytest.raises(UsageError, match="kernel must be one of auto, reference, got 'cuda'"):
+        kernel_in_use("cpu", "cuda")
+
+
+def test_a_map_with_one_target_an_image_gives_what_its_patches_give():
+    z, weight, bias, w_ood, b_ood, _ = loss_args(p=24)
+    target = torch.tensor([0, 3, -1, 2])
+    confidence, label = patch_sample(z.view(4, 3, 2, 16), weight, bias, target)
+    expected = patch_sample(z, weight, bias, target.repeat_interleave(6))
+    assert confidence.shape == (24,) and torch.equal(label, expected[1])
+    torch.testing.assert_close(confidence, expected[0], equal_nan=True)
+    for balance in BALANCES:
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        loss, stats = ssod_loss(
+            z.view(4, 6, 16), weight, bias, w_ood, b_ood, target, balance=balance, generator=generators[0]
+        )
+        flat, flat_stats = ssod_loss(
+            z, weight, bias, w_ood, b_ood, target.repeat_interleave(6), balance=balance, patches_per_image=6,
+            generator=generators[1],
+        )  # fmt: skip
+        torch.testing.assert_close(loss, flat)
+        assert int(stats["n_id"]) == int(flat_stats["n_id"]) and int(stats["n_invalid"]) == 0
