@@ -12,7 +12,7 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with every extra (a second run reuses it)
 
-$(STAMP): pyproject.toml setup.py scripts/venv.sh
+$(STAMP): pyproject.toml setup.py scripts/venv.sh $(wildcard kernels/*)
 	@scripts/venv.sh $(VENV)
 	@touch $@
 

@@ -40,3 +40,5 @@ echo "Installing ssod-edge[$extras] into $venv (about 5.5 GB with PyTorch; a few
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 # setuptools warns at every editable install that folders may shadow it; there is nothing to act on.
 PYTHONWARNINGS="ignore:Editable" "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+# The kernel needs PyTorch where it is built, which an isolated build does not see.
+PYTHONWARNINGS="ignore:Editable" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .

@@ -259,7 +259,11 @@ def _sample_fake(
     """Shapes and dtypes of the operator's results, for torch.compile."""
     patches = z.shape[0] * z.shape[1]
     confidence = z.new_empty(patches, dtype=torch.float32)
-    return confidence, z.new_empty(patches, dtype=torch.int8), confidence.new_empty(0 if ood_weight is None else patches)
+    return (
+        confidence,
+        z.new_empty(patches, dtype=torch.int8),
+        confidence.new_empty(0 if ood_weight is None else patches),
+    )
 
 
 def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

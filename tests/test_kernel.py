@@ -26,7 +26,7 @@ LAYOUTS = ("rows", "slice", "nchw", "channels_last", "map slice")
 
 
 def combinations():
-    """A few rows (p, d, m, dtype, layout) in which every pair of two values occurs; fp64 takes seconds on the largest."""
+    """A few rows (p, d, m, dtype, layout) in which every pair of values occurs, without the largest (fp64 is slow)."""
 
     def pairs(row):
         return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
@@ -177,7 +177,9 @@ def test_it_is_an_operator_that_pytorch_accepts():
     z = z.view(3, 4, 8).requires_grad_()
     arguments = (z, weight, bias, w_ood.requires_grad_(), b_ood.requires_grad_(), target[:3], 0.95, 0.05)
     torch.library.opcheck(torch.ops.ssod_edge.sample.default, arguments)
-    torch.library.opcheck(torch.ops.ssod_edge.sample.default, (z.detach(), weight, bias, None, None, target[:3], 0.9, 0.1))
+    torch.library.opcheck(
+        torch.ops.ssod_edge.sample.default, (z.detach(), weight, bias, None, None, target[:3], 0.9, 0.1)
+    )
 
 
 def test_a_compiled_graph_holds_it_for_any_number_of_patches():

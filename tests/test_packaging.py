@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -23,16 +24,28 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-LOCAL = ("build", "dist", "runs", "__pycache__", "*.egg-info", ".*")
+LOCAL = ("build", "dist", "runs", "__pycache__", "*.egg-info", "*.so", ".*")
 
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools>=77; install the extra 'dev'")
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
-    """Call setuptools' own build hook (`wheel` or `sdist`): no network, no isolated environment."""
+def run_build(kind: str, source: Path, out: Path, kernel: str, torch: bool = True) -> subprocess.CompletedProcess[str]:
+    """Call setuptools' own build hook (`wheel` or `sdist`): no network, no isolated environment.
+
+    Args:
+        kernel: SSOD_EDGE_EXT.
+        torch: False hides PyTorch from the build, as an isolated one does.
+    """
     out.mkdir(exist_ok=True)
-    code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    hide = "" if torch else "import sys; sys.modules['torch'] = None; "
+    code = f"{hide}import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
+    environment = {**os.environ, "SSOD_EDGE_EXT": kernel}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+
+
+def build(kind: str, source: Path, out: Path, kernel: str = "none") -> Path:
+    done = run_build(kind, source, out, kernel, torch=kernel != "none")
     assert done.returncode == 0, done.stderr
     return out / done.stdout.splitlines()[-1]
 
@@ -72,7 +85,8 @@ def environment(folder: Path) -> Path:
 
 def install(python: Path, *what: str) -> None:
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*command, *what], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "SSOD_EDGE_EXT": "none"}
+    done = subprocess.run([*command, *what], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -134,11 +148,52 @@ def test_torch_is_not_needed_to_build() -> None:
     assert not [requirement for requirement in requires if requirement.startswith("torch")]
 
 
+def test_one_wheel_with_the_kernel_serves_every_python(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    wheel = build("wheel", copy, tmp_path, "cpu")
+    assert wheel.name.startswith(f"ssod_edge-{ssod_edge.__version__}-cp310-abi3-")
+    assert [name for name in names_in(wheel) if name.endswith(".so")] == ["ssod_edge/_kernels.so"]
+    python = environment(tmp_path / "venv")
+    install(python, str(wheel))
+    code = "from ssod_edge.ops import kernel_in_use; print(kernel_in_use('cpu'))"
+    shown = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout == "compiled\n"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "code", "message"),
+    [
+        ("auto", 0, "note: the kernel is not built: torch is not here"),
+        ("cpu", 1, "error: SSOD_EDGE_EXT=cpu: torch is not here; install it, then use pip's --no-build-isolation"),
+        ("yes", 1, "error: SSOD_EDGE_EXT must be none, auto, cpu or cuda, got 'yes'"),
+    ],
+)
+def test_a_kernel_that_cannot_be_built_is_explained(
+    source: Path, tmp_path: Path, kernel: str, code: int, message: str
+) -> None:
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    done = run_build("wheel", copy, tmp_path, kernel, torch=False)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+
+
 def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = tmp_path.iterdir()
-    for name in ("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "tests/test_packaging.py", "export/__init__.py"):
+    for name in (
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "tests/test_packaging.py",
+        "export/__init__.py",
+        "kernels/patch_sample.cpp",
+    ):
         assert (unpacked / name).is_file(), f"the sdist lacks {name}"
     assert names_in(build("wheel", unpacked, tmp_path / "wheel")) == names_in(wheel)
 
