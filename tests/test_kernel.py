@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ssod_edge import ops
 from ssod_edge.ops import patch_sample, ssod_loss
@@ -258,6 +261,41 @@ def test_the_operator_checks_its_arguments_itself(change, message):
     torch.ops.ssod_edge.sample(**arguments)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.ssod_edge.sample(**{**arguments, **change})
+
+
+@st.composite
+def tensors(draw, shape, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+    """A tensor, most often of this shape and one of these dtypes, in any of the layouts that views make."""
+    wrong = draw(st.integers(0, 11))
+    if wrong == 0:
+        shape = draw(st.lists(st.integers(0, 5), max_size=4))
+    dtype = torch.float64 if wrong == 1 else torch.int32 if wrong == 2 else draw(st.sampled_from(dtypes))
+    layout = draw(st.sampled_from(["plain", "transposed", "slice", "expanded", "offset"]))
+    if layout == "transposed":
+        return torch.ones(shape[::-1]).to(dtype).permute(tuple(range(len(shape)))[::-1])
+    if layout == "slice":
+        return torch.ones([2 * n for n in shape]).to(dtype)[tuple(slice(None, None, 2) for _ in shape)]
+    if layout == "expanded":
+        return torch.ones([1] * len(shape)).to(dtype).expand(shape)
+    if layout == "offset":
+        return torch.ones(math.prod(shape) + 1).to(dtype)[1:].view(shape)
+    return torch.ones(shape).to(dtype)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.integers(0, 5), st.integers(0, 5), st.integers(0, 20), st.integers(0, 40))
+def test_whatever_the_arguments_it_answers_or_explains(data, n, patches, d, m):
+    """A fuzz run of the checks: with the sanitizers (scripts/sanitize.sh), nothing is read or written out of bounds."""
+    z, weight, bias = data.draw(tensors([n, patches, d])), data.draw(tensors([m, d])), data.draw(tensors([m]))
+    row = data.draw(st.booleans())
+    w_ood, b_ood = (data.draw(tensors([d])), data.draw(tensors([]))) if row else (None, None)
+    target = data.draw(tensors([n], (torch.int64,))) * data.draw(st.integers(-2, 3))
+    try:
+        confidence, label, s = torch.ops.ssod_edge.sample(z, weight, bias, w_ood, b_ood, target, 0.95, 0.05)
+    except (RuntimeError, NotImplementedError) as error:
+        assert any(word in str(error) for word in ("must be", "must have", "come together", "Expected")), error
+    else:
+        assert confidence.shape == label.shape == (z.shape[0] * z.shape[1],) and len(s) == (len(label) if row else 0)
 
 
 def test_a_kernel_that_is_not_there_is_said_once(monkeypatch, recwarn):
