@@ -366,6 +366,26 @@ def test_runs_without_torch_and_without_a_word_on_stderr(export: Path, tmp_path:
     assert (done.stdout, done.stderr, done.returncode) == ("red\n", "", 0)
 
 
+SIGNAL_AFTER_TWO = """
+import gc, os, signal, sys
+from ssod_edge.runtime import open_runner
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+first, second = (open_runner(sys.argv[1], artifact=name) for name in ("openvino-fp32", "openvino-fp16"))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_survived_after_two_openvino_runners_went_in_the_order_they_came(export: Path) -> None:
+    """With a Core each, the second left a signal stack behind that is no longer there."""
+    command = [sys.executable, "-c", SIGNAL_AFTER_TWO, str(export)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("handled\n", 0)
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run with a real checkpoint (timm's smallest ResNet) and no export."""

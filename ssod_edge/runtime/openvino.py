@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +50,7 @@ class OpenVinoRunner:
         except ImportError as error:
             raise import_failed("openvino", error) from error
         device = "CPU" if device == "auto" else device
-        core = openvino.Core()
+        core = _core()
         if device not in core.available_devices:
             raise EngineError(f"OpenVINO has no device '{device}' here; it has: {', '.join(core.available_devices)}")
         self.spec = spec
@@ -85,6 +86,19 @@ class OpenVinoRunner:
         # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
         values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
         return {name: np.asarray(values[name], np.float32) for name in self._outputs}
+
+
+@functools.cache
+def _core() -> Any:
+    """One for the whole process, never destroyed.
+
+    The CPU plugin of a Core gives the main thread a signal stack of its own and, when it goes, puts back the one it
+    found. Of two Cores that go in the order they came, the second puts back the first one's, which is no longer mapped,
+    and the next signal (a Ctrl-C, the end of a child process) is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _shapes(compiled: Any) -> dict[str, list[int | None]]:
