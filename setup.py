@@ -10,6 +10,7 @@ cpu    build it for the CPU, or fail
 cuda   build it for the CPU and CUDA, or fail; SSOD_EDGE_CUDA_ARCHS names the architectures, such as "87 90a"
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -22,6 +23,9 @@ FOLDERS = {"ssod_edge.export": "export", "ssod_edge.bench": "bench"}
 #: PyTorch's stable ABI of 2.10: what is built with any later release runs with 2.10 and all after it.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
+#: The architectures of a release: Ampere, Orin, Ada, Hopper, Blackwell.
+RELEASE_ARCHS = "80 86 87 89 90a 100 120"
+
 
 def kernel() -> dict[str, Any]:
     """setup()'s arguments for the compiled kernel, none of them where it is not built."""
@@ -30,33 +34,40 @@ def kernel() -> dict[str, Any]:
         raise SystemExit(f"error: SSOD_EDGE_EXT must be none, auto, cpu or cuda, got '{wanted}'")
     if wanted == "none":
         return {}
-    reason = missing()
+    reason = missing_for_cpu() or (missing_for_cuda() if wanted == "cuda" else "")
     if reason and wanted == "auto":
         print(f"note: the kernel is not built: {reason}", file=sys.stderr)
         return {}
     if reason:
         raise SystemExit(f"error: SSOD_EDGE_EXT={wanted}: {reason}")
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 
-    flags = ["-std=c++20", "-O3", "-fopenmp-simd", "-Wall", "-Wextra", TORCH_TARGET]
-    extension = CppExtension(
+    cuda = wanted == "cuda" or (wanted == "auto" and has_gpu() and not missing_for_cuda())
+    flags = ["-std=c++20", "-O3", TORCH_TARGET]
+    warnings = ["-Wall", "-Wextra"] if wanted == "auto" else ["-Wall", "-Wextra", "-Werror"]
+    options: dict[str, Any] = {"cxx": [*flags, *warnings, "-fopenmp-simd"]}
+    if cuda:
+        options["nvcc"] = [*flags, "-DUSE_CUDA", *nvcc_flags(strict=wanted != "auto")]
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    extension = make(
         "ssod_edge._kernels",
-        ["kernels/patch_sample.cpp"],
+        ["kernels/patch_sample.cpp", *(["kernels/patch_sample.cu"] if cuda else [])],
         py_limited_api=True,
-        # A compiler of tomorrow may warn of something new: who asked for the kernel hears of it, the others go without.
         extra_link_args=["-s"],
-        extra_compile_args=flags if wanted == "auto" else [*flags, "-Werror"],
+        extra_compile_args=options,
+        # A compiler of tomorrow may warn of something new: who asked for the kernel hears of it, the others go without.
         optional=wanted == "auto",
     )
+    build = cpp_extension.BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=True)
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=True)},
+        "cmdclass": {"build_ext": build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-def missing() -> str:
-    """What the CPU's kernel cannot be built without; empty if it is all here."""
+def missing_for_cpu() -> str:
+    """What the kernel cannot be built without; empty if it is all here."""
     try:
         import torch
     except ImportError:
@@ -65,6 +76,43 @@ def missing() -> str:
         return f"it needs torch 2.10 or newer, this is {torch.__version__}"
     compiler = os.environ.get("CXX", "c++").split()[0]
     return "" if shutil.which(compiler) else f"the C++ compiler '{compiler}' is not here (on Debian: apt install g++)"
+
+
+def missing_for_cuda() -> str:
+    """What the CUDA code cannot be built without; empty if it is all here. A GPU is not needed."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+        return f"there is no CUDA toolkit in {CUDA_HOME}; name its folder in CUDA_HOME"
+    if not os.path.isdir(cutlass()):
+        return "the headers of CUTLASS are not here; pip install nvidia-cutlass, or name their folder in CUTLASS_INCLUDE"
+    return ""
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def cutlass() -> str:
+    """Folder of CUTLASS's headers; the wheel nvidia-cutlass has them."""
+    found = importlib.util.find_spec("cutlass_library")
+    inside = os.path.join(os.path.dirname(found.origin), "source", "include") if found and found.origin else ""
+    return os.environ.get("CUTLASS_INCLUDE", inside)
+
+
+def nvcc_flags(strict: bool) -> list[str]:
+    """Architectures, CUTLASS, and the resource report; `strict` fails on a warning and on a register spill."""
+    archs = os.environ.get("SSOD_EDGE_CUDA_ARCHS", "")
+    if not archs and has_gpu():
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        archs = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (archs or RELEASE_ARCHS).split()]
+    flags += ["-isystem", cutlass(), "--expt-relaxed-constexpr", "-Xptxas=-v,-warn-spills"]
+    return [*flags, "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"] if strict else flags
 
 
 packages = find_packages(include=["ssod_edge", "ssod_edge.*"])
