@@ -85,7 +85,7 @@ def missing_for_cuda() -> str:
     if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
         return f"there is no CUDA toolkit in {CUDA_HOME}; name its folder in CUDA_HOME"
     if not os.path.isdir(cutlass()):
-        return "the headers of CUTLASS are not here; pip install nvidia-cutlass, or name their folder in CUTLASS_INCLUDE"
+        return "CUTLASS's headers are not here; pip install nvidia-cutlass, or name their folder in CUTLASS_INCLUDE"
     return ""
 
 
