@@ -27,8 +27,8 @@
 #include <tuple>
 #include <type_traits>
 
-// CUTLASS is read where its kernel is compiled, and by the host's compiler, which registers CuTe's device constants. For
-// every other architecture it would take most of the time.
+// CUTLASS is read where its kernel is compiled, and by the host's compiler, which registers CuTe's device constants.
+// For every other architecture it would take most of the time.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #undef NDEBUG  // an assertion is a function call, and makes the products wait for each other
 #define NDEBUG
@@ -50,7 +50,7 @@ using torch::headeronly::Half;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 
-// ---- What the kernels share ------------------------------------------------------------------------------------------
+// ---- What the kernels share -----------------------------------------------------------------------------------------
 
 // A few numbers that are read one by one: a bias.
 struct Values {
@@ -126,7 +126,7 @@ __host__ __device__ inline Tile tile_at(uint32_t index, uint32_t row_tiles, uint
   return {first + within % height, within / height};
 }
 
-// ---- Instructions ----------------------------------------------------------------------------------------------------
+// ---- Instructions ---------------------------------------------------------------------------------------------------
 
 template <typename T>
 __device__ inline float exponential(float x) {
@@ -178,7 +178,7 @@ __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], ui
   }
 }
 
-// ---- The epilogue ----------------------------------------------------------------------------------------------------
+// ---- The epilogue ---------------------------------------------------------------------------------------------------
 
 // With all logits at minus infinity any shift will do, and this one keeps a NaN visible.
 __device__ inline float shift_of(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   label[row] = value >= upper ? 1 : value < lower ? 0 : -1;
 }
 
-// ---- The portable product --------------------------------------------------------------------------------------------
+// ---- The portable product -------------------------------------------------------------------------------------------
 
 constexpr int kThreads = 256;
 constexpr int kStages = 3;
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_portable(const Problem pro
   problem.partial[tile.column * problem.rows + first_row + thread] = merged;
 }
 
-// ---- Hopper's product ------------------------------------------------------------------------------------------------
+// ---- Hopper's product -----------------------------------------------------------------------------------------------
 
 // CUTLASS's cooperative mainloop: one warp group loads by TMA, two multiply 64 rows each. Clusters of two blocks take
 // two row tiles of the same classes, and each loads half of the weights for both. The two multiplying groups are not
@@ -627,7 +627,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
-// ---- Host ------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
