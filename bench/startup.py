@@ -52,9 +52,8 @@ def main(export: str, image: str, runs: int, json_file: str | None) -> None:
             rows.append(row)
             click.echo(f"{row['median_s']:.2f} s (at most {row['max_s']:.2f})  ssod-edge {row['command']}")
         if json_file:
-            environment = describe_environment(None)
-            command = ["python", "-m", "ssod_edge.bench.startup", *sys.argv[1:]]
-            write_json(Path(json_file), {"command": command, "environment": environment, "rows": rows})
+            called = ["python", "-m", "ssod_edge.bench.startup", *sys.argv[1:]]
+            write_json(Path(json_file), {"command": called, "environment": describe_environment(None), "rows": rows})
     except SsodEdgeError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
