@@ -114,12 +114,11 @@ def main(out: Path | None, minutes: float, skip_build: bool, only_ragged: bool) 
         "kernel",
         [python, "-m", "ssod_edge.bench.kernel", "--dtype", "bf16", "--json", str(out.resolve() / "kernel.json")],
     )
-    for precision in ("bf16",):
-        training = ["--size", "224", "--batch", "128", "--classes", "1000", "--precision", precision]
-        step(
-            "training",
-            [python, "-m", "ssod_edge.bench.training", *training, "--json", str(out.resolve() / "training.json")],
-        )
+    training = ["--size", "224", "--batch", "128", "--classes", "1000", "--precision", "bf16"]
+    step(
+        "training",
+        [python, "-m", "ssod_edge.bench.training", *training, "--json", str(out.resolve() / "training.json")],
+    )
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     for tool in TOOLS:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "ssod_edge.bench.gpu", "--ragged"]

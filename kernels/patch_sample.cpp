@@ -33,7 +33,7 @@ constexpr int64_t kChunk = 256;       // patches whose logits are held at a time
 constexpr int64_t kTile = 1024;       // classes held at a time
 constexpr int64_t kLanes = 16;        // floats in the widest vector
 constexpr int64_t kFewClasses = 31;   // with the OOD row, two vectors
-constexpr int64_t kRows = 8;          // patches that share a load of the weights, with few classes
+constexpr int64_t kRows = 16;         // patches done at a time, with few classes
 constexpr int64_t kSpan = 128;        // products that one running sum takes
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -70,6 +70,9 @@ SSOD_INLINE float exp_nonpositive(float x) {
   return p * scale;
 }
 
+// The same for any x <= 0: what is too small for a float of full precision is zero.
+SSOD_INLINE float exp_shifted(float x) { return x < -87.0f ? 0.0f : exp_nonpositive(x); }
+
 // Takes `count` more logits of one patch into account; the bias is added on the way.
 SSOD_INLINE void accumulate_body(const float* logits, const float* bias, int64_t count, Softmax& state) {
   float maximum = -kInfinity;
@@ -84,18 +87,17 @@ SSOD_INLINE void accumulate_body(const float* logits, const float* bias, int64_t
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < count; ++j) {
-    const float x = logits[j] + bias[j] - shift;
-    sum += x < -87.0f ? 0.0f : exp_nonpositive(x);
+    sum += exp_shifted(logits[j] + bias[j] - shift);
   }
   state.sum = (state.sum == 0.0f ? 0.0f : state.sum * std::exp(state.maximum - shift)) + sum;
   state.maximum = maximum;
 }
 
-// logits[i][0..width) = rows[i] . packed, for kRows patches. `packed` is [depth][width].
+// logits[i][0..width) = rows[i] . packed, for kRows patches. `packed` is [depth][width], aligned to a vector.
 // kStep patches share a load of the weights; their sums have to fit the registers.
 template <int64_t kWidth, int64_t kVectors, int64_t kStep>
 SSOD_INLINE void few_classes_body(const float* const* rows, const float* packed, int64_t depth, float* logits) {
-  typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
+  typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), may_alias));
   for (int64_t first = 0; first < kRows; first += kStep) {
     Vector totals[kStep][kVectors] = {};
     // Sums of sums: one running sum over a thousand products would round off a digit.
@@ -116,6 +118,26 @@ SSOD_INLINE void few_classes_body(const float* const* rows, const float* packed,
       for (int64_t v = 0; v < kVectors; ++v)
         *reinterpret_cast<Vector*>(logits + ((first + i) * kVectors + v) * kWidth) = totals[i][v];
   }
+}
+
+// Confidence of kRows patches from their logits [kRows][width]. Patches, not classes, fill the vectors.
+SSOD_INLINE void few_confidences_body(const float* logits, int64_t width, const float* bias, int64_t classes,
+                                      const int64_t* target, float* confidence) {
+  float column[kFewClasses][kRows], maximum[kRows], sum[kRows], chosen[kRows];
+  for (int64_t i = 0; i < kRows; ++i) {
+    maximum[i] = -kInfinity;
+    sum[i] = 0.0f;
+    chosen[i] = target[i] < 0 ? __builtin_nanf("") : logits[i * width + target[i]] + bias[target[i]];
+  }
+  for (int64_t j = 0; j < classes; ++j) {
+    for (int64_t i = 0; i < kRows; ++i) column[j][i] = logits[i * width + j] + bias[j];
+    for (int64_t i = 0; i < kRows; ++i) maximum[i] = column[j][i] > maximum[i] ? column[j][i] : maximum[i];
+  }
+  // With all logits at minus infinity any shift will do, and this one keeps a NaN visible.
+  for (int64_t i = 0; i < kRows; ++i) maximum[i] = maximum[i] == -kInfinity ? 0.0f : maximum[i];
+  for (int64_t j = 0; j < classes; ++j)
+    for (int64_t i = 0; i < kRows; ++i) sum[i] += exp_shifted(column[j][i] - maximum[i]);
+  for (int64_t i = 0; i < kRows; ++i) confidence[i] = exp_shifted(chosen[i] - maximum[i]) / sum[i];
 }
 
 // bfloat16 is the upper half of a float.
@@ -145,25 +167,30 @@ struct Routines {
   void (*accumulate)(const float*, const float*, int64_t, Softmax&);
   void (*few_classes_1)(const float* const*, const float*, int64_t, float*);
   void (*few_classes_2)(const float* const*, const float*, int64_t, float*);
+  void (*few_confidences)(const float*, int64_t, const float*, int64_t, const int64_t*, float*);
   void (*widen_bfloat16)(const uint16_t*, float*, int64_t);
   void (*widen_half)(const uint16_t*, float*, int64_t);
 };
 
-#define SSOD_ROUTINES(NAME, TARGET, WIDTH, STEP_1, STEP_2, WIDEN_HALF)                                                                               \
-  TARGET static void accumulate_##NAME(const float* logits, const float* bias, int64_t count, Softmax& state) {      \
-    accumulate_body(logits, bias, count, state);                                                                     \
-  }                                                                                                                  \
-  TARGET static void few_1_##NAME(const float* const* rows, const float* packed, int64_t depth, float* logits) {     \
-    few_classes_body<WIDTH, kLanes / WIDTH, STEP_1>(rows, packed, depth, logits);                                                                \
-  }                                                                                                                  \
-  TARGET static void few_2_##NAME(const float* const* rows, const float* packed, int64_t depth, float* logits) {     \
-    few_classes_body<WIDTH, 2 * kLanes / WIDTH, STEP_2>(rows, packed, depth, logits);                                                                \
-  }                                                                                                                  \
-  TARGET static void widen_bfloat16_##NAME(const uint16_t* from, float* to, int64_t count) {                        \
-    widen_bfloat16_body(from, to, count);                                                                            \
-  }                                                                                                                  \
-  static const Routines routines_##NAME = {#NAME, accumulate_##NAME,  few_1_##NAME, few_2_##NAME,                     \
-                                           widen_bfloat16_##NAME, WIDEN_HALF};
+#define SSOD_ROUTINES(NAME, TARGET, WIDTH, STEP_1, STEP_2, WIDEN_HALF)                                                \
+  TARGET static void accumulate_##NAME(const float* logits, const float* bias, int64_t count, Softmax& state) {       \
+    accumulate_body(logits, bias, count, state);                                                                      \
+  }                                                                                                                   \
+  TARGET static void few_1_##NAME(const float* const* rows, const float* packed, int64_t depth, float* logits) {      \
+    few_classes_body<WIDTH, kLanes / WIDTH, STEP_1>(rows, packed, depth, logits);                                     \
+  }                                                                                                                   \
+  TARGET static void few_2_##NAME(const float* const* rows, const float* packed, int64_t depth, float* logits) {      \
+    few_classes_body<WIDTH, 2 * kLanes / WIDTH, STEP_2>(rows, packed, depth, logits);                                 \
+  }                                                                                                                   \
+  TARGET static void few_confidences_##NAME(const float* logits, int64_t width, const float* bias, int64_t classes,   \
+                                            const int64_t* target, float* confidence) {                               \
+    few_confidences_body(logits, width, bias, classes, target, confidence);                                           \
+  }                                                                                                                   \
+  TARGET static void widen_bfloat16_##NAME(const uint16_t* from, float* to, int64_t count) {                          \
+    widen_bfloat16_body(from, to, count);                                                                             \
+  }                                                                                                                   \
+  static const Routines routines_##NAME = {#NAME,      accumulate_##NAME,      few_1_##NAME,                          \
+                                           few_2_##NAME, few_confidences_##NAME, widen_bfloat16_##NAME, WIDEN_HALF};
 
 static void widen_half_portable(const uint16_t* from, float* to, int64_t count) { widen_half_body(from, to, count); }
 
@@ -219,6 +246,12 @@ void widen(const void* data, ScalarType type, int64_t stride, int64_t count, flo
   }
 }
 
+// Row `index` of a matrix, in fp32.
+void widen_row(const Tensor& matrix, int64_t index, float* to) {
+  widen(offset(matrix.const_data_ptr(), matrix.scalar_type(), index * matrix.stride(0)), matrix.scalar_type(),
+        matrix.stride(1), matrix.size(1), to);
+}
+
 std::vector<float> to_floats(const Tensor& tensor) {
   std::vector<float> values(tensor.numel());
   const int64_t stride = tensor.dim() == 0 ? 1 : tensor.stride(0);
@@ -232,18 +265,19 @@ struct Rows {
   int64_t stride;
 };
 
-Rows feature_rows(const void* z, ScalarType type, const Features& f, int64_t first, int64_t count, float* scratch) {
+Rows feature_rows(const void* z, ScalarType type, const Features& f, int64_t first, int64_t count, std::vector<float>& scratch) {
   const bool even = f.patches == 1 || f.images == 1 || f.image_stride == f.patches * f.patch_stride;
   const int64_t step = f.patches == 1 ? f.image_stride : f.patch_stride;
   if (type == ScalarType::Float && f.feature_stride == 1 && even && step >= f.depth) {
     return {static_cast<const float*>(z) + first * step, step};
   }
+  scratch.resize(count * f.depth);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t image = (first + i) / f.patches, patch = (first + i) % f.patches;
     const int64_t at = image * f.image_stride + patch * f.patch_stride;
-    widen(offset(z, type, at), type, f.feature_stride, f.depth, scratch + i * f.depth);
+    widen(offset(z, type, at), type, f.feature_stride, f.depth, scratch.data() + i * f.depth);
   }
-  return {scratch, f.depth};
+  return {scratch.data(), f.depth};
 }
 
 Tensor matrix(const float* data, std::array<int64_t, 2> size, std::array<int64_t, 2> stride) {
@@ -269,40 +303,52 @@ struct Outputs {
   float* id_logit;  // null without the OOD row
 };
 
-void finish(const Softmax& state, int64_t target, float upper, float lower, int64_t p, const Outputs& out) {
-  const float confidence = target < 0 ? std::nanf("") : std::exp(state.target - state.maximum) / state.sum;
+void label_patch(float confidence, float upper, float lower, int64_t p, const Outputs& out) {
   out.confidence[p] = confidence;
   out.label[p] = confidence >= upper ? 1 : confidence < lower ? 0 : -1;
 }
 
-// Few classes: the OOD row is one more column, and a patch is done in one go.
-void sample_few(const void* z, ScalarType type, const Features& f, const std::vector<float>& weight,
-                const std::vector<float>& bias, int64_t classes, const int64_t* target, float upper, float lower,
+struct alignas(kLanes * sizeof(float)) Lanes {
+  float values[kLanes];
+};
+
+// Few classes: the OOD row is one more column, and kRows patches are done in one go.
+void sample_few(const void* z, ScalarType type, const Features& f, const Tensor& weight, const std::vector<float>& bias,
+                const std::vector<float>& ood_weight, const int64_t* target, float upper, float lower,
                 const Outputs& out) {
   const Routines& run = routines();
+  const int64_t classes = weight.size(0);
   const int64_t vectors = (classes + kLanes) / kLanes;  // classes + 1 columns, rounded up
   const int64_t width = vectors * kLanes;
-  std::vector<float> packed(f.depth * width, 0.0f);
-  for (int64_t j = 0; j <= classes; ++j)
-    for (int64_t d = 0; d < f.depth; ++d) packed[d * width + j] = weight[j * f.depth + d];
+  std::vector<Lanes> packed(f.depth * vectors, Lanes{});
+  std::vector<float> row(f.depth);
+  for (int64_t j = 0; j <= classes; ++j) {
+    if (j < classes) widen_row(weight, j, row.data());
+    const float* values = j < classes ? row.data() : ood_weight.data();
+    for (int64_t d = 0; d < f.depth; ++d) packed[d * vectors + j / kLanes].values[j % kLanes] = values[d];
+  }
   const auto multiply_rows = vectors == 1 ? run.few_classes_1 : run.few_classes_2;
   const int64_t blocks = (f.count() + kRows - 1) / kRows;
-  torch::stable::parallel_for(0, blocks, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(kRows * f.depth), logits(kRows * width);
+  torch::stable::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
+    std::vector<Lanes> products(kRows * vectors);
+    const float* logits = products[0].values;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kRows, count = std::min(kRows, f.count() - first);
-      const Rows rows = feature_rows(z, type, f, first, count, scratch.data());
+      const Rows rows = feature_rows(z, type, f, first, count, scratch);
       const float* row[kRows];
-      for (int64_t i = 0; i < kRows; ++i) row[i] = rows.data + std::min(i, count - 1) * rows.stride;
-      multiply_rows(row, packed.data(), f.depth, logits.data());
+      int64_t targets[kRows];
+      float confidence[kRows];
+      for (int64_t i = 0; i < kRows; ++i) {  // the last patch fills up the last block
+        const int64_t within = std::min(i, count - 1);
+        row[i] = rows.data + within * rows.stride;
+        targets[i] = target[(first + within) / f.patches];
+      }
+      multiply_rows(row, packed[0].values, f.depth, products[0].values);
+      run.few_confidences(logits, width, bias.data(), classes, targets, confidence);
       for (int64_t i = 0; i < count; ++i) {
-        const float* logit = logits.data() + i * width;
-        const int64_t p = first + i, t = target[p / f.patches];
-        Softmax state;
-        run.accumulate(logit, bias.data(), classes, state);
-        if (t >= 0) state.target = logit[t] + bias[t];
-        finish(state, t, upper, lower, p, out);
-        if (out.id_logit) out.id_logit[p] = logit[classes] + bias[classes];
+        label_patch(confidence[i], upper, lower, first + i, out);
+        if (out.id_logit) out.id_logit[first + i] = logits[i * width + classes] + bias[classes];
       }
     }
   });
@@ -314,8 +360,7 @@ void sample_many(const void* z, ScalarType type, const Features& f, const Tensor
                  const Outputs& out) {
   const Routines& run = routines();
   const int64_t classes = weight.size(0);
-  const ScalarType weight_type = weight.scalar_type();
-  const bool direct = weight_type == ScalarType::Float && weight.stride(1) == 1 && weight.stride(0) >= f.depth;
+  const bool direct = weight.scalar_type() == ScalarType::Float && weight.stride(1) == 1 && weight.stride(0) >= f.depth;
   std::vector<Softmax> states(f.count());
   std::vector<float> widened(direct ? 0 : std::min(kTile, classes) * f.depth);
   const int64_t chunks = (f.count() + kChunk - 1) / kChunk;
@@ -327,16 +372,13 @@ void sample_many(const void* z, ScalarType type, const Features& f, const Tensor
       w = weight.const_data_ptr<float>() + first_class * weight.stride(0);
       w_stride = weight.stride(0);
     } else {
-      for (int64_t j = 0; j < tile; ++j) {
-        const void* row = offset(weight.const_data_ptr(), weight_type, (first_class + j) * weight.stride(0));
-        widen(row, weight_type, weight.stride(1), f.depth, widened.data() + j * f.depth);
-      }
+      for (int64_t j = 0; j < tile; ++j) widen_row(weight, first_class + j, widened.data() + j * f.depth);
     }
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(kChunk * f.depth), logits(kChunk * tile);
+      std::vector<float> scratch, logits(kChunk * tile);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * kChunk, count = std::min(kChunk, f.count() - first);
-        const Rows rows = feature_rows(z, type, f, first, count, scratch.data());
+        const Rows rows = feature_rows(z, type, f, first, count, scratch);
         multiply(rows.data, rows.stride, w, w_stride, count, tile, f.depth, logits.data());
         for (int64_t i = 0; i < count; ++i) {
           const int64_t p = first + i, t = target[p / f.patches];
@@ -349,7 +391,11 @@ void sample_many(const void* z, ScalarType type, const Features& f, const Tensor
           multiply(rows.data, rows.stride, ood_weight.data(), f.depth, count, 1, f.depth, out.id_logit + first);
           for (int64_t p = first; p < first + count; ++p) out.id_logit[p] += bias[classes];
         }
-        for (int64_t p = first; p < first + count; ++p) finish(states[p], target[p / f.patches], upper, lower, p, out);
+        for (int64_t p = first; p < first + count; ++p) {
+          const Softmax& state = states[p];
+          const bool ignored = target[p / f.patches] < 0;
+          label_patch(ignored ? std::nanf("") : std::exp(state.target - state.maximum) / state.sum, upper, lower, p, out);
+        }
       }
     });
   }
@@ -383,12 +429,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& z, const Tensor& wei
   // The thresholds are rounded once, from double, to the type they are compared in.
   const float up = static_cast<float>(upper), low = static_cast<float>(lower);
   if (classes <= kFewClasses) {
-    std::vector<float> fused((classes + 1) * f.depth);
-    for (int64_t j = 0; j < classes; ++j)
-      widen(offset(weight.const_data_ptr(), weight.scalar_type(), j * weight.stride(0)), weight.scalar_type(),
-            weight.stride(1), f.depth, fused.data() + j * f.depth);
-    std::copy(ood.begin(), ood.end(), fused.begin() + classes * f.depth);
-    sample_few(data, z.scalar_type(), f, fused, biases, classes, target_data, up, low, out);
+    sample_few(data, z.scalar_type(), f, weight, biases, ood, target_data, up, low, out);
   } else {
     sample_many(data, z.scalar_type(), f, weight, biases, ood, target_data, up, low, out);
   }

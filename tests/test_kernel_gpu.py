@@ -117,7 +117,7 @@ def test_gradients_are_those_of_plain_pytorch(dtype, balance):
 
 
 def test_autocast_samples_in_the_dtype_of_the_features():
-    z, weight, bias, w_ood, b_ood, target = (t.cuda() for t in mixed(torch.bfloat16, p=300, m=50))
+    z, weight, bias, _, _, target = (t.cuda() for t in mixed(torch.bfloat16, p=300, m=50))
     with torch.autocast("cuda", torch.bfloat16):
         confidence, _ = patch_sample(z, weight, bias, target)
     expected = exact(z, weight.bfloat16(), bias, target)
