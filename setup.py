@@ -12,7 +12,9 @@ cuda   build it for the CPU and CUDA, or fail; SSOD_EDGE_CUDA_ARCHS names the ar
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 from typing import Any
 
@@ -34,6 +36,7 @@ def kernel() -> dict[str, Any]:
         raise SystemExit(f"error: SSOD_EDGE_EXT must be none, auto, cpu or cuda, got '{wanted}'")
     if wanted == "none":
         return {}
+    find_toolkit()
     reason = missing_for_cpu() or (missing_for_cuda() if wanted == "cuda" else "")
     if reason and wanted == "auto":
         print(f"note: the kernel is not built: {reason}", file=sys.stderr)
@@ -58,10 +61,22 @@ def kernel() -> dict[str, Any]:
         # A compiler of tomorrow may warn of something new: who asked for the kernel hears of it, the others go without.
         optional=wanted == "auto",
     )
-    build = cpp_extension.BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=True)
+
+    class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
+        def build_extensions(self) -> None:
+            """patch_sample.cpp and patch_sample.cu would both become patch_sample.o."""
+            shared = self.compiler.object_filenames
+
+            def own(sources: list[str], *args: Any, **options: Any) -> list[str]:
+                objects = shared(sources, *args, **options)
+                return [o[:-2] + os.path.splitext(s)[1] + ".o" for s, o in zip(sources, objects)]
+
+            self.compiler.object_filenames = own
+            super().build_extensions()
+
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": build},
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=False, no_python_abi_suffix=True)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -76,6 +91,15 @@ def missing_for_cpu() -> str:
         return f"it needs torch 2.10 or newer, this is {torch.__version__}"
     compiler = os.environ.get("CXX", "c++").split()[0]
     return "" if shutil.which(compiler) else f"the C++ compiler '{compiler}' is not here (on Debian: apt install g++)"
+
+
+def find_toolkit() -> None:
+    """Name the CUDA toolkit in CUDA_HOME. An nvcc on the PATH may be a launcher outside of it, but knows where it is."""
+    if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and shutil.which("nvcc"):
+        done = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True)
+        found = re.search(r"_HERE_=(.+)/bin$", done.stderr, re.MULTILINE)
+        if found:
+            os.environ["CUDA_HOME"] = found[1]
 
 
 def missing_for_cuda() -> str:

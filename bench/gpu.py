@@ -30,6 +30,11 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 RAGGED = ((1, 1, 1), (7, 3, 2), (49, 64, 10), (150, 136, 259), (130, 784, 300))
 
 
+#: A kernel's name and the type of its features, in the compiler's spelling.
+KERNEL = re.compile(r"\d(sample_portable|sample_hopper|finish)(?:I(f|N3c104HalfE|N3c108BFloat16E)E)?")
+ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "N3c108BFloat16E": "BFloat16"}
+
+
 def run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """One step as a child process: its exit code (124: out of time), how long it took and the end of its output."""
     started = time.monotonic()
@@ -47,20 +52,28 @@ def run(command: list[str], seconds: float, environment: dict[str, str] | None =
 
 
 def resources(output: str) -> list[dict[str, Any]]:
-    """What ptxas reports of each kernel: registers, spilled bytes, shared memory."""
-    rows = []
-    name = arch = ""
-    spills = 0
+    """What ptxas reports of each kernel: registers and spilled bytes. Shared memory is asked for at the launch."""
+    rows: list[dict[str, Any]] = []
+    name, arch, spills = None, "", 0
     for line in output.splitlines():
         if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            name, arch = found.groups()
+            name, arch = KERNEL.search(found[1]), found[2]
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spills = int(found[1]) + int(found[2])
         elif found := re.search(r"Used (\d+) registers", line):
-            shared = re.search(r"(\d+) bytes smem", line)
-            row = {"kernel": name, "arch": arch, "registers": int(found[1]), "spilled_bytes": spills}
-            rows.append({**row, "shared_bytes": int(shared[1]) if shared else 0})
+            kernel = f"{name[1]}<{ELEMENTS.get(name[2], '')}>".replace("<>", "") if name else "?"
+            row = {"kernel": kernel, "arch": arch, "registers": int(found[1]), "spilled_bytes": spills}
+            if row not in rows:
+                rows.append(row)
     return rows
+
+
+def resource_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each kernel and architecture."""
+    return "\n".join(
+        f"{row['arch']:8} {row['kernel']:24} {row['registers']:4} registers, {row['spilled_bytes']} bytes spilled"
+        for row in rows
+    )
 
 
 def ragged() -> None:
@@ -130,15 +143,12 @@ def main(out: Path | None, minutes: float, skip_build: bool, only_ragged: bool) 
 
 
 def table(record: dict[str, Any]) -> str:
-    """A line for each step, and one for each kernel that was compiled."""
+    """A line for each step, and what each kernel takes."""
     lines = [f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"]
     for name, done in record["steps"].items():
         last = str(done["output"]).strip().splitlines()[-1:] or [""]
         lines.append(f"{name:10} exit {done['exit_code']!s:4} {done.get('seconds', 0):6} s  {last[0][:90]}")
-    for row in record.get("resources", []):
-        lines.append(
-            f"{row['arch']:8} {row['registers']:4} registers, {row['spilled_bytes']} spilled  {row['kernel'][:60]}"
-        )
+    lines.append(resource_table(record.get("resources", [])))
     return "\n".join(lines)
 
 
