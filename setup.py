@@ -69,7 +69,7 @@ def kernel() -> dict[str, Any]:
 
             def own(sources: list[str], *args: Any, **options: Any) -> list[str]:
                 objects = shared(sources, *args, **options)
-                return [o[:-2] + os.path.splitext(s)[1] + ".o" for s, o in zip(sources, objects)]
+                return [o[:-2] + os.path.splitext(s)[1] + ".o" for s, o in zip(sources, objects, strict=True)]
 
             self.compiler.object_filenames = own
             super().build_extensions()
@@ -94,9 +94,11 @@ def missing_for_cpu() -> str:
 
 
 def find_toolkit() -> None:
-    """Name the CUDA toolkit in CUDA_HOME. An nvcc on the PATH may be a launcher outside of it, but knows where it is."""
+    """Name the CUDA toolkit in CUDA_HOME. An nvcc on the PATH may be a launcher outside of it."""
     if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and shutil.which("nvcc"):
-        done = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            ["nvcc", "--dryrun", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True, check=False
+        )
         found = re.search(r"_HERE_=(.+)/bin$", done.stderr, re.MULTILINE)
         if found:
             os.environ["CUDA_HOME"] = found[1]

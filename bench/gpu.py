@@ -71,7 +71,7 @@ def resources(output: str) -> list[dict[str, Any]]:
 def resource_table(rows: list[dict[str, Any]]) -> str:
     """A line for each kernel and architecture."""
     return "\n".join(
-        f"{row['arch']:8} {row['kernel']:24} {row['registers']:4} registers, {row['spilled_bytes']} bytes spilled"
+        f"{row['arch']:8} {row['kernel']:26} {row['registers']:4} registers, {row['spilled_bytes']} bytes spilled"
         for row in rows
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -107,21 +108,28 @@ def probe_openvino() -> Iterator[Outcome]:
 
 
 def probe_torch() -> Iterator[Outcome]:
-    """PyTorch on the CPU and on each CUDA device."""
+    """PyTorch on the CPU and on each CUDA device, and what samples patches there (`ops.kernel_in_use`)."""
     import torch
+
+    from ssod_edge.ops import kernel_in_use
+
+    def kernel(device: str) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where it was not built is what this says
+            return f"kernel: {kernel_in_use(device)}"
 
     def multiply(device: str) -> Any:
         x = torch.tensor(FACTOR, device=device)
         return (x @ x).cpu().numpy()
 
-    yield check("CPU", lambda: multiply("cpu"), f"{torch.get_num_threads()} threads")
+    yield check("CPU", lambda: multiply("cpu"), f"{torch.get_num_threads()} threads, {kernel('cpu')}")
     if not torch.cuda.is_available():
         reason = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "no CUDA device or driver found"
         yield "CUDA", "missing", reason
     for index in range(torch.cuda.device_count()):
         device = f"cuda:{index}"
         major, minor = torch.cuda.get_device_capability(index)
-        detail = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        detail = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}, {kernel(device)}"
         yield check(device.upper(), partial(multiply, device), detail)
 
 

@@ -38,7 +38,8 @@ def test_orin_and_hopper_compile_without_a_warning_or_a_spill_and_the_library_lo
 
 
 def test_a_spill_fails_the_build(tmp_path: Path) -> None:
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ssod_edge", "kernels", "export", "bench", "scripts"):
+    files, folders = ("setup.py", "pyproject.toml", "README.md", "LICENSE"), ("ssod_edge", "kernels", "export", "bench")
+    for name in (*files, *folders, "scripts"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     (tmp_path / "kernels" / "patch_sample.cu").write_text(

@@ -44,6 +44,12 @@ def test_installed_engines_multiply_on_the_cpu(name: str) -> None:
     assert outcomes["CPU"] == "ok"
 
 
+def test_the_kernel_that_samples_patches_is_named() -> None:
+    ops = pytest.importorskip("ssod_edge.ops", reason="needs torch")
+    details = {device: detail for device, _, detail in probe.PROBES["torch"]()}
+    assert details["CPU"].endswith(f"kernel: {ops.kernel_in_use('cpu')}")
+
+
 def test_wrong_result_is_a_failure() -> None:
     device, status, detail = probe.check("CPU", lambda: np.zeros((2, 2)))
     assert (device, status) == ("CPU", "failed")
