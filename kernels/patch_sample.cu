@@ -630,6 +630,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // taken back, or PyTorch's next launch would fail with it
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
