@@ -13,7 +13,8 @@ from rich.text import Text
 from ssod_edge.checkpoint import find_run
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.export.run import PRECISIONS, TARGETS, ExportOptions, export_source
+from ssod_edge.export.engines import PRECISIONS, TARGETS
+from ssod_edge.export.run import ExportOptions, export_source
 from ssod_edge.export.source import Source, from_run, from_weights, untrained
 from ssod_edge.runtime import is_installed
 from ssod_edge.spec import Artifact, Spec

@@ -6,18 +6,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from ssod_edge import __version__
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
 from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError, VerificationError, missing_extra
+from ssod_edge.export.engines import PRECISIONS, TARGETS, make_artifact
 from ssod_edge.export.fp16 import HalfReport, to_fp16
-from ssod_edge.export.onnx import OPSET, fused_graph, save_onnx
-from ssod_edge.export.openvino import save_ir
+from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
 from ssod_edge.export.staging import staged
@@ -28,8 +26,8 @@ from ssod_edge.runtime import ENGINES, Runner, is_installed, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_files, load_spec, save_spec
 
-PRECISIONS = ("fp32", "fp16")
-TARGETS = ("onnxruntime", "openvino")
+#: Packages whose versions say how a graph came about.
+MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
 #: Images in a reference that has to do without real ones.
 SYNTHETIC_IMAGES = 32
 
@@ -163,10 +161,7 @@ def _build(source: Source, folder: Path, options: ExportOptions, say: Say) -> Sp
             graph, report = to_fp16(fp32, len(source.model.classes) + 1)
             say(_weights_line(report))
         path = save_onnx(graph, folder / f"model-{precision}.onnx")
-        if "onnxruntime" in options.engines:
-            artifacts.append(_artifact("onnxruntime", precision, folder, [path]))
-        if "openvino" in options.engines:
-            artifacts.append(_artifact("openvino", precision, folder, save_ir(path, folder / f"openvino-{precision}")))
+        artifacts += [make_artifact(engine, precision, path, folder, MADE_WITH) for engine in options.engines]
         if "onnxruntime" not in options.engines:
             path.unlink()
     evidence = "chosen when exporting" if options.score else "the default; no study has chosen one for this model"
@@ -197,18 +192,6 @@ def _reference(source: Source, folder: Path) -> Path:
             raise UsageError(f"none of the images of {calibration.description} can be read")
         images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
     return write_reference(folder / REFERENCE_NAME, source.model, images, labels)
-
-
-def _artifact(engine: str, precision: str, folder: Path, paths: Sequence[Path]) -> Artifact:
-    packages = ("torch", "timm", "onnx", "onnxscript", engine)
-    return Artifact(
-        name=f"{engine.removesuffix('runtime')}-{precision}",
-        engine=engine,
-        precision=precision,
-        files={path.relative_to(folder).as_posix(): sha256_file(path) for path in paths},
-        opset=OPSET,
-        versions={"ssod-edge": __version__, **{package: version(package) for package in packages}},
-    )
 
 
 def _weights_line(report: HalfReport) -> str:
