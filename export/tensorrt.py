@@ -160,8 +160,8 @@ def _capabilities(module: Any, gpu: Gpu | None) -> list[str]:
     if gpu.compute_capability not in known:
         raise EngineError(
             f"{TITLES['tensorrt_rtx']} {module.__version__} has no code for '{gpu.name}' (compute capability "
-            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for other GPUs on "
-            "this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
+            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for "
+            "other GPUs on this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
         )
     return [gpu.compute_capability]
 
