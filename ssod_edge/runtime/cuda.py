@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -92,12 +93,10 @@ def _open_gpu(index: int) -> Gpu:
 
 
 def _driver() -> Any:
+    if importlib.util.find_spec("pycuda") is None:
+        raise missing_extra("pycuda", "running on a GPU")
     try:
         import pycuda.driver
-    except ModuleNotFoundError as error:
-        if error.name == "pycuda":
-            raise missing_extra("pycuda", "running on a GPU") from error
-        raise import_failed("pycuda", error) from error
     except ImportError as error:
         raise import_failed("pycuda", error) from error
     return pycuda.driver
