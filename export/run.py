@@ -19,11 +19,11 @@ from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
 from ssod_edge.export.staging import exclusive, staged
-from ssod_edge.export.tensorrt import PlanOptions
+from ssod_edge.export.tensorrt import PlanOptions, check_builder
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
-from ssod_edge.runtime import ENGINES, Runner, is_installed, open_runner, why_not_here
+from ssod_edge.runtime import ENGINES, PLAN_ENGINES, Runner, is_installed, open_runner, why_not_here
 from ssod_edge.runtime.verify import check_passed, verify_runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_files, load_spec, save_spec
 
@@ -106,6 +106,8 @@ def export_source(
     for engine in options.engines:
         if not is_installed(engine):
             raise missing_extra(ENGINES[engine], f"exporting for {engine}")
+        if engine in PLAN_ENGINES:
+            check_builder(engine)
     check_score(source, options.score or DEFAULT_SCORE)
     if out is None:
         check_run_folder(source)

@@ -66,14 +66,26 @@ def parse_batch(text: str) -> tuple[int, int, int]:
 
 def runs_here(engine: str) -> bool:
     """Whether a plan that is built here can run here: there is a GPU, and this engine has code for it."""
-    if not has_gpu():
-        return False
-    if engine == "tensorrt":
-        return True
     try:
-        return open_gpu().compute_capability in _capabilities(load_module(engine), None)
+        return _target(engine)[1] is not None
     except SsodEdgeError:
         return False
+
+
+def check_builder(engine: str) -> None:
+    """Find out before the work whether plans can be built here.
+
+    Raises:
+        MissingExtraError, EngineError: see `save_plan`.
+    """
+    _target(engine)
+
+
+def _target(engine: str) -> tuple[Any, Gpu | None, list[str]]:
+    """The module, the GPU that is here, and the compute capabilities that a plan is built for."""
+    module = load_module(engine)
+    gpu = open_gpu() if engine == "tensorrt" or has_gpu() else None
+    return module, gpu, _capabilities(module, gpu)
 
 
 def save_plan(
@@ -105,14 +117,13 @@ def save_plan(
         ArtifactError: the ONNX file is cut short, or its external data is missing or outside its folder.
         OutputError: the plan cannot be written.
     """
-    module = load_module(engine)
-    gpu = open_gpu() if engine == "tensorrt" or has_gpu() else None
+    module, gpu, capabilities = _target(engine)
     build = {
         "onnx_sha256": _graph_hash(onnx_path),
         "engine": engine,
         "version": str(module.__version__),
         "gpu": gpu.name if gpu is not None and engine == "tensorrt" else None,
-        "compute_capabilities": _capabilities(module, gpu),
+        "compute_capabilities": capabilities,
         "precision": precision,
         "batch": list(options.batch),
         "version_compatible": options.version_compatible and engine == "tensorrt",
@@ -121,7 +132,7 @@ def save_plan(
     path = folder / PLAN_NAME
     if earlier is not None and (copied := _copy_earlier(*earlier, build["key"], path)):
         return copied, build
-    plan = build_plan(module, onnx_path, options, build["compute_capabilities"])
+    plan = build_plan(module, onnx_path, options, capabilities)
     return write_atomic(path, lambda temporary: temporary.write_bytes(plan)), build
 
 
@@ -244,9 +255,9 @@ def _parser_error(parser: Any, logger: Any) -> str:
         return str(logger.last())
     error = parser.get_error(0)
     name, op = _text(error, "node_name"), _text(error, "node_operator")
-    where = f"node '{name or error.node()}'" + (f" ({op})" if op else "")
+    where = f"node '{name}' ({op}): " if op else ""
     others = f" ({parser.num_errors - 1} more errors)" if parser.num_errors > 1 else ""
-    return f"{where}: {' '.join(str(error.desc()).split())}{others}"
+    return f"{where}{' '.join(str(error.desc()).split())}{others}"
 
 
 def _text(error: Any, attribute: str) -> str:
