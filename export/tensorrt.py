@@ -272,9 +272,9 @@ def _build(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
         the serialised network, or None.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="build") as pool:
-        work = pool.submit(builder.build_serialized_network, network, config)
+        pool.submit(int).result()  # a thread that an interrupt meets while it starts is not waited for
         try:
-            return work.result()
+            return pool.submit(builder.build_serialized_network, network, config).result()
         except BaseException:
             monitor.cancelled = True  # it ends at its next step, and the pool waits for that
             raise

@@ -153,9 +153,9 @@ def choose_artifact(spec: Spec, engine: str = "auto", precision: str = "auto", n
             "release does not run. Update with: pip install -U ssod-edge"
         )
     fitting.sort(key=lambda a: (AUTO_ENGINES.index(a.engine), AUTO_PRECISIONS.index(a.precision)))
-    for artifact in fitting:
-        if is_installed(artifact.engine) and (engine != "auto" or name is not None or _has_device(artifact.engine)):
-            return artifact
+    installed = [artifact for artifact in fitting if is_installed(artifact.engine)]
+    if installed:  # the first of them, if none has its device, says why it cannot run
+        return next((artifact for artifact in installed if _has_device(artifact.engine)), installed[0])
     raise missing_extra(ENGINES[fitting[0].engine], f"running artifact '{fitting[0].name}'")
 
 
