@@ -191,8 +191,12 @@ class Session:
         self.shapes: dict[str, list[int | None]] = {
             name: [axis if axis >= 0 else None for axis in engine.get_tensor_shape(name)] for name in names
         }
-        smallest, _, largest = engine.get_tensor_profile_shape(self.inputs[0], 0)
-        self.batch = (int(smallest[0]), int(largest[0]))
+        fixed = self.shapes[self.inputs[0]][0]
+        if fixed is not None:
+            self.batch = (fixed, fixed)
+        else:
+            smallest, _, largest = engine.get_tensor_profile_shape(self.inputs[0], 0)
+            self.batch = (int(smallest[0]), int(largest[0]))
 
     def _configure(self, strategy: Any) -> tuple[Any, Any]:
         """The runtime configuration and kernel cache of TensorRT for RTX; (None, None) for the others."""
