@@ -13,9 +13,11 @@ from rich.text import Text
 from ssod_edge.checkpoint import find_run
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.export.run import PRECISIONS, TARGETS, ExportOptions, export_source
+from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS
+from ssod_edge.export.run import ExportOptions, export_source
 from ssod_edge.export.source import Source, from_run, from_weights, untrained
-from ssod_edge.runtime import is_installed
+from ssod_edge.export.tensorrt import PlanOptions, parse_batch, runs_here
+from ssod_edge.runtime import PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
 
 UNTRAINED_WARNING = (
@@ -44,6 +46,8 @@ def run_export(
     target: str = "all",
     score: ScoreName | None = None,
     tpr: float = 0.95,
+    batch: str = "1,1,8",
+    version_compatible: bool = False,
 ) -> int:
     """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
 
@@ -57,12 +61,15 @@ def run_export(
         classes: file of class names for `weights` and `pretrained`.
         size: input size in pixels, of weights that were not trained here.
         precisions: of "fp32" and "fp16"; none given makes both.
-        target: "onnx", "openvino", or "all" that is installed.
+        target: see `engines_for`.
         score, tpr: see `ExportOptions`.
+        batch: "MIN,OPT,MAX" of TensorRT's plans.
+        version_compatible: see `ssod_edge.export.tensorrt.PlanOptions`.
     """
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    options = ExportOptions(precisions or PRECISIONS, engines_for(target), tpr, score)
+    plans = PlanOptions(parse_batch(batch), version_compatible)
+    options = ExportOptions(precisions or PRECISIONS, engines_for(target), tpr, score, plans)
     source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
     if not source.trained:
         warning = UNTRAINED_WARNING.format(backbone=source.model.backbone_name, runs=runs)
@@ -77,10 +84,16 @@ def run_export(
 
 
 def engines_for(target: str) -> tuple[str, ...]:
-    """The engines of "onnx", "openvino" or "all" (those that are installed)."""
+    """The engines of a target: "onnx", "openvino", "tensorrt", "tensorrt-rtx" or "all".
+
+    "all" is what is installed, and of the two that build for a GPU those whose plans run on the one that is here. A
+    plan for another machine is made when its target is asked for by name.
+    """
     if target == "all":
-        return tuple(engine for engine in TARGETS if is_installed(engine)) or TARGETS
-    return ("onnxruntime",) if target == "onnx" else ("openvino",)
+        found = tuple(engine for engine in CPU_TARGETS if is_installed(engine))
+        found += tuple(engine for engine in PLAN_ENGINES if is_installed(engine) and runs_here(engine))
+        return found or CPU_TARGETS
+    return ("onnxruntime" if target == "onnx" else target.replace("-", "_"),)
 
 
 def choose_source(
@@ -134,7 +147,9 @@ def print_artifacts(spec: Spec, folder: Path) -> None:
 
 def _row(artifact: Artifact, folder: Path) -> tuple[str, ...]:
     size = sum((folder / name).stat().st_size for name in artifact.files) / 1e6
-    figures, threshold = artifact.verification or {}, artifact.threshold
+    figures, threshold = artifact.verification, artifact.threshold
+    if figures is None:
+        return artifact.name, f"{size:.1f} MB", "-", "-", "-", "none", "on first run"
     flips = figures.get("decision_flips")
     return (
         artifact.name,

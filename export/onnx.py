@@ -14,13 +14,13 @@ from torch import nn
 
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.export.engines import OPSET
 from ssod_edge.export.graph import FusedClassifier
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.spec import SCHEMA_VERSION
 
-OPSET = 18
 INPUT = "image"
 LINEAR_OPS = ("Gemm", "MatMul")
 

@@ -5,31 +5,30 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from ssod_edge import __version__
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
 from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError, VerificationError, missing_extra
+from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, TARGETS, make_artifact
 from ssod_edge.export.fp16 import HalfReport, to_fp16
-from ssod_edge.export.onnx import OPSET, fused_graph, save_onnx
-from ssod_edge.export.openvino import save_ir
+from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
-from ssod_edge.export.staging import staged
+from ssod_edge.export.staging import exclusive, staged
+from ssod_edge.export.tensorrt import PlanOptions, check_builder
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
-from ssod_edge.runtime import ENGINES, Runner, is_installed, open_runner
+from ssod_edge.runtime import ENGINES, PLAN_ENGINES, Runner, is_installed, open_runner, why_not_here
 from ssod_edge.runtime.verify import check_passed, verify_runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_files, load_spec, save_spec
 
-PRECISIONS = ("fp32", "fp16")
-TARGETS = ("onnxruntime", "openvino")
+#: Packages whose versions say how a graph came about.
+MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
 #: Images in a reference that has to do without real ones.
 SYNTHETIC_IMAGES = 32
 
@@ -45,12 +44,14 @@ class ExportOptions:
         engines: of `TARGETS`.
         target_tpr: share of in-distribution images that must stay known, in (0, 1).
         score: the OOD score that the graph computes; None takes the default.
+        plans: how TensorRT's plans are built.
     """
 
     precisions: tuple[str, ...] = PRECISIONS
-    engines: tuple[str, ...] = TARGETS
+    engines: tuple[str, ...] = CPU_TARGETS
     target_tpr: float = 0.95
     score: ScoreName | None = None
+    plans: PlanOptions = field(default_factory=PlanOptions)
 
     def __post_init__(self) -> None:
         for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
@@ -64,7 +65,7 @@ def export_run(
     run: str | Path,
     out: str | Path | None = None,
     precisions: Sequence[str] = PRECISIONS,
-    engines: Sequence[str] = TARGETS,
+    engines: Sequence[str] = CPU_TARGETS,
     target_tpr: float = 0.95,
     score: ScoreName | None = None,
 ) -> Spec:
@@ -105,15 +106,19 @@ def export_source(
     for engine in options.engines:
         if not is_installed(engine):
             raise missing_extra(ENGINES[engine], f"exporting for {engine}")
+        if engine in PLAN_ENGINES:
+            check_builder(engine)
     check_score(source, options.score or DEFAULT_SCORE)
     if out is None:
         check_run_folder(source)
     place = Path(out) if out is not None else source.folder / "export"
-    with staged(place) as folder:
-        spec = _build(source, folder, options, say)
+    with ExitStack() as publishing, staged(place) as folder:
+        spec = _build(source, folder, options, say, place)
         spec = _prove(source, folder, spec, options.target_tpr, say)
         if out is None and source.checkpoint is None:
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
+        # Another process may be exporting to the same place: what it has published by now is kept too.
+        publishing.enter_context(exclusive(place.parent))
         spec = _keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec
@@ -121,10 +126,9 @@ def export_source(
 
 def _keep_earlier(place: Path, folder: Path, spec: Spec, say: Say) -> Spec:
     """Carry over what an earlier export has and this one did not make again; say what is lost."""
-    try:
-        earlier = load_spec(place)
-    except SsodEdgeError:
-        return spec  # there is none, or it is damaged
+    earlier = _earlier(place)
+    if earlier is None:
+        return spec
     identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source", "reference_sha256")
     same = identity(earlier) == identity(spec)
     made = {artifact.name: artifact for artifact in spec.artifacts}
@@ -150,8 +154,18 @@ def _keep_earlier(place: Path, folder: Path, spec: Spec, say: Say) -> Spec:
     return replace(spec, artifacts=tuple(order))
 
 
-def _build(source: Source, folder: Path, options: ExportOptions, say: Say) -> Spec:
+def _earlier(place: Path) -> Spec | None:
+    """The spec of the export that is there; None if there is none, or it is damaged."""
+    try:
+        return load_spec(place)
+    except SsodEdgeError:
+        return None
+
+
+def _build(source: Source, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
     """Write every artifact and the reference; the spec has neither thresholds nor figures yet."""
+    found = _earlier(place)
+    earlier = None if found is None else (place, found)
     score = options.score or DEFAULT_SCORE
     reference_sha256 = sha256_file(_reference(source, folder))
     say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {score}")
@@ -163,10 +177,10 @@ def _build(source: Source, folder: Path, options: ExportOptions, say: Say) -> Sp
             graph, report = to_fp16(fp32, len(source.model.classes) + 1)
             say(_weights_line(report))
         path = save_onnx(graph, folder / f"model-{precision}.onnx")
-        if "onnxruntime" in options.engines:
-            artifacts.append(_artifact("onnxruntime", precision, folder, [path]))
-        if "openvino" in options.engines:
-            artifacts.append(_artifact("openvino", precision, folder, save_ir(path, folder / f"openvino-{precision}")))
+        artifacts += [
+            make_artifact(engine, precision, path, folder, MADE_WITH, options.plans, earlier)
+            for engine in options.engines
+        ]
         if "onnxruntime" not in options.engines:
             path.unlink()
     evidence = "chosen when exporting" if options.score else "the default; no study has chosen one for this model"
@@ -199,18 +213,6 @@ def _reference(source: Source, folder: Path) -> Path:
     return write_reference(folder / REFERENCE_NAME, source.model, images, labels)
 
 
-def _artifact(engine: str, precision: str, folder: Path, paths: Sequence[Path]) -> Artifact:
-    packages = ("torch", "timm", "onnx", "onnxscript", engine)
-    return Artifact(
-        name=f"{engine.removesuffix('runtime')}-{precision}",
-        engine=engine,
-        precision=precision,
-        files={path.relative_to(folder).as_posix(): sha256_file(path) for path in paths},
-        opset=OPSET,
-        versions={"ssod-edge": __version__, **{package: version(package) for package in packages}},
-    )
-
-
 def _weights_line(report: HalfReport) -> str:
     line = f"fp16: {report.weights} weights, largest error {report.max_abs_error:.2g}"
     for count, what in ((report.clipped, "clipped to 65504"), (report.flushed, "rounded to 0")):
@@ -223,9 +225,9 @@ def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say
     with ExitStack() as stack:
         runners = [
             stack.enter_context(open_runner(folder, artifact=a.name, allow_untrained=True, verify=False))
-            for a in spec.artifacts
+            for a in _that_run_here(spec, say)
         ]
-        if source.trained and source.calibration is not None:
+        if runners and source.trained and source.calibration is not None:
             _fit_thresholds(source, runners, target_tpr, say)
         failures: list[str] = []
         for runner in runners:
@@ -239,6 +241,18 @@ def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say
         raise VerificationError("nothing is released: " + "\n".join(failures))
     save_spec(spec, folder)
     return spec
+
+
+def _that_run_here(spec: Spec, say: Say) -> list[Artifact]:
+    """The artifacts without those that were built for another machine, which are named."""
+    found = []
+    for artifact in spec.artifacts:
+        if reason := why_not_here(artifact):
+            say(f"{artifact.name} is verified on its first run, not here: {reason}")
+            say(f"{artifact.name} has no threshold until there: ssod-edge calibrate DIR --id DATA")
+        else:
+            found.append(artifact)
+    return found
 
 
 def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float, say: Say) -> None:

@@ -195,7 +195,16 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("-o", "--out", type=click.Path(), help="Export folder. Default: RUN/export.")
 @click.option("--fp16", is_flag=True, help="Make fp16 artifacts. Default: fp32 and fp16.")
 @click.option("--fp32", is_flag=True, help="Make fp32 artifacts.")
-@click.option("--target", type=click.Choice(["onnx", "openvino", "all"]), default="all", help="All that is installed.")
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "openvino", "tensorrt", "tensorrt-rtx", "all"]),
+    default="all",
+    help="all: what is installed and runs here. tensorrt-rtx also builds without a GPU, for any from Ampere on.",
+)
+@click.option("--batch", metavar="MIN,OPT,MAX", default="1,1,8", help="Images per run of a TensorRT plan.")
+@click.option(
+    "--version-compatible", is_flag=True, help="A TensorRT plan that later releases and the lean runtime open."
+)
 @click.option("--score", type=click.Choice(SCORES), help="OOD score in the graph. Default: energy.")
 @click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")
@@ -205,7 +214,7 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("--size", type=click.IntRange(min=1), help="Input size in pixels, of weights not trained here.")
 @click.pass_context
 def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **options: Any) -> None:
-    """Make verified ONNX and OpenVINO artifacts, each with its own threshold.
+    """Make verified ONNX, OpenVINO and TensorRT artifacts, each with its own threshold.
 
     RUN is a run folder or a checkpoint; default: the newest run. With --backbone and no run of it, untrained weights
     are exported, to measure latency.
@@ -257,10 +266,14 @@ def bench(
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
-@click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "eager"]), default="auto")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"]),
+    default="auto",
+)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
-@click.option("--device", default="auto", help="Where to run: the CPU, or an OpenVINO device such as GPU.")
+@click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine. Default: its own choice.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, help="Images per run of the engine.")
 @click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")

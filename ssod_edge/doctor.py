@@ -15,7 +15,8 @@ from typing import Any, Literal
 from ssod_edge import __version__
 from ssod_edge.bench.environment import describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
-from ssod_edge.probe import PROBES
+from ssod_edge.probe import BUILDER, PROBES
+from ssod_edge.runtime import PLAN_ENGINES
 
 Status = Literal["ok", "failed", "missing"]
 
@@ -23,14 +24,19 @@ Status = Literal["ok", "failed", "missing"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "Pillow", "tensorrt_rtx": "tensorrt-rtx"}
 BASE = ("numpy", "PIL", "click", "rich")
 #: Engines that this release runs exports on; one of them has to work.
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = (*PLAN_ENGINES, "onnxruntime", "openvino")
 #: What each extra is for, as the report says it.
 PURPOSES = {
     "train": "train, eval and export",
     "onnx": "export, and ONNX Runtime",
     "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "jetson": "running on a GPU",
     "report": "the plots of eval and bench",
 }
+#: Of no use without a GPU, and each on machines of its own.
+GPU_EXTRAS = ("tensorrt", "tensorrt-rtx", "jetson")
 #: A driver that hangs is given up after this time.
 PROBE_TIMEOUT_S = 120
 
@@ -78,7 +84,8 @@ class Report:
     @property
     def working_runtimes(self) -> tuple[str, ...]:
         """Engines an export can run on here."""
-        return tuple(sorted({e.engine for e in self.engines if e.engine in RUNTIMES and e.status == "ok"}))
+        found = {e.engine for e in self.engines if e.status == "ok" and e.device != BUILDER}
+        return tuple(sorted(found & set(RUNTIMES)))
 
 
 def examine() -> Report:
@@ -120,8 +127,7 @@ def install_command(module: str) -> str:
 def try_engine(name: str) -> list[Engine]:
     """Run one engine's probe (`ssod_edge.probe`) in a new process and read its outcomes."""
     if find_spec(name) is None:
-        detail = "not installed" if name in EXTRAS else "not installed; this release has no runner for it"
-        return [Engine(name, "", "missing", detail, install_command(name))]
+        return [Engine(name, "", "missing", "not installed", install_command(name))]
     # The child searches for modules where this process does: not in the folder the user happens to be in.
     code = f"import sys; sys.path[:] = {sys.path!r}; from ssod_edge.probe import main; main({name!r})"
     try:
@@ -189,7 +195,12 @@ def advice(report: Report) -> list[str]:
         lines.append(f"Exports run here with: {', '.join(report.working_runtimes)}")
     else:
         lines.append("No engine can run an export here; 'ssod-edge[onnx]' or 'ssod-edge[openvino]' brings one.")
-    extras = sorted({entry.extra for entry in report.packages if entry.extra and entry.install})
+    extras = sorted({e.extra for e in report.packages if e.extra and e.extra not in GPU_EXTRAS and e.install})
     if extras:
         lines.append(f"Install what is missing: pip install 'ssod-edge[{','.join(extras)}]'")
+    if report.gpus and not set(PLAN_ENGINES) & set(report.working_runtimes):
+        lines.append(
+            "To run on the GPU: pip install 'ssod-edge[tensorrt]'; on a Jetson, whose JetPack has TensorRT: "
+            "pip install 'ssod-edge[jetson]' in an environment made with --system-site-packages"
+        )
     return lines

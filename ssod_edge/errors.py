@@ -20,6 +20,9 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "pycuda": "jetson",  # the extra that brings it alone, so that no wheel hides JetPack's own TensorRT
     "matplotlib": "report",
     "jinja2": "report",
 }

@@ -19,6 +19,9 @@ import numpy as np
 FACTOR = [[1.0, 2.0], [3.0, 4.0]]
 PRODUCT = [[7.0, 10.0], [15.0, 22.0]]
 
+#: The "device" of an engine that makes plans; it runs nothing.
+BUILDER = "builder"
+
 #: A device's name, its status, and what to know about it or why it does not work.
 Outcome = tuple[str, Literal["ok", "failed", "missing"], str]
 
@@ -134,25 +137,59 @@ def probe_torch() -> Iterator[Outcome]:
 
 
 def probe_tensorrt() -> Iterator[Outcome]:
-    """TensorRT: its builder, which needs a GPU and a driver."""
+    """TensorRT: its builder, which needs a GPU and a driver, and the first GPU."""
     import tensorrt
 
-    yield _builder(tensorrt)
+    return _plan(tensorrt)
 
 
 def probe_tensorrt_rtx() -> Iterator[Outcome]:
-    """TensorRT for RTX: its builder, which works ahead of time without a GPU."""
+    """TensorRT for RTX: its builder, which works ahead of time without a GPU, and the first GPU."""
     import tensorrt_rtx
 
-    yield _builder(tensorrt_rtx)
+    return _plan(tensorrt_rtx)
 
 
-def _builder(tensorrt: Any) -> Outcome:
+def _plan(tensorrt: Any) -> Iterator[Outcome]:
+    """Build a plan, and run it on the GPU as the runner does."""
+    from ssod_edge.errors import SsodEdgeError
+    from ssod_edge.runtime.cuda import open_gpu
+    from ssod_edge.runtime.trt import Session
+
+    def build(capability: str | None) -> bytes:
+        builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
+        network = builder.create_network()
+        if not tensorrt.OnnxParser(network, tensorrt.Logger(tensorrt.Logger.ERROR)).parse(tiny_onnx()):
+            raise RuntimeError("it cannot parse an ONNX model")
+        config = builder.create_builder_config()
+        if hasattr(tensorrt, "ComputeCapability"):
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(tensorrt.ComputeCapability, f"SM{capability or '86'}"), 0)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise RuntimeError("it builds nothing")
+        return bytes(memoryview(plan))
+
     try:
-        tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
+        build(None)
     except Exception as error:
-        return "builder", "failed", first_line(error)
-    return "builder", "ok", ""
+        yield BUILDER, "failed", first_line(error)
+        return
+    yield BUILDER, "ok", ""
+    try:
+        gpu = open_gpu()
+    except SsodEdgeError as error:
+        yield "CUDA", "missing", first_line(error)
+        return
+
+    def run() -> Any:
+        session = Session(tensorrt, build(gpu.compute_capability.replace(".", "")), "probe", gpu)
+        try:
+            return session.run({"x": np.asarray(FACTOR, dtype=np.float32)})["y"]
+        finally:
+            session.close()
+
+    yield check("CUDA:0", run, f"{gpu.name}, compute capability {gpu.compute_capability}")
 
 
 def probe_pycuda() -> Iterator[Outcome]:

@@ -77,3 +77,40 @@ def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+class PhaseBars:
+    """A bar for each phase of a longer work that runs, nested ones too. Off a terminal nothing is shown.
+
+    A context manager; any thread may report.
+    """
+
+    def __init__(self, what: str):
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            console=Console(stderr=True), transient=True, disable=not _on_terminal(),
+        )  # fmt: skip
+        self.what = what
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> PhaseBars:
+        self.bars.start()
+        self.bars.add_task(self.what, total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, phase: str, steps: int) -> None:
+        """A phase of so many steps begins."""
+        self.tasks[phase] = self.bars.add_task(f"  {phase}", total=steps)
+
+    def advance(self, phase: str) -> None:
+        """One of its steps is done."""
+        if phase in self.tasks:
+            self.bars.advance(self.tasks[phase])
+
+    def finish(self, phase: str) -> None:
+        """It ends, perhaps before its last step."""
+        if phase in self.tasks:
+            self.bars.remove_task(self.tasks.pop(phase))

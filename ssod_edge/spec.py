@@ -14,7 +14,7 @@ from ssod_edge.config import SCORES, Preprocess, ScoreName
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import sha256_file, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPEC_NAME = "ssod.json"
 REFERENCE_NAME = "reference.npz"
 
@@ -52,13 +52,15 @@ class Artifact:
 
     Attributes:
         name: e.g. "onnx-fp16" or "openvino-fp32".
-        engine: "onnxruntime" or "openvino".
-        precision: "fp32" or "fp16", as stored in the graph.
+        engine: "onnxruntime", "openvino", "tensorrt" or "tensorrt_rtx".
+        precision: "fp32", "fp16" or "int8", as stored in the graph.
         files: path relative to the export folder -> SHA-256; the first one is what the engine opens.
         opset: of the ONNX graph it was made from.
         versions: package -> version it was built with.
         threshold: None for untrained weights.
         verification: figures of `ssod_edge.runtime.verify.Verification`; None until it ran.
+        build: how it was made, where there is more to say: what an int8 graph was calibrated with and which layers
+            stayed in floating point, the GPU and the shapes that a plan was built for.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Artifact:
     versions: dict[str, str]
     threshold: Threshold | None = None
     verification: dict[str, Any] | None = None
+    build: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -161,6 +164,11 @@ def load_spec(folder: str | Path) -> Spec:
             f"'{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
+    if version == 1 and isinstance(values.get("artifacts"), list):  # it had no `build`
+        for artifact in values["artifacts"]:
+            if isinstance(artifact, dict):
+                artifact.setdefault("build", {})
+        values["schema_version"] = SCHEMA_VERSION
     try:
         spec: Spec = from_json(Spec, values)
     except UsageError as error:

@@ -106,7 +106,7 @@ def test_missing_engine_names_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     (engine,) = doctor.try_engine("openvino")
     assert (engine.status, engine.install) == ("missing", "pip install 'ssod-edge[openvino]'")
     (engine,) = doctor.try_engine("tensorrt_rtx")
-    assert (engine.status, engine.install) == ("missing", "pip install tensorrt-rtx")
+    assert (engine.status, engine.install) == ("missing", "pip install 'ssod-edge[tensorrt-rtx]'")
 
 
 def test_package_under_another_name_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +141,25 @@ def test_without_an_engine_doctor_ends_with_3(
     assert "a CPU, 2 cores\nCPU features: unknown\nGPU: a GPU, 580.1\n" in printed
     assert "No engine can run an export here" in printed
     assert "pip install 'ssod-edge[onnx,train]'" in printed
+
+
+def test_a_builder_alone_runs_nothing() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which the extra 'dev' brings")
+    engines = doctor.try_engine("tensorrt_rtx")
+    assert (engines[0].device, engines[0].status) == ("builder", "ok")
+    assert replace(empty_report(), engines=(engines[0],)).working_runtimes == ()
+    on_gpu = replace(engines[0], device="CUDA:0")
+    assert replace(empty_report(), engines=(on_gpu,)).working_runtimes == ("tensorrt_rtx",)
+
+
+def test_what_a_gpu_needs_is_named_only_where_there_is_one() -> None:
+    packages = tuple(doctor.Package(extra, None, extra, f"pip {extra}") for extra in ("onnx", *doctor.GPU_EXTRAS))
+    report = replace(empty_report(), packages=packages)
+    assert "pip install 'ssod-edge[onnx]'" in "\n".join(doctor.advice(report))
+    assert "jetson" in doctor.advice(report)[-1]
+    assert "jetson" not in "\n".join(doctor.advice(replace(report, gpus=[])))
+    working = (doctor.Engine("tensorrt", "CUDA:0", "ok", ""),)
+    assert "jetson" not in "\n".join(doctor.advice(replace(report, engines=working)))
 
 
 def test_one_working_engine_is_enough() -> None:

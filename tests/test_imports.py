@@ -59,6 +59,15 @@ NEED_TORCH = {
     "ssod_edge.runtime.eager",
 }
 
+#: Of ssod_edge.export, what a device needs too, to make an engine's files from an ONNX graph.
+EXPORT_ON_DEVICE = {
+    "ssod_edge.export",
+    "ssod_edge.export.engines",
+    "ssod_edge.export.external",
+    "ssod_edge.export.openvino",
+    "ssod_edge.export.tensorrt",
+}
+
 #: Seconds. The product's limit is 0.3 on an idle pair of cores; a shared CI machine gets twice that,
 #: and the measured figure is printed.
 HELP_LIMIT_S = 0.6
@@ -78,6 +87,8 @@ MODULES = modules()
 
 
 def needs_torch(module: str) -> bool:
+    if module in EXPORT_ON_DEVICE:
+        return False
     return module in NEED_TORCH or module.startswith(("ssod_edge.export", "ssod_edge.bench"))
 
 

@@ -37,6 +37,16 @@ def test_a_spec_reads_back_as_it_was_written(folder):
     assert check_files(folder, spec.artifacts[0]) == folder / "model-fp32.onnx"
 
 
+def test_a_spec_of_the_first_schema_is_read(folder):
+    def first(values):
+        values["schema_version"] = 1
+        del values["artifacts"][0]["build"]
+
+    expected = load_spec(folder)
+    edit(folder, first)
+    assert load_spec(folder) == expected
+
+
 def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
     spec = load_spec(folder)
     again = Artifact("onnx-fp32", "onnxruntime", "fp32", {"other.onnx": "0"}, 18, {})
@@ -50,7 +60,7 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(schema_version=2), "schema version 2; this release reads up to 1. Update with"),
+        (lambda v: v.update(schema_version=3), "schema version 3; this release reads up to 2. Update with"),
         (lambda v: v.pop("schema_version"), "not an ssod-edge spec"),
         (lambda v: v.pop("classes"), "damaged .*classes"),
         (lambda v: v.update(extra=1), "damaged .*extra"),

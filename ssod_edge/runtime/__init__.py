@@ -11,13 +11,22 @@ from ssod_edge.runtime.runner import OUTPUTS, Runner
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
 
 __all__ = ["AUTO_ENGINES", "AUTO_PRECISIONS", "ENGINES", "OUTPUTS", "Runner", "choose_artifact", "find_export"]
-__all__ += ["is_installed", "open_runner"]
+__all__ += ["PLAN_ENGINES", "is_installed", "open_runner", "why_not_here"]
 
 #: Engine -> the module it needs.
-ENGINES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "eager": "torch"}
+ENGINES = {
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt_rtx",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+    "eager": "torch",
+}
 
-#: What engine="auto" tries, in this order: on a CPU, OpenVINO is the faster of the two.
-AUTO_ENGINES = ("openvino", "onnxruntime")
+#: Engines whose artifacts are plans, built for a GPU.
+PLAN_ENGINES = ("tensorrt", "tensorrt_rtx")
+
+#: What engine="auto" tries, in this order: a GPU first; on a CPU, OpenVINO is the faster of the two.
+AUTO_ENGINES = (*PLAN_ENGINES, "openvino", "onnxruntime")
 
 #: What precision="auto" tries, in this order: on a CPU, fp16 saves disk space and no time.
 AUTO_PRECISIONS = ("fp32", "fp16")
@@ -41,12 +50,14 @@ def open_runner(
 
     Args:
         folder: an export folder, or the run folder that holds it.
-        engine: "auto" takes the first of `AUTO_ENGINES` that the export has an artifact for and that is installed;
-            "openvino", "onnxruntime", or "eager" (the checkpoint itself, with torch).
+        engine: "auto" takes the first of `AUTO_ENGINES` that the export has an artifact for and that is installed,
+            those for a GPU only where there is one; "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", or "eager"
+            (the checkpoint itself, with torch).
         precision: "auto" takes the first of `AUTO_PRECISIONS` that there is; "fp32" or "fp16".
         artifact: an artifact's name, e.g. "onnx-fp16"; `engine` and `precision` must then agree with it.
-        device: "auto" is the CPU; OpenVINO also takes its own device names, e.g. "GPU".
-        threads: of the engine; None leaves the number to the engine.
+        device: "auto" is the CPU, and for TensorRT the first GPU; OpenVINO also takes its own device names, e.g.
+            "GPU", and TensorRT cuda:N.
+        threads: of an engine on the CPU; None leaves the number to the engine.
         allow_untrained: open an export of untrained weights, whose verdicts mean nothing.
         verify: False leaves verification to the caller.
 
@@ -97,7 +108,26 @@ def require_trained(spec: Spec, allow_untrained: bool) -> None:
 
 def is_installed(engine: str) -> bool:
     """Whether the module of an engine can be found. It is not imported."""
-    return importlib.util.find_spec(ENGINES[engine]) is not None
+    modules = (ENGINES[engine], "tensorrt_lean") if engine == "tensorrt" else (ENGINES[engine],)
+    return any(importlib.util.find_spec(module) is not None for module in modules)
+
+
+def why_not_here(artifact: Artifact) -> str | None:
+    """Why an artifact that was just built cannot run on this machine, because it is for another; None if it can."""
+    if artifact.engine not in PLAN_ENGINES:
+        return None
+    from ssod_edge.runtime import trt
+
+    return trt.why_not_here(artifact)
+
+
+def _has_device(engine: str) -> bool:
+    """Whether there is a GPU, for an engine that needs one."""
+    if engine not in PLAN_ENGINES:
+        return True
+    from ssod_edge.runtime.trt import has_gpu
+
+    return has_gpu()
 
 
 def choose_artifact(spec: Spec, engine: str = "auto", precision: str = "auto", name: str | None = None) -> Artifact:
@@ -123,13 +153,17 @@ def choose_artifact(spec: Spec, engine: str = "auto", precision: str = "auto", n
             "release does not run. Update with: pip install -U ssod-edge"
         )
     fitting.sort(key=lambda a: (AUTO_ENGINES.index(a.engine), AUTO_PRECISIONS.index(a.precision)))
-    for artifact in fitting:
-        if is_installed(artifact.engine):
-            return artifact
+    installed = [artifact for artifact in fitting if is_installed(artifact.engine)]
+    if installed:  # the first of them, if none has its device, says why it cannot run
+        return next((artifact for artifact in installed if _has_device(artifact.engine)), installed[0])
     raise missing_extra(ENGINES[fitting[0].engine], f"running artifact '{fitting[0].name}'")
 
 
 def _open(spec: Spec, artifact: Artifact, path: Path, device: str, threads: int | None) -> Runner:
+    if artifact.engine in PLAN_ENGINES:
+        from ssod_edge.runtime.trt import TrtRunner
+
+        return TrtRunner(spec, artifact, path, device=device)
     if artifact.engine == "openvino":
         from ssod_edge.runtime.openvino import OpenVinoRunner
 

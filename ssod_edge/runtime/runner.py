@@ -20,12 +20,12 @@ Array = npt.NDArray[Any]
 
 
 class Runner(Protocol):
-    """An artifact, open on an engine. A context manager; one thread at a time calls `infer`.
+    """An artifact, open on an engine. A context manager; one thread at a time calls `infer`, except on TensorRT.
 
     Attributes:
         spec: the export it belongs to.
         artifact: the artifact that was opened.
-        engine: "onnxruntime", "openvino" or "eager".
+        engine: "tensorrt", "tensorrt_rtx", "onnxruntime", "openvino" or "eager".
         precision: "fp32", "fp16" or "bf16": what the engine really computes in, read back from it.
         device: what it really runs on, e.g. "CPU".
         details: what else the engine says about itself, for reports.
