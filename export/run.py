@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
-from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError, VerificationError, missing_extra
+from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines import PRECISIONS, TARGETS, make_artifact
 from ssod_edge.export.fp16 import HalfReport, to_fp16
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
-from ssod_edge.export.staging import staged
+from ssod_edge.export.staging import keep_earlier, staged
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
 from ssod_edge.runtime import ENGINES, Runner, is_installed, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
-from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_files, load_spec, save_spec
+from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, save_spec
 
 #: Packages whose versions say how a graph came about.
 MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
@@ -112,40 +110,9 @@ def export_source(
         spec = _prove(source, folder, spec, options.target_tpr, say)
         if out is None and source.checkpoint is None:
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
-        spec = _keep_earlier(place, folder, spec, say)
+        spec = keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec
-
-
-def _keep_earlier(place: Path, folder: Path, spec: Spec, say: Say) -> Spec:
-    """Carry over what an earlier export has and this one did not make again; say what is lost."""
-    try:
-        earlier = load_spec(place)
-    except SsodEdgeError:
-        return spec  # there is none, or it is damaged
-    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source", "reference_sha256")
-    same = identity(earlier) == identity(spec)
-    made = {artifact.name: artifact for artifact in spec.artifacts}
-    for old in earlier.artifacts:
-        if old.name in made:
-            new = made[old.name].threshold
-            if same and old.threshold and new and old.threshold.data != new.data:
-                say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
-        elif not same:
-            say(f"removed {old.name}: it is of another model, score or calibration split")
-        else:
-            try:
-                check_files(place, old)
-            except ArtifactError as error:
-                say(f"removed {old.name}: {error}")
-                continue
-            for name in old.files:
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copy2(place / name, folder / name)
-            spec = spec.with_artifact(old)
-            say(f"kept {old.name} of the earlier export")
-    order = sorted(spec.artifacts, key=lambda a: (TARGETS.index(a.engine), PRECISIONS.index(a.precision)))
-    return replace(spec, artifacts=tuple(order))
 
 
 def _build(source: Source, folder: Path, options: ExportOptions, say: Say) -> Spec:

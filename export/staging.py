@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
-from ssod_edge.errors import OutputError, UsageError
+from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
+from ssod_edge.export.engines import PRECISIONS, TARGETS
 from ssod_edge.files import make_directory
-from ssod_edge.spec import SPEC_NAME, Spec, load_spec
+from ssod_edge.spec import SPEC_NAME, Spec, check_files, load_spec
 
 
 @contextmanager
@@ -44,6 +47,37 @@ def staged(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_earlier(place: Path, folder: Path, spec: Spec, say: Callable[[str], None]) -> Spec:
+    """Carry over what an earlier export has and this one did not make again; say what is lost."""
+    try:
+        earlier = load_spec(place)
+    except SsodEdgeError:
+        return spec  # there is none, or it is damaged
+    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source", "reference_sha256")
+    same = identity(earlier) == identity(spec)
+    made = {artifact.name: artifact for artifact in spec.artifacts}
+    for old in earlier.artifacts:
+        if old.name in made:
+            new = made[old.name].threshold
+            if same and old.threshold and new and old.threshold.data != new.data:
+                say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
+        elif not same:
+            say(f"removed {old.name}: it is of another model, score or calibration split")
+        else:
+            try:
+                check_files(place, old)
+            except ArtifactError as error:
+                say(f"removed {old.name}: {error}")
+                continue
+            for name in old.files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy2(place / name, folder / name)
+            spec = spec.with_artifact(old)
+            say(f"kept {old.name} of the earlier export")
+    order = sorted(spec.artifacts, key=lambda a: (TARGETS.index(a.engine), PRECISIONS.index(a.precision)))
+    return replace(spec, artifacts=tuple(order))
 
 
 def _publish(temporary: Path, folder: Path) -> None:

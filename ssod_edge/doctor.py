@@ -20,7 +20,12 @@ from ssod_edge.probe import PROBES
 Status = Literal["ok", "failed", "missing"]
 
 #: Module -> its name on the package index, where the two differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "Pillow", "tensorrt_rtx": "tensorrt-rtx"}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "Pillow",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "cv2": "opencv-python-headless",
+}
 BASE = ("numpy", "PIL", "click", "rich")
 #: Engines that this release runs exports on; one of them has to work.
 RUNTIMES = ("onnxruntime", "openvino")
@@ -30,6 +35,7 @@ PURPOSES = {
     "onnx": "export, and ONNX Runtime",
     "openvino": "OpenVINO",
     "report": "the plots of eval and bench",
+    "video": "videos and cameras in predict",
 }
 #: A driver that hangs is given up after this time.
 PROBE_TIMEOUT_S = 120

@@ -22,6 +22,7 @@ EXTRAS = {
     "openvino": "openvino",
     "matplotlib": "report",
     "jinja2": "report",
+    "cv2": "video",
 }
 
 

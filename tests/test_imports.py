@@ -60,7 +60,10 @@ NEED_TORCH = {
 }
 
 #: Of ssod_edge.export, what a device needs too, to make an engine's files from an ONNX graph.
-EXPORT_ON_DEVICE = {"ssod_edge.export", "ssod_edge.export.engines", "ssod_edge.export.openvino"}
+EXPORT_ON_DEVICE = {
+    "ssod_edge.export",
+    *(f"ssod_edge.export.{name}" for name in ("bundle", "command", "deploy", "engines", "openvino", "staging")),
+}
 
 #: Seconds. The product's limit is 0.3 on an idle pair of cores; a shared CI machine gets twice that,
 #: and the measured figure is printed.
