@@ -381,7 +381,7 @@ def run_stream(
         Smoother(smooth)  # before anything is opened
     with (
         Predictor(open_runner(folder, **options)) as predictor,
-        FrameReader(*sources, camera=camera, realtime=realtime) as frames,
+        FrameReader(sources[0] if sources else None, camera, realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
