@@ -1,24 +1,30 @@
-"""The `export` command: choose what is exported, say what happens, and show what came out."""
+"""The `export` and `package` commands: choose what is exported, say what happens, and show what came out.
+
+PyTorch is imported where a model is exported from a run, and nowhere else: a device has none.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ssod_edge.checkpoint import find_run
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
+from ssod_edge.export.bundle import write_bundle
+from ssod_edge.export.deploy import default_folder, deploy
 from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS
-from ssod_edge.export.run import ExportOptions, export_source
-from ssod_edge.export.source import Source, from_run, from_weights, untrained
 from ssod_edge.export.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.runtime import PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
+
+if TYPE_CHECKING:
+    from ssod_edge.export.source import Source
 
 UNTRAINED_WARNING = (
     "WARNING: there is no trained run of '{backbone}' under '{runs}': exporting UNTRAINED weights. They show how fast "
@@ -66,6 +72,8 @@ def run_export(
         batch: "MIN,OPT,MAX" of TensorRT's plans.
         version_compatible: see `ssod_edge.export.tensorrt.PlanOptions`.
     """
+    from ssod_edge.export.run import ExportOptions, export_source
+
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plans = PlanOptions(parse_batch(batch), version_compatible)
@@ -81,6 +89,55 @@ def run_export(
     print_artifacts(spec, folder)
     console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
     return EXIT_SOME_FAILED if source.calibration and source.calibration.unreadable else EXIT_OK
+
+
+def run_deploy(
+    bundle: str,
+    out: str | None = None,
+    precisions: tuple[str, ...] = (),
+    target: str = "all",
+    data: str | None = None,
+    tpr: float = 0.95,
+    batch: str = "1,1,8",
+    version_compatible: bool = False,
+) -> int:
+    """`export --from`: make artifacts on a device, and print their table; returns the exit code, as `run_export` does.
+
+    Args:
+        bundle: what `package` wrote.
+        out: the export folder; None is the bundle's name without `.tar`, here.
+        precisions, data, tpr: see `ssod_edge.export.deploy.deploy`.
+        target, batch, version_compatible: as for `run_export`.
+    """
+    started = time.monotonic()
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    unreadable: dict[str, None] = {}
+    folder = default_folder(bundle) if out is None else Path(out)
+    spec = deploy(
+        bundle,
+        folder,
+        engines_for(target),
+        precisions,
+        data,
+        tpr,
+        PlanOptions(parse_batch(batch), version_compatible),
+        unreadable=unreadable.setdefault,
+        say=lambda line: console.print(Text(line)),
+    )
+    for message in unreadable:
+        console.print(Text(f"left out: {message}"))
+    print_artifacts(spec, folder)
+    console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
+    return EXIT_SOME_FAILED if unreadable else EXIT_OK
+
+
+def run_package(folder: str, out: str, bench: str | None = None) -> int:
+    """`package`: pack an export into one file; returns the exit code. See `ssod_edge.export.bundle.write_bundle`."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    spec = write_bundle(folder, out, bench, say=lambda line: console.print(Text(line, "yellow")))
+    held = ", ".join(artifact.name for artifact in spec.artifacts)
+    console.print(Text(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB"))
+    return EXIT_OK
 
 
 def engines_for(target: str) -> tuple[str, ...]:
@@ -111,6 +168,9 @@ def choose_source(
     Raises:
         UsageError: they contradict each other, or there is nothing to export.
     """
+    from ssod_edge.checkpoint import find_run
+    from ssod_edge.export.source import from_run, from_weights, untrained
+
     if weights or pretrained:
         if run or not backbone or (weights and pretrained):
             raise UsageError("give --backbone NAME with either --weights FILE or --pretrained, and no run")

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
-from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError, VerificationError, missing_extra
+from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, TARGETS, make_artifact
 from ssod_edge.export.fp16 import HalfReport, to_fp16
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
-from ssod_edge.export.staging import exclusive, staged
+from ssod_edge.export.staging import earlier_export, exclusive, keep_earlier, staged, that_run_here
 from ssod_edge.export.tensorrt import PlanOptions, check_builder
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
-from ssod_edge.runtime import ENGINES, PLAN_ENGINES, Runner, is_installed, open_runner, why_not_here
+from ssod_edge.runtime import ENGINES, PLAN_ENGINES, Runner, is_installed, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
-from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_files, load_spec, save_spec
+from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, save_spec
 
 #: Packages whose versions say how a graph came about.
 MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
@@ -119,53 +117,14 @@ def export_source(
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
         # Another process may be exporting to the same place: what it has published by now is kept too.
         publishing.enter_context(exclusive(place.parent))
-        spec = _keep_earlier(place, folder, spec, say)
+        spec = keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec
 
 
-def _keep_earlier(place: Path, folder: Path, spec: Spec, say: Say) -> Spec:
-    """Carry over what an earlier export has and this one did not make again; say what is lost."""
-    earlier = _earlier(place)
-    if earlier is None:
-        return spec
-    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source", "reference_sha256")
-    same = identity(earlier) == identity(spec)
-    made = {artifact.name: artifact for artifact in spec.artifacts}
-    for old in earlier.artifacts:
-        if old.name in made:
-            new = made[old.name].threshold
-            if same and old.threshold and new and old.threshold.data != new.data:
-                say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
-        elif not same:
-            say(f"removed {old.name}: it is of another model, score or calibration split")
-        else:
-            try:
-                check_files(place, old)
-            except ArtifactError as error:
-                say(f"removed {old.name}: {error}")
-                continue
-            for name in old.files:
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copy2(place / name, folder / name)
-            spec = spec.with_artifact(old)
-            say(f"kept {old.name} of the earlier export")
-    order = sorted(spec.artifacts, key=lambda a: (TARGETS.index(a.engine), PRECISIONS.index(a.precision)))
-    return replace(spec, artifacts=tuple(order))
-
-
-def _earlier(place: Path) -> Spec | None:
-    """The spec of the export that is there; None if there is none, or it is damaged."""
-    try:
-        return load_spec(place)
-    except SsodEdgeError:
-        return None
-
-
 def _build(source: Source, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
     """Write every artifact and the reference; the spec has neither thresholds nor figures yet."""
-    found = _earlier(place)
-    earlier = None if found is None else (place, found)
+    earlier = earlier_export(place)
     score = options.score or DEFAULT_SCORE
     reference_sha256 = sha256_file(_reference(source, folder))
     say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {score}")
@@ -225,7 +184,7 @@ def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say
     with ExitStack() as stack:
         runners = [
             stack.enter_context(open_runner(folder, artifact=a.name, allow_untrained=True, verify=False))
-            for a in _that_run_here(spec, say)
+            for a in that_run_here(spec, say)
         ]
         if runners and source.trained and source.calibration is not None:
             _fit_thresholds(source, runners, target_tpr, say)
@@ -241,18 +200,6 @@ def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say
         raise VerificationError("nothing is released: " + "\n".join(failures))
     save_spec(spec, folder)
     return spec
-
-
-def _that_run_here(spec: Spec, say: Say) -> list[Artifact]:
-    """The artifacts without those that were built for another machine, which are named."""
-    found = []
-    for artifact in spec.artifacts:
-        if reason := why_not_here(artifact):
-            say(f"{artifact.name} is verified on its first run, not here: {reason}")
-            say(f"{artifact.name} has no threshold until there: ssod-edge calibrate DIR --id DATA")
-        else:
-            found.append(artifact)
-    return found
 
 
 def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float, say: Say) -> None:

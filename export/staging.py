@@ -6,13 +6,17 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
-from ssod_edge.errors import OutputError, UsageError
+from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
+from ssod_edge.export.engines import PRECISIONS, TARGETS
 from ssod_edge.files import make_directory
-from ssod_edge.spec import SPEC_NAME, Spec, load_spec
+from ssod_edge.runtime import why_not_here
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, load_spec
 
 
 @contextmanager
@@ -60,6 +64,57 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def earlier_export(place: Path) -> tuple[Path, Spec] | None:
+    """The export that is there; None if there is none, or it is damaged."""
+    try:
+        return place, load_spec(place)
+    except SsodEdgeError:
+        return None
+
+
+def keep_earlier(place: Path, folder: Path, spec: Spec, say: Callable[[str], None]) -> Spec:
+    """Carry over what an earlier export has and this one did not make again; say what is lost."""
+    found = earlier_export(place)
+    if found is None:
+        return spec
+    earlier = found[1]
+    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source", "reference_sha256")
+    same = identity(earlier) == identity(spec)
+    made = {artifact.name: artifact for artifact in spec.artifacts}
+    for old in earlier.artifacts:
+        if old.name in made:
+            new = made[old.name].threshold
+            if same and old.threshold and new and old.threshold.data != new.data:
+                say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
+        elif not same:
+            say(f"removed {old.name}: it is of another model, score or calibration split")
+        else:
+            try:
+                check_files(place, old)
+            except ArtifactError as error:
+                say(f"removed {old.name}: {error}")
+                continue
+            for name in old.files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy2(place / name, folder / name)
+            spec = spec.with_artifact(old)
+            say(f"kept {old.name} of the earlier export")
+    order = sorted(spec.artifacts, key=lambda a: (TARGETS.index(a.engine), PRECISIONS.index(a.precision)))
+    return replace(spec, artifacts=tuple(order))
+
+
+def that_run_here(spec: Spec, say: Callable[[str], None]) -> list[Artifact]:
+    """The artifacts without those that were built for another machine, which are named."""
+    found = []
+    for artifact in spec.artifacts:
+        if reason := why_not_here(artifact):
+            say(f"{artifact.name} is verified on its first run, not here: {reason}")
+            say(f"{artifact.name} has no threshold until there: ssod-edge calibrate DIR --id DATA")
+        else:
+            found.append(artifact)
+    return found
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -212,16 +212,22 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("--pretrained", is_flag=True, help="Export timm's published weights.")
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
 @click.option("--size", type=click.IntRange(min=1), help="Input size in pixels, of weights not trained here.")
+@click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
 @click.pass_context
-def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **options: Any) -> None:
+def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, bundle: str | None, **options: Any) -> None:
     """Make verified ONNX, OpenVINO and TensorRT artifacts, each with its own threshold.
 
     RUN is a run folder or a checkpoint; default: the newest run. With --backbone and no run of it, untrained weights
-    are exported, to measure latency.
+    are exported, to measure latency. With --from no PyTorch is needed, and --id takes a folder of images.
     """
-    from ssod_edge.export.command import run_export
+    from ssod_edge.export.command import run_deploy, run_export
 
     precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16)) if wanted)
+    if bundle is not None:
+        taken = {"out", "target", "data", "tpr", "batch", "version_compatible"}
+        if given := _given(ctx, besides=("bundle", "fp16", "fp32", *taken)):
+            raise click.UsageError(f"{', '.join(given)} cannot be given with --from: a bundle holds its model")
+        ctx.exit(run_deploy(bundle, precisions=precisions, **{name: options[name] for name in taken}))
     ctx.exit(run_export(run, precisions=precisions, **options))
 
 
@@ -264,7 +270,26 @@ def bench(
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("-o", "--out", type=click.Path(), default="bundle.tar", help="The bundle.")
+@click.option("--bench", metavar="FILE", help="A record of bench --json to put in. Default: bench.json of DIR, if any.")
+@click.pass_context
+def package(ctx: click.Context, folder: str, out: str, bench: str | None) -> None:
+    """Pack an export into one file, from which a device makes its engines.
+
+    DIR is an export folder, or the run folder that holds it. On the device, without PyTorch:
+    ssod-edge export --from BUNDLE --target onnx, openvino, ...
+    """
+    from ssod_edge.export.command import run_package
+
+    ctx.exit(run_package(folder, out, bench))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("images", metavar="IMAGE...", nargs=-1)
+@click.option("--camera", metavar="CAMERA", help="Instead of IMAGE: a number, a device file, or a GStreamer pipeline.")
+@click.option("--smooth", type=float, metavar="SECONDS", help="Of a video: judge the mean over about this time.")
+@click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
 @click.option(
     "--engine",
@@ -279,15 +304,32 @@ def bench(
 @click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
 @click.pass_context
 def predict(
-    ctx: click.Context, /, folder: str, images: tuple[str, ...], as_json: bool, batch: int, **options: Any
+    ctx: click.Context,
+    /,
+    folder: str,
+    images: tuple[str, ...],
+    as_json: bool,
+    batch: int,
+    camera: str | None,
+    smooth: float | None,
+    realtime: bool,
+    **options: Any,
 ) -> None:
     """Classify images, and say which ones are UNKNOWN to the model.
 
     DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
-    'photos/**/*.jpg', or - for a list on standard input.
+    'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
+    (rtsp://, http:// ...) or --camera gives a verdict a frame.
     """
     from ssod_edge.runtime.report import run_predict
+    from ssod_edge.runtime.stream import is_stream, run_stream
 
+    if not images and camera is None:
+        raise click.UsageError("give at least one IMAGE, or --camera")
+    if camera is not None or any(is_stream(image) for image in images):
+        ctx.exit(run_stream(folder, images, camera, as_json, smooth, realtime, **options))
+    if smooth is not None or realtime:
+        raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")
     ctx.exit(run_predict(folder, images, as_json=as_json, batch=batch, **options))
 
 

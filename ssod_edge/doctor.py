@@ -21,7 +21,12 @@ from ssod_edge.runtime import PLAN_ENGINES
 Status = Literal["ok", "failed", "missing"]
 
 #: Module -> its name on the package index, where the two differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "Pillow", "tensorrt_rtx": "tensorrt-rtx"}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "Pillow",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "cv2": "opencv-python-headless",
+}
 BASE = ("numpy", "PIL", "click", "rich")
 #: Engines that this release runs exports on; one of them has to work.
 RUNTIMES = (*PLAN_ENGINES, "onnxruntime", "openvino")
@@ -34,6 +39,7 @@ PURPOSES = {
     "tensorrt-rtx": "TensorRT for RTX",
     "jetson": "running on a GPU",
     "report": "the plots of eval and bench",
+    "video": "videos and cameras in predict",
 }
 #: Of no use without a GPU, and each on machines of its own.
 GPU_EXTRAS = ("tensorrt", "tensorrt-rtx", "jetson")

@@ -25,6 +25,7 @@ EXTRAS = {
     "pycuda": "jetson",  # the extra that brings it alone, so that no wheel hides JetPack's own TensorRT
     "matplotlib": "report",
     "jinja2": "report",
+    "cv2": "video",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,10 +11,15 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from PIL import Image
 
 import ssod_edge
 from ssod_edge.errors import EXTRAS
@@ -90,6 +96,50 @@ def install(python: Path, *what: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+#: What a device has; their requirements come with them. No torch, and nothing that makes an ONNX graph.
+ON_A_DEVICE = ("numpy", "Pillow", "click", "rich", "onnxruntime", "openvino", "opencv-python-headless")
+
+
+def device(folder: Path) -> Path:
+    """A virtual environment with the packages of `ON_A_DEVICE` alone, borrowed from this one; returns its Python."""
+    venv.create(folder, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    pending, done = list(ON_A_DEVICE), set[str]()
+    while pending:
+        name = canonicalize_name(pending.pop())
+        if name in done:
+            continue
+        done.add(name)
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            assert name not in map(canonicalize_name, ON_A_DEVICE), f"needs {name}"
+            continue  # a requirement that this release of its parent does without
+        wanted = (Requirement(line) for line in package.requires or ())
+        pending += [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(package.locate_file(top))))
+    return folder / "bin" / "python"
+
+
+def python310(folder: Path) -> Path:
+    """A virtual environment of JetPack 6's Python, which sees the packages that are installed for it."""
+    named = os.environ.get("SSOD_EDGE_PYTHON310") or shutil.which("python3.10")
+    if named is None:
+        pytest.skip("needs Python 3.10 as python3.10, or named by SSOD_EDGE_PYTHON310")
+    imports = (
+        "import sys; assert sys.version_info[:2] == (3, 10); import numpy, PIL, click, rich, onnxruntime, openvino, cv2"
+    )
+    found = subprocess.run([named, "-c", imports], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip(f"{named} lacks what a device has ({', '.join(ON_A_DEVICE)}): {found.stderr.strip()[-100:]}")
+    subprocess.run([named, "-m", "venv", "--without-pip", "--system-site-packages", str(folder)], check=True)
+    inner = subprocess.run([named, "-c", "import numpy; print(numpy.__path__[0])"], capture_output=True, text=True)
+    (folder / "lib" / "python3.10" / "site-packages" / "borrowed.pth").write_text(f"{Path(inner.stdout).parent}\n")
+    return folder / "bin" / "python"
+
+
 def origins(python: Path, folder: Path) -> dict[str, Path]:
     """Import the package and its parts in a neutral folder; module -> where it came from."""
     code = (
@@ -138,7 +188,7 @@ def test_metadata(wheel: Path) -> None:
     # every command that an error message names installs what it says
     assert set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
     for module, extra in EXTRAS.items():
-        package = {"sklearn": "scikit-learn"}.get(module, module)
+        package = {"sklearn": "scikit-learn", "cv2": "opencv-python-headless"}.get(module, module)
         lines = [line for line in metadata.get_all("Requires-Dist") if line.endswith(f'extra == "{extra}"')]
         assert any(line.startswith(package) for line in lines), f"extra '{extra}' does not bring {package}"
 
@@ -204,6 +254,42 @@ def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     for name, origin in origins(python, tmp_path).items():
         assert origin.is_relative_to(tmp_path), f"{name} came from {origin}"
     check_command(python)
+
+
+@pytest.mark.parametrize("environment", [device, python310], ids=["this Python", "Python 3.10"])
+def test_a_device_without_torch_goes_from_bundle_to_verdict(
+    wheel: Path,
+    export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: Callable[[Path], Path],
+) -> None:
+    for name in ("onnxruntime", "openvino", "cv2"):
+        pytest.importorskip(name, reason=f"needs {name}")
+    python = environment(tmp_path / "venv")
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*command, str(wheel)], check=True)
+    Image.new("RGB", (30, 30), (220, 20, 20)).save("red.png")
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run([str(python), *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    script = str(python.with_name("ssod-edge"))
+    for module in ("torch", "onnx", "timm", "nncf"):
+        assert f"No module named '{module}'" in run("-c", f"import {module}", code=1)
+    run(script, "package", "export", "-o", "model.tar")
+    run(script, "export", "--from", "model.tar")
+    names = [artifact["name"] for artifact in json.loads(Path("model/ssod.json").read_text())["artifacts"]]
+    assert names == ["onnx-fp32", "onnx-fp16", "openvino-fp32", "openvino-fp16"]
+    for engine in ("onnxruntime", "openvino"):
+        verdict = json.loads(run(script, "predict", "model", "red.png", "--json", "--engine", engine))
+        assert (verdict["class_name"], verdict["engine"], verdict["error"]) == ("red", engine, None)
+    run("-c", "import cv2; w = cv2.VideoWriter('v.avi', cv2.VideoWriter_fourcc(*'FFV1'), 5, (30, 30)); "
+        "[w.write(cv2.imread('red.png')) for _ in range(3)]")  # fmt: skip
+    assert "3 frames in" in run(script, "predict", "model", "v.avi")
 
 
 def test_editable_install_imports_from_the_sources(source: Path, tmp_path: Path) -> None:

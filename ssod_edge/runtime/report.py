@@ -99,13 +99,13 @@ def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
     for column in table.columns[:3]:
         column.overflow = "fold"
     for verdict in verdicts:
-        name = Text(_printable(verdict.image))
+        name = Text(printable(verdict.image))
         if verdict.error is not None:
-            table.add_row(name, Text("ERROR", "red"), Text(_printable(verdict.error)), "", "")
+            table.add_row(name, Text("ERROR", "red"), Text(printable(verdict.error)), "", "")
             continue
-        text, style = _WORDS[verdict.known]
+        text, style = WORDS[verdict.known]
         shown = (f"{verdict.confidence:.1%}", f"{verdict.ood_score:.3f}")
-        table.add_row(name, Text(text, style), Text(_printable(str(verdict.class_name))), *shown)
+        table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name))), *shown)
     # Off a terminal a row is one line, however long its file name is.
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
@@ -113,10 +113,10 @@ def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
 
 
 WIDE = 100_000
-_WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
+WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """For one line of a terminal: bytes that are not UTF-8 are replaced, control and line characters escaped."""
     return "".join(_printable_character(character) for character in text)
 
@@ -135,9 +135,14 @@ def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:
     counts = (
         f"{len(verdicts)} image{'s' if len(verdicts) > 1 else ''}: {known} known, {unknown} unknown, {failed} failed"
     )
+    return f"{counts}; {describe_run(runner)}"
+
+
+def describe_run(runner: Runner) -> str:
+    """What ran, and up to which score an image was known: the end of a summary."""
     ran = f"{runner.artifact.name} on {runner.engine} in {runner.precision} on {runner.device}"
     threshold = runner.artifact.threshold
     if threshold is None:
-        return f"{counts}; {ran}; no threshold"
+        return f"{ran}; no threshold"
     kept = f"{threshold.target_tpr:.0%} of in-distribution images"
-    return f"{counts}; {ran}; known up to {threshold.value:.3f}, which keeps {kept}"
+    return f"{ran}; known up to {threshold.value:.3f}, which keeps {kept}"
