@@ -1,0 +1,129 @@
+"""What `predict`'s inference stage costs beyond the engine itself: the runner against the engine's own benchmark.
+
+python -m ssod_edge.bench.overhead EXPORT --json bench/results/overhead.json
+
+OpenVINO's own is `benchmark_app`, which its package brings; ONNX Runtime's is its session in a bare loop.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ssod_edge.bench.environment import describe_environment
+from ssod_edge.errors import EngineError, SsodEdgeError, UsageError
+from ssod_edge.files import write_json
+from ssod_edge.runtime import Runner, find_export, open_runner
+from ssod_edge.spec import load_spec
+
+
+def median_ms(call: Callable[[], object], seconds: float) -> float:
+    """Median time of a call in ms, over calls one after another for this long, after a tenth of it untimed."""
+    end = time.perf_counter() + seconds / 10
+    while time.perf_counter() < end:
+        call()
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1000
+
+
+def benchmark_app(path: Path, size: int, seconds: float) -> float:
+    """Median latency in ms that OpenVINO's own tool measures: one synchronous request, one stream, fp32.
+
+    Raises:
+        EngineError: it fails, or prints no median.
+    """
+    tool = "from openvino.tools.benchmark.main import main; main()"
+    command = [sys.executable, "-c", tool, "-m", str(path), "-d", "CPU", "-api", "sync"]
+    command += ["-hint", "none", "-nstreams", "1", "-infer_precision", "f32", "-data_shape", f"[1,3,{size},{size}]"]
+    done = subprocess.run([*command, "-t", str(round(seconds))], capture_output=True, text=True, check=False)
+    found = re.search(r"Median:\s+([\d.]+) ms", done.stdout)
+    if done.returncode or found is None:
+        raise EngineError(f"benchmark_app failed ({done.returncode}): {(done.stderr or done.stdout)[-500:]}")
+    return float(found[1])
+
+
+def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[str, Any]:
+    """Time both by turns, each for `seconds`, in each round.
+
+    Returns:
+        medians over the rounds in ms: `own_ms` of the engine's benchmark, `runner_ms`, and the `ratio` of each round's.
+    """
+    artifact, size = runner.artifact, runner.spec.preprocess.input_size
+    path = folder / artifact.main_file
+    image = {"image": np.random.default_rng(0).integers(0, 256, (1, 3, size, size), np.uint8)}
+    if artifact.engine == "openvino":
+        own: Callable[[], float] = lambda: benchmark_app(path, size, max(1.0, seconds))  # noqa: E731
+    elif artifact.engine == "onnxruntime":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        own = lambda: median_ms(lambda: session.run(None, image), seconds)  # noqa: E731
+    else:
+        raise UsageError(f"engine must be openvino or onnxruntime, got '{artifact.engine}'")
+    pairs = []
+    for index in range(rounds):
+        if index % 2:
+            first, second = median_ms(lambda: runner.infer(image), seconds), own()
+            pairs.append((second, first))
+        else:
+            pairs.append((own(), median_ms(lambda: runner.infer(image), seconds)))
+    return {
+        "artifact": artifact.name,
+        "engine": artifact.engine,
+        "rounds": rounds,
+        "seconds": seconds,
+        "own_ms": statistics.median(a for a, _ in pairs),
+        "runner_ms": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(b / a for a, b in pairs),
+        "ratios": [b / a for a, b in pairs],
+    }
+
+
+@click.command()
+@click.argument("export")
+@click.option("--artifact", "artifacts", multiple=True, help="Default: every artifact of OpenVINO and ONNX Runtime.")
+@click.option("--seconds", default=5.0, show_default=True, help="Each turn.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
+def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, json_file: str | None) -> None:
+    """Compare the runners of an export with their engines' own benchmarks, at batch 1."""
+    try:
+        if rounds < 1 or seconds <= 0:
+            raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
+        folder = find_export(export)
+        rows = []
+        for name in artifacts or _names(folder):
+            with open_runner(folder, artifact=name, allow_untrained=True) as runner:
+                row = compare(folder, runner, seconds, rounds)
+            rows.append(row)
+            click.echo(
+                f"{name}: runner {row['runner_ms']:.3f} ms, own {row['own_ms']:.3f} ms, ratio {row['ratio']:.3f}"
+            )
+        if json_file:
+            command = ["python", "-m", "ssod_edge.bench.overhead", *sys.argv[1:]]
+            write_json(Path(json_file), {"command": command, "environment": describe_environment(None), "rows": rows})
+    except SsodEdgeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _names(folder: Path) -> list[str]:
+    return [a.name for a in load_spec(folder).artifacts if a.engine in ("openvino", "onnxruntime")]
+
+
+if __name__ == "__main__":
+    main()
