@@ -138,7 +138,7 @@ def test_metadata(wheel: Path) -> None:
     # every command that an error message names installs what it says
     assert set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
     for module, extra in EXTRAS.items():
-        package = {"sklearn": "scikit-learn"}.get(module, module)
+        package = {"sklearn": "scikit-learn", "tensorrt_rtx": "tensorrt-rtx"}.get(module, module)
         lines = [line for line in metadata.get_all("Requires-Dist") if line.endswith(f'extra == "{extra}"')]
         assert any(line.startswith(package) for line in lines), f"extra '{extra}' does not bring {package}"
 

@@ -98,9 +98,8 @@ def test_nothing_is_left_behind(gpu: Gpu, export: Path) -> None:
     images, _ = byte_images(8)
 
     def once() -> None:
-        with open_runner(export) as runner:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(lambda _: runner.infer({"image": images}), range(16)))
+        with open_runner(export) as runner, ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: runner.infer({"image": images}), range(16)))
         runner.close()
 
     once()
