@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 SOURCES := ssod_edge export bench scripts tests setup.py
 TYPED := build/typed
 
-.PHONY: help venv demo test test-gpu cuda lint format coverage clean
+.PHONY: help venv demo test test-gpu plans cuda lint format coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: $(STAMP) ## run the tests that need no GPU
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+plans: $(STAMP) ## build real plans of every backbone with TensorRT for RTX, no GPU needed
+	$(BIN)/python -m ssod_edge.export.plans
 
 cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a release, no GPU needed (ARCHS="87 90a")
 	$(BIN)/python scripts/cuda.py $(ARCHS)

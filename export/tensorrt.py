@@ -118,7 +118,7 @@ def save_plan(
         OutputError: the plan cannot be written.
     """
     module, gpu, capabilities = _target(engine)
-    build = {
+    build: dict[str, Any] = {
         "onnx_sha256": _graph_hash(onnx_path),
         "engine": engine,
         "version": str(module.__version__),

@@ -188,7 +188,8 @@ def test_metadata(wheel: Path) -> None:
     # every command that an error message names installs what it says
     assert set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
     for module, extra in EXTRAS.items():
-        package = {"sklearn": "scikit-learn", "cv2": "opencv-python-headless"}.get(module, module)
+        names = {"sklearn": "scikit-learn", "cv2": "opencv-python-headless", "tensorrt_rtx": "tensorrt-rtx"}
+        package = names.get(module, module)
         lines = [line for line in metadata.get_all("Requires-Dist") if line.endswith(f'extra == "{extra}"')]
         assert any(line.startswith(package) for line in lines), f"extra '{extra}' does not bring {package}"
 
