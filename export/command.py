@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,9 +14,9 @@ from rich.text import Text
 from ssod_edge.checkpoint import find_run
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.export.engines import PRECISIONS, TARGETS
+from ssod_edge.export.engines import DEFAULT_PRECISIONS, TARGETS
 from ssod_edge.export.run import ExportOptions, export_source
-from ssod_edge.export.source import Source, from_run, from_weights, untrained
+from ssod_edge.export.source import Source, from_dataset, from_run, from_weights, untrained
 from ssod_edge.runtime import is_installed
 from ssod_edge.spec import Artifact, Spec
 
@@ -45,6 +46,8 @@ def run_export(
     target: str = "all",
     score: ScoreName | None = None,
     tpr: float = 0.95,
+    calib: str | None = None,
+    max_drop: float = 1.0,
 ) -> int:
     """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
 
@@ -57,14 +60,19 @@ def run_export(
         data: in-distribution images for the thresholds; None takes the run's calibration split.
         classes: file of class names for `weights` and `pretrained`.
         size: input size in pixels, of weights that were not trained here.
-        precisions: of "fp32" and "fp16"; none given makes both.
+        precisions: of "fp32", "fp16" and "int8"; none given makes the first two.
         target: "onnx", "openvino", or "all" that is installed.
-        score, tpr: see `ExportOptions`.
+        score, tpr, max_drop: see `ExportOptions`.
+        calib: in-distribution images to quantise with; None takes those of the thresholds.
     """
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    options = ExportOptions(precisions or PRECISIONS, engines_for(target), tpr, score)
+    options = ExportOptions(precisions or DEFAULT_PRECISIONS, engines_for(target), tpr, score, max_drop)
+    if calib is not None and "int8" not in options.precisions:
+        raise UsageError("--calib names images to quantise with; it needs --int8")
     source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
+    if calib is not None:
+        source = replace(source, int8=from_dataset(calib))
     if not source.trained:
         warning = UNTRAINED_WARNING.format(backbone=source.model.backbone_name, runs=runs)
         console.print(Text(warning, "bold red"))
@@ -74,7 +82,8 @@ def run_export(
     folder = Path(out) if out else source.folder / "export"
     print_artifacts(spec, folder)
     console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-    return EXIT_SOME_FAILED if source.calibration and source.calibration.unreadable else EXIT_OK
+    left_out = any(images is not None and images.unreadable for images in (source.calibration, source.int8))
+    return EXIT_SOME_FAILED if left_out else EXIT_OK
 
 
 def engines_for(target: str) -> tuple[str, ...]:

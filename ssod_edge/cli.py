@@ -195,6 +195,9 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("-o", "--out", type=click.Path(), help="Export folder. Default: RUN/export.")
 @click.option("--fp16", is_flag=True, help="Make fp16 artifacts. Default: fp32 and fp16.")
 @click.option("--fp32", is_flag=True, help="Make fp32 artifacts.")
+@click.option("--int8", is_flag=True, help="Make int8 artifacts, quantised with real images (extra int8).")
+@click.option("--calib", metavar="DATA", help="Images to quantise with. Default: those of the thresholds.")
+@click.option("--max-drop", type=float, default=1.0, help="Points of top-1 and of AUROC that int8 may cost.")
 @click.option("--target", type=click.Choice(["onnx", "openvino", "all"]), default="all", help="All that is installed.")
 @click.option("--score", type=click.Choice(SCORES), help="OOD score in the graph. Default: energy.")
 @click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
@@ -204,7 +207,7 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
 @click.option("--size", type=click.IntRange(min=1), help="Input size in pixels, of weights not trained here.")
 @click.pass_context
-def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **options: Any) -> None:
+def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, int8: bool, **options: Any) -> None:
     """Make verified ONNX and OpenVINO artifacts, each with its own threshold.
 
     RUN is a run folder or a checkpoint; default: the newest run. With --backbone and no run of it, untrained weights
@@ -212,7 +215,7 @@ def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, **opt
     """
     from ssod_edge.export.command import run_export
 
-    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16)) if wanted)
+    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
     ctx.exit(run_export(run, precisions=precisions, **options))
 
 
@@ -258,7 +261,7 @@ def bench(
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
 @click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "eager"]), default="auto")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "int8"]), default="auto")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
 @click.option("--device", default="auto", help="Where to run: the CPU, or an OpenVINO device such as GPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine. Default: its own choice.")

@@ -29,6 +29,7 @@ PURPOSES = {
     "train": "train, eval and export",
     "onnx": "export, and ONNX Runtime",
     "openvino": "OpenVINO",
+    "int8": "export --int8",
     "report": "the plots of eval and bench",
 }
 #: A driver that hangs is given up after this time.

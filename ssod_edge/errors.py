@@ -20,6 +20,7 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "openvino": "openvino",
+    "nncf": "int8",
     "matplotlib": "report",
     "jinja2": "report",
 }
