@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ssod_edge.errors import VerificationError, missing_extra
+from ssod_edge.export.bias_correction import correct_biases
 from ssod_edge.export.fp16 import kept_values
 from ssod_edge.export.onnx import check_fused
 
@@ -126,8 +127,11 @@ class OnnxQuantizer:
         items = [{"image": image[None]} for image in self.images]
         source = ModelProto()
         source.CopyFrom(self._graph)  # NNCF writes into what it is given
-        model = _nncf_quantize(source, items, self.preset, [*self.scope, *excluded])
+        # NNCF's own full bias correction cannot cut graphs in which a shortcut has a convolution.
+        parameters = _import_nncf().AdvancedQuantizationParameters(disable_bias_correction=True)
+        model = _nncf_quantize(source, items, self.preset, [*self.scope, *excluded], advanced_parameters=parameters)
         _make_signed(model)
+        correct_biases(model, self._graph, self.images)
         del model.graph.value_info[:]
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
         check_symmetric(model)
@@ -296,7 +300,7 @@ def _constant_type(op: Any) -> str | None:
     return str(op.get_element_type().get_type_name())
 
 
-def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[str]) -> Any:
+def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[str], **options: Any) -> Any:
     nncf = _import_nncf()
     with _silent():
         return nncf.quantize(
@@ -306,6 +310,7 @@ def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[
             subset_size=len(items),
             fast_bias_correction=False,
             ignored_scope=nncf.IgnoredScope(names=list(ignored)),
+            **options,
         )
 
 
