@@ -44,7 +44,9 @@ def correct_biases(model: ModelProto, reference: ModelProto, images: NDArray[np.
         shift = wanted[node.name] - found.of([node.name], images)[node.name]
         biases[node.name] += shift
         name = f"{node.name}_corrected_bias"
-        model.graph.initializer.append(numpy_helper.from_array(biases[node.name], name))
+        if name not in tensors:
+            tensors[name] = model.graph.initializer.add()
+        tensors[name].CopyFrom(numpy_helper.from_array(biases[node.name], name))
         node.input[:] = [*node.input[:2], name]
     used = {name for node in model.graph.node for name in node.input}
     for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:

@@ -110,6 +110,12 @@ def shared_core() -> Any:
     return openvino.Core()
 
 
+def cpu_capabilities() -> list[str]:
+    """The types that OpenVINO computes in on this CPU, by its names: "FP32", "BF16", "FP16", "INT8"."""
+    types = ("FP32", "BF16", "FP16", "INT8")
+    return [name for name in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") if name in types]
+
+
 def _shapes(compiled: Any) -> dict[str, list[int | None]]:
     """Name of an input or output -> its axes, None where one is dynamic; empty if their number is."""
     found: dict[str, list[int | None]] = {}
