@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime import Runner, open_runner
-from ssod_edge.spec import Artifact, Spec
+from ssod_edge.runtime import Runner, is_installed, open_runner
+from ssod_edge.spec import Artifact, Spec, check_files, load_spec
 
 EAGER = "eager"
+#: The artifact `BF16_SOURCE`, computed in bf16.
+BF16 = "openvino-bf16"
+BF16_SOURCE = "openvino-fp32"
 CHECKPOINT = "best.safetensors"
 
 
@@ -23,7 +26,7 @@ class Backend:
     """One row of the table.
 
     Attributes:
-        name: of the artifact, "eager", or "plain-" and the name of a fused artifact.
+        name: of the artifact, "eager", "openvino-bf16", or "plain-" and the name of a fused artifact.
         engine: that was asked for.
         folder: where `open_backend` finds it.
         sha256: of its one file, or of the list of its files' SHA-256 (see `combined_hash`); None if unknown.
@@ -66,7 +69,7 @@ class Backends(AbstractContextManager["Backends"]):
     def __init__(self, export: Path, spec: Spec, scratch: Path, threads: int | None) -> None:
         self._threads = threads
         self._stack = ExitStack()
-        self.all = [*(_fused(export, artifact) for artifact in spec.artifacts), _eager(export)]
+        self.all = [*(_fused(export, artifact) for artifact in spec.artifacts), *_bf16(export, spec), _eager(export)]
         self.pairs = choose_pairs(spec)
         self.all += [_plain(export, spec, pair, scratch / pair.plain) for pair in self.pairs]
 
@@ -106,6 +109,8 @@ def open_backend(folder: Path, name: str, threads: int | None) -> Runner:
         return open_runner(folder, engine="eager", threads=threads, allow_untrained=True)
     if name.startswith(PREFIX):
         return open_plain(folder, threads)
+    if name == BF16:
+        return _open_bf16(folder, threads)
     return open_runner(folder, artifact=name, threads=threads, allow_untrained=True)
 
 
@@ -118,6 +123,28 @@ def combined_hash(artifact: Artifact) -> str:
 def _fused(export: Path, artifact: Artifact) -> Backend:
     size = _size_mb([export / name for name in artifact.files])
     return Backend(artifact.name, artifact.engine, export, combined_hash(artifact), size)
+
+
+def _bf16(export: Path, spec: Spec) -> list[Backend]:
+    """The row for bf16: it says so where the CPU has no such arithmetic, because OpenVINO would then run fp32."""
+    artifacts = [artifact for artifact in spec.artifacts if artifact.name == BF16_SOURCE]
+    backends = [replace(_fused(export, artifact), name=BF16) for artifact in artifacts]
+    for backend in backends:
+        if is_installed("openvino"):
+            from ssod_edge.runtime.openvino import cpu_capabilities
+
+            has = cpu_capabilities()
+            if "BF16" not in has:
+                backend.status, backend.error = "missing", f"this CPU has no bf16 arithmetic, only {', '.join(has)}"
+    return backends
+
+
+def _open_bf16(export: Path, threads: int | None) -> Runner:
+    from ssod_edge.runtime.openvino import OpenVinoRunner
+
+    spec = load_spec(export)
+    artifact = spec.artifact(BF16_SOURCE)
+    return OpenVinoRunner(spec, artifact, check_files(export, artifact), threads=threads, bf16=True)
 
 
 def _eager(export: Path) -> Backend:

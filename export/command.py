@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import default_folder, deploy
-from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS
+from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS
 from ssod_edge.export.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.runtime import PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
@@ -52,6 +53,8 @@ def run_export(
     target: str = "all",
     score: ScoreName | None = None,
     tpr: float = 0.95,
+    calib: str | None = None,
+    max_drop: float = 1.0,
     batch: str = "1,1,8",
     version_compatible: bool = False,
 ) -> int:
@@ -66,9 +69,10 @@ def run_export(
         data: in-distribution images for the thresholds; None takes the run's calibration split.
         classes: file of class names for `weights` and `pretrained`.
         size: input size in pixels, of weights that were not trained here.
-        precisions: of "fp32" and "fp16"; none given makes both.
+        precisions: of "fp32", "fp16" and "int8"; none given makes the first two.
         target: see `engines_for`.
-        score, tpr: see `ExportOptions`.
+        score, tpr, max_drop: see `ExportOptions`.
+        calib: in-distribution images to quantise with; None takes those of the thresholds.
         batch: "MIN,OPT,MAX" of TensorRT's plans.
         version_compatible: see `ssod_edge.export.tensorrt.PlanOptions`.
     """
@@ -77,8 +81,14 @@ def run_export(
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plans = PlanOptions(parse_batch(batch), version_compatible)
-    options = ExportOptions(precisions or PRECISIONS, engines_for(target), tpr, score, plans)
+    options = ExportOptions(precisions or DEFAULT_PRECISIONS, engines_for(target), tpr, score, max_drop, plans)
+    if calib is not None and "int8" not in options.precisions:
+        raise UsageError("--calib names images to quantise with; it needs --int8")
     source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
+    if calib is not None:
+        from ssod_edge.export.source import from_dataset
+
+        source = replace(source, int8=from_dataset(calib))
     if not source.trained:
         warning = UNTRAINED_WARNING.format(backbone=source.model.backbone_name, runs=runs)
         console.print(Text(warning, "bold red"))
@@ -88,7 +98,8 @@ def run_export(
     folder = Path(out) if out else source.folder / "export"
     print_artifacts(spec, folder)
     console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-    return EXIT_SOME_FAILED if source.calibration and source.calibration.unreadable else EXIT_OK
+    left_out = any(images is not None and images.unreadable for images in (source.calibration, source.int8))
+    return EXIT_SOME_FAILED if left_out else EXIT_OK
 
 
 def run_deploy(

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge import __version__
-from ssod_edge.export.openvino import save_ir
+from ssod_edge.export.openvino import save_ir, write_ir
 from ssod_edge.export.tensorrt import PlanOptions, save_plan
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime import PLAN_ENGINES
 from ssod_edge.spec import Artifact, Spec
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
+#: What is made where none is named: int8 takes images, another package and minutes.
+DEFAULT_PRECISIONS = ("fp32", "fp16")
 CPU_TARGETS = ("onnxruntime", "openvino")
 TARGETS = (*CPU_TARGETS, *PLAN_ENGINES)
 #: Of every graph that is exported.
@@ -27,6 +29,7 @@ def make_artifact(
     onnx_path: Path,
     folder: Path,
     made_with: Sequence[str] = (),
+    ir: Any = None,
     plans: PlanOptions | None = None,
     earlier: tuple[Path, Spec] | None = None,
 ) -> Artifact:
@@ -38,6 +41,7 @@ def make_artifact(
         onnx_path: `model-<precision>.onnx` in `folder`.
         folder: the export folder that is being made.
         made_with: packages beside the engine's whose versions are recorded.
+        ir: an OpenVINO model that stands for what OpenVINO would read from `onnx_path`: the int8 one.
         plans: how plans are built, for TensorRT.
         earlier: an earlier export's folder and spec; a plan of the same graph, TensorRT, GPU and options is taken from
             it instead of being built again.
@@ -57,7 +61,8 @@ def make_artifact(
         paths: Sequence[Path] = [path]
         versions[engine] = build["version"]  # JetPack's TensorRT is no package that pip knows
     elif engine == "openvino":
-        paths, versions[engine] = save_ir(onnx_path, folder / name), version(engine)
+        paths = save_ir(onnx_path, folder / name) if ir is None else write_ir(ir, folder / name)
+        versions[engine] = version(engine)
     else:
         paths, versions[engine] = [onnx_path], version(engine)
     return Artifact(

@@ -4,11 +4,15 @@ The image is normalised in fp32 and then cast; from the last global pooling on, 
 features, final Gemm, softmax and scores. So there are two casts, whatever the backbone. The converter that comes
 with ONNX Runtime casts around every node that is kept in fp32 and rounds between them, which would put 16-bit
 numbers between the Gemm and the softmax.
+
+A value that real images drive beyond fp16's range would become infinite, and everything behind it NaN. So the fp32
+graph is run on them first, and a layer that comes near the range stays in fp32, by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -20,11 +24,15 @@ from ssod_edge.export.onnx import check_fused
 POOLING_OPS = ("ReduceMean", "GlobalAveragePool", "ReduceMax", "GlobalMaxPool", "AveragePool")
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+#: From this magnitude on a layer stays in fp32: half of fp16's range, because the images that a device meets reach
+#: further than the few hundred that are looked at here.
+OVERFLOW_LIMIT = LARGEST / 2
+BATCH = 8
 
 
 @dataclass(frozen=True)
 class HalfReport:
-    """What happened to the weights that became fp16.
+    """What happened to the weights that became fp16, and which layers could not.
 
     Attributes:
         weights: how many were converted.
@@ -33,6 +41,10 @@ class HalfReport:
         flushed: those other than 0 that became 0 (below 3e-8).
         subnormal: those left with fewer than 11 significant bits (below 6.1e-5).
         max_abs_error: the largest |fp16 - fp32|.
+        images: how many the ranges of the values were measured on; 0 if they were not.
+        largest: the largest magnitude among the values that the fp16 part of an unchecked graph computes.
+        overflowing: node -> the largest magnitude of what it computes, where that is beyond `OVERFLOW_LIMIT`. These
+            nodes, and those that read their values, stay in fp32.
     """
 
     weights: int = 0
@@ -41,6 +53,9 @@ class HalfReport:
     flushed: int = 0
     subnormal: int = 0
     max_abs_error: float = 0.0
+    images: int = 0
+    largest: float = 0.0
+    overflowing: dict[str, float] = field(default_factory=dict)
 
     def including(self, before: NDArray[np.float32], after: NDArray[np.float16]) -> HalfReport:
         """The report with one more tensor in it."""
@@ -48,7 +63,8 @@ class HalfReport:
             return self
         small = np.abs(after) < SMALLEST_NORMAL
         error = np.abs(after.astype(np.float32) - before)
-        return HalfReport(
+        return replace(
+            self,
             weights=self.weights + before.size,
             max_abs=max(self.max_abs, float(np.abs(before).max())),
             clipped=self.clipped + int((np.abs(before) > LARGEST).sum()),
@@ -58,12 +74,13 @@ class HalfReport:
         )
 
 
-def to_fp16(graph: ModelProto, rows: int) -> tuple[ModelProto, HalfReport]:
+def to_fp16(graph: ModelProto, rows: int, images: NDArray[np.uint8] | None = None) -> tuple[ModelProto, HalfReport]:
     """Convert a fused fp32 graph; the argument is left as it is.
 
     Args:
         graph: from `ssod_edge.export.onnx.fused_graph`.
         rows: of its final Gemm, M+1.
+        images: uint8 [n, 3, S, S] to look for overflow with; None looks for none.
 
     Returns:
         the fp16 graph, with the same inputs, outputs and metadata, and what was lost in the weights.
@@ -74,13 +91,66 @@ def to_fp16(graph: ModelProto, rows: int) -> tuple[ModelProto, HalfReport]:
     half = ModelProto()
     half.CopyFrom(graph)
     _fold_batch_norms(half)
-    kept = _kept_values(half, check_fused(half, rows))
-    report = _convert(half, kept)
+    kept = kept_values(half, check_fused(half, rows))
+    report = HalfReport()
+    if images is not None:
+        ranges = largest_magnitudes(half, sorted(_float_values(half) - kept), images)
+        report = _overflow(half, ranges, len(images))
+        kept |= _spared(half, report.overflowing)
+    report = _convert(half, kept, report)
     del half.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(half, strict_mode=True), report
 
 
-def _kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
+def largest_magnitudes(graph: ModelProto, names: Sequence[str], images: NDArray[np.uint8]) -> dict[str, float]:
+    """The largest |value| that images drive each of a graph's values to; infinite for NaN.
+
+    The maxima are taken in the graph, by nodes added to a copy, so that no feature map leaves the engine.
+
+    Args:
+        graph: fp32, with the one input `image`.
+        names: of fp32 values that nodes compute.
+        images: uint8 [n, 3, S, S], n >= 1.
+    """
+    import onnxruntime
+
+    probed = ModelProto()
+    probed.CopyFrom(graph)
+    inner = probed.graph
+    del inner.output[:]
+    for index, name in enumerate(names):
+        magnitude, peak = f"probe_magnitude_{index}", f"probe_peak_{index}"
+        inner.node.append(helper.make_node("Abs", [name], [magnitude]))
+        inner.node.append(helper.make_node("ReduceMax", [magnitude], [peak], keepdims=0))
+        inner.output.append(helper.make_tensor_value_info(peak, TensorProto.FLOAT, []))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = np.zeros(len(names), np.float32)
+    for start in range(0, len(images) if names else 0, BATCH):
+        peaks = np.stack(session.run(None, {"image": images[start : start + BATCH]}))
+        found = np.maximum(found, np.where(np.isnan(peaks), np.inf, peaks))
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def _overflow(graph: ModelProto, ranges: dict[str, float], images: int) -> HalfReport:
+    """The report's entries on ranges; a node's magnitude is that of its largest output."""
+    beyond: dict[str, float] = {}
+    for node in graph.graph.node:
+        magnitude = max((ranges.get(name, 0.0) for name in node.output), default=0.0)
+        if magnitude > OVERFLOW_LIMIT:
+            beyond[node.name or node.output[0]] = magnitude
+    return HalfReport(images=images, largest=max(ranges.values(), default=0.0), overflowing=beyond)
+
+
+def _spared(graph: ModelProto, overflowing: dict[str, float]) -> set[str]:
+    """Values to keep in fp32 so that the large ones never become fp16: theirs, and those computed from them at once."""
+    large = {name for node in graph.graph.node if (node.name or node.output[0]) in overflowing for name in node.output}
+    readers = (node for node in graph.graph.node if large.intersection(node.input))
+    return large | {name for node in readers for name in node.output}
+
+
+def kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
     """What stays fp32: values before the first convolutions, and from the last global pooling on."""
     nodes = graph.graph.node
     before = {value.name for value in graph.graph.input}
@@ -111,7 +181,7 @@ def _last_pooling(producer: dict[str, NodeProto], head: NodeProto) -> set[str]:
     return found
 
 
-def _convert(graph: ModelProto, kept: set[str]) -> HalfReport:
+def _convert(graph: ModelProto, kept: set[str], report: HalfReport) -> HalfReport:
     """Halve the weights of the nodes that compute anything else, and cast what crosses the border."""
     inner = graph.graph
     floats = _float_values(graph)
@@ -119,7 +189,6 @@ def _convert(graph: ModelProto, kept: set[str]) -> HalfReport:
     half_weights: dict[str, TensorProto] = {}
     casts: dict[str, str] = {}
     nodes: list[NodeProto] = []
-    report = HalfReport()
     for node in inner.node:
         target = TensorProto.FLOAT if kept.intersection(node.output) else TensorProto.FLOAT16
         for index, name in enumerate(node.input):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ssod_edge.errors import OutputError, VerificationError, missing_extra
 
@@ -26,6 +27,17 @@ def save_ir(onnx_path: Path, folder: Path) -> tuple[Path, Path]:
         model = openvino.convert_model(str(onnx_path))
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its frontends
         raise VerificationError(f"OpenVINO {openvino.__version__} cannot read '{onnx_path.name}': {error}") from error
+    return write_ir(model, folder)
+
+
+def write_ir(model: Any, folder: Path) -> tuple[Path, Path]:
+    """Write an OpenVINO model as it is; returns the paths of `model.xml` and `model.bin` in `folder`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    import openvino
+
     path = folder / "model.xml"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
-from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, TARGETS, make_artifact
-from ssod_edge.export.fp16 import HalfReport, to_fp16
+from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, PRECISIONS, TARGETS, make_artifact
+from ssod_edge.export.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
+from ssod_edge.export.int8 import check_int8, int8_artifacts
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
@@ -38,17 +42,19 @@ class ExportOptions:
     """What to make.
 
     Attributes:
-        precisions: of `PRECISIONS`.
+        precisions: of `PRECISIONS`; "int8" is not made unless it is named.
         engines: of `TARGETS`.
         target_tpr: share of in-distribution images that must stay known, in (0, 1).
         score: the OOD score that the graph computes; None takes the default.
+        max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
         plans: how TensorRT's plans are built.
     """
 
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = DEFAULT_PRECISIONS
     engines: tuple[str, ...] = CPU_TARGETS
     target_tpr: float = 0.95
     score: ScoreName | None = None
+    max_drop: float = 1.0
     plans: PlanOptions = field(default_factory=PlanOptions)
 
     def __post_init__(self) -> None:
@@ -57,12 +63,14 @@ class ExportOptions:
                 raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
         if not 0 < self.target_tpr < 1:
             raise UsageError(f"target_tpr must lie between 0 and 1, got {self.target_tpr}")
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
 
 
 def export_run(
     run: str | Path,
     out: str | Path | None = None,
-    precisions: Sequence[str] = PRECISIONS,
+    precisions: Sequence[str] = DEFAULT_PRECISIONS,
     engines: Sequence[str] = CPU_TARGETS,
     target_tpr: float = 0.95,
     score: ScoreName | None = None,
@@ -106,6 +114,8 @@ def export_source(
             raise missing_extra(ENGINES[engine], f"exporting for {engine}")
         if engine in PLAN_ENGINES:
             check_builder(engine)
+    if "int8" in options.precisions:
+        check_int8(source)
     check_score(source, options.score or DEFAULT_SCORE)
     if out is None:
         check_run_folder(source)
@@ -124,22 +134,27 @@ def export_source(
 
 def _build(source: Source, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
     """Write every artifact and the reference; the spec has neither thresholds nor figures yet."""
-    earlier = earlier_export(place)
+    make = partial(make_artifact, plans=options.plans, earlier=earlier_export(place))
     score = options.score or DEFAULT_SCORE
-    reference_sha256 = sha256_file(_reference(source, folder))
+    images, labels = _reference_images(source)
+    reference_sha256 = sha256_file(write_reference(folder / REFERENCE_NAME, source.model, images, labels))
     say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {score}")
     fp32 = fused_graph(source.model, score, source.trained)
     artifacts: list[Artifact] = []
     for precision in options.precisions:
-        graph = fp32
+        graph, build = fp32, {}
+        path = folder / f"model-{precision}.onnx"
+        if precision == "int8":
+            artifacts += int8_artifacts(source, fp32, options.engines, options.max_drop, path, MADE_WITH, make, say)
+            continue
         if precision == "fp16":
-            graph, report = to_fp16(fp32, len(source.model.classes) + 1)
-            say(_weights_line(report))
-        path = save_onnx(graph, folder / f"model-{precision}.onnx")
-        artifacts += [
-            make_artifact(engine, precision, path, folder, MADE_WITH, options.plans, earlier)
-            for engine in options.engines
-        ]
+            graph, report = to_fp16(fp32, len(source.model.classes) + 1, images)
+            build = _overflow_record(report)
+            for line in _half_lines(report):
+                say(line)
+        save_onnx(graph, path)
+        made = [make(engine, precision, path, folder, MADE_WITH) for engine in options.engines]
+        artifacts += [replace(artifact, build={**artifact.build, **build}) for artifact in made]
         if "onnxruntime" not in options.engines:
             path.unlink()
     evidence = "chosen when exporting" if options.score else "the default; no study has chosen one for this model"
@@ -157,19 +172,38 @@ def _build(source: Source, folder: Path, options: ExportOptions, say: Say, place
     return spec
 
 
-def _reference(source: Source, folder: Path) -> Path:
-    """`reference.npz` from the calibration images, or from noise where there are none."""
+def _reference_images(source: Source) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The reference's images and labels: calibration images, or noise where there are none."""
     settings, calibration = source.model.preprocess, source.calibration
     if calibration is None:
         images = synthetic_images(SYNTHETIC_IMAGES, settings.input_size)
-        labels = np.full(len(images), -1, np.int64)
-    else:
-        order = np.random.default_rng(0).permutation(calibration.indices)
-        batches = list(calibration.batches(settings, np.sort(order[:IMAGES])))
-        if not batches:
-            raise UsageError(f"none of the images of {calibration.description} can be read")
-        images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
-    return write_reference(folder / REFERENCE_NAME, source.model, images, labels)
+        return images, np.full(len(images), -1, np.int64)
+    order = np.random.default_rng(0).permutation(calibration.indices)
+    batches = list(calibration.batches(settings, np.sort(order[:IMAGES])))
+    if not batches:
+        raise UsageError(f"none of the images of {calibration.description} can be read")
+    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return images, labels
+
+
+def _overflow_record(report: HalfReport) -> dict[str, Any]:
+    """What the spec says about overflow: the range that was measured, and the nodes that stay fp32 because of it."""
+    return {
+        "overflow": {
+            "images": report.images,
+            "largest": report.largest,
+            "limit": OVERFLOW_LIMIT,
+            "fp32_nodes": report.overflowing,
+        }
+    }
+
+
+def _half_lines(report: HalfReport) -> list[str]:
+    limit = f"{OVERFLOW_LIMIT:.0f}, half of fp16's range"
+    return [_weights_line(report)] + [
+        f"fp16: node '{name}' reaches {largest:.3g} on {report.images} images: beyond {limit}, so it stays in fp32"
+        for name, largest in report.overflowing.items()
+    ]
 
 
 def _weights_line(report: HalfReport) -> str:

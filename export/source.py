@@ -77,6 +77,7 @@ class Source:
         facts: the spec's `source`.
         calibration: None if there are no images to fit thresholds on.
         checkpoint: the run's; None if `folder` is yet to be made from the weights.
+        int8: in-distribution images to quantise with; None takes those of `calibration`.
     """
 
     model: SSODClassifier
@@ -85,6 +86,7 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     checkpoint: Path | None = None
+    int8: Calibration | None = None
 
 
 def check_score(source: Source, score: ScoreName) -> None:

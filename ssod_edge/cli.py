@@ -195,6 +195,9 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("-o", "--out", type=click.Path(), help="Export folder. Default: RUN/export.")
 @click.option("--fp16", is_flag=True, help="Make fp16 artifacts. Default: fp32 and fp16.")
 @click.option("--fp32", is_flag=True, help="Make fp32 artifacts.")
+@click.option("--int8", is_flag=True, help="Make int8 artifacts, quantised with real images (extra int8).")
+@click.option("--calib", metavar="DATA", help="Images to quantise with. Default: those of the thresholds.")
+@click.option("--max-drop", type=float, default=1.0, help="Points of top-1 and of AUROC that int8 may cost.")
 @click.option(
     "--target",
     type=click.Choice(["onnx", "openvino", "tensorrt", "tensorrt-rtx", "all"]),
@@ -214,7 +217,9 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("--size", type=click.IntRange(min=1), help="Input size in pixels, of weights not trained here.")
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
 @click.pass_context
-def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, bundle: str | None, **options: Any) -> None:
+def export(
+    ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any
+) -> None:
     """Make verified ONNX, OpenVINO and TensorRT artifacts, each with its own threshold.
 
     RUN is a run folder or a checkpoint; default: the newest run. With --backbone and no run of it, untrained weights
@@ -222,10 +227,10 @@ def export(ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, bundl
     """
     from ssod_edge.export.command import run_deploy, run_export
 
-    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16)) if wanted)
+    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
     if bundle is not None:
         taken = {"out", "target", "data", "tpr", "batch", "version_compatible"}
-        if given := _given(ctx, besides=("bundle", "fp16", "fp32", *taken)):
+        if given := _given(ctx, besides=("bundle", "fp16", "fp32", "int8", *taken)):
             raise click.UsageError(f"{', '.join(given)} cannot be given with --from: a bundle holds its model")
         ctx.exit(run_deploy(bundle, precisions=precisions, **{name: options[name] for name in taken}))
     ctx.exit(run_export(run, precisions=precisions, **options))
@@ -296,7 +301,7 @@ def package(ctx: click.Context, folder: str, out: str, bench: str | None) -> Non
     type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"]),
     default="auto",
 )
-@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "int8"]), default="auto")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
 @click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine. Default: its own choice.")

@@ -35,6 +35,7 @@ PURPOSES = {
     "train": "train, eval and export",
     "onnx": "export, and ONNX Runtime",
     "openvino": "OpenVINO",
+    "int8": "export --int8",
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT for RTX",
     "jetson": "running on a GPU",

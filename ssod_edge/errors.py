@@ -23,6 +23,7 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "pycuda": "jetson",  # the extra that brings it alone, so that no wheel hides JetPack's own TensorRT
+    "nncf": "int8",
     "matplotlib": "report",
     "jinja2": "report",
     "cv2": "video",

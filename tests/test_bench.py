@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from colour import write_colours
 from rich.console import Console
 
-from ssod_edge.bench.backends import Backends, combined_hash
+from ssod_edge.bench.backends import BF16, Backends, combined_hash
 from ssod_edge.bench.interrupt import Interrupts
 from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
@@ -33,7 +33,40 @@ from ssod_edge.spec import load_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "bench.json"
 BRIEF = Plan(warmup_s=0.0, warmup_queries=2, measure_s=0.0, measure_queries=8, repeats=3, pair_s=0.0)
-ROWS = ["onnx-fp32", "openvino-fp32", "onnx-fp16", "openvino-fp16", "eager", "plain-onnx-fp32", "plain-openvino-fp32"]
+ROWS = [
+    "onnx-fp32",
+    "openvino-fp32",
+    "onnx-fp16",
+    "openvino-fp16",
+    BF16,
+    "eager",
+    "plain-onnx-fp32",
+    "plain-openvino-fp32",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_bf16() -> Iterator[None]:
+    """A CPU without bf16, so that the rows are the same on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssod_edge.runtime.openvino.cpu_capabilities", lambda: ["FP32", "INT8"])
+        yield
+
+
+def test_bf16_is_a_row_of_its_own(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    with Backends(export, load_spec(export), tmp_path / "a", None) as backends:
+        row = backends.named(BF16)
+    assert (row.status, row.error) == ("missing", "this CPU has no bf16 arithmetic, only FP32, INT8")
+    monkeypatch.setattr("ssod_edge.runtime.openvino.cpu_capabilities", lambda: ["FP32", "BF16"])
+    (tmp_path / "b").mkdir()
+    with Backends(export, load_spec(export), tmp_path / "b", None) as backends:
+        row = backends.named(BF16)
+    assert (row.status, row.error, row.sha256) == (
+        "ok",
+        None,
+        combined_hash(load_spec(export).artifact("openvino-fp32")),
+    )
 
 
 @pytest.fixture
@@ -77,7 +110,7 @@ def test_a_failed_row_is_shown_and_the_others_go_on(damaged: tuple[Path, dict[st
     assert "was changed or cut short" in row["error"]
     assert row["latency_ms"] is row["rss_mb"] is row["precision"] is None
     assert exit_code(record) == 1
-    good = [row for row in record["rows"] if row["artifact"] not in ("onnx-fp16", "eager")]
+    good = [row for row in record["rows"] if row["artifact"] not in ("onnx-fp16", BF16, "eager")]
     assert all(row["status"] == "ok" and row["error"] is None for row in good)
     for row in good:
         assert row["latency_ms"]["n"] == 3 * BRIEF.measure_queries
@@ -200,8 +233,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bench_of_a_real_export(tiny_run: Path) -> None:
     far = tiny_run.parent / "data" / "red"
     record = bench(tiny_run, BenchOptions(threads=1, plan=BRIEF, unknown={"far": str(far)}))
-    names = ["onnx-fp32", "openvino-fp32", "eager", "plain-onnx-fp32", "plain-openvino-fp32"]
+    names = ["onnx-fp32", "openvino-fp32", BF16, "eager", "plain-onnx-fp32", "plain-openvino-fp32"]
     assert [row["artifact"] for row in record["rows"]] == names
+    record["rows"] = [row for row in record["rows"] if row["artifact"] != BF16]
     assert [(row["status"], row["error"]) for row in record["rows"]] == [("ok", None)] * 5
     assert exit_code(record) == 0
     assert record["data"]["id"]["data"] == f"{tiny_run.parent / 'data'} (val split)"

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ssod_edge.errors import VerificationError
-from ssod_edge.export.fp16 import HalfReport, to_fp16
+from ssod_edge.export.fp16 import LARGEST, OVERFLOW_LIMIT, HalfReport, to_fp16
 
 ROWS = 4
 RNG = np.random.default_rng(0)
@@ -208,6 +208,57 @@ def test_without_pooling_the_head_alone_stays_fp32() -> None:
     assert found["average"] == found["pooled"] == TensorProto.FLOAT16
     assert found["w"] == found["fused"] == TensorProto.FLOAT
     np.testing.assert_allclose(run(half, images())["logits"], run(full, images())["logits"], rtol=0, atol=0.1)
+
+
+def overflowing(peak: float) -> onnx.ModelProto:
+    """A graph whose squeezed and gated values are small again, and whose first convolution reaches `peak`."""
+    full = graph()
+    reached = np.abs(probe(full, "r1")).max()
+    for tensor in full.graph.initializer:
+        factor = {"k1": peak / reached, "se": reached / peak, "k2": reached / peak}.get(tensor.name)
+        if factor is not None:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+    return full
+
+
+def probe(full: onnx.ModelProto, name: str, kind: int = TensorProto.FLOAT) -> np.ndarray:
+    """A value that the graph computes on `images`."""
+    probed = onnx.ModelProto()
+    probed.CopyFrom(full)
+    probed.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return run(probed, images(16))[name]
+
+
+def test_a_layer_that_overflows_stays_fp32_by_name() -> None:
+    full = overflowing(3e5)
+    expected = run(full, images(16))
+    assert np.isinf(probe(to_fp16(full, ROWS)[0], "r1", TensorProto.FLOAT16)).any()
+    half, report = to_fp16(full, ROWS, images(16))
+    onnx.checker.check_model(half, full_check=True)
+    found = types(half)
+    # The convolution, what passes its values on, and what reads them; small values are fp16 again.
+    assert set(report.overflowing) == {"c0", "c1", "r1", "gated"}
+    for name in ["c0", "c1", "r1", "squeezed", "gated", "c2", "k1", "k2"]:
+        assert found[name] == TensorProto.FLOAT, name
+    assert found["gate"] == found["excited"] == TensorProto.FLOAT16
+    assert report.images == 16 and report.largest == pytest.approx(max(report.overflowing.values()))
+    assert report.overflowing["r1"] == pytest.approx(np.abs(probe(full, "r1")).max(), rel=1e-5)
+    np.testing.assert_allclose(run(half, images(16))["logits"], expected["logits"], atol=0.02)
+
+
+def test_a_layer_within_the_margin_is_left_in_fp16() -> None:
+    half, report = to_fp16(overflowing(0.9 * OVERFLOW_LIMIT), ROWS, images(16))
+    assert report.overflowing == {} and 0.5 * OVERFLOW_LIMIT < report.largest < OVERFLOW_LIMIT
+    assert types(half)["r1"] == TensorProto.FLOAT16
+    assert OVERFLOW_LIMIT == LARGEST / 2
+    _, report = to_fp16(overflowing(1.2 * OVERFLOW_LIMIT), ROWS, images(16))
+    assert "r1" in report.overflowing, "from half of the range on: other images reach further"
+
+
+def test_values_that_are_not_finite_count_as_overflow() -> None:
+    kernel = np.full((8, 3, 3, 3), 1e38, np.float32)
+    _, report = to_fp16(graph(kernel=kernel), ROWS, images())
+    assert report.overflowing["c0"] == float("inf")
 
 
 def test_a_graph_of_another_form_is_refused() -> None:

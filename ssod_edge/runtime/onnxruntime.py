@@ -101,10 +101,10 @@ def _open_session(
 
 
 def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...]) -> tuple[Any, str]:
-    """A session of an fp16 graph, and the precision its heavy operators ran in.
+    """A session of an fp16 or int8 graph, and the precision its heavy operators ran in.
 
-    Where the CPU provider has no fp16 kernel it inserts casts and computes in fp32. No property says so: the
-    profile of one run does.
+    Where the CPU provider has no fp16 kernel it inserts casts and computes in fp32; where it has no int8 kernel it
+    dequantises first. No property says so: the profile of one run does.
     """
     with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
         size = spec.preprocess.input_size
@@ -118,4 +118,6 @@ def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[st
         for tensor in event["args"].get("input_type_shape", [])
         for kind in tensor
     }
+    if types & {"int8", "uint8"}:
+        return session, "int8"
     return session, "fp16" if "float16" in types else "fp32"

@@ -16,6 +16,8 @@ from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
 PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
+#: Layers of a device's own graph that do nearly all of the arithmetic.
+HEAVY_LAYERS = ("Convolution", "FullyConnected", "MatMul")
 
 
 class OpenVinoRunner:
@@ -24,7 +26,10 @@ class OpenVinoRunner:
     An IR's precision is how it is stored; what it is computed in is a hint, which machines with AMX set to bf16 by
     themselves. So it is pinned: to fp32 for fp32 artifacts, and for all on the CPU, whose plugin would take the last
     layer to 16 bits with the rest, and a 16-bit last layer makes tied scores. On other devices fp16 artifacts run in
-    fp16 where they can. `precision` is read back from the compiled model.
+    fp16 where they can. `precision` is read back from the compiled model: an int8 artifact's is "int8" where the device
+    runs its convolutions so, and what it falls back to elsewhere.
+
+    With `bf16` an fp32 artifact is computed in bf16, to measure what that would bring; nothing ships so.
 
     A graph with fewer `outputs` than the fused one's is for measuring only.
 
@@ -44,19 +49,21 @@ class OpenVinoRunner:
         device: str = "auto",
         threads: int | None = None,
         outputs: tuple[str, ...] = OUTPUTS,
+        bf16: bool = False,
     ) -> None:
         try:
             import openvino
         except ImportError as error:
             raise import_failed("openvino", error) from error
         device = "CPU" if device == "auto" else device
-        core = _core()
+        core = shared_core()
         if device not in core.available_devices:
             raise EngineError(f"OpenVINO has no device '{device}' here; it has: {', '.join(core.available_devices)}")
         self.spec = spec
         self.artifact = artifact
         self._outputs = outputs
-        config = _config(device, artifact.precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
+        precision = "bf16" if bf16 else artifact.precision
+        config = _config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
             compiled = core.compile_model(str(path), device, config)
         except RuntimeError as error:
@@ -65,6 +72,8 @@ class OpenVinoRunner:
         self._request: Any = compiled.create_infer_request()
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
+        if artifact.precision == "int8" and _runs_int8(compiled):
+            self.precision = "int8"
         self.device = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
         self.details = {"device_name": str(core.get_property(device, "FULL_DEVICE_NAME")).strip()}
         if device == "CPU":
@@ -89,7 +98,7 @@ class OpenVinoRunner:
 
 
 @functools.cache
-def _core() -> Any:
+def shared_core() -> Any:
     """One for the whole process, never destroyed.
 
     The CPU plugin of a Core gives the main thread a signal stack of its own and, when it goes, puts back the one it
@@ -99,6 +108,12 @@ def _core() -> Any:
     import openvino
 
     return openvino.Core()
+
+
+def cpu_capabilities() -> list[str]:
+    """The types that OpenVINO computes in on this CPU, by its names: "FP32", "BF16", "FP16", "INT8"."""
+    types = ("FP32", "BF16", "FP16", "INT8")
+    return [name for name in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") if name in types]
 
 
 def _shapes(compiled: Any) -> dict[str, list[int | None]]:
@@ -112,6 +127,16 @@ def _shapes(compiled: Any) -> dict[str, list[int | None]]:
     return found
 
 
+def _runs_int8(compiled: Any) -> bool:
+    """Whether a device runs convolutions or matrix products in int8, by the types of its own graph."""
+    for op in compiled.get_runtime_model().get_ops():
+        info = op.get_rt_info()
+        kind = str(info["layerType"].astype(str)) if "layerType" in info else ""
+        if kind in HEAVY_LAYERS and str(info["runtimePrecision"].astype(str)) in ("i8", "u8"):
+            return True
+    return False
+
+
 def _config(device: str, precision: str, capabilities: Sequence[str], threads: int | None) -> dict[str, str]:
     """One request, as fast as it can be, in the precision that the class's docstring promises."""
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -121,4 +146,6 @@ def _config(device: str, precision: str, capabilities: Sequence[str], threads: i
             config["INFERENCE_NUM_THREADS"] = str(threads)
     elif precision == "fp16" and "FP16" in capabilities:
         config["INFERENCE_PRECISION_HINT"] = "f16"
+    if precision == "bf16":
+        config["INFERENCE_PRECISION_HINT"] = "bf16"
     return config

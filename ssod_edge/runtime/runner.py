@@ -26,7 +26,7 @@ class Runner(Protocol):
         spec: the export it belongs to.
         artifact: the artifact that was opened.
         engine: "tensorrt", "tensorrt_rtx", "onnxruntime", "openvino" or "eager".
-        precision: "fp32", "fp16" or "bf16": what the engine really computes in, read back from it.
+        precision: "fp32", "fp16", "bf16" or "int8": what the engine really computes in, read back from it.
         device: what it really runs on, e.g. "CPU".
         details: what else the engine says about itself, for reports.
     """
