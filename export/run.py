@@ -118,7 +118,7 @@ def export_source(
         if out is None and source.checkpoint is None:
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
         # Another process may be exporting to the same place: what it has published by now is kept too.
-        publishing.enter_context(exclusive(place.parent))
+        publishing.enter_context(exclusive(place.resolve().parent))
         spec = _keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec
