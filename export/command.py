@@ -14,7 +14,7 @@ from ssod_edge.checkpoint import find_run
 from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS
-from ssod_edge.export.run import ExportOptions, export_source
+from ssod_edge.export.run import ExportOptions, check_engines, export_source
 from ssod_edge.export.source import Source, from_run, from_weights, untrained
 from ssod_edge.export.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.runtime import PLAN_ENGINES, is_installed
@@ -70,6 +70,7 @@ def run_export(
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     plans = PlanOptions(parse_batch(batch), version_compatible)
     options = ExportOptions(precisions or PRECISIONS, engines_for(target), tpr, score, plans)
+    check_engines(options.engines)
     source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
     if not source.trained:
         warning = UNTRAINED_WARNING.format(backbone=source.model.backbone_name, runs=runs)

@@ -103,11 +103,7 @@ def export_source(
         OutputError: the folder cannot be written. In every case an earlier export is unchanged.
     """
     options = options or ExportOptions()
-    for engine in options.engines:
-        if not is_installed(engine):
-            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
-        if engine in PLAN_ENGINES:
-            check_builder(engine)
+    check_engines(options.engines)
     check_score(source, options.score or DEFAULT_SCORE)
     if out is None:
         check_run_folder(source)
@@ -122,6 +118,20 @@ def export_source(
         spec = _keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Find out before the work whether every engine's artifacts can be made here.
+
+    Raises:
+        MissingExtraError: an engine is not installed.
+        EngineError: TensorRT is too old, or has no GPU to build for.
+    """
+    for engine in engines:
+        if not is_installed(engine):
+            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
+        if engine in PLAN_ENGINES:
+            check_builder(engine)
 
 
 def _keep_earlier(place: Path, folder: Path, spec: Spec, say: Say) -> Spec:
