@@ -19,7 +19,7 @@ from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import default_folder, deploy
-from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS
+from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, check_engines
 from ssod_edge.export.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.runtime import PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
@@ -84,6 +84,7 @@ def run_export(
     options = ExportOptions(precisions or DEFAULT_PRECISIONS, engines_for(target), tpr, score, max_drop, plans)
     if calib is not None and "int8" not in options.precisions:
         raise UsageError("--calib names images to quantise with; it needs --int8")
+    check_engines(options.engines)
     source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
     if calib is not None:
         from ssod_edge.export.source import from_dataset

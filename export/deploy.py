@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.bundle import BENCH_NAME, unpack
-from ssod_edge.export.engines import PRECISIONS, TARGETS, make_artifact
+from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, check_engines, make_artifact
 from ssod_edge.export.staging import earlier_export, exclusive, keep_earlier, staged, that_run_here
-from ssod_edge.export.tensorrt import PlanOptions, check_builder
-from ssod_edge.runtime import ENGINES, PLAN_ENGINES, Runner, is_installed, open_runner
+from ssod_edge.export.tensorrt import PlanOptions
+from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.calibrate import fit_threshold
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.runtime.verify import Verification, check_passed, load_reference, verify_runner
@@ -37,7 +37,7 @@ def default_folder(bundle: str | Path) -> Path:
 def deploy(
     bundle: str | Path,
     out: str | Path | None = None,
-    engines: Sequence[str] = TARGETS,
+    engines: Sequence[str] = CPU_TARGETS,
     precisions: Sequence[str] = (),
     data: str | None = None,
     target_tpr: float = 0.95,
@@ -56,7 +56,7 @@ def deploy(
         bundle: what `ssod_edge.export.bundle.write_bundle` wrote.
         out: the export folder; None is `default_folder(bundle)`. Artifacts of an earlier export of the same model that
             are not made again are kept.
-        engines: of `TARGETS`.
+        engines: of `ssod_edge.export.engines.TARGETS`.
         precisions: of `PRECISIONS`; none given makes all that the bundle holds.
         data: a folder of in-distribution images, on whose scores every artifact's threshold is fitted.
         target_tpr: share of those images that must stay known, in (0, 1).
@@ -75,11 +75,7 @@ def deploy(
         VerificationError: an artifact drifted beyond its tolerance; nothing is released.
         OutputError: the folder cannot be written. In every case an earlier export is unchanged.
     """
-    for engine in engines:
-        if not is_installed(engine):
-            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
-        if engine in PLAN_ENGINES:
-            check_builder(engine)
+    check_engines(engines)
     images = None if data is None else _id_images(data)
     place = default_folder(bundle) if out is None else Path(out)
     with ExitStack() as publishing, staged(place) as folder:
@@ -107,7 +103,7 @@ def deploy(
             raise VerificationError("nothing is released: " + "\n".join(failures))
         _remove_the_rest(spec, folder)
         # Another process may be exporting to the same place: what it has published by now is kept too.
-        publishing.enter_context(exclusive(place.parent))
+        publishing.enter_context(exclusive(place.resolve().parent))
         spec = keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec

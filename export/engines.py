@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge import __version__
+from ssod_edge.errors import missing_extra
 from ssod_edge.export.openvino import save_ir, write_ir
-from ssod_edge.export.tensorrt import PlanOptions, save_plan
+from ssod_edge.export.tensorrt import PlanOptions, check_builder, save_plan
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime import PLAN_ENGINES
+from ssod_edge.runtime import ENGINES, PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -21,6 +22,20 @@ CPU_TARGETS = ("onnxruntime", "openvino")
 TARGETS = (*CPU_TARGETS, *PLAN_ENGINES)
 #: Of every graph that is exported.
 OPSET = 18
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Find out before the work whether every engine's artifacts can be made here.
+
+    Raises:
+        MissingExtraError: an engine is not installed.
+        EngineError: TensorRT is too old, or has no GPU to build for.
+    """
+    for engine in engines:
+        if not is_installed(engine):
+            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
+        if engine in PLAN_ENGINES:
+            check_builder(engine)
 
 
 def make_artifact(

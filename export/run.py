@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.config import DEFAULT_SCORE, ScoreName
-from ssod_edge.errors import UsageError, VerificationError, missing_extra
-from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, PRECISIONS, TARGETS, make_artifact
+from ssod_edge.errors import UsageError, VerificationError
+from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, PRECISIONS, TARGETS, check_engines, make_artifact
 from ssod_edge.export.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
 from ssod_edge.export.int8 import check_int8, int8_artifacts
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
 from ssod_edge.export.staging import earlier_export, exclusive, keep_earlier, staged, that_run_here
-from ssod_edge.export.tensorrt import PlanOptions, check_builder
+from ssod_edge.export.tensorrt import PlanOptions
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
-from ssod_edge.runtime import ENGINES, PLAN_ENGINES, Runner, is_installed, open_runner
+from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, save_spec
 
@@ -109,11 +109,7 @@ def export_source(
         OutputError: the folder cannot be written. In every case an earlier export is unchanged.
     """
     options = options or ExportOptions()
-    for engine in options.engines:
-        if not is_installed(engine):
-            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
-        if engine in PLAN_ENGINES:
-            check_builder(engine)
+    check_engines(options.engines)
     if "int8" in options.precisions:
         check_int8(source)
     check_score(source, options.score or DEFAULT_SCORE)
@@ -126,7 +122,7 @@ def export_source(
         if out is None and source.checkpoint is None:
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
         # Another process may be exporting to the same place: what it has published by now is kept too.
-        publishing.enter_context(exclusive(place.parent))
+        publishing.enter_context(exclusive(place.resolve().parent))
         spec = keep_earlier(place, folder, spec, say)
         save_spec(spec, folder)
     return spec

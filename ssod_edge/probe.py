@@ -182,8 +182,13 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
         yield "CUDA", "missing", first_line(error)
         return
 
+    number = gpu.compute_capability.replace(".", "")
+    if hasattr(tensorrt, "ComputeCapability") and not hasattr(tensorrt.ComputeCapability, f"SM{number}"):
+        yield "CUDA:0", "missing", f"no code for {gpu.name}, compute capability {gpu.compute_capability}"
+        return
+
     def run() -> Any:
-        session = Session(tensorrt, build(gpu.compute_capability.replace(".", "")), "probe", gpu)
+        session = Session(tensorrt, build(number), "probe", gpu)
         try:
             return session.run({"x": np.asarray(FACTOR, dtype=np.float32)})["y"]
         finally:

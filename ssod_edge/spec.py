@@ -57,7 +57,7 @@ class Artifact:
         files: path relative to the export folder -> SHA-256; the first one is what the engine opens.
         opset: of the ONNX graph it was made from.
         versions: package -> version it was built with.
-        threshold: None for untrained weights.
+        threshold: None for untrained weights, and until `calibrate` where it could not run when it was built.
         verification: figures of `ssod_edge.runtime.verify.Verification`; None until it ran.
         build: how it was made, where there is more to say: what an int8 graph was calibrated with and which layers
             stayed in floating point, the GPU and the shapes that a plan was built for.

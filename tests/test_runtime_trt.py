@@ -208,7 +208,7 @@ def test_without_cuda_graphs_it_runs_all_the_same(
         assert runner.details["cuda_graph"] == "no: libcuda.so.1: no such file"
 
 
-@pytest.mark.parametrize("failing", ["cuStreamEndCapture", "cuGraphInstantiateWithFlags", "execute"])
+@pytest.mark.parametrize("failing", ["cuStreamEndCapture", "cuGraphInstantiateWithFlags", "execute", "copy"])
 def test_a_run_that_cannot_be_captured_is_enqueued(
     tensorrt: FakeTensorRT, driver: FakeDriver, export: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -217,7 +217,13 @@ def test_a_run_that_cannot_be_captured_is_enqueued(
         if name == failing:
             raise cuda.GraphError(f"{name} failed with CUDA error 901")
 
+    def upload(device: Any, host: np.ndarray, stream: Any) -> None:
+        if failing == "copy" and stream.captured is not None:
+            raise driver.LogicError("cuMemcpyHtoDAsync failed: operation not permitted when stream is capturing")
+        stream.add(lambda: driver.write(int(device), host.view(np.uint8).reshape(-1)))
+
     monkeypatch.setattr(cuda, "_call", call)
+    monkeypatch.setattr(driver, "memcpy_htod_async", upload)
     images, expected = byte_images(2)
     with open_runner(export, verify=False) as runner:
         check(runner.infer({"image": images}), expected)

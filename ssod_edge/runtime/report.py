@@ -35,6 +35,11 @@ def run_predict(folder: str, images: Sequence[str], as_json: bool, batch: int, *
     with Predictor(open_runner(folder, **options)) as predictor:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
+        elif predictor.threshold is None:
+            fix = "Fit one with: ssod-edge calibrate DIR --id DATA"
+            click.echo(
+                f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
+            )
         verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
         failed = _print_json(verdicts) if as_json else _print_table(verdicts, len(paths), predictor.runner)
     return EXIT_SOME_FAILED if failed else EXIT_OK

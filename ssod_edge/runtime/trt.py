@@ -320,6 +320,7 @@ class _Lane:
         self._n = 0
         self._stream: Any = None
         with session._gpu.current() as driver:
+            self._driver = driver
             self._stream = driver.Stream()
             try:
                 for name in (*session.inputs, *session.outputs):
@@ -371,7 +372,7 @@ class _Lane:
         """The second run of a batch size: the first one has set up what may not be captured."""
         try:
             self._graph = Graph(self._stream, self._enqueue)
-        except (GraphError, EngineError) as error:
+        except (GraphError, EngineError, self._driver.Error) as error:
             # Without a graph it is only slower. An engine that really fails does so again right here.
             self._session.captures = False
             self._session.graphs = f"no: {error}"
