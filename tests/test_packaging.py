@@ -276,7 +276,7 @@ def test_a_device_without_torch_goes_from_bundle_to_verdict(
     def run(*arguments: str, code: int = 0) -> str:
         done = subprocess.run([str(python), *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr
+        return done.stdout or done.stderr
 
     script = str(python.with_name("ssod-edge"))
     for module in ("torch", "onnx", "timm", "nncf"):

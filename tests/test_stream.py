@@ -212,7 +212,22 @@ def test_closing_does_not_wait_for_the_source(address: str) -> None:
     with FrameReader(address) as reader:
         next(iter(reader))
         began = time.monotonic()
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 2.5 and reader.problem is None
+
+
+def test_a_frame_that_cannot_be_turned_into_colours_is_named(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a camera that is set to deliver its raw bytes: OpenCV's own error becomes one of ours."""
+    to_rgb, raw = cv2.cvtColor, np.zeros((30, 40, 2), np.uint8)
+    turned: list[None] = []
+
+    def convert(pixels: np.ndarray, code: int) -> np.ndarray:
+        turned.append(None)
+        return to_rgb(pixels if len(turned) < 3 else raw, code)
+
+    monkeypatch.setattr(cv2, "cvtColor", convert)
+    with FrameReader(str(video)) as reader, pytest.raises(ImageError, match="frame 2 of .*video.avi cannot be read"):
+        for _ in reader:
+            pass
 
 
 # Smoothing
@@ -325,7 +340,7 @@ def test_what_is_no_video_is_refused(export: Path, tmp_path: Path) -> None:
         (["{}/red.png", "--smooth", "1"], 2, "--smooth and --realtime belong to a video"),
         (["{}/red.png", "--realtime"], 2, "--smooth and --realtime belong to a video"),
         ([], 2, "IMAGE, or --camera"),
-        (["rtsp://user:secret@127.0.0.1:1/x"], 1, "no video came from 'rtsp://127.0.0.1:1/x'"),
+        (["rtsp://user:a@secret@127.0.0.1:1/x"], 1, "no video came from 'rtsp://127.0.0.1:1/x'"),
     ],
 )
 def test_errors_are_one_message_and_an_exit_code(

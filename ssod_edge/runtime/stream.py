@@ -29,7 +29,7 @@ from ssod_edge.runtime.runner import Array, Runner, import_failed
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
 _URL = re.compile(r"(rtsps?|rtmp|https?|udp|tcp)://", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/@]*@")
+_USER = re.compile(r"(?<=://)[^/]*@")
 
 #: Frames of a file that are decoded ahead of the engine.
 AHEAD = 2
@@ -85,7 +85,7 @@ class FrameReader:
     Raises:
         MissingExtraError: OpenCV is not installed.
         UsageError: there is no such file or camera.
-        ImageError: it cannot be read as a video, or the address gives none.
+        ImageError: it cannot be read as a video, or the address gives none; while iterating, a frame is unreadable.
     """
 
     def __init__(self, source: str | None = None, camera: str | None = None, realtime: bool = False) -> None:
@@ -110,7 +110,7 @@ class FrameReader:
         self._waiting: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._ended = False
-        self._failure: Exception | None = None
+        self._failure: ImageError | None = None
         self._start: float | None = None
         self._thread = threading.Thread(target=self._read, name="frames", daemon=True)
         self._thread.start()
@@ -151,9 +151,10 @@ class FrameReader:
                 count += 1
                 if not self._offer(frame):
                     return
-            self.problem = self._early_end(count)
-        except Exception as error:  # the thread that iterates raises it
-            self._failure = error
+            if not self._ended:
+                self.problem = self._early_end(count)
+        except self._cv2.error as error:  # the thread that iterates raises it
+            self._failure = ImageError(f"frame {count} of {self.name} cannot be read: {error}")
         finally:
             with self._changed:
                 self._ended = True
