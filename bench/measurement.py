@@ -16,6 +16,7 @@ from ssod_edge.bench.images import BenchImages, query_images
 from ssod_edge.bench.latency import QUICK, Plan, Samples, alternate, interleave, measure
 from ssod_edge.bench.memory import measure_rss
 from ssod_edge.bench.plain import Pair
+from ssod_edge.bench.power import PowerMeter
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.query import IMAGES, ImageQuery, encode
 from ssod_edge.bench.record import latency_figures, make_record, make_row
@@ -68,6 +69,7 @@ class Measurement:
         self.collected: dict[str, Collected] = {}
         self.accuracy: dict[str, dict[str, Any]] = {}
         self.rss: dict[str, float] = {}
+        self.power: dict[str, PowerMeter] = {}
 
     def run(self) -> None:
         """Latency first, while nothing else runs; a backend that fails takes no further part."""
@@ -93,7 +95,8 @@ class Measurement:
                     continue
                 try:
                     query = queries.setdefault(name, ImageQuery(runner, self.files, self.options.batch))
-                    samples = measure(query, self.plan, self.bar.refresh)
+                    with self.power.setdefault(name, PowerMeter()):
+                        samples = measure(query, self.plan, self.bar.refresh)
                     self.samples.setdefault(name, []).append(samples)
                 except Exception as error:
                     self.backends.named(name).fail(error)
@@ -185,6 +188,8 @@ class Measurement:
     def _row(self, backend: Backend) -> dict[str, Any]:
         samples = self.samples.get(backend.name, [])
         whole = len(samples) == self.plan.repeats
+        latency = latency_figures(samples, self.options.batch) if whole else {}
+        meter = self.power.get(backend.name)
         return make_row(
             artifact=backend.name,
             sha256=backend.sha256,
@@ -192,7 +197,8 @@ class Measurement:
             precision=backend.precision,
             device=backend.device,
             batch=self.options.batch,
-            **(latency_figures(samples, self.options.batch) if whole else {}),
+            **latency,
+            power=meter.figures(1000 / latency["throughput_ips"]) if meter and latency else None,
             size_mb=backend.size_mb,
             rss_mb=self.rss.get(backend.name),
             **self.accuracy.get(backend.name, {}),

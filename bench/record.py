@@ -23,8 +23,10 @@ ROW_KEYS = (
     *("artifact", "sha256", "engine", "precision", "device", "batch"),
     *("latency_ms", "stages_ms", "throughput_ips", "size_mb", "rss_mb"),
     *("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips"),
-    *("status", "error", "repeats_ms", "ood_sets"),
+    *("status", "error", "repeats_ms", "ood_sets", "power"),
 )
+#: Keys that records of earlier releases lack.
+LATER_KEYS = ("power",)
 
 COMPUTE = 2  # column of latency.STAGES
 
@@ -99,7 +101,8 @@ def load_record(path: str | Path) -> dict[str, Any]:
             f"'{path}' has schema version {record['schema_version']}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
-    rows = record["rows"]
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or not set(ROW_KEYS) <= row.keys() for row in rows):
+    rows, needed = record["rows"], set(ROW_KEYS) - set(LATER_KEYS)
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= row.keys() for row in rows):
         raise UsageError(f"'{path}' has rows that lack keys. Make it again with: ssod-edge bench --json FILE")
+    record["rows"] = [{**dict.fromkeys(LATER_KEYS), **row} for row in rows]
     return record

@@ -40,6 +40,7 @@ def columns(rows: list[Row]) -> list[Column]:
         Column("images/s", lambda row: _number(row["throughput_ips"], 0)),
         Column("size MB", lambda row: _number(row["size_mb"], 1)),
         Column("RSS MB", lambda row: _number(row["rss_mb"], 0)),
+        Column("mJ/image", lambda row: _number((row["power"] or {}).get("mj_per_image"), 1)),
         Column("top-1 %", lambda row: _percent(row["top1"])),
         Column("agree %", lambda row: _percent(row["agreement"])),
         Column("AUROC %", lambda row: _percent(row["auroc"])),

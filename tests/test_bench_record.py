@@ -106,6 +106,14 @@ def test_golden_record_has_the_stable_keys(golden: dict[str, Any]) -> None:
     assert list(golden["rows"][0]["latency_ms"]) == ["p50", "p90", "p99", "mean", "min", "max", "n"]
 
 
+def test_a_record_of_an_earlier_release_is_read(golden: dict[str, Any], tmp_path: Path) -> None:
+    for row in golden["rows"]:
+        del row["power"]
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(golden))
+    assert [row["power"] for row in load_record(old)["rows"]] == [None] * len(golden["rows"])
+
+
 def test_a_row_has_no_other_keys() -> None:
     assert make_row(artifact="a")["error"] is None
     with pytest.raises(TypeError, match="a row has no key latency"):

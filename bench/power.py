@@ -1,0 +1,94 @@
+"""What a board draws while it runs, by its own sensors: the INA3221 of a Jetson, through hwmon of the kernel."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+HWMON = Path("/sys/class/hwmon")
+DRIVER = "ina3221"
+#: The rail that feeds the whole module, where a board has one (Orin NX, Orin Nano).
+MODULE = "VDD_IN"
+#: A rail that is fed by another one which is counted already (AGX Orin: VDDQ is part of the 5 V system rail).
+WITHIN_ANOTHER = "VDDQ"
+#: The sensor averages over some milliseconds; more often than this says nothing new.
+PERIOD_S = 0.1
+
+
+def rails(root: Path = HWMON) -> dict[str, tuple[Path, Path]]:
+    """Rail -> its files, voltage in mV and current in mA; empty where the board reports none.
+
+    Of a board with a rail for the whole module that one alone, otherwise all that add up to it.
+    """
+    found: dict[str, tuple[Path, Path]] = {}
+    for chip in sorted(root.glob("hwmon*")):
+        if _read(chip / "name") != DRIVER:
+            continue
+        for label in sorted(chip.glob("in*_label")):
+            number, name = label.name[2 : -len("_label")], _read(label)
+            files = chip / f"in{number}_input", chip / f"curr{number}_input"
+            if name and not name.startswith(WITHIN_ANOTHER) and all(file.is_file() for file in files):
+                found[name] = files
+    return {MODULE: found[MODULE]} if MODULE in found else found
+
+
+class PowerMeter:
+    """The mean power while the `with` block runs, sampled on a thread.
+
+    Attributes:
+        rails: what is added up; see `rails`.
+    """
+
+    def __init__(self, root: Path = HWMON) -> None:
+        self.rails = rails(root)
+        self._watts: list[float] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PowerMeter:
+        if self.rails:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._sample, name="power", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def figures(self, ms_per_image: float) -> dict[str, Any] | None:
+        """`mean_w`, `mj_per_image` (power times time, of the whole board) and `rails`; None without a sensor.
+
+        Args:
+            ms_per_image: mean time of an image while the power was measured.
+        """
+        if not self._watts:
+            return None
+        mean = statistics.fmean(self._watts)
+        return {
+            "mean_w": round(mean, 3),
+            "mj_per_image": round(mean * ms_per_image, 3),
+            "samples": len(self._watts),
+            "rails": sorted(self.rails),
+        }
+
+    def _sample(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            values = [(_read(voltage), _read(current)) for voltage, current in self.rails.values()]
+            # A sensor that does not answer this time must not make the sum smaller.
+            if all(mv.isdigit() and ma.lstrip("-").isdigit() for mv, ma in values):
+                self._watts.append(sum(int(mv) * int(ma) for mv, ma in values) / 1e6)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
