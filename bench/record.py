@@ -104,5 +104,5 @@ def load_record(path: str | Path) -> dict[str, Any]:
     rows, needed = record["rows"], set(ROW_KEYS) - set(LATER_KEYS)
     if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= row.keys() for row in rows):
         raise UsageError(f"'{path}' has rows that lack keys. Make it again with: ssod-edge bench --json FILE")
-    record["rows"] = [{**dict.fromkeys(LATER_KEYS), **row} for row in rows]
+    record["rows"] = [{key: row.get(key) for key in (*ROW_KEYS, *row)} for row in rows]
     return record
