@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := ssod_edge export bench scripts tests setup.py
 TYPED := build/typed
+# Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
+PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 
 .PHONY: help venv demo test test-gpu plans cuda lint format coverage clean
 
@@ -20,7 +22,7 @@ demo: $(STAMP) ## train, evaluate, export, verify, bench and predict on the embe
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 test: $(STAMP) ## run the tests that need no GPU
-	$(BIN)/python -m pytest -q -m "not gpu"
+	SSOD_EDGE_PYTHON310="$(PYTHON310)" $(BIN)/python -m pytest -q -m "not gpu"
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
@@ -44,7 +46,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix $(SOURCES)
 
 coverage: $(STAMP) ## coverage of the part that runs without torch; fails under 95%
-	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term --cov-fail-under=95
+	SSOD_EDGE_PYTHON310="$(PYTHON310)" $(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term --cov-fail-under=95
 
 clean: ## remove what was built (.venv and runs/ stay)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

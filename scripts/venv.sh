@@ -42,3 +42,13 @@ echo "Installing ssod-edge[$extras] into $venv (about 5.5 GB with PyTorch; a few
 PYTHONWARNINGS="ignore:Editable" "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
 # The kernel needs PyTorch where it is built, which an isolated build does not see.
 PYTHONWARNINGS="ignore:Editable" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+# JetPack 6 has Python 3.10: where there is one, the tests of what goes onto a device run on it too.
+for python310 in python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; do
+    "$python310" -c 'import ensurepip' 2>/dev/null || continue
+    "$python310" -m venv "$venv/python310"
+    "$venv/python310/bin/python" -m pip install --quiet numpy Pillow click rich onnxruntime openvino \
+        opencv-python-headless pytest ||
+        { rm -rf "$venv/python310" && echo "note: no environment for the tests on Python 3.10" >&2; }
+    break
+done
