@@ -316,19 +316,22 @@ def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[
 
 
 def _import_nncf() -> Any:
-    """NNCF, which would otherwise report its use to its maker over the network."""
+    """NNCF, which would otherwise report its use to its maker over the network, and change logging for everybody."""
     if find_spec("nncf") is None:
         raise missing_extra("nncf", "int8")
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"
+    logger_class = logging.getLoggerClass()
     logging.disable(logging.WARNING)  # it loads torch's tools for C++, which miss a GPU aloud
     try:
         import nncf
     finally:
         logging.disable(logging.NOTSET)
+        logging.setLoggerClass(logger_class)
         if before is None:
             del os.environ["NNCF_CI"]
-    nncf.set_log_level(logging.ERROR)
+    # Its own function for this also sets the level of handlers that others have hung on its logger.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
 
 

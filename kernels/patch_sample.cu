@@ -824,7 +824,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& z, const Tensor& we
   problem.weight.vector = aligned(problem.weight.data) && problem.class_stride % vector == 0;
   problem.bias = {bias.const_data_ptr(), bias.scalar_type(), bias.stride(0)};
   if (ood_weight) {
-    problem.ood_weight = ood.const_data_ptr();
+    // Null means no OOD row. Without features its pointer is null too, and whatever stands for it is not read.
+    problem.ood_weight = f.depth > 0 ? ood.const_data_ptr() : ood_bias->const_data_ptr();
     problem.weight.vector = problem.weight.vector && aligned(problem.ood_weight);
     problem.ood_bias = {ood_bias->const_data_ptr(), ood_bias->scalar_type(), 0};
     problem.id_logit = id_logit.mutable_data_ptr<float>();

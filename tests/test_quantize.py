@@ -416,3 +416,14 @@ def test_without_nncf_the_extra_is_named(exported: tuple[Path, Any], monkeypatch
     monkeypatch.setattr("ssod_edge.export.int8.find_spec", lambda name: None)
     result = CliRunner().invoke(main, ["export", str(exported[0].parent), "--int8"])
     assert result.exit_code == 3 and "pip install 'ssod-edge[int8]'" in result.stderr
+
+
+def test_logging_stays_as_it_was() -> None:
+    """NNCF sets the class of later loggers, and its way to be quiet the level of handlers that are not its own."""
+    code = (
+        "import logging; handler = logging.StreamHandler(); logging.getLogger('nncf').addHandler(handler); "
+        "from ssod_edge.export.quantize import _import_nncf; _import_nncf(); "
+        "print(handler.level, logging.getLoggerClass() is logging.Logger)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("0 True\n")
