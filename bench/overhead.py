@@ -58,6 +58,14 @@ def benchmark_app(path: Path, size: int, seconds: float) -> float:
     return float(found[1]) / (1000 if found[2] == "us" else 1)
 
 
+def bare_session(path: Path, image: dict[str, Any], seconds: float) -> float:
+    """Median time in ms of ONNX Runtime's session alone. It goes at the end: its idle threads spin for a while."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return median_ms(lambda: session.run(None, image), seconds)
+
+
 def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[str, Any]:
     """Time both by turns, each for `seconds`, in each round.
 
@@ -70,10 +78,7 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
     if artifact.engine == "openvino":
         own: Callable[[], float] = lambda: benchmark_app(path, size, max(1.0, seconds))  # noqa: E731
     elif artifact.engine == "onnxruntime":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        own = lambda: median_ms(lambda: session.run(None, image), seconds)  # noqa: E731
+        own = lambda: bare_session(path, image, seconds)  # noqa: E731
     else:
         raise UsageError(f"engine must be openvino or onnxruntime, got '{artifact.engine}'")
     pairs = []
