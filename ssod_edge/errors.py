@@ -78,6 +78,13 @@ class VerificationError(SsodEdgeError):
     exit_code = EXIT_VERIFICATION
 
 
+#: What is to be said beside the pip command.
+NOTES = {
+    "tensorrt": ". On a Jetson not so: there JetPack 6.1 or newer brings it, and an environment sees it if it was made "
+    "with: python3 -m venv --system-site-packages",
+}
+
+
 def missing_extra(module: str, purpose: str) -> MissingExtraError:
     """The error for an optional module that is not installed.
 
@@ -87,5 +94,5 @@ def missing_extra(module: str, purpose: str) -> MissingExtraError:
     """
     return MissingExtraError(
         f"{purpose} needs the package '{module}', which is not installed. "
-        f"Install it with: pip install 'ssod-edge[{EXTRAS[module]}]'"
+        f"Install it with: pip install 'ssod-edge[{EXTRAS[module]}]'{NOTES.get(module, '')}"
     )

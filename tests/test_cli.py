@@ -61,6 +61,7 @@ def test_unknown_command_and_option_are_wrong_usage() -> None:
         (errors.EngineError("no such device"), 3),
         (errors.ArtifactError("hash mismatch"), 4),
         (errors.VerificationError("drift"), 4),
+        (errors.missing_extra("tensorrt", "exporting for tensorrt"), 3),
     ],
 )
 def test_errors_become_one_line_and_their_exit_code(error: errors.SsodEdgeError, code: int) -> None:
@@ -68,6 +69,11 @@ def test_errors_become_one_line_and_their_exit_code(error: errors.SsodEdgeError,
     assert result.exit_code == code
     assert result.stderr == f"error: {error}\n"
     assert result.stdout == ""
+
+
+def test_where_jetpack_has_it_no_wheel_is_to_hide_it() -> None:
+    assert "On a Jetson not so: there JetPack 6.1" in str(errors.missing_extra("tensorrt", "a plan"))
+    assert "Jetson" not in str(errors.missing_extra("torch", "training"))
 
 
 def test_missing_optional_module_names_its_extra() -> None:

@@ -501,13 +501,7 @@ def load_module(name: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        failed = import_failed(name, error)
-        if name == "tensorrt":
-            failed.args = (
-                f"{failed} On a Jetson it comes with JetPack 6.1 or newer, and an environment sees it if it was made "
-                "with: python3 -m venv --system-site-packages",
-            )
-        raise failed from error
+        raise import_failed(name, error) from error
     version = str(getattr(module, "__version__", "of an unknown version"))
     if name != "tensorrt_rtx" and parse_version(version)[:2] < OLDEST:
         raise EngineError(
