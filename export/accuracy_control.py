@@ -166,11 +166,11 @@ class AccuracyControl:
 def quantize_controlled(
     quantizer: Quantizer, control: AccuracyControl, say: Say
 ) -> tuple[Any, tuple[str, ...], Figures]:
-    """An int8 model that holds the control, with as few nodes in floating point as doubling their number finds.
+    """An int8 model that holds the control, with few nodes in floating point.
 
     Nodes are ranked once, by how much the error of the logits shrinks when a node alone reads its activations
-    unquantised; then the 1, 2, 4, ... worst are left out and the model is quantised anew, so that the bias correction
-    knows of it.
+    unquantised; then the 1, 2, 4, ... worst are left out until the control holds, and fewer again by halving the last
+    step. Each time the model is quantised anew, so that the bias correction knows of it.
 
     Returns:
         the model, the nodes that were left out, and its figures.
@@ -184,17 +184,22 @@ def quantize_controlled(
         return model, (), figures
     say(f"int8 ({quantizer.preset}): {control.describe(figures)}: beyond {control.max_drop} points; ranking the layers")
     ranked = rank_nodes(quantizer, model, control)
-    count = 1
-    while count <= len(ranked) // 2:
+    best: tuple[Any, tuple[str, ...], Figures] | None = None
+    fails, count = 0, 1  # so many are too few
+    while fails + 1 < (len(best[1]) if best else len(ranked) // 2 + 1):
         excluded = tuple(ranked[:count])
         model = quantizer.quantize(excluded)
         figures = control.measure(quantizer.infer(model))
         say(f"int8 ({quantizer.preset}): {control.describe(figures)} with {count} nodes in floating point")
         if control.holds(figures):
-            return model, excluded, figures
-        count *= 2
+            best = model, excluded, figures
+        else:
+            fails = count
+        count = (fails + len(best[1])) // 2 if best else min(2 * count, len(ranked) // 2)
+    if best:
+        return best
     raise VerificationError(
-        f"int8 ({quantizer.preset}) loses more than {control.max_drop} points, also with {count // 2} of {len(ranked)} "
+        f"int8 ({quantizer.preset}) loses more than {control.max_drop} points, also with {fails} of {len(ranked)} "
         f"nodes in floating point: {control.describe(figures)}. Allow more with --max-drop, give images that are "
         "nearer to those of the device with --calib, or stay with fp16"
     )

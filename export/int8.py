@@ -112,7 +112,7 @@ def _quantize(
         raise VerificationError(f"int8 ({quantizer.preset}): no layer of this network is quantised")
     say(f"int8 ({quantizer.preset}): {quantised} of {len(layers)} layers are int8" + _named(names, excluded))
     kept = [name for name, is_int8 in layers.items() if not is_int8]
-    reasons = dict.fromkeys(quantizer.scope, "an fp32 end, or a gate") | dict.fromkeys(excluded, "accuracy")
+    reasons = dict.fromkeys(quantizer.scope, "an fp32 end") | dict.fromkeys(excluded, "accuracy")
     build = {
         "calibration": data,
         "preset": quantizer.preset,

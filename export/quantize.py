@@ -91,9 +91,7 @@ def layer_names(graph: ModelProto) -> dict[str, str]:
 
 
 def float_scope(graph: ModelProto, rows: int) -> list[str]:
-    """Nodes of a fused graph that are never quantised: those of its two fp32 ends, and the gates of squeeze and excite.
-
-    A gate works on one pixel, so it costs next to no time, and its error multiplies a whole channel.
+    """Nodes of a fused graph that are never quantised: those of its two fp32 ends.
 
     Args:
         graph: from `ssod_edge.export.onnx.fused_graph`; every node has a name.
@@ -103,10 +101,6 @@ def float_scope(graph: ModelProto, rows: int) -> list[str]:
         VerificationError: the graph does not have the fused form.
     """
     kept = kept_values(graph, check_fused(graph, rows))
-    for value in onnx.shape_inference.infer_shapes(graph, strict_mode=True).graph.value_info:
-        pixels = [axis.dim_value for axis in value.type.tensor_type.shape.dim[2:]]
-        if pixels == [1, 1]:
-            kept.add(value.name)
     return [node.name for node in graph.graph.node if kept.intersection(node.output)]
 
 

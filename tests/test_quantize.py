@@ -116,13 +116,11 @@ def test_onnx_graph_is_symmetric_and_weights_are_per_channel(quantized: dict[str
             assert producer[node.input[0]].op_type in ("DequantizeLinear", "MaxPool")
 
 
-def test_gates_and_both_ends_stay_in_floating_point(small_graph: onnx.ModelProto) -> None:
+def test_both_ends_stay_in_floating_point(small_graph: onnx.ModelProto) -> None:
     scope = set(float_scope(small_graph, ROWS))
     names = layer_names(small_graph)
     layers = {names[node.name] for node in small_graph.graph.node if node.op_type in ("Conv", "Gemm")}
-    kept = {names[name] for name in scope} & layers
-    assert {"head", "backbone.conv_head", "backbone.blocks.0.0.se.conv_reduce"} <= kept
-    assert all(".se." in name or name in ("head", "backbone.conv_head") for name in kept)
+    assert {names[name] for name in scope} & layers == {"head", "backbone.conv_head"}
     assert any(name not in layers for name in (names[name] for name in scope)), "normalisation and scores too"
 
 
@@ -241,6 +239,32 @@ def test_the_layer_that_costs_accuracy_goes_back_to_floating_point(
     assert record["top1"] == {"fp32": 1.0, "int8": figures.top1} and record["images"] == 120
 
 
+@pytest.mark.parametrize("needed", [1, 2, 3, 5, 6, 8, 13])
+def test_no_more_layers_go_back_than_have_to(
+    control: AccuracyControl, monkeypatch: pytest.MonkeyPatch, needed: int
+) -> None:
+    from ssod_edge.export.accuracy_control import Figures
+
+    class Counted:
+        preset = "performance"
+        tried: list[int] = []
+
+        def quantize(self, excluded: Sequence[str] = ()) -> int:
+            self.tried.append(len(excluded))
+            return len(excluded)
+
+        def infer(self, model: int) -> int:
+            return model
+
+    monkeypatch.setattr("ssod_edge.export.accuracy_control.rank_nodes", lambda *_: [str(n) for n in range(26)])
+    monkeypatch.setattr(control, "measure", lambda count: Figures(None, float(count >= needed)))
+    quantizer = Counted()
+    quantizer.tried.clear()
+    model, excluded, _ = quantize_controlled(quantizer, control, lambda line: None)  # type: ignore[arg-type]
+    assert (model, excluded) == (needed, tuple(str(n) for n in range(needed)))
+    assert len(quantizer.tried) <= 9 and len(set(quantizer.tried)) == len(quantizer.tried)
+
+
 def test_what_cannot_be_mended_fails_with_the_figures(
     fp32: onnx.ModelProto, control: AccuracyControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +360,7 @@ def test_export_makes_int8_artifacts_with_their_own_thresholds(exported: tuple[P
         assert artifact.verification["passed"] and "nncf" in artifact.versions
         assert artifact.threshold.value != spec.artifact(name.replace("int8", "fp32")).threshold.value  # type: ignore[union-attr]
         build = artifact.build
-        assert build["int8_layers"] == 15 and build["float_layers"] == {"head": "an fp32 end, or a gate"}
+        assert build["int8_layers"] == 15 and build["float_layers"] == {"head": "an fp32 end"}
         assert build["calibration"]["images"] == 20 and "calib split" in build["calibration"]["data"]
         assert set(build["accuracy_control"]["auroc"]) == {"fp32", "int8"}
     assert spec.artifact("onnx-int8").main_file == "model-int8.onnx"
