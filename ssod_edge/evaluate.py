@@ -35,11 +35,13 @@ class Outputs:
         logits: float32 [N, M].
         id_logit: float32 [N].
         labels: int64 [N]; -1 where there are none.
+        features: float32 [N, D], the pooled features that the last layer reads.
     """
 
     logits: NDArray[np.float32]
     id_logit: NDArray[np.float32]
     labels: NDArray[np.int64]
+    features: NDArray[np.float32]
 
     @property
     def accuracy(self) -> float:
@@ -69,16 +71,18 @@ def collect(
     """
     model.eval()
     device = next(model.parameters()).device
-    logits, id_logits, labels = [], [], []
+    logits, id_logits, labels, features = [], [], [], []
     images = EvalImages(source, indices, model.preprocess, via_size)
     for image, label, _ in load_batches(images, workers, batch_size=batch_size):
         x = normalise(image.to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
-        batch_logits, batch_id = model(x)
+        z = model.features(x)
+        batch_logits, batch_id = model.head(z)
         logits.append(batch_logits.cpu().numpy())
         id_logits.append(batch_id.cpu().numpy())
         labels.append(label.numpy())
+        features.append(z.float().cpu().numpy())
         advance(len(label))
-    return Outputs(np.concatenate(logits), np.concatenate(id_logits), np.concatenate(labels))
+    return Outputs(*(np.concatenate(parts) for parts in (logits, id_logits, labels, features)))
 
 
 def evaluate(

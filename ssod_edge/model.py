@@ -61,9 +61,12 @@ class SSODClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits fp32 [N, M], id_logit fp32 [N]) of a normalised image [N, 3, S, S]."""
-        z = self.features(x)
+        return self.head(self.features(x))
+
+    def head(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits fp32 [N, M], id_logit fp32 [N]) of pooled features [N, D]."""
         weight, bias = self.head_weight()
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with torch.autocast(device_type=z.device.type, enabled=False):
             out = F.linear(z.float(), weight.float(), bias.float())
         return out[:, :-1], out[:, -1]
 

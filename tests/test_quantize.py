@@ -247,7 +247,9 @@ def test_no_more_layers_go_back_than_have_to(
 
     class Counted:
         preset = "performance"
-        tried: list[int] = []
+
+        def __init__(self) -> None:
+            self.tried: list[int] = []
 
         def quantize(self, excluded: Sequence[str] = ()) -> int:
             self.tried.append(len(excluded))
@@ -259,7 +261,6 @@ def test_no_more_layers_go_back_than_have_to(
     monkeypatch.setattr("ssod_edge.export.accuracy_control.rank_nodes", lambda *_: [str(n) for n in range(26)])
     monkeypatch.setattr(control, "measure", lambda count: Figures(None, float(count >= needed)))
     quantizer = Counted()
-    quantizer.tried.clear()
     model, excluded, _ = quantize_controlled(quantizer, control, lambda line: None)  # type: ignore[arg-type]
     assert (model, excluded) == (needed, tuple(str(n) for n in range(needed)))
     assert len(quantizer.tried) <= 9 and len(set(quantizer.tried)) == len(quantizer.tried)
