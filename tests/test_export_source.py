@@ -19,7 +19,7 @@ from ssod_edge.cli import main
 from ssod_edge.errors import UsageError
 from ssod_edge.export.command import choose_source
 from ssod_edge.export.run import export_run
-from ssod_edge.export.source import from_run, from_weights, imagenet_classes
+from ssod_edge.export.source import from_run, from_weights, imagenet_classes, untrained
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime import open_runner
 from ssod_edge.spec import load_spec
@@ -114,6 +114,13 @@ def test_imagenet_classes_are_in_label_order() -> None:
     assert len(classes) == len(set(classes)) == 1000
     assert list(classes) == sorted(classes)
     assert (classes[0], classes[999]) == ("n01440764_tench", "n15075141_toilet_tissue")
+
+
+def test_untrained_weights_have_the_biases_of_a_trained_network() -> None:
+    """OpenVINO drops an addition of zero, and NNCF then takes the gates for other convolutions."""
+    backbone = untrained("test_resnet", input_size=64).model.backbone
+    biases = [value for name, value in backbone.named_parameters() if name.endswith("bias")]
+    assert biases and all(value.abs().min() > 0 for value in biases)
 
 
 def test_untrained_weights_are_exported_loudly_and_refused_by_predict(tmp_path: Path) -> None:
