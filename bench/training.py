@@ -19,8 +19,8 @@ from ssod_edge.config import LossConfig, resolve_backbone
 from ssod_edge.errors import SsodEdgeError
 from ssod_edge.files import write_json
 from ssod_edge.model import backbone_preprocess, build_model
+from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
-from ssod_edge.train import TrainStep
 
 
 def compare(backbone: str, size: int, batch: int, classes: int, rounds: int, precision: str = "fp32") -> dict[str, Any]:
@@ -50,7 +50,7 @@ def compare(backbone: str, size: int, batch: int, classes: int, rounds: int, pre
 
     def timed(name: str) -> float:
         started = time.perf_counter()
-        loss, _ = steps[name](image, target, 0.0 if name == "cross_entropy" else 1.0)
+        loss, _ = steps[name](image, target, name != "cross_entropy")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
-from ssod_edge.config import KERNELS, RECIPES, SCORES
+from ssod_edge.config import KERNELS, METHODS, OUTLIERS, RECIPES, SCORES
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
 
 
@@ -89,6 +89,11 @@ def main(debug: bool) -> None:
     """Train, check and ship image classifiers that know when to say "unknown"."""
 
 
+def split_names(value: str) -> tuple[str, ...]:
+    """("a, b") -> ("a", "b")."""
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
 def train_options(command: Any) -> Any:
     """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names."""
     options = [
@@ -102,9 +107,21 @@ def train_options(command: Any) -> Any:
         click.option("--batch-size", type=int, help="Images a step and process. Default: 128, scratch 64, paper 256."),
         click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, scratch 0.05, paper 1e-4."),
         click.option("--weight-decay", type=float, help="Default: 0.05, scratch 5e-4, paper 0.01."),
+        click.option(
+            "--method", type=click.Choice(METHODS), help="What background teaches: OOD row, norm, both, nothing (ce)."
+        ),
         click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: 0.95."),
-        click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 is cross-entropy. Default: 1."),
+        click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 leaves it out. Default: 1."),
         click.option("--balance", type=click.Choice(["lwb", "lw", "dr"]), help="Table 5. Default: lwb."),
+        click.option("--norm-weight", type=float, help="Weight of the background's norm (lbf). Default: 0.05."),
+        click.option(
+            "--outliers",
+            callback=lambda _context, _option, value: None if value is None else split_names(value),
+            metavar="KINDS",
+            help=f"Images to make as OOD, comma-separated: {', '.join(OUTLIERS)}. Default: none.",
+        ),
+        click.option("--outlier-share", type=float, help="Made images, as a share of a batch. Default: 0.5."),
+        click.option("--outlier-weight", type=float, help="Weight of their loss. Default: 1."),
         click.option(
             "--warmup-epochs", type=float, help="Epochs before the OOD loss. Default: 1, scratch 10, paper 0."
         ),

@@ -22,12 +22,16 @@ ALIASES = {
 #: What a file name that is an image ends in, in data sets and in folders given to `predict`.
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 
+Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
+Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["auto", "reference"]
 ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "posterior"]
 
+METHODS: tuple[str, ...] = get_args(Method)
 BALANCES: tuple[str, ...] = get_args(Balance)
+OUTLIERS: tuple[str, ...] = get_args(Outlier)
 KERNELS: tuple[str, ...] = get_args(Kernel)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 
@@ -76,28 +80,72 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """L = CE(logits, y) + alpha * OOD loss over patches (the paper's Eq. 12 to 14).
+    """L = CE(logits, y) + alpha * OOD loss + the terms that a setting below switches on.
 
     Attributes:
+        method: what background patches teach. "ssod": the OOD row (Eq. 12 to 14 of the paper); "lbf": features, whose
+            L2 norm shrinks (arXiv 2510.12259); "both"; or "ce", nothing.
         gamma: confidence from which a patch is ID; below 1 - gamma it is OOD. 0.5 < gamma < 1.
-        alpha: weight of the OOD loss (Table 4). 0 trains plain cross-entropy.
+        alpha: weight of the OOD loss (Table 4). 0 leaves it out.
         balance: "lwb", "lw" or "dr" (Table 5).
+        norm_weight: weight of the mean L2 norm of background features, where the method has it.
+        outliers: kinds of images that are made from training images and no class describes (`ssod_edge.outliers`).
+            The OOD row learns to tell them from the training images, on the pooled feature that is read at inference.
+        outlier_share: made images of a batch, as a share of its own; in (0, 1].
+        outlier_weight: weight of that term.
         warmup_epochs: epochs of cross-entropy alone, before patch labels mean anything.
     """
 
+    method: Method = "ssod"
     gamma: float = 0.95
     alpha: float = 1.0
     balance: Balance = "lwb"
+    norm_weight: float = 0.05
+    outliers: tuple[Outlier, ...] = ()
+    outlier_share: float = 0.5
+    outlier_weight: float = 1.0
     warmup_epochs: float = 1.0
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        if not 0 <= self.alpha < float("inf"):
-            raise UsageError(f"alpha must be 0 or more, got {self.alpha}")
-        if self.balance not in BALANCES:
-            raise UsageError(f"balance must be one of {', '.join(BALANCES)}, got '{self.balance}'")
-        if self.warmup_epochs < 0:
-            raise UsageError(f"warmup_epochs must be 0 or more, got {self.warmup_epochs}")
+        for name, choices in (("method", METHODS), ("balance", BALANCES)):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'")
+        unknown = [kind for kind in self.outliers if kind not in OUTLIERS]
+        if unknown or len(set(self.outliers)) < len(self.outliers):
+            raise UsageError(
+                f"outliers must be different ones of {', '.join(OUTLIERS)}, got '{','.join(self.outliers)}'"
+            )
+        if not 0 < self.outlier_share <= 1:
+            raise UsageError(f"outlier_share must be in (0, 1], got {self.outlier_share}")
+        for name in ("alpha", "norm_weight", "outlier_weight", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def trains_row_on_patches(self) -> bool:
+        """Whether background patches teach the OOD row."""
+        return self.method in ("ssod", "both") and self.alpha > 0
+
+    @property
+    def shrinks_background(self) -> bool:
+        """Whether the norm of background features is part of the loss."""
+        return self.method in ("lbf", "both") and self.norm_weight > 0
+
+    @property
+    def trains_row_on_outliers(self) -> bool:
+        """Whether images that were made teach the OOD row."""
+        return bool(self.outliers) and self.outlier_weight > 0
+
+    @property
+    def trains_row(self) -> bool:
+        """Whether anything moves the OOD row, so that `ssod` and `posterior` say something."""
+        return self.trains_row_on_patches or self.trains_row_on_outliers
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is cross-entropy and nothing else."""
+        return not (self.trains_row or self.shrinks_background)
 
 
 @dataclass(frozen=True)

@@ -70,20 +70,20 @@ class SSODClassifier(nn.Module):
             out = F.linear(z.float(), weight.float(), bias.float())
         return out[:, :-1], out[:, -1]
 
-    def forward_train(self, x: Tensor, patches: bool = True) -> tuple[Tensor, Tensor | None]:
-        """One pass for both terms of Eq. 14.
+    def forward_train(self, x: Tensor, patches: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """One pass for all terms of the loss.
 
         Args:
             x: normalised images [N, 3, S, S].
-            patches: False leaves the patch features out (plain cross-entropy).
+            patches: the first so many images also give their patch features; None: all, 0: none.
 
         Returns:
-            logits [N, M]; patch features [N, H, W, D], or None.
+            pooled features [N, D]; patch features [n, H, W, D], or None.
         """
         backbone = cast(Any, self.backbone)
         feature_map = backbone.forward_features(x)
-        logits = self.classifier(backbone.forward_head(feature_map, pre_logits=True))
-        return logits, self.patch_features(feature_map) if patches else None
+        z = cast(Tensor, backbone.forward_head(feature_map, pre_logits=True))
+        return z, None if patches == 0 else self.patch_features(feature_map[:patches])
 
     def patch_features(self, feature_map: Tensor) -> Tensor:
         """The head's pre-logits at every location: [N, C, H, W] -> [N, H, W, D]."""

@@ -147,6 +147,39 @@ def ssod_loss(
     return loss, stats
 
 
+def background_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95, kernel: str = "auto"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean L2 norm of background features, whose decrease makes a network less sure of what it was not taught.
+
+    After "Local Background Features Matter in Out-of-Distribution Detection" (arXiv 2510.12259), whose abstract leaves
+    open what counts as background: here the OOD patches of Eq. 12. As in `ssod_loss` the mean is over the patches of
+    all processes, and the classifier is not trained by it.
+
+    Args:
+        z, weight, bias, target, gamma, kernel: as `patch_sample`.
+
+    Returns:
+        loss: scalar; 0 with zero gradient where no patch is OOD.
+        stats: detached n_id, n_ood, n_ignored.
+
+    Raises:
+        UsageError: as `patch_sample`.
+    """
+    _, label = patch_sample(z.detach(), weight, bias, target, gamma, kernel)
+    is_ood = (label == OOD).view(-1, 1)
+    # The mask comes before the norm: that of a zero vector, or of a NaN in an ignored patch, has no gradient.
+    features = torch.where(is_ood, z.reshape(-1, z.shape[-1]).float(), 1.0)
+    total = torch.where(is_ood.squeeze(1), torch.linalg.vector_norm(features, dim=1), 0.0).sum()
+    counts = torch.stack([(label == ID).sum(), is_ood.sum()])
+    n_ood, processes = counts[1], 1
+    if dist.is_available() and dist.is_initialized():
+        n_ood, processes = counts[1].clone(), dist.get_world_size()
+        dist.all_reduce(n_ood)
+    stats = {"n_id": counts[0], "n_ood": counts[1], "n_ignored": label.numel() - counts.sum()}
+    return processes * total / n_ood.clamp(min=1), stats
+
+
 def ood_score(name: str, logits: Tensor, id_logit: Tensor) -> Tensor:
     """OOD score from raw logits; larger = more likely OOD.
 

@@ -22,7 +22,6 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod_edge.checkpoint import (
@@ -38,52 +37,24 @@ from ssod_edge.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from ssod_edge.config import LossConfig, Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
+from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
 from ssod_edge.data import TrainImages, load_batches
 from ssod_edge.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.evaluate import collect
 from ssod_edge.files import make_directory, write_atomic, write_json
-from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, normalise
-from ssod_edge.ops import kernel_in_use, ssod_loss
+from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model
+from ssod_edge.objective import TrainStep
+from ssod_edge.ops import kernel_in_use
 from ssod_edge.sources import ImageSource, Splits, open_dataset, split_dataset
 from ssod_edge.spec import from_json
 
 #: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
 MIN_CALIB = 19
 
-_METERS = ("loss", "ce", "ood", "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
-
-
-class TrainStep(nn.Module):
-    """uint8 images and labels -> the loss of Eq. 14 and what there is to log.
-
-    A module of its own so that DistributedDataParallel and torch.compile see the whole step.
-    """
-
-    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel: str = "auto"):
-        super().__init__()
-        self.model = model
-        self.config = config
-        self.kernel = kernel
-        self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-
-    def forward(self, image: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """image uint8 [N, 3, S, S], target int64 [N], alpha the weight of the OOD term (0 skips it)."""
-        x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits, z = self.model.forward_train(x, patches=alpha > 0)
-        ce = F.cross_entropy(logits.float(), target)
-        log = {"ce": ce.detach(), "correct": (logits.detach().argmax(1) == target).sum()}
-        if z is None:
-            return ce, log
-        classifier, ood = self.model.classifier, self.model.ood
-        bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
-        ood_loss, stats = ssod_loss(
-            z, classifier.weight, bias, ood.weight, ood.bias, target,
-            self.config.gamma, self.config.balance, kernel=self.kernel,
-        )  # fmt: skip
-        return ce + alpha * ood_loss, {**log, "ood": ood_loss.detach(), **stats}
+#: Losses, as means over the images of an epoch, and counts.
+_LOSSES = ("loss", "ce", "ood", "norm", "outlier")
+_METERS = (*_LOSSES, "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
 
 
 @dataclass
@@ -197,7 +168,7 @@ def _check_same_splits(config: TrainConfig, source: ImageSource, splits: Splits)
 
 def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
     """Say so where the OOD loss was wanted and never moved the OOD row from zero."""
-    if config.loss.alpha == 0 or model.ood.weight.any():
+    if not config.loss.trains_row or model.ood.weight.any():
         return
     if config.epochs <= config.loss.warmup_epochs:
         reason = f"all {config.epochs} epochs were its warm-up. Use more --epochs or fewer --warmup-epochs"
@@ -323,9 +294,9 @@ class _Loop:
         torch.manual_seed((config.seed * 1_000_003 + global_step) * world_size() + rank())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, global_step, self.steps_per_epoch)
-        alpha = config.loss.alpha if global_step >= config.loss.warmup_epochs * self.steps_per_epoch else 0.0
+        warm = global_step >= config.loss.warmup_epochs * self.steps_per_epoch
         target = target.to(self.device, non_blocking=True)
-        loss, log = self.train_step(image.to(self.device, non_blocking=True), target, alpha)
+        loss, log = self.train_step(image.to(self.device, non_blocking=True), target, warm)
         self._check_finite("loss", loss, index)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -351,7 +322,7 @@ class _Loop:
     def _count(self, loss: Tensor, log: dict[str, Tensor], n: int) -> None:
         meters = self.progress.meters
         values = {name: float(value) for name, value in log.items() if name in _METERS}
-        for name in ("loss", "ce", "ood"):
+        for name in _LOSSES:
             values[name] = (float(loss) if name == "loss" else values.get(name, 0.0)) * n
         for name, value in {**values, "images": float(n)}.items():
             meters[name] = meters.get(name, 0.0) + value
@@ -372,7 +343,7 @@ class _Loop:
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
         # A model from before the OOD loss is kept only until there is a later one.
-        warming = self.config.loss.alpha > 0 and progress.epoch < self.config.loss.warmup_epochs
+        warming = not self.config.loss.is_plain and progress.epoch < self.config.loss.warmup_epochs
         self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
         if is_main():
             if best:
@@ -419,6 +390,8 @@ def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
         "loss": meters.get("loss", 0.0) / images,
         "ce": meters.get("ce", 0.0) / images,
         "ood_loss": meters.get("ood", 0.0) / images,
+        "norm_loss": meters.get("norm", 0.0) / images,
+        "outlier_loss": meters.get("outlier", 0.0) / images,
         "accuracy": meters.get("correct", 0.0) / images,
         "id_patches": meters.get("n_id", 0.0) / patches,
         "ood_patches": meters.get("n_ood", 0.0) / patches,

@@ -28,9 +28,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ssod_edge.config", "ssod_edge.progress"),
     ("ssod_edge.spec", "ssod_edge.image", "ssod_edge.scores", "ssod_edge.metrics", "ssod_edge.demo"),
     ("ssod_edge.sources", "ssod_edge.distributed"),
-    ("ssod_edge.ops", "ssod_edge.runtime"),
+    ("ssod_edge.ops", "ssod_edge.outliers", "ssod_edge.runtime"),
     ("ssod_edge.model",),
-    ("ssod_edge.data", "ssod_edge.checkpoint", "ssod_edge.train", "ssod_edge.evaluate"),
+    ("ssod_edge.data", "ssod_edge.checkpoint", "ssod_edge.objective", "ssod_edge.train", "ssod_edge.evaluate"),
     ("ssod_edge.runtime.eager",),
     ("ssod_edge.export",),
     ("ssod_edge.bench",),
@@ -50,6 +50,8 @@ DOORS = {
 #: Modules that need torch. Every other one loads without any optional package.
 NEED_TORCH = {
     "ssod_edge.ops",
+    "ssod_edge.outliers",
+    "ssod_edge.objective",
     "ssod_edge.model",
     "ssod_edge.data",
     "ssod_edge.distributed",

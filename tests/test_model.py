@@ -50,8 +50,12 @@ def test_patches_train_every_weight_and_leave_batch_statistics_alone(name):
     model = small_model(name).train()
     x = torch.randn(4, 3, 64, 64)
     counts = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
-    logits, z = model.forward_train(x)
-    assert logits.shape == (4, 3) and z.dim() == 4 and z.shape[::3] == (4, model.classifier.in_features)
+    pooled, z = model.forward_train(x)
+    assert (
+        pooled.shape == (4, model.classifier.in_features)
+        and z.dim() == 4
+        and z.shape[::3] == (4, model.classifier.in_features)
+    )
     after = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
     assert counts and all(after[n] == counts[n] + 1 for n in counts)
     (z**2).mean().backward()
@@ -97,8 +101,18 @@ def test_the_fused_row_gives_what_the_two_heads_give():
 
 def test_plain_cross_entropy_computes_no_patches():
     model = small_model()
-    logits, z = model.forward_train(torch.randn(2, 3, 64, 64), patches=False)
-    assert z is None and logits.shape == (2, 3)
+    pooled, z = model.forward_train(torch.randn(2, 3, 64, 64), patches=0)
+    assert z is None and pooled.shape == (2, model.classifier.in_features)
+
+
+def test_the_first_images_alone_give_patches():
+    model = small_model().eval()
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        pooled, z = model.forward_train(x, patches=2)
+        assert len(pooled) == 3 and len(z) == 2
+        torch.testing.assert_close(pooled, model.features(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(z, model.forward_train(x)[1][:2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

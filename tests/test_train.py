@@ -9,13 +9,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from click.testing import CliRunner
 from pictures import write_folder
 
@@ -24,8 +21,9 @@ from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, ImageError, TrainingError, UsageError
 from ssod_edge.model import build_model
+from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
-from ssod_edge.train import TrainStep, default_name, epoch_figures, learning_rate, load_config, resume_run, train
+from ssod_edge.train import default_name, epoch_figures, learning_rate, load_config, resume_run, train
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +76,8 @@ def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
         (LossConfig(warmup_epochs=1.0), "Use more --epochs or fewer --warmup-epochs"),
         (LossConfig(warmup_epochs=0.0, gamma=1 - 1e-9), "Use more --epochs, or a --gamma nearer to 0.5"),
         (LossConfig(alpha=0.0), ""),
+        (LossConfig(method="lbf", warmup_epochs=0.0, gamma=0.6), ""),
+        (LossConfig(method="ce", outliers=("zoom",), warmup_epochs=1.0), "Use more --epochs or fewer --warmup-epochs"),
     ],
 )
 def test_an_ood_row_that_never_learned_is_said_at_the_end(config, tmp_path, capsys, loss, fix):
@@ -243,8 +243,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoin
     (first / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
     forward = TrainStep.forward
 
-    def explode(self, image, target, alpha):
-        loss, log = forward(self, image, target, alpha)
+    def explode(self, image, target, warm):
+        loss, log = forward(self, image, target, warm)
         return loss * torch.nan, log
 
     monkeypatch.setattr(TrainStep, "forward", explode)
@@ -273,8 +273,8 @@ def test_a_checkpoint_with_a_malformed_state_is_damaged(config, tmp_path):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, tmp_path, monkeypatch):
     forward = TrainStep.forward
 
-    def explode(self, image, target, alpha):
-        loss, log = forward(self, image, target, alpha)
+    def explode(self, image, target, warm):
+        loss, log = forward(self, image, target, warm)
         return loss + 0 * self.model.ood.bias.sum().sqrt(), log  # finite, with an infinite gradient at 0
 
     monkeypatch.setattr(TrainStep, "forward", explode)
@@ -333,58 +333,22 @@ def test_options_win_over_the_recipe_and_unknown_ones_are_refused():
         train_config("short", {"backbone": "b", "data": "d", "gamma": 0.5})
 
 
+def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tmp_path):
+    loss = LossConfig(method="ce", outliers=("rotate", "shuffle"), warmup_epochs=0.0)
+    whole = train(replace(config, epochs=2, half_size_epochs=0, loss=loss), tmp_path / "whole")
+    assert load_model(whole)[0].ood.weight.any()
+    last = rows(whole)[-1]
+    assert last["outlier_loss"] > 0 == last["ood_loss"] and last["id_patches"] == 0
+    half = train(replace(config, epochs=1, half_size_epochs=0, loss=loss), tmp_path / "half")
+    settings = json.loads((half / "config.json").read_text())
+    assert settings["loss"]["outliers"] == ["rotate", "shuffle"]
+    again = train(replace(config, epochs=2, half_size_epochs=0, loss=loss), tmp_path / "again")
+    assert rows(again)[-1]["outlier_loss"] == last["outlier_loss"]
+
+
 def test_an_epoch_without_patches_has_no_shares():
     assert epoch_figures({"images": 4.0, "loss": 8.0})["loss"] == 2.0
     assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
-
-
-def test_torch_compile_takes_the_step(config):
-    model = build_model("test_efficientnet", ("a", "b"), Preprocess(32))
-    step = TrainStep(model, LossConfig())
-    image, target = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
-    compiled = torch.compile(step, backend="aot_eager")
-    for alpha in (0.0, 1.0):
-        torch.testing.assert_close(
-            compiled(image, target, alpha)[0], step(image, target, alpha)[0], rtol=1e-3, atol=1e-4
-        )
-
-
-def seeded_step():
-    """A model without batch norm, labels that give ID, OOD and ignored patches, and a global batch."""
-    torch.manual_seed(3)
-    model = build_model("test_convnext", ("a", "b", "c"), Preprocess(input_size=64))
-    torch.nn.init.normal_(model.ood.weight)
-    torch.nn.init.normal_(model.classifier.weight, std=0.5)
-    image = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    return TrainStep(model, LossConfig(gamma=0.7)), image, torch.randint(0, 3, (8,))
-
-
-def two_processes(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    step, image, target = seeded_step()
-    parallel = torch.nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
-    # Uneven counts of ID and OOD patches on the two sides: a mean of means would be wrong.
-    loss, stats = parallel(image[rank::2], target[rank::2], 1.0)
-    loss.backward()
-    grads = {name: p.grad for name, p in step.named_parameters()}
-    torch.save({"loss": loss.detach(), "grads": grads, "n_id": stats["n_id"]}, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    step, image, target = seeded_step()
-    loss, stats = step(image, target, 1.0)
-    loss.backward()
-    assert int(stats["n_id"]) > 0 and int(stats["n_ood"]) > 0
-    mp.spawn(two_processes, (str(tmp_path),), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert int(parts[0]["n_id"]) != int(parts[1]["n_id"]), "counts are even by accident; choose another seed"
-    torch.testing.assert_close((parts[0]["loss"] + parts[1]["loss"]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
-    for name, parameter in step.named_parameters():
-        torch.testing.assert_close(parts[0]["grads"][name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
-        assert torch.equal(parts[0]["grads"][name], parts[1]["grads"][name])
 
 
 def test_torchrun_trains_one_run_folder(pictures, tmp_path):
