@@ -29,7 +29,7 @@ def print_report(report: Report) -> None:
         console.print("No OOD set was given; add some with --ood NAME=DATA")
     if report["deployment"]:
         console.print(_deployment(report, names or list(report["deployment"])))
-        console.print(_classes(report), highlight=False, soft_wrap=True)
+        console.print(_shipped(report), markup=False, highlight=False, soft_wrap=True)
     if "baselines" in report:
         console.print(_costs(report, names))
         setup = report["baselines_setup"]
@@ -62,40 +62,36 @@ def _detection(report: Report, names: list[str]) -> Table:
 
 
 def _deployment(report: Report, names: list[str]) -> Table:
+    """What each score does at its own threshold, without the intervals."""
     threshold = report["deployment"][names[0]]["threshold"]
-    table = Table(
-        title=f"At each score's threshold ({threshold['target_tpr']:.0%} of {threshold['n']} calibration images)"
-    )
+    table = Table(title=f"At the threshold for {threshold['target_tpr']:.0%} of {threshold['n']} calibration images, %")
     table.add_column("score", no_wrap=True)
-    for title in ("ID accepted %", "accuracy of those %", "AURC %", "AUGRC %"):
+    for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {ood}" for ood in report["ood_data"])):
         table.add_column(title, justify="right")
-    for ood in report["ood_data"]:
-        table.add_column(f"{ood} accepted %", justify="right")
     if report["ood_data"]:
-        table.add_column("OSCR %, mean", justify="right")
+        table.add_column("OSCR mean", justify="right")
     for name in names:
         row = report["deployment"][name]
         sets = list(row["ood"].values())
-        cells = [
-            _interval(row["id_tpr"], row["id_tpr_ci"]),
-            _percent(row["selective_accuracy"]),
-            _percent(row["aurc"]),
-            _percent(row["augrc"]),
-            *(_interval(found["false_accept"], found["false_accept_ci"]) for found in sets),
-        ]
+        cells = [*(row[key] for key in ("id_tpr", "selective_accuracy", "aurc", "augrc"))]
+        cells += [found["false_accept"] for found in sets]
         if sets:
-            cells.append(_percent(sum(found["oscr"] for found in sets) / len(sets)))
-        table.add_row(_marked(report, name), *cells)
+            cells.append(sum(found["oscr"] for found in sets) / len(sets))
+        table.add_row(_marked(report, name), *map(_percent, cells))
     return table
 
 
-def _classes(report: Report) -> str:
-    """The classes that the default score rejects most."""
+def _shipped(report: Report) -> str:
+    """The default score's rates with their intervals, and the classes that it rejects most."""
     name = report["default_score"]
-    found = report["deployment"][name]["rejected_by_class"]
+    row = report["deployment"][name]
+    rates = [("ID", row["id_tpr"], row["id_tpr_ci"])]
+    rates += [(ood, found["false_accept"], found["false_accept_ci"]) for ood, found in row["ood"].items()]
+    accepted = ", ".join(f"{_interval(rate, ci)} of {images}" for images, rate, ci in rates)
+    found = row["rejected_by_class"]
     worst = sorted((c for c in found if found[c]["n"]), key=lambda c: -found[c]["rate"])[:_HARDEST]
-    shown = ", ".join(f"{c} {_interval(found[c]['rate'], found[c]['ci'])}" for c in worst)
-    return f"{name} rejects most of: {shown} (% of a class's images)"
+    rejected = ", ".join(f"{c} {_interval(found[c]['rate'], found[c]['ci'])}" for c in worst)
+    return f"{name} accepts {accepted}; it rejects most of the classes {rejected}"
 
 
 def _costs(report: Report, names: list[str]) -> Table:
@@ -138,4 +134,4 @@ def _percent(value: float | None) -> str:
 
 
 def _interval(value: float, ci: tuple[float, float]) -> str:
-    return f"{100 * value:.1f} ({100 * ci[0]:.1f}-{100 * ci[1]:.1f})"
+    return f"{100 * value:.1f}% ({100 * ci[0]:.1f}-{100 * ci[1]:.1f})"
