@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -49,8 +50,7 @@ def print_report(report: Report) -> None:
 
 def _detection(report: Report, names: list[str]) -> Table:
     """A row for each score, a column for each OOD set."""
-    table = Table(title="AUROC % (FPR % at 95% ID accepted), larger AUROC is better")
-    table.add_column("score", no_wrap=True)
+    table = _table("AUROC % (FPR % at 95% ID accepted), larger AUROC is better", "score")
     for ood in report["ood_data"]:
         table.add_column(ood, justify="right")
     table.add_column("mean", justify="right")
@@ -64,8 +64,8 @@ def _detection(report: Report, names: list[str]) -> Table:
 def _deployment(report: Report, names: list[str]) -> Table:
     """What each score does at its own threshold, without the intervals."""
     threshold = report["deployment"][names[0]]["threshold"]
-    table = Table(title=f"At the threshold for {threshold['target_tpr']:.0%} of {threshold['n']} calibration images, %")
-    table.add_column("score", no_wrap=True)
+    title = f"At the threshold for {threshold['target_tpr']:.0%} of {threshold['n']} calibration images, %"
+    table = _table(title, "score")
     for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {ood}" for ood in report["ood_data"])):
         table.add_column(title, justify="right")
     if report["ood_data"]:
@@ -96,9 +96,8 @@ def _shipped(report: Report) -> str:
 
 def _costs(report: Report, names: list[str]) -> Table:
     """What each detector of the library costs, beside what it brings."""
-    table = Table(title="What the detectors cost")
-    table.add_column("detector", no_wrap=True)
-    for title in ("AUROC %", "FPR % at 95% ID", "FPR % at 95% OOD", "ms/image", "network again", "MB", "fitted on"):
+    table = _table("What the detectors cost", "detector")
+    for title in ("AUROC %", "FPR % at 95% ID", "FPR % at 95% OOD", "ms an image", "network again", "MB", "fitted on"):
         table.add_column(title, justify="right")
     costs = report["baselines"]
     working = [name for name in costs if not costs[name]["error"]]
@@ -112,11 +111,18 @@ def _costs(report: Report, names: list[str]) -> Table:
         table.add_row(
             f"{name} +",
             *(_percent(mean.get(key)) for key in ("auroc", "fpr_at_id_tpr95", "fpr_at_ood_tpr95")),
-            f"{cost['ms_per_image']:.3g}",
+            f"{cost['ms_per_image']:.3f}",
             ", ".join(passes) or "-",
-            f"{cost['state_mb']:.3g}",
+            f"{cost['state_mb']:.2f}",
             f"{cost['fit_images']}{carried}" if cost["fit_images"] else "-",
         )
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    """Without lines between its columns, so that eight of them fit on 80 characters."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(first, no_wrap=True)
     return table
 
 
