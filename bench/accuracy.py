@@ -148,7 +148,9 @@ def accuracy_figures(
         - agreement: share of ID images with the reference's class.
         - auroc, fpr_at_id_tpr95: of `ood_score`, means over the OOD sets (each set counts the same).
         - decision_flips: ID and OOD images that this backend and the reference put on different sides of `threshold`.
-        - ood_sets: OOD set -> {auroc, fpr_at_id_tpr95, n_ood}.
+        - false_reject: share of ID images unknown at `threshold`.
+        - false_accept: share of OOD images known at `threshold`, mean over the OOD sets.
+        - ood_sets: OOD set -> {auroc, fpr_at_id_tpr95, n_ood}, with a threshold also false_accept.
     """
     own = known[name]
     eager = known.get(reference) if name != reference else None
@@ -159,14 +161,21 @@ def accuracy_figures(
         "auroc": None,
         "fpr_at_id_tpr95": None,
         "decision_flips": None,
+        "false_accept": None,
+        "false_reject": None,
         "ood_sets": {},
     }
     if "ood_score" not in own:
         return figures
+    if threshold is not None:
+        figures["false_reject"] = float((own["ood_score"] > threshold).mean())
     for set_name, outputs in unknown.items():
         metrics = detection_metrics(own["ood_score"], outputs[name]["ood_score"], bootstrap=0)
-        figures["ood_sets"][set_name] = {key: metrics[key] for key in ("auroc", "fpr_at_id_tpr95", "n_ood")}
-    for key in ("auroc", "fpr_at_id_tpr95") if unknown else ():
+        values = figures["ood_sets"][set_name] = {key: metrics[key] for key in ("auroc", "fpr_at_id_tpr95", "n_ood")}
+        if threshold is not None:
+            values["false_accept"] = float((outputs[name]["ood_score"] <= threshold).mean())
+    means = ("auroc", "fpr_at_id_tpr95", *(("false_accept",) if threshold is not None else ()))
+    for key in means if unknown else ():
         figures[key] = float(np.mean([values[key] for values in figures["ood_sets"].values()]))
     if threshold is not None and eager is not None:
         pairs = [(own, eager), *((outputs[name], outputs[reference]) for outputs in unknown.values())]

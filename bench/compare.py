@@ -86,6 +86,7 @@ def _row_changes(old: Row, new: Row, same_images: bool) -> list[Change]:
     plain = [("size_mb", EXACT), ("rss_mb", RSS_FLOOR * abs(old["rss_mb"] or 0))]
     if same_images:
         plain += [(key, EXACT) for key in ("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips")]
+        plain += [(key, EXACT) for key in ("false_accept", "false_reject")]
     for key, noise in plain:
         if old[key] is not None and new[key] is not None:
             found.append(Change(name, key, old[key], new[key], noise))

@@ -46,6 +46,8 @@ def columns(rows: list[Row]) -> list[Column]:
         Column("AUROC %", lambda row: _percent(row["auroc"])),
         Column("FPR95 %", lambda row: _percent(row["fpr_at_id_tpr95"])),
         Column("flips", lambda row: _number(row["decision_flips"], 0)),
+        Column("false accept %", lambda row: _percent(row["false_accept"])),
+        Column("false reject %", lambda row: _percent(row["false_reject"])),
     ]
     kept = [c for c in found if c.title == "p90 ms" or any(c.text(row) != DASH for row in rows)]
     if any(row["status"] != "ok" for row in rows):

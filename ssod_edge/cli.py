@@ -193,6 +193,10 @@ def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
 @click.option("--ood", multiple=True, metavar="NAME=DATA", help="OOD images; may be given several times.")
 @click.option("--via", "via_size", type=click.IntRange(min=1), help="Resize every image to N pixels first (via32).")
 @click.option("--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of the intervals.")
+@click.option(
+    "--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, and measure what they cost."
+)
+@click.option("--fit-images", type=click.IntRange(min=1), help="Training images they are fitted on. Default: all.")
 @click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
 @click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")
 def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...], **options: Any) -> None:

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "PIL": "Pillow",
     "tensorrt_rtx": "tensorrt-rtx",
     "cv2": "opencv-python-headless",
+    "pytorch_ood": "pytorch-ood",
 }
 BASE = ("numpy", "PIL", "click", "rich")
 #: Engines that this release runs exports on; one of them has to work.
@@ -41,6 +42,7 @@ PURPOSES = {
     "jetson": "running on a GPU",
     "report": "the plots of eval and bench",
     "video": "videos and cameras in predict",
+    "baselines": "eval --baselines",
 }
 #: Of no use without a GPU, and each on machines of its own.
 GPU_EXTRAS = ("tensorrt", "tensorrt-rtx", "jetson")

@@ -27,6 +27,7 @@ EXTRAS = {
     "matplotlib": "report",
     "jinja2": "report",
     "cv2": "video",
+    "pytorch_ood": "baselines",
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,33 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ssod_edge.baseline_recipes import parse_names
+from ssod_edge.baselines import Baselines, library_version
 from ssod_edge.checkpoint import find_run, load_model
-from ssod_edge.config import DEFAULT_SCORE, SCORES
+from ssod_edge.config import DEFAULT_SCORE
 from ssod_edge.data import EvalImages, load_batches
 from ssod_edge.errors import MissingExtraError, UsageError, missing_extra
+from ssod_edge.evaluation_data import (
+    baseline_images,
+    calibration_images,
+    id_images,
+    parse_named_data,
+    warn_of_known_images,
+)
+from ssod_edge.evaluation_report import print_report
 from ssod_edge.files import check_output, write_atomic, write_json
-from ssod_edge.metrics import detection_metrics
+from ssod_edge.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.progress import image_bar
 from ssod_edge.scores import ood_scores
-from ssod_edge.sources import ImageSource, Indices, open_dataset, read_splits
+from ssod_edge.sources import ImageSource, Indices, open_dataset
+
+#: Score or detector -> [N], larger = more OOD.
+Scores = dict[str, NDArray[np.floating[Any]]]
+#: Images, and which of them; None for all.
+ImageSet = tuple[ImageSource, Indices | None]
 
 #: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
 DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
@@ -36,17 +53,24 @@ class Outputs:
         id_logit: float32 [N].
         labels: int64 [N]; -1 where there are none.
         features: float32 [N, D], the pooled features that the last layer reads.
+        ms_per_image: time in the network, median over the batches.
     """
 
     logits: NDArray[np.float32]
     id_logit: NDArray[np.float32]
     labels: NDArray[np.int64]
     features: NDArray[np.float32]
+    ms_per_image: float = 0.0
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """bool [N]: whether the largest logit is the label's."""
+        return self.logits.argmax(axis=1) == self.labels
 
     @property
     def accuracy(self) -> float:
         """Top-1 accuracy in [0, 1]."""
-        return float((self.logits.argmax(axis=1) == self.labels).mean())
+        return float(self.correct.mean())
 
 
 @torch.no_grad()
@@ -58,6 +82,7 @@ def collect(
     batch_size: int = 64,
     workers: int = 1,
     advance: Callable[[int], None] = lambda n: None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Outputs:
     """Run a model in fp32 over images, in order.
 
@@ -65,24 +90,35 @@ def collect(
         model: in any mode; it is left in eval mode.
         source, indices, via_size: as `EvalImages`.
         advance: called with the size of each finished batch.
+        watch: called with each normalised batch [N, 3, S, S], on the model's device.
 
     Raises:
         ImageError: an image cannot be read.
     """
     model.eval()
     device = next(model.parameters()).device
-    logits, id_logits, labels, features = [], [], [], []
+    logits, id_logits, labels, features, times = [], [], [], [], []
     images = EvalImages(source, indices, model.preprocess, via_size)
     for image, label, _ in load_batches(images, workers, batch_size=batch_size):
+        start = time.perf_counter()
         x = normalise(image.to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
         z = model.features(x)
         batch_logits, batch_id = model.head(z)
         logits.append(batch_logits.cpu().numpy())
+        times.append((time.perf_counter() - start) / len(label))
         id_logits.append(batch_id.cpu().numpy())
         labels.append(label.numpy())
         features.append(z.float().cpu().numpy())
+        if watch is not None:
+            watch(x)
         advance(len(label))
-    return Outputs(*(np.concatenate(parts) for parts in (logits, id_logits, labels, features)))
+    return Outputs(
+        np.concatenate(logits),
+        np.concatenate(id_logits),
+        np.concatenate(labels),
+        np.concatenate(features),
+        1000 * float(np.median(times)),
+    )
 
 
 def evaluate(
@@ -93,7 +129,9 @@ def evaluate(
     bootstrap: int = 1000,
     batch_size: int = 64,
     workers: int = 1,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    baselines: str | None = None,
+    fit_images: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Scores]]:
     """Evaluate a run or checkpoint file.
 
     Args:
@@ -102,116 +140,165 @@ def evaluate(
         ood_data: name -> OOD images; None: those of the demo, if the run was trained on it.
         via_size: every image is first resized to this many pixels ("via32"); None is protocol "native".
         bootstrap: resamples of the confidence intervals.
+        baselines: "all" or "NAME[,NAME...]": detectors of pytorch-ood to run beside the built-in scores.
+        fit_images: how many training images they are fitted on; None: the whole training split.
 
     Returns:
-        The JSON face: `id_accuracy`, `ood_row_trained`, `results` (a row for each OOD set and score) and `mean`
-        (AUROC and FPR of each score over the OOD sets); and the raw scores, {"id": {score: values}, NAME: {score:
-        values}}.
+        The JSON face: `id_accuracy`, `ood_row_trained`, `results` (a row for each OOD set and score), `mean` (AUROC
+        and both FPRs of each score over the OOD sets), `deployment` (score -> `deployment_metrics` at the threshold
+        of the run's calibration split; None without one), with baselines also `baselines` (detector -> its cost, or
+        its error) and `baselines_setup`; and the raw scores, {"id": {score: values}, NAME: {score: values}}.
 
     Raises:
-        UsageError: data that cannot be opened, or whose classes are not the model's.
+        UsageError: data that cannot be opened, or whose classes are not the model's; no such baseline.
         ArtifactError: a checkpoint that cannot be read.
+        MissingExtraError: baselines without pytorch-ood.
     """
+    names = parse_names(baselines) if baselines is not None else ()
+    if fit_images is not None and not names:
+        raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
     model, meta = load_model(run)
     if torch.cuda.is_available():
         model.cuda()
-    source, indices = _id_images(run, meta, id_data, model.classes)
+    peers = Baselines(names, model, batch_size) if names else None
+    source, indices = id_images(run, meta, id_data, model.classes)
     if ood_data is None:
         ood_data = DEMO_OOD if str(meta["data"]).startswith("demo") else {}
     # Every set is opened before the first image is run: a wrong name shows at once.
-    ood_sources = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
-    _warn_of_known_images(ood_data, ood_sources, source, meta)
-    total = len(indices if indices is not None else source) + sum(len(s) for s in ood_sources.values())
-    with image_bar("evaluating", total) as advance:
-        id_outputs = collect(model, source, indices, via_size, batch_size, workers, advance)
-        raw: dict[str, dict[Any, NDArray[np.float32]]] = {"id": ood_scores(id_outputs.logits, id_outputs.id_logit)}
-        for name, ood_source in ood_sources.items():
-            outputs = collect(model, ood_source, None, via_size, batch_size, workers, advance)
-            raw[name] = ood_scores(outputs.logits, outputs.id_logit)
-    protocol = _protocol(via_size)
-    results = [
-        {
-            "ood": name,
-            "score": score,
-            "protocol": protocol,
-            **detection_metrics(raw["id"][score], raw[name][score], bootstrap),
-        }
-        for name in ood_sources
-        for score in SCORES
-    ]
+    sets: dict[str, ImageSet] = {"id": (source, indices)}
+    sets |= {name: (open_dataset(data, labelled=False), None) for name, data in ood_data.items()}
+    warn_of_known_images(ood_data, {name: item[0] for name, item in sets.items()}, source, meta)
+    fit = baseline_images(run, meta, peers.to_fit, fit_images) if peers and peers.to_fit else None
+    calibration = calibration_images(run, meta)
+    found = _read(model, sets, fit, calibration, peers, Reading(via_size, batch_size, workers))
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
         "epoch": meta["epoch"],
         "input_size": model.preprocess.input_size,
-        "protocol": protocol,
+        "protocol": _protocol(via_size),
         "id_data": source.name if id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
-        "n_id": len(id_outputs.labels),
-        "id_accuracy": id_outputs.accuracy,
         "default_score": DEFAULT_SCORE,
         "ood_row_trained": bool(model.ood.weight.any()),
+        **_figures(found, _protocol(via_size), bootstrap, model.classes),
+    }
+    if peers:
+        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit, batch_size)}
+    return report, found.scores
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How every image set of an evaluation is read; the fields are those of `collect`."""
+
+    via_size: int | None
+    batch_size: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation has read.
+
+    Attributes:
+        id: outputs on the ID images.
+        scores: "id" and each OOD set -> its scores.
+        calibration: scores of the calibration images; empty without any.
+        calibration_data: which images those are.
+    """
+
+    id: Outputs
+    scores: dict[str, Scores]
+    calibration: Scores
+    calibration_data: str
+
+
+def _read(
+    model: SSODClassifier,
+    sets: Mapping[str, ImageSet],
+    fit: ImageSet | None,
+    calibration: ImageSet | None,
+    peers: Baselines | None,
+    reading: Reading,
+) -> Found:
+    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all."""
+    total = sum(
+        len(s if chosen is None else chosen) for s, chosen in (*sets.values(), *filter(None, (fit, calibration)))
+    )
+    with image_bar("evaluating", total) as advance:
+        options: dict[str, Any] = {**asdict(reading), "advance": advance}
+        if peers and fit:
+            outputs = collect(model, *fit, **options)
+            peers.fit(outputs.features, outputs.logits, outputs.labels)
+
+        def score(images: ImageSet) -> tuple[Outputs, Scores]:
+            outputs = collect(model, *images, **options, watch=peers.watch if peers else None)
+            scores: Scores = {str(name): s for name, s in ood_scores(outputs.logits, outputs.id_logit).items()}
+            return outputs, scores | (peers.scores(outputs.features, outputs.logits) if peers else {})
+
+        calibration_scores = score(calibration)[1] if calibration else {}
+        outputs, id_scores = score(sets["id"])
+        found = {"id": id_scores, **{name: score(images)[1] for name, images in sets.items() if name != "id"}}
+    failed = peers.failed if peers else set()
+    kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, scores in found.items()}
+    data = f"calibration split of {calibration[0].name}" if calibration else ""
+    return Found(outputs, kept, calibration_scores, data)
+
+
+def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The part of the report that is computed."""
+    known = found.scores["id"]
+    unknown = {name: scores for name, scores in found.scores.items() if name != "id"}
+    results = [
+        {"ood": name, "score": score, "protocol": protocol, **detection_metrics(known[score], values, bootstrap)}
+        for name, scores in unknown.items()
+        for score, values in scores.items()
+    ]
+    return {
+        "n_id": len(found.id.labels),
+        "id_accuracy": found.id.accuracy,
         "results": results,
         "mean": _means(results),
+        "deployment": _deployment(found, unknown, classes),
     }
-    return report, raw
 
 
-def _id_images(
-    run: str | Path, meta: dict[str, Any], id_data: str | None, classes: tuple[str, ...]
-) -> tuple[ImageSource, Indices | None]:
-    if id_data is not None:
-        source = open_dataset(id_data)
-        if source.classes != classes:
-            raise UsageError(
-                f"the classes of '{id_data}' ({', '.join(source.classes[:4])}, ...) are not the model's "
-                f"({', '.join(classes[:4])}, ...)"
-            )
-        return source, None
-    data = meta.get("data")
-    if data is None:
-        raise UsageError(f"'{run}' records no training data, so it has no validation split; name ID images with --id")
-    try:
-        source = open_dataset(str(data))
-    except UsageError as error:
-        raise UsageError(
-            f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "
-            "go there, or name the ID images with --id"
-        ) from error
-    if source.fingerprint != meta["data_fingerprint"]:
-        raise UsageError(f"the data set '{data}' changed since training; name the ID images with --id")
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    return source, read_splits(folder, source, meta["splits_hash"]).val
+def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str, ...]) -> dict[str, Any] | None:
+    """Score -> what it does at its threshold; None without calibration images, or with too few."""
+    if not found.calibration:
+        return None
+    deployed = {}
+    for score, known in found.scores["id"].items():
+        try:
+            threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
+        except UsageError as error:
+            click.echo(f"no figures at a threshold: {error}", err=True)
+            return None
+        ood = {name: scores[score] for name, scores in unknown.items()}
+        deployed[score] = deployment_metrics(known, ood, threshold, found.id.correct, found.id.labels, classes)
+    return deployed
 
 
-def _warn_of_known_images(
-    ood_data: Mapping[str, str], ood_sources: Mapping[str, ImageSource], source: ImageSource, meta: Mapping[str, Any]
-) -> None:
-    """Say so where an OOD set is the ID or the training data: its figures would mean nothing."""
-    known = {source.name: source.fingerprint, str(meta.get("data")): meta.get("data_fingerprint")}
-    for name, data in ood_data.items():
-        for id_data, fingerprint in known.items():
-            if ood_sources[name].fingerprint == fingerprint or _overlap(data, id_data):
-                click.echo(
-                    f"warning: the OOD set '{name}' ({data}) holds images of the in-distribution data '{id_data}'; "
-                    "its figures mean nothing. Name images of other things",
-                    err=True,
-                )
-                break
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two folders are the same, or one lies in the other."""
-    a, b = Path(one).resolve(), Path(other).resolve()
-    return a.is_dir() and b.is_dir() and (a.is_relative_to(b) or b.is_relative_to(a))
+def _setup(outputs: Outputs, fit: ImageSet | None, batch_size: int) -> dict[str, Any]:
+    """What the costs of the baselines are to be read against."""
+    return {
+        "library": library_version(),
+        "fit_data": None if fit is None or fit[1] is None else f"{len(fit[1])} training images of {fit[0].name}",
+        "network_ms_per_image": outputs.ms_per_image,
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Score -> unweighted mean over the OOD sets."""
     means: dict[str, dict[str, float]] = {}
-    for score in SCORES if results else ():
+    for score in dict.fromkeys(row["score"] for row in results):
         rows = [row for row in results if row["score"] == score]
-        means[score] = {key: float(np.mean([row[key] for row in rows])) for key in ("auroc", "fpr_at_id_tpr95")}
+        keys = ("auroc", "fpr_at_id_tpr95", "fpr_at_ood_tpr95")
+        means[score] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
     return means
 
 
@@ -258,22 +345,7 @@ def _check_outputs(report_file: Path, png: Path) -> None:
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
 
 
-def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
-    """("NAME=DATA", ...) -> {NAME: DATA}.
-
-    Raises:
-        UsageError: no "=", an empty part, a name given twice, or the name "id".
-    """
-    named: dict[str, str] = {}
-    for item in items:
-        name, equals, data = item.partition("=")
-        if not (name and equals and data) or name in named or name == "id":
-            raise UsageError(f"expected --ood NAME=DATA with a name of its own (not 'id'), got '{item}'")
-        named[name] = data
-    return named
-
-
-def save_histograms(raw: Mapping[str, Mapping[Any, NDArray[np.float32]]], score: str, path: str | Path) -> Path:
+def save_histograms(raw: Mapping[str, Scores], score: str, path: str | Path) -> Path:
     """A PNG with the distribution of one score on ID and on each OOD set (the paper's Fig. 6).
 
     Raises:
@@ -298,37 +370,3 @@ def save_histograms(raw: Mapping[str, Mapping[Any, NDArray[np.float32]]], score:
         axes.set_ylabel("density" if column == 0 else "")
         axes.legend()
     return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
-
-
-def print_report(report: Mapping[str, Any]) -> None:
-    """The report as a table on the terminal; figures in percent."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.print(
-        f"{report['run']}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
-        f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
-        f"of {report['id_data']}",
-        highlight=False,
-    )
-    if not report["results"]:
-        console.print("No OOD set was given; add some with --ood NAME=DATA")
-        return
-    table = Table(title="AUROC % (FPR % at 95% ID accepted), larger AUROC is better")
-    table.add_column("OOD set")
-    for score in SCORES:
-        table.add_column(score + (" *" if score == report["default_score"] else ""), justify="right", no_wrap=True)
-    for name in report["ood_data"]:
-        rows = {row["score"]: row for row in report["results"] if row["ood"] == name}
-        table.add_row(name, *(_cell(rows[score]) for score in SCORES))
-    table.add_section()
-    table.add_row("mean", *(_cell(report["mean"][score]) for score in SCORES))
-    console.print(table)
-    console.print("* the score that an export ships by default")
-    if not report["ood_row_trained"]:
-        console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")
-
-
-def _cell(row: Mapping[str, float]) -> str:
-    return f"{100 * row['auroc']:.1f} ({100 * row['fpr_at_id_tpr95']:.1f})"

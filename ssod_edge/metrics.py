@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -167,28 +168,103 @@ def threshold_metrics(
 
     Returns:
         A dict of fractions, intervals by `tpr_interval`: `id_tpr` (ID images known) and `id_tpr_ci`,
-        `false_reject` (ID images unknown), `false_accept` (OOD images known) and `false_accept_ci`; with
-        `correct`, also `selective_accuracy`: accuracy over the known ID images, None where there are none.
+        `false_reject` (ID images unknown) and `false_reject_ci`, `false_accept` (OOD images known) and
+        `false_accept_ci`; with `correct`, also `selective_accuracy` (accuracy over the known ID images) and
+        `selective_accuracy_ci`, None where there are none.
 
     Raises:
         UsageError: as in `detection_metrics`, a threshold that is not finite, or `correct` of another length.
     """
-    ind, ood = _scores(id_scores, "id_scores"), _scores(ood_scores, "ood_scores")
-    if not math.isfinite(threshold):
-        raise UsageError(f"threshold must be finite, got {threshold}")
-    known = ind <= threshold
-    accepted, mistaken = int(known.sum()), int((ood <= threshold).sum())
+    _check_threshold(threshold)
+    known = _scores(id_scores, "id_scores") <= threshold
+    return {**_id_side(known, correct), **_ood_side(_scores(ood_scores, "ood_scores"), threshold)}
+
+
+def deployment_metrics(
+    id_scores: npt.ArrayLike,
+    ood_scores: Mapping[str, npt.ArrayLike],
+    threshold: Threshold,
+    correct: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """What shipping a score with a threshold means, as JSON-ready values.
+
+    Args:
+        id_scores: [n_id], finite, larger = more OOD.
+        ood_scores: OOD set -> [n_ood], likewise; may be empty.
+        threshold: fitted on other ID images than these.
+        correct: bool [n_id], whether the class of each ID image is right.
+        labels: int [n_id], true classes.
+        classes: the names of classes 0, 1, ...
+
+    Returns:
+        - threshold: the fields of `Threshold`.
+        - id_tpr, false_reject, selective_accuracy, each with its `_ci`: as `threshold_metrics`.
+        - aurc, augrc: as `risk_coverage`, over the ID images.
+        - rejected_by_class: class -> {rate, ci, n}, of the ID images that are unknown; None where n is 0.
+        - ood: OOD set -> {false_accept, false_accept_ci, oscr}.
+
+    Raises:
+        UsageError: as in `threshold_metrics`, or labels of another length or outside the classes.
+    """
+    ind = _scores(id_scores, "id_scores")
+    _check_threshold(threshold.value)
+    known, right = ind <= threshold.value, _flags(correct, len(ind))
+    curve = risk_coverage(ind, right)
+    return {
+        "threshold": asdict(threshold),
+        **_id_side(known, right),
+        "aurc": curve.aurc,
+        "augrc": curve.augrc,
+        "rejected_by_class": _rejected_by_class(~known, labels, classes),
+        "ood": {
+            name: {**_ood_side(_scores(scores, name), threshold.value), "oscr": oscr(ind, right, scores)}
+            for name, scores in ood_scores.items()
+        },
+    }
+
+
+def _id_side(known: npt.NDArray[np.bool_], correct: npt.ArrayLike | None) -> dict[str, Any]:
+    n, accepted = len(known), int(known.sum())
     result: dict[str, Any] = {
-        "id_tpr": accepted / len(ind),
-        "id_tpr_ci": list(tpr_interval(accepted, len(ind))),
-        "false_reject": 1 - accepted / len(ind),
-        "false_accept": mistaken / len(ood),
-        "false_accept_ci": list(tpr_interval(mistaken, len(ood))),
+        "id_tpr": accepted / n,
+        "id_tpr_ci": list(tpr_interval(accepted, n)),
+        "false_reject": 1 - accepted / n,
+        "false_reject_ci": list(tpr_interval(n - accepted, n)),
     }
     if correct is not None:
-        right = _flags(correct, len(ind))
-        result["selective_accuracy"] = float(right[known].mean()) if accepted else None
+        right = int(_flags(correct, n)[known].sum())
+        result["selective_accuracy"] = right / accepted if accepted else None
+        result["selective_accuracy_ci"] = list(tpr_interval(right, accepted)) if accepted else None
     return result
+
+
+def _ood_side(ood: Floats, threshold: float) -> dict[str, Any]:
+    mistaken = int((ood <= threshold).sum())
+    return {"false_accept": mistaken / len(ood), "false_accept_ci": list(tpr_interval(mistaken, len(ood)))}
+
+
+def _rejected_by_class(
+    rejected: npt.NDArray[np.bool_], labels: npt.ArrayLike, classes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    index = np.asarray(labels)
+    if index.shape != rejected.shape or index.min() < 0 or index.max() >= len(classes):
+        raise UsageError(
+            f"labels must be [{len(rejected)}] of 0 to {len(classes) - 1}, got shape {list(index.shape)}, "
+            f"{index.min(initial=0)} to {index.max(initial=0)}"
+        )
+    totals = np.bincount(index, minlength=len(classes))
+    counts = np.bincount(index[rejected], minlength=len(classes))
+    return {
+        name: {"rate": k / n if n else None, "ci": list(tpr_interval(k, n)) if n else None, "n": n}
+        for name, k, n in zip(classes, counts.tolist(), totals.tolist(), strict=True)
+    }
+
+
+def _check_threshold(threshold: float) -> None:
+    if not math.isfinite(threshold):
+        raise UsageError(f"threshold must be finite, got {threshold}")
 
 
 @dataclass(frozen=True)

@@ -122,13 +122,16 @@ def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: floa
     return Splits(*(np.sort(np.concatenate(part)) for part in parts))
 
 
-def read_splits(folder: str | Path, source: ImageSource, splits_hash: str) -> Splits:
+def read_splits(
+    folder: str | Path, source: ImageSource, splits_hash: str, fix: str = "name the ID images with --id"
+) -> Splits:
     """The splits that training recorded in a run folder.
 
     Args:
         folder: the run folder, with its splits.json.
         source: the training data, unchanged since.
         splits_hash: of the splits, from the checkpoint's metadata.
+        fix: what the user can do where there are none, as the end of the message.
 
     Raises:
         UsageError: splits.json is missing, damaged or edited, so that it may name images that were trained on.
@@ -139,13 +142,10 @@ def read_splits(folder: str | Path, source: ImageSource, splits_hash: str) -> Sp
         val, calib = (np.asarray(record[part], dtype=np.int64) for part in ("val", "calib"))
         train = np.setdiff1d(np.arange(len(source)), np.concatenate([val, calib]))  # all the others
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UsageError(f"'{folder}' has no readable splits.json ({error}); name the ID images with --id") from error
+        raise UsageError(f"'{folder}' has no readable splits.json ({error}); {fix}") from error
     splits = Splits(train, val, calib)
     if splits.hash != splits_hash:
-        raise UsageError(
-            f"'{path}' was changed after training: its hash is not the checkpoint's. "
-            "Restore it, or name the ID images with --id"
-        )
+        raise UsageError(f"'{path}' was changed after training: its hash is not the checkpoint's. Restore it, or {fix}")
     return splits
 
 

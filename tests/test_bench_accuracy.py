@@ -78,12 +78,17 @@ def test_accuracy_columns_by_hand() -> None:
     assert figures["top1"] == 0.5
     assert figures["agreement"] == 0.75
     # near: 3 of 4 ID scores lie below -2, for both images; far: all of them below -0.5.
-    assert figures["ood_sets"]["near"] == {"auroc": 0.75, "fpr_at_id_tpr95": 1.0, "n_ood": 2}
-    assert figures["ood_sets"]["far"] == {"auroc": 1.0, "fpr_at_id_tpr95": 0.0, "n_ood": 1}
+    assert figures["ood_sets"]["near"] == {"auroc": 0.75, "fpr_at_id_tpr95": 1.0, "n_ood": 2, "false_accept": 0.0}
+    assert figures["ood_sets"]["far"] == {"auroc": 1.0, "fpr_at_id_tpr95": 0.0, "n_ood": 1, "false_accept": 0.0}
     assert (figures["auroc"], figures["fpr_at_id_tpr95"]) == (0.875, 0.5)
     assert figures["decision_flips"] == 1  # the first near image: known to the eager model at -2.5, not to this one
     eager = accuracy_figures("eager", -2.5, labels, known, unknown, "eager")
     assert (eager["agreement"], eager["decision_flips"], eager["top1"]) == (None, None, 0.75)
+    # of the scores -9, -3, -7, -1 one lies above -2.5; of the eager model's near images -8.5 lies below it
+    assert (figures["false_reject"], figures["false_accept"]) == (0.25, 0.0)
+    assert (eager["false_reject"], eager["false_accept"]) == (0.25, 0.25)
+    alone = accuracy_figures("int", -2.5, labels, known, {}, "eager")
+    assert (alone["false_reject"], alone["false_accept"]) == (0.25, None)
 
 
 def test_accuracy_without_eager_ood_or_threshold() -> None:

@@ -27,9 +27,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ssod_edge.errors", "ssod_edge.files"),
     ("ssod_edge.config", "ssod_edge.progress"),
     ("ssod_edge.spec", "ssod_edge.image", "ssod_edge.scores", "ssod_edge.metrics", "ssod_edge.demo"),
-    ("ssod_edge.sources", "ssod_edge.distributed"),
+    ("ssod_edge.sources", "ssod_edge.distributed", "ssod_edge.evaluation_report"),
+    ("ssod_edge.evaluation_data",),
     ("ssod_edge.ops", "ssod_edge.outliers", "ssod_edge.runtime"),
     ("ssod_edge.model",),
+    ("ssod_edge.baseline_recipes", "ssod_edge.baselines"),
     ("ssod_edge.data", "ssod_edge.checkpoint", "ssod_edge.objective", "ssod_edge.train", "ssod_edge.evaluate"),
     ("ssod_edge.runtime.eager",),
     ("ssod_edge.export",),
@@ -58,6 +60,8 @@ NEED_TORCH = {
     "ssod_edge.checkpoint",
     "ssod_edge.train",
     "ssod_edge.evaluate",
+    "ssod_edge.baseline_recipes",
+    "ssod_edge.baselines",
     "ssod_edge.runtime.eager",
 }
 

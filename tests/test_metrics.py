@@ -17,12 +17,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from ssod_edge.errors import UsageError
 from ssod_edge.metrics import (
     conformal_threshold,
+    deployment_metrics,
     detection_metrics,
     oscr,
     risk_coverage,
     threshold_metrics,
     tpr_interval,
 )
+from ssod_edge.spec import Threshold
 
 POINT = ("auroc", "aupr_in", "aupr_out", "fpr_at_id_tpr95", "fpr_at_ood_tpr95")
 #: Few distinct values, so that ties within and across the two sets are the rule.
@@ -278,10 +280,41 @@ def test_what_happens_at_the_threshold() -> None:
     assert found["selective_accuracy"] == 0.5
     assert found["id_tpr_ci"] == list(tpr_interval(2, 4))
     assert found["false_accept_ci"] == list(tpr_interval(1, 5))
+    assert found["false_reject_ci"] == list(tpr_interval(2, 4))
+    assert found["selective_accuracy_ci"] == list(tpr_interval(1, 2))
     assert json.loads(json.dumps(found)) == found
     nothing_known = threshold_metrics([1, 2], [3], 0.0, correct=[True, True])
-    assert nothing_known["selective_accuracy"] is None and nothing_known["id_tpr"] == 0
+    assert nothing_known["selective_accuracy"] is nothing_known["selective_accuracy_ci"] is None
+    assert nothing_known["id_tpr"] == 0
     assert "selective_accuracy" not in threshold_metrics([1], [2], 1.5)
+
+
+def test_deployment_figures_by_hand() -> None:
+    threshold = Threshold(2.0, 0.95, 99, "calib", 0.96)
+    right = [True, False, True, True]
+    found = deployment_metrics(
+        [1, 2, 3, 4], {"far": [2, 9], "near": [1, 1, 0]}, threshold, right, [0, 2, 2, 0], ("a", "b", "c")
+    )
+    assert found["threshold"] == {"value": 2.0, "target_tpr": 0.95, "n": 99, "data": "calib", "fitted_tpr": 0.96}
+    same = threshold_metrics([1, 2, 3, 4], [2, 9], 2.0, right)
+    assert {key: found[key] for key in same if key in found} == {k: v for k, v in same.items() if "accept" not in k}
+    half = {"rate": 0.5, "ci": list(tpr_interval(1, 2)), "n": 2}
+    assert found["rejected_by_class"] == {"a": half, "b": {"rate": None, "ci": None, "n": 0}, "c": half}
+    # risks 0, 1/2, 1/3, 1/4 at coverages 1/4 to 1
+    assert found["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert found["ood"]["far"]["false_accept"] == 0.5 and found["ood"]["near"]["false_accept"] == 1
+    # of 8 pairs: 1 below both; 3 and 4 below 9
+    assert found["ood"]["far"]["oscr"] == 4 / 8 and found["ood"]["near"]["oscr"] == pytest.approx(2 * 0.5 / 12)
+    assert found["ood"]["near"]["false_accept_ci"] == list(tpr_interval(3, 3))
+    assert json.loads(json.dumps(found)) == found
+    assert deployment_metrics([1, 2, 3, 4], {}, threshold, right, [0, 2, 2, 0], ("a", "b", "c"))["ood"] == {}
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 3], [0, -1, 1], [[0, 1, 2]]])
+def test_labels_that_do_not_fit_are_refused(labels: list[int]) -> None:
+    threshold = Threshold(2.0, 0.95, 99, "calib", 0.96)
+    with pytest.raises(UsageError, match=r"labels must be \[3\] of 0 to 2"):
+        deployment_metrics([1, 2, 3], {}, threshold, [True] * 3, labels, ("a", "b", "c"))
 
 
 def test_the_threshold_at_95_percent_gives_the_fpr_at_95_percent() -> None:

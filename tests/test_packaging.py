@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 import ssod_edge
+from ssod_edge.doctor import DISTRIBUTIONS
 from ssod_edge.errors import EXTRAS
 
 if sys.version_info >= (3, 11):
@@ -188,8 +189,7 @@ def test_metadata(wheel: Path) -> None:
     # every command that an error message names installs what it says
     assert set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
     for module, extra in EXTRAS.items():
-        names = {"sklearn": "scikit-learn", "cv2": "opencv-python-headless", "tensorrt_rtx": "tensorrt-rtx"}
-        package = names.get(module, module)
+        package = DISTRIBUTIONS.get(module, module)
         lines = [line for line in metadata.get_all("Requires-Dist") if line.endswith(f'extra == "{extra}"')]
         assert any(line.startswith(package) for line in lines), f"extra '{extra}' does not bring {package}"
 
