@@ -186,6 +186,34 @@ def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
 
 
 @main.command()
+@click.argument("data")
+@click.option("--backbone", default="mobilenetv3", help="An alias of the paper's Table 6, or any timm CNN.")
+@click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: the backbone's.")
+@click.option("-o", "--out", required=True, help="Folder of the study; its runs lie in it.")
+@click.option("--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; repeatable: a grid.")
+@click.option("--seeds", default="0,1,2", metavar="N,...", help="One run of each setting a seed.")
+@click.option("--id", "id_data", metavar="DATA", help="ID images. Default: the runs' validation split.")
+@click.option("--ood", multiple=True, metavar="NAME=DATA", help="OOD images; may be given several times.")
+@click.option("--via", "via_size", type=click.IntRange(min=1), help="Resize every image to N pixels first (via32).")
+@click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, as in eval.")
+@click.option("--fit-images", type=click.IntRange(min=1), help="Training images that baselines are fitted on.")
+@train_options
+def study(
+    data: str, out: str, vary: tuple[str, ...], seeds: str, id_data: str | None, ood: tuple[str, ...],
+    via_size: int | None, baselines: str | None, fit_images: int | None, **options: Any,
+) -> None:  # fmt: skip
+    """Train and evaluate a grid of settings, and show means and deviations over seeds.
+
+    A setting is an option of train, with any of its values: --vary gamma=0.9,0.95 --vary outliers=none,rotate+zoom.
+    What is done is not done again: run the same command once more after an interruption, or with more seeds.
+    """
+    from ssod_edge.study import run_study
+
+    if not run_study(data, out, vary, seeds, id_data, ood, via_size, baselines, fit_images, options):
+        sys.exit(EXIT_SOME_FAILED)
+
+
+@main.command()
 @click.argument("run", required=False)
 @click.option("--backbone", help="Without RUN: the newest run of this backbone.")
 @click.option("--runs", default="runs", help="Folder of runs.")
