@@ -265,16 +265,12 @@ def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ..
 
 
 def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str, ...]) -> dict[str, Any] | None:
-    """Score -> what it does at its threshold; None without calibration images, or with too few."""
+    """Score -> what it does at its threshold; None without calibration images."""
     if not found.calibration:
         return None
     deployed = {}
     for score, known in found.scores["id"].items():
-        try:
-            threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
-        except UsageError as error:
-            click.echo(f"no figures at a threshold: {error}", err=True)
-            return None
+        threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
         ood = {name: scores[score] for name, scores in unknown.items()}
         deployed[score] = deployment_metrics(known, ood, threshold, found.id.correct, found.id.labels, classes)
     return deployed

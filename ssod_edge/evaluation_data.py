@@ -12,6 +12,9 @@ import numpy as np
 from ssod_edge.errors import UsageError
 from ssod_edge.sources import ImageSource, Indices, Splits, open_dataset, read_splits
 
+#: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
+MIN_CALIB = 19
+
 
 def recorded_data(run: str | Path, meta: Mapping[str, Any], fix: str) -> tuple[ImageSource, Splits]:
     """The data that a run was trained on, and its splits.
@@ -39,6 +42,11 @@ def calibration_images(run: str | Path, meta: Mapping[str, Any]) -> tuple[ImageS
     """The run's calibration split; None, and a line that says why, where it has none that can be read."""
     try:
         source, splits = recorded_data(run, meta, "there are no thresholds without them")
+        if len(splits.calib) < MIN_CALIB:
+            raise UsageError(
+                f"the calibration split has {len(splits.calib)} images, and a 95% threshold needs {MIN_CALIB}. "
+                "Train with a larger --calib-fraction"
+            )
     except UsageError as error:
         click.echo(f"no figures at a threshold: {error}", err=True)
         return None

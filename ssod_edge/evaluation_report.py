@@ -36,7 +36,8 @@ def print_report(report: Report) -> None:
         setup = report["baselines_setup"]
         console.print(
             f"The network itself: {setup['network_ms_per_image']:.3g} ms an image ({setup['device']}, batches of "
-            f"{setup['batch_size']}). + is a detector of {setup['library']}, fitted on {setup['fit_data']}",
+            f"{setup['batch_size']}). + is a detector of {setup['library']}"
+            + (f", fitted on {setup['fit_data']}" if setup["fit_data"] else ""),
             highlight=False,
             soft_wrap=True,
         )

@@ -42,15 +42,13 @@ from ssod_edge.data import TrainImages, load_batches
 from ssod_edge.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.evaluate import collect
+from ssod_edge.evaluation_data import MIN_CALIB
 from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.sources import ImageSource, Splits, open_dataset, split_dataset
 from ssod_edge.spec import from_json
-
-#: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
-MIN_CALIB = 19
 
 #: Losses, as means over the images of an epoch, and counts.
 _LOSSES = ("loss", "ce", "ood", "norm", "outlier")

@@ -44,7 +44,7 @@ def place(tmp_path_factory):
     return place
 
 
-def test_the_report_has_every_score_on_every_set(place):
+def test_the_report_has_every_score_on_every_set(place, capsys):
     report, raw = evaluate(
         place / "run", str(place / "test"), {"grey": str(place / "grey"), "more": str(place / "grey")}, bootstrap=20
     )
@@ -56,6 +56,8 @@ def test_the_report_has_every_score_on_every_set(place):
         assert set(row) == METRICS | {"ood", "score", "protocol"} and row["n_id"] == 15 and row["n_ood"] == 9
         assert row["auroc"] == detection_metrics(raw["id"][row["score"]], raw[row["ood"]][row["score"]], 0)["auroc"]
         assert report["mean"][row["score"]]["auroc"] == pytest.approx(row["auroc"])
+    assert report["deployment"] is None and "baselines" not in report
+    assert "the calibration split has 3 images, and a 95% threshold needs 19" in capsys.readouterr().err
     json.dumps(report, allow_nan=False)
 
 
@@ -201,5 +203,6 @@ def test_an_interrupt_leaves_no_report(place, tmp_path):
     code, stderr = interrupt_while_reading(
         tmp_path / "grey", "eval", place / "run", "--ood", f"grey={tmp_path / 'grey'}", "--json", report
     )
-    assert (code, stderr) == (130, "interrupted\n")
+    assert code == 130
+    assert [line.partition(":")[0] for line in stderr.splitlines()] == ["no figures at a threshold", "interrupted"]
     assert not report.exists()
