@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 from colour import BIAS, WEIGHT, colour_images, colour_outputs, edit_graph, edit_spec, write_reference
 
+import ssod_edge.runtime.verify
 from ssod_edge.errors import ArtifactError, VerificationError
 from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.verify import TOLERANCES, Verification, check_passed, load_reference, record, verify_runner
-from ssod_edge.spec import load_spec
+from ssod_edge.spec import Spec, load_spec
 
 MakeExport = Callable[..., Path]
 ARTIFACTS = ("onnx-fp32", "onnx-fp16", "openvino-fp32", "openvino-fp16")
@@ -220,3 +223,24 @@ def test_record_keeps_what_others_wrote_meanwhile(export: Path) -> None:
     spec = load_spec(export)
     assert (spec.artifact("onnx-fp32"), spec.artifact("onnx-fp16")) == (mine, theirs)
     assert [a.name for a in spec.artifacts] == ["onnx-fp32", "openvino-fp32", "onnx-fp16", "openvino-fp16"]
+
+
+def test_two_that_record_at_once_keep_both(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ssod_edge.runtime.verify.load_spec
+
+    def slow(folder: Path) -> Spec:
+        spec = read(folder)
+        time.sleep(0.1)  # the other one has read by now, if nothing keeps it from it
+        return spec
+
+    monkeypatch.setattr(ssod_edge.runtime.verify, "load_spec", slow)
+    changed = [
+        replace(load_spec(export).artifact(name), verification={"passed": True, "n": n})
+        for n, name in enumerate(("onnx-fp32", "onnx-fp16"))
+    ]
+    threads = [threading.Thread(target=record, args=(export, artifact)) for artifact in changed]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [load_spec(export).artifact(artifact.name) for artifact in changed] == changed

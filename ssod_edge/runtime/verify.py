@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
+from ssod_edge.files import exclusive
 from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
 from ssod_edge.scores import probabilities
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_hash, load_spec, save_spec
@@ -259,13 +260,14 @@ def require_verified(runner: Runner, folder: str | Path) -> Runner:
 
 
 def record(folder: str | Path, artifact: Artifact) -> Spec:
-    """Replace one artifact's entry in `ssod.json`, atomically; the file is read again just before.
+    """Replace one artifact's entry in `ssod.json`, atomically; what other processes write meanwhile stays.
 
     Raises:
         OutputError: the folder cannot be written.
         UsageError: `ssod.json` is gone.
         ArtifactError: it is damaged.
     """
-    spec = load_spec(folder).with_artifact(artifact)
-    save_spec(spec, folder)
+    with exclusive(Path(folder).resolve().parent):  # the lock that a new export of the folder takes too
+        spec = load_spec(folder).with_artifact(artifact)
+        save_spec(spec, folder)
     return spec
