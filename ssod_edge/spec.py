@@ -248,7 +248,7 @@ def check_files(folder: str | Path, artifact: Artifact) -> Path:
         for other in external_files(path) if path.suffix == ".onnx" else ():
             if other.relative_to(folder.resolve()).as_posix() not in artifact.files:
                 raise ArtifactError(
-                    f"'{path}' keeps weights in '{other.name}', for which {SPEC_NAME} has no hash. Export the run again."
+                    f"'{path}' keeps weights in '{other.name}', which {SPEC_NAME} has no hash of. Export the run again."
                 )
     return folder / artifact.main_file
 

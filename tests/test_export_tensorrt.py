@@ -29,12 +29,12 @@ from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, Veri
 from ssod_edge.export import tensorrt
 from ssod_edge.export.command import engines_for, run_export
 from ssod_edge.export.engines import make_artifact
-from ssod_edge.external import external_files
 from ssod_edge.export.fp16 import to_fp16
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.run import ExportOptions, export_source
 from ssod_edge.export.source import from_run
 from ssod_edge.export.tensorrt import PlanOptions, build_plan, parse_batch
+from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime import open_runner
@@ -371,7 +371,7 @@ def test_an_artifact_vouches_for_its_external_data(tmp_path: Path) -> None:
     path, weights = external(tmp_path / "g.onnx", "weights.bin"), tmp_path / "weights.bin"
     weights.write_bytes(np.ones(3, np.float32).tobytes())
     alone = Artifact("onnx-fp32", "onnxruntime", "fp32", {"g.onnx": sha256_file(path)}, 18, {})
-    with pytest.raises(ArtifactError, match=r"keeps weights in 'weights.bin', for which ssod.json has no hash"):
+    with pytest.raises(ArtifactError, match=r"keeps weights in 'weights.bin', which ssod.json has no hash of"):
         check_files(tmp_path, alone)
     both = replace(alone, files={**alone.files, "weights.bin": sha256_file(weights)})
     assert check_files(tmp_path, both) == path

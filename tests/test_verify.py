@@ -36,6 +36,7 @@ def test_a_faithful_artifact_passes_with_its_figures(export: Path, artifact: str
     assert figures.class_agreement == 1.0
     largest = 1e-4 if artifact.endswith("fp32") else 1e-2
     assert 0 <= figures.mean_abs_logit_diff <= figures.max_abs_logit_diff < largest
+    assert figures.relative_logit_error < TOLERANCES[artifact[-4:]].noise
     logits, id_logit = colour_outputs(load_reference(export, load_spec(export))["image"])
     scale = 1 + max(np.abs(logits).max(), np.abs(id_logit).max())
     assert figures.logit_tolerance == pytest.approx(TOLERANCES[artifact[-4:]].logit * scale)
@@ -48,13 +49,16 @@ def test_figures_are_those_of_the_drift(export: Path) -> None:
     assert figures.max_abs_logit_diff == pytest.approx(0.5, abs=1e-4)
     assert figures.mean_abs_logit_diff == pytest.approx(0.5 / 3, abs=1e-4)
     assert figures.max_abs_id_logit_diff < 1e-4
+    logits, id_logit = colour_outputs(load_reference(export, load_spec(export))["image"])
+    squares = np.square(logits).sum() + np.square(id_logit).sum()
+    assert figures.relative_logit_error == pytest.approx(0.5 * np.sqrt(40 / squares), rel=1e-3)
     assert not figures.passed
     assert "max_abs_logit_diff is 0.5" in figures.failures[0]
 
 
 def test_the_bound_depends_on_the_precision(export: Path) -> None:
     """A drift between the two bounds: too much for fp32, not for fp16."""
-    shift = np.array([0.08] * 4, np.float32)
+    shift = np.array([0.04] * 4, np.float32)
     for artifact, passes in (("onnx-fp32", False), ("onnx-fp16", True)):
         edit_graph(export, artifact, bias=BIAS + shift)
         assert verify(export, artifact).passed is passes
@@ -64,7 +68,7 @@ def test_the_id_logit_is_checked(export: Path) -> None:
     edit_graph(export, "onnx-fp32", bias=BIAS + np.array([0, 0, 0, 0.5], np.float32))
     figures = verify(export)
     assert figures.max_abs_logit_diff < 1e-4
-    assert [reason.split()[0] for reason in figures.failures] == ["max_abs_id_logit_diff"]
+    assert [reason.split()[0] for reason in figures.failures] == ["max_abs_id_logit_diff", "relative_logit_error"]
 
 
 class Altered:
@@ -163,6 +167,32 @@ def test_untrained_weights_are_checked_on_logits_alone(make_export: MakeExport, 
     assert figures.passed and figures.decision_flips is None and figures.decision_flip_share is None
     edit_graph(folder, "onnx-fp32", bias=BIAS + 1)
     assert not verify(folder).passed
+
+
+@pytest.mark.parametrize(
+    ("artifact", "factor", "passes"),
+    [
+        ("onnx-fp32", 1.0, True),
+        ("onnx-fp32", 0.0, False),
+        ("onnx-fp32", -1.0, False),
+        ("onnx-fp16", 0.0, True),  # there they may be smaller than the rounding
+    ],
+)
+def test_untrained_logits_are_near_0_and_have_to_be_right_all_the_same(
+    make_export: MakeExport, tmp_path: Path, artifact: str, factor: float, passes: bool
+) -> None:
+    """A fresh classifier's weights are small: no difference of its logits is large."""
+    folder, tiny = make_export(tmp_path, trained=False), 1e-5
+    with np.load(folder / "reference.npz") as file:
+        arrays = {name: value * np.float32(tiny) if "logit" in name else value for name, value in file.items()}
+    np.savez(folder / "reference.npz", **arrays)
+    edit_spec(folder, lambda spec: spec, rehash=True)
+    smaller = {name: lambda values: values * np.float32(tiny * factor) for name in ("logits", "id_logit")}
+    with open_runner(folder, artifact=artifact, allow_untrained=True, verify=False) as runner:
+        even = Altered(runner, probs=lambda probs: np.full_like(probs, 1 / 3), **smaller)
+        figures = verify_runner(even, folder)
+    assert figures.max_abs_logit_diff < 1e-3
+    assert [reason.split()[0] for reason in figures.failures] == ([] if passes else ["relative_logit_error"])
 
 
 def test_both_one_image_and_batches_are_run(export: Path) -> None:
