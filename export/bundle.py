@@ -82,6 +82,15 @@ def write_bundle(
     return packed
 
 
+def check_bundle(path: str | Path) -> Path:
+    """Raises UsageError unless there is a file of that name."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UsageError(f"the bundle '{path}' {what}. Make one with: ssod-edge package DIR -o bundle.tar")
+    return path
+
+
 def unpack(path: str | Path, folder: Path) -> Spec:
     """Unpack a bundle and check every hash in it.
 
@@ -100,10 +109,7 @@ def unpack(path: str | Path, folder: Path) -> Spec:
         ArtifactError: it is no bundle, cut short, edited, or holds something else than plain files.
         OutputError: there is too little space.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise UsageError(f"the bundle '{path}' {what}. Make one with: ssod-edge package DIR -o bundle.tar")
+    path = check_bundle(path)
     need, free = path.stat().st_size, shutil.disk_usage(folder).free
     if need > free:
         raise OutputError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,8 +81,9 @@ def run_export(
 
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    plans = PlanOptions(parse_batch(batch), version_compatible)
-    options = ExportOptions(precisions or DEFAULT_PRECISIONS, engines_for(target), tpr, score, max_drop, plans)
+    engines = engines_for(target)
+    plans = plan_options(engines, batch, version_compatible)
+    options = ExportOptions(precisions or DEFAULT_PRECISIONS, engines, tpr, score, max_drop, plans)
     if calib is not None and "int8" not in options.precisions:
         raise UsageError("--calib names images to quantise with; it needs --int8")
     check_engines(options.engines)
@@ -125,14 +127,15 @@ def run_deploy(
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     unreadable: dict[str, None] = {}
     folder = default_folder(bundle) if out is None else Path(out)
+    engines = engines_for(target)
     spec = deploy(
         bundle,
         folder,
-        engines_for(target),
+        engines,
         precisions,
         data,
         tpr,
-        PlanOptions(parse_batch(batch), version_compatible),
+        plan_options(engines, batch, version_compatible),
         unreadable=unreadable.setdefault,
         say=lambda line: console.print(Text(line)),
     )
@@ -163,6 +166,19 @@ def engines_for(target: str) -> tuple[str, ...]:
         found += tuple(engine for engine in PLAN_ENGINES if is_installed(engine) and runs_here(engine))
         return found or CPU_TARGETS
     return ("onnxruntime" if target == "onnx" else target.replace("-", "_"),)
+
+
+def plan_options(engines: Sequence[str], batch: str, version_compatible: bool) -> PlanOptions:
+    """How plans are built.
+
+    Raises:
+        UsageError: `batch` is not as in `parse_batch`, or version-compatible plans are asked for and none can be made.
+    """
+    if version_compatible and "tensorrt" not in engines:
+        raise UsageError(
+            f"--version-compatible is for the plans of --target tensorrt, and this makes: {', '.join(engines)}"
+        )
+    return PlanOptions(parse_batch(batch), version_compatible)
 
 
 def choose_source(

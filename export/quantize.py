@@ -316,11 +316,10 @@ def _import_nncf() -> Any:
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"
     logger_class = logging.getLoggerClass()
-    logging.disable(logging.WARNING)  # it loads torch's tools for C++, which miss a GPU aloud
     try:
-        import nncf
+        with _silent():
+            import nncf
     finally:
-        logging.disable(logging.NOTSET)
         logging.setLoggerClass(logger_class)
         if before is None:
             del os.environ["NNCF_CI"]
@@ -331,6 +330,13 @@ def _import_nncf() -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """NNCF draws its progress bars on standard output, which belongs to the command's result."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+    """NNCF draws its progress bars on standard output, which belongs to the command's result.
+
+    And it loads torch's tools for C++, on import or later, which miss a GPU aloud.
+    """
+    logging.disable(logging.WARNING)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -20,10 +20,10 @@ from ssod_edge.export.int8 import check_int8, int8_artifacts
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
-from ssod_edge.export.staging import earlier_export, exclusive, keep_earlier, staged, that_run_here
+from ssod_edge.export.staging import earlier_export, keep_earlier, staged, that_run_here
 from ssod_edge.export.tensorrt import PlanOptions
-from ssod_edge.files import sha256_file
-from ssod_edge.metrics import conformal_threshold
+from ssod_edge.files import exclusive, sha256_file
+from ssod_edge.metrics import check_target_tpr, conformal_threshold
 from ssod_edge.progress import image_bar
 from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
@@ -61,8 +61,7 @@ class ExportOptions:
         for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
             if not given or not set(given) <= set(known):
                 raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
-        if not 0 < self.target_tpr < 1:
-            raise UsageError(f"target_tpr must lie between 0 and 1, got {self.target_tpr}")
+        check_target_tpr(self.target_tpr)
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
 

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from glob import escape
 from operator import attrgetter
 from pathlib import Path
 
 from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.export.engines import PRECISIONS, TARGETS
-from ssod_edge.files import make_directory
+from ssod_edge.files import exclusive, make_directory
 from ssod_edge.runtime import why_not_here
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, load_spec
 
@@ -23,7 +24,8 @@ from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, load_spec
 def staged(folder: Path) -> Iterator[Path]:
     """Fill a temporary folder beside `folder`; it takes that name when the block ends without an error.
 
-    An earlier export of that name is replaced. Files beside it that no spec lists are carried over.
+    An earlier export of that name is replaced. Files beside it that no spec lists are carried over. What exports into
+    `folder` left that were killed, for want of memory for example, is removed.
 
     Raises:
         UsageError: `folder` is a file, or holds something else than an export.
@@ -36,7 +38,12 @@ def staged(folder: Path) -> Iterator[Path]:
         raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
     make_directory(folder.parent)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with exclusive(folder.parent):
+            _remove_left_over(folder)
+            temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+            mark = os.open(temporary, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(mark, fcntl.LOCK_EX)  # until this process ends, however it does
     except OSError as error:
         raise OutputError(f"cannot write into '{folder.parent}': {error.strerror}. Choose another folder.") from error
     try:
@@ -49,21 +56,23 @@ def staged(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(mark)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the same folder, which exists; it leaves no file behind.
+def _prefix(folder: Path) -> str:
+    return f".{folder.name}.ssod-edge-"
 
-    Where the file system has no locks, the block is entered at once.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove temporary folders that no process holds; call it inside `exclusive`, where no new one appears."""
+    for left in folder.parent.glob(f"{escape(_prefix(folder))}*"):
+        with suppress(OSError):  # held, not a folder, or not ours
+            mark = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(mark)
 
 
 def earlier_export(place: Path) -> tuple[Path, Spec] | None:

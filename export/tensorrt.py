@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import ArtifactError, EngineError, SsodEdgeError, UsageError, VerificationError
-from ssod_edge.export.external import external_files
+from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file, write_atomic
 from ssod_edge.progress import PhaseBars
 from ssod_edge.runtime.cuda import Gpu, open_gpu
-from ssod_edge.runtime.trt import TITLES, has_gpu, load_module, make_logger, plan_key
+from ssod_edge.runtime.trt import CUDA_EXTRAS, TITLES, graph_hash, has_gpu, load_module, make_logger, plan_key
 from ssod_edge.spec import Spec, check_files
 
 INPUT = "image"
@@ -84,7 +83,7 @@ def check_builder(engine: str) -> None:
 def _target(engine: str) -> tuple[Any, Gpu | None, list[str]]:
     """The module, the GPU that is here, and the compute capabilities that a plan is built for."""
     module = load_module(engine)
-    gpu = open_gpu() if engine == "tensorrt" or has_gpu() else None
+    gpu = open_gpu(extra=CUDA_EXTRAS[engine]) if engine == "tensorrt" or has_gpu() else None
     return module, gpu, _capabilities(module, gpu)
 
 
@@ -148,10 +147,8 @@ def _copy_earlier(place: Path, spec: Spec, key: str, path: Path) -> Path | None:
 
 
 def _graph_hash(onnx_path: Path) -> str:
-    """The SHA-256 of the ONNX file; with external data, that of the digits of all its files' SHA-256."""
-    others = external_files(onnx_path)
-    digests = [sha256_file(path) for path in (onnx_path, *others)]
-    return digests[0] if not others else hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
+    """`graph_hash` of an ONNX file and its external data."""
+    return graph_hash({path.as_posix(): sha256_file(path) for path in (onnx_path, *external_files(onnx_path))})
 
 
 def _capabilities(module: Any, gpu: Gpu | None) -> list[str]:

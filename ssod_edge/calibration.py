@@ -19,8 +19,9 @@ from ssod_edge.errors import (
     VerificationError,
 )
 from ssod_edge.image import ImageSource
+from ssod_edge.metrics import check_target_tpr
 from ssod_edge.runtime import find_export, open_runner
-from ssod_edge.runtime.calibrate import calibrate
+from ssod_edge.runtime.calibrate import calibrate, is_training_data, trained_on
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.spec import Artifact, Spec, load_spec
 
@@ -48,6 +49,7 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
     spec = load_spec(export)
     if not spec.trained:
         raise UsageError("untrained weights have no threshold: their scores mean nothing. Train a model and export it.")
+    check_target_tpr(tpr)
     targets = spec.artifacts if artifact is None else (spec.artifact(artifact),)
     draw, description = _id_images(data, spec, export)
     unreadable: dict[str, None] = {}
@@ -81,7 +83,7 @@ def _line(before: Artifact, after: Artifact) -> str:
 
 def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     """How to draw the images, and what they are, for the record."""
-    if Path(data).is_dir() and not _same_path(data, spec.source.get("data")):
+    if Path(data).is_dir() and not is_training_data(data, spec):
         paths = list_images([data])
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
     from ssod_edge.sources import open_dataset, read_splits
@@ -91,6 +93,8 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     description = f"'{data}', fingerprint {dataset.fingerprint[:12]}"
     splits_hash = spec.source.get("splits_hash")  # none where the weights were trained elsewhere
     if splits_hash and dataset.fingerprint == spec.source.get("data_fingerprint"):
+        if not (export.resolve().parent / "splits.json").is_file():
+            raise trained_on(data)
         indices = read_splits(export.resolve().parent, dataset, str(splits_hash)).calib.tolist()
         description = f"'{data}', calib split {str(splits_hash)[:12]}"
 
@@ -102,7 +106,3 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
                 failed(str(error))
 
     return draw, description
-
-
-def _same_path(data: str, other: object) -> bool:
-    return isinstance(other, str) and Path(data).resolve() == Path(other).resolve()

@@ -86,14 +86,15 @@ NOTES = {
 }
 
 
-def missing_extra(module: str, purpose: str) -> MissingExtraError:
+def missing_extra(module: str, purpose: str, extra: str | None = None) -> MissingExtraError:
     """The error for an optional module that is not installed.
 
     Args:
         module: top-level module name, a key of `EXTRAS`.
         purpose: what needs it, e.g. "training".
+        extra: that installs it for this purpose; None is the one in `EXTRAS`.
     """
     return MissingExtraError(
         f"{purpose} needs the package '{module}', which is not installed. "
-        f"Install it with: pip install 'ssod-edge[{EXTRAS[module]}]'{NOTES.get(module, '')}"
+        f"Install it with: pip install 'ssod-edge[{extra or EXTRAS[module]}]'{NOTES.get(module, '')}"
     )

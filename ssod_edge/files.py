@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,23 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise OutputError(f"cannot create the folder '{path}': {error.strerror}. Choose another folder.") from error
     return path
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the same folder, which exists; it leaves no file behind.
+
+    Where the folder may not be read, or the file system has no locks, the block is entered at once.
+    """
+    handle: int | None = None
+    try:
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:

@@ -127,18 +127,31 @@ def conformal_threshold(id_scores: npt.ArrayLike, target_tpr: float = 0.95, data
         UsageError: too few scores for the target (fewer than 19 at 0.95), or NaN or infinity among them.
     """
     scores = _scores(id_scores, "id_scores")
+    n = len(scores)
+    check_target_tpr(target_tpr, n)
+    rank = _at_least(target_tpr, n + 1)
+    value = float(np.partition(scores, rank - 1)[rank - 1])
+    return Threshold(value, target_tpr, n, data, float(np.mean(scores <= value)))
+
+
+def check_target_tpr(target_tpr: float, n: int | None = None) -> None:
+    """Find out before the work whether `conformal_threshold` can reach a target.
+
+    Args:
+        target_tpr: share of ID images that must stay known.
+        n: ID images that there are, if that is known yet.
+
+    Raises:
+        UsageError: the target is not in (0, 1), or n images are too few for it.
+    """
     if not 0 < target_tpr < 1:
         raise UsageError(f"target_tpr must lie between 0 and 1, got {target_tpr}")
-    n = len(scores)
-    rank = _at_least(target_tpr, n + 1)
-    if rank > n:
+    if n is not None and _at_least(target_tpr, n + 1) > n:
         least = _at_least(target_tpr / (1 - target_tpr), 1)
         raise UsageError(
             f"a threshold at {target_tpr:.4g} true-positive rate needs at least {least} in-distribution images, "
             f"got {n}. Give more with --id DATA, train with a larger --calib-fraction, or lower --tpr."
         )
-    value = float(np.partition(scores, rank - 1)[rank - 1])
-    return Threshold(value, target_tpr, n, data, float(np.mean(scores <= value)))
 
 
 def tpr_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:

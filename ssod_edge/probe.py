@@ -154,7 +154,7 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
     """Build a plan, and run it on the GPU as the runner does."""
     from ssod_edge.errors import SsodEdgeError
     from ssod_edge.runtime.cuda import open_gpu
-    from ssod_edge.runtime.trt import Session
+    from ssod_edge.runtime.trt import CUDA_EXTRAS, Session
 
     def build(capability: str | None) -> bytes:
         builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
@@ -177,7 +177,7 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
         return
     yield BUILDER, "ok", ""
     try:
-        gpu = open_gpu()
+        gpu = open_gpu(extra=CUDA_EXTRAS[tensorrt.__name__])
     except SsodEdgeError as error:
         yield "CUDA", "missing", first_line(error)
         return

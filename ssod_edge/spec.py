@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ssod_edge.config import SCORES, Preprocess, ScoreName
 from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file, write_json
 
 SCHEMA_VERSION = 2
@@ -235,7 +236,8 @@ def check_files(folder: str | Path, artifact: Artifact) -> Path:
     A hash catches corruption and mix-ups, not an attacker who can edit `ssod.json` too.
 
     Raises:
-        ArtifactError: a file is missing, outside the folder, or its bytes changed.
+        ArtifactError: a file is missing, outside the folder, or its bytes changed; or an ONNX file keeps weights in
+            one that is, or that the artifact does not list.
     """
     folder = Path(folder)
     for name, expected in artifact.files.items():
@@ -243,6 +245,11 @@ def check_files(folder: str | Path, artifact: Artifact) -> Path:
         if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
             raise ArtifactError(f"artifact '{artifact.name}' names a file outside its folder: '{name}'")
         check_hash(path, expected)
+        for other in external_files(path) if path.suffix == ".onnx" else ():
+            if other.relative_to(folder.resolve()).as_posix() not in artifact.files:
+                raise ArtifactError(
+                    f"'{path}' keeps weights in '{other.name}', which {SPEC_NAME} has no hash of. Export the run again."
+                )
     return folder / artifact.main_file
 
 

@@ -165,9 +165,24 @@ def test_other_images_than_a_folder_are_refused_at_once(bundle: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_model_was_trained_on_gives_no_threshold(export: Path, tmp_path: Path, out: Path) -> None:
+    photos = write_colours(tmp_path / "photos", 10)
+    edit_spec(export, lambda spec: replace(spec, source={"data": str(photos), "splits_hash": "0" * 64}))
+    write_bundle(export, tmp_path / "b.tar")
+    with pytest.raises(UsageError, match="the model was trained on .*photos'.* not trained on"):
+        deploy(tmp_path / "b.tar", out, data=str(photos))
+    assert not out.exists()
+
+
 def test_too_few_images_release_nothing(bundle: Path, tmp_path: Path, out: Path) -> None:
+    photos = write_colours(tmp_path / "photos", 1)
+    with pytest.raises(UsageError, match="at least 19"):  # before the work
+        deploy(bundle, out, data=str(photos))
+    assert not out.parent.exists()
+    for index in range(19):
+        (photos / f"{index}.png").write_bytes(b"broken")
     with pytest.raises(UsageError, match="at least 19"):
-        deploy(bundle, out, data=str(write_colours(tmp_path / "photos", 1)))
+        deploy(bundle, out, data=str(photos))
     assert not list(out.parent.iterdir())
 
 
@@ -258,7 +273,9 @@ def test_images_that_cannot_be_read_are_named(bundle: Path, tmp_path: Path) -> N
         (["--backbone", "resnet18", "--size", "64"], 2, "--backbone, --size cannot be given with --from"),
         (["--from", "{}/nowhere.tar"], 2, "does not exist. Make one with: ssod-edge package"),
         (["-o", "{}/photos"], 2, "holds other files than an export"),
-        (["--tpr", "1.5", "--id", "{}/photos"], 2, "must lie between 0 and 1"),
+        (["--from", "{}"], 2, "is not a file. Make one with: ssod-edge package"),
+        (["--tpr", "1.5"], 2, "must lie between 0 and 1"),
+        (["--version-compatible", "--target", "onnx"], 2, "for the plans of --target tensorrt, and this makes: onnx"),
     ],
 )
 def test_errors(bundle: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:

@@ -29,17 +29,17 @@ from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, Veri
 from ssod_edge.export import tensorrt
 from ssod_edge.export.command import engines_for, run_export
 from ssod_edge.export.engines import make_artifact
-from ssod_edge.export.external import external_files
 from ssod_edge.export.fp16 import to_fp16
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.run import ExportOptions, export_source
 from ssod_edge.export.source import from_run
 from ssod_edge.export.tensorrt import PlanOptions, build_plan, parse_batch
+from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime import open_runner
-from ssod_edge.runtime.trt import plan_key
-from ssod_edge.spec import load_spec, save_spec
+from ssod_edge.runtime.trt import graph_hash, plan_key
+from ssod_edge.spec import Artifact, check_files, load_spec, save_spec
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx, which the extra 'dev' brings"
@@ -363,6 +363,21 @@ def test_external_data_beside_the_graph_is_used_and_counts(rtx: Any, tmp_path: P
     (tmp_path / "weights.bin").write_bytes(np.full(3, 2, np.float32).tobytes())
     second = make_artifact("tensorrt_rtx", "fp32", path, tmp_path)
     assert first.build["onnx_sha256"] != second.build["onnx_sha256"] != sha256_file(path)
+    files = {name: sha256_file(tmp_path / name) for name in ("g.onnx", "weights.bin")}
+    assert second.build["onnx_sha256"] == graph_hash(files), "what the ONNX artifact of the same export gives"
+
+
+def test_an_artifact_vouches_for_its_external_data(tmp_path: Path) -> None:
+    path, weights = external(tmp_path / "g.onnx", "weights.bin"), tmp_path / "weights.bin"
+    weights.write_bytes(np.ones(3, np.float32).tobytes())
+    alone = Artifact("onnx-fp32", "onnxruntime", "fp32", {"g.onnx": sha256_file(path)}, 18, {})
+    with pytest.raises(ArtifactError, match=r"keeps weights in 'weights.bin', which ssod.json has no hash of"):
+        check_files(tmp_path, alone)
+    both = replace(alone, files={**alone.files, "weights.bin": sha256_file(weights)})
+    assert check_files(tmp_path, both) == path
+    weights.write_bytes(b"edited")
+    with pytest.raises(ArtifactError, match="was changed"):
+        check_files(tmp_path, both)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +477,7 @@ def test_a_plan_for_another_machine_is_released_unverified(
     (artifact,) = load_spec(out).artifacts
     assert artifact.verification is None and artifact.threshold is None and artifact.build["batch"] == [1, 2, 4]
     assert json.loads((out / "ssod.json").read_text())["artifacts"][0]["build"] == artifact.build
-    with pytest.raises(MissingExtraError, match=r"ssod-edge\[jetson\]"):
+    with pytest.raises(MissingExtraError, match=r"ssod-edge\[tensorrt-rtx\]"):
         open_runner(out)
 
 
@@ -546,7 +561,8 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from ssod_edge.export.staging import exclusive, staged
+from ssod_edge.export.staging import staged
+from ssod_edge.files import exclusive
 from ssod_edge.spec import Artifact, load_spec, save_spec
 place, me = Path(sys.argv[1]), sys.argv[2]
 for turn in range(30):

@@ -24,7 +24,7 @@ FOLDERS = {"ssod_edge": "ssod_edge", "export": "ssod_edge.export", "bench": "sso
 
 #: From the bottom up. A module imports from its own layer and those below it, never from above.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("ssod_edge.errors", "ssod_edge.files"),
+    ("ssod_edge.errors", "ssod_edge.files", "ssod_edge.external"),
     ("ssod_edge.config", "ssod_edge.progress"),
     ("ssod_edge.spec", "ssod_edge.image", "ssod_edge.scores", "ssod_edge.metrics", "ssod_edge.demo"),
     ("ssod_edge.sources", "ssod_edge.distributed", "ssod_edge.evaluation_report"),
@@ -70,7 +70,7 @@ NEED_TORCH = {
 #: Of ssod_edge.export, what a device needs too, to make an engine's files from an ONNX graph.
 EXPORT_ON_DEVICE = {
     "ssod_edge.export",
-    *(f"ssod_edge.export.{name}" for name in ("bundle", "command", "deploy", "engines", "external", "openvino")),
+    *(f"ssod_edge.export.{name}" for name in ("bundle", "command", "deploy", "engines", "openvino")),
     *(f"ssod_edge.export.{name}" for name in ("staging", "tensorrt")),
 }
 

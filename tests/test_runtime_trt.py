@@ -355,7 +355,7 @@ def test_the_lean_runtime_opens_version_compatible_plans(
 
 
 def test_missing_and_old_modules_name_the_fix(
-    driver: FakeDriver, export: Path, monkeypatch: pytest.MonkeyPatch
+    driver: FakeDriver, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = FakeTensorRT("tensorrt", "8.6.1", driver.copy)
     install(monkeypatch, driver, old)
@@ -369,6 +369,9 @@ def test_missing_and_old_modules_name_the_fix(
     install(monkeypatch, None, FakeTensorRT("tensorrt", VERSION, driver.copy))
     with pytest.raises(MissingExtraError, match=r"pip install 'ssod-edge\[jetson\]'"):
         open_runner(export, engine="tensorrt")
+    install(monkeypatch, None, FakeTensorRT("tensorrt_rtx", VERSION, driver.copy))
+    with pytest.raises(MissingExtraError, match=r"package 'pycuda'.* pip install 'ssod-edge\[tensorrt-rtx\]'"):
+        open_runner(write_export(tmp_path / "rtx", "tensorrt_rtx"))
 
 
 @pytest.mark.parametrize(

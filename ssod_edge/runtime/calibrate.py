@@ -13,7 +13,7 @@ from ssod_edge.metrics import conformal_threshold
 from ssod_edge.runtime.predict import Predictor
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import check_passed, record, verify_runner
-from ssod_edge.spec import Artifact, Threshold
+from ssod_edge.spec import Artifact, Spec, Threshold
 
 
 def fit_threshold(
@@ -78,3 +78,17 @@ def calibrate(
     record(folder, artifact)
     runner.artifact = artifact
     return artifact
+
+
+def is_training_data(data: str, spec: Spec) -> bool:
+    """Whether images are named by the path of those that the model was trained on."""
+    trained_on = spec.source.get("data")
+    return isinstance(trained_on, str) and Path(data).resolve() == Path(trained_on).resolve()
+
+
+def trained_on(data: str) -> UsageError:
+    """The error for training data where no run folder says which of its images were held out."""
+    return UsageError(
+        f"the model was trained on '{data}', and which of its images were held out says only its run folder. Name "
+        "images that it was not trained on, or calibrate the export inside that folder: ssod-edge calibrate RUN --id"
+    )

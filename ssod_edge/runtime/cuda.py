@@ -54,11 +54,12 @@ class Gpu:
             raise EngineError(f"the GPU '{self.name}' reports: {error}. {_advice(driver, error)}") from error
 
 
-def open_gpu(device: str = "auto") -> Gpu:
+def open_gpu(device: str = "auto", extra: str | None = None) -> Gpu:
     """The GPU called `device`.
 
     Args:
         device: "auto" is the first one; "cuda:1" is the driver's second.
+        extra: of this package that the message names where pycuda is missing; None is the one that brings it alone.
 
     Raises:
         MissingExtraError: pycuda is not installed.
@@ -68,6 +69,8 @@ def open_gpu(device: str = "auto") -> Gpu:
     text = "cuda:0" if device in ("auto", "cuda") else device.lower()
     if not text.startswith("cuda:") or not text[5:].isdigit():
         raise UsageError(f"TensorRT runs on a GPU: device must be auto or cuda:N, got '{device}'")
+    if importlib.util.find_spec("pycuda") is None:
+        raise missing_extra("pycuda", "running on a GPU", extra)
     return _open_gpu(int(text[5:]))
 
 
@@ -93,8 +96,6 @@ def _open_gpu(index: int) -> Gpu:
 
 
 def _driver() -> Any:
-    if importlib.util.find_spec("pycuda") is None:
-        raise missing_extra("pycuda", "running on a GPU")
     try:
         import pycuda.driver
     except ImportError as error:

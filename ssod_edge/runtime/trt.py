@@ -30,6 +30,8 @@ MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 #: Engine -> its option of `export --target`.
 OPTIONS = {engine: engine.replace("_", "-") for engine in MODULES}
+#: Engine -> the extra that brings pycuda for it. `tensorrt` would bring a wheel that hides JetPack's own TensorRT.
+CUDA_EXTRAS = {"tensorrt": "jetson", "tensorrt_rtx": "tensorrt-rtx"}
 #: The oldest TensorRT whose networks can be strongly typed and that parses opset 18 here: JetPack 6.1 brings it.
 OLDEST = (10, 3)
 
@@ -63,6 +65,22 @@ def plan_key(build: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def graph_hash(files: Mapping[str, str]) -> str:
+    """What `onnx_sha256` of a plan holds.
+
+    Args:
+        files: path -> SHA-256, of the ONNX file first and then of its external data.
+
+    Returns:
+        the ONNX file's own SHA-256; with external data, that of the digits of all of them, sorted by path.
+    """
+    main, *others = files
+    if not others:
+        return files[main]
+    digests = [files[main], *(files[name] for name in sorted(others))]
+    return hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
+
+
 class TrtRunner:
     """`ssod_edge.runtime.Runner` on TensorRT, TensorRT for RTX or the lean runtime of TensorRT.
 
@@ -88,7 +106,7 @@ class TrtRunner:
         self.precision = artifact.precision
         check_build(artifact, path, spec)
         module = _load(artifact)
-        gpu = open_gpu(device)
+        gpu = open_gpu(device, CUDA_EXTRAS[self.engine])
         self.device = gpu.name
         check_plan(artifact, path, module, gpu)
         # The bytes that are hashed are those that are loaded: a plan is code.
@@ -422,7 +440,7 @@ def check_build(artifact: Artifact, path: Path, spec: Spec) -> None:
         )
     for other in spec.artifacts:
         if other.engine == "onnxruntime" and other.precision == artifact.precision:
-            found = other.files[other.main_file]
+            found = graph_hash(other.files)
             if found != build["onnx_sha256"]:
                 raise ArtifactError(
                     f"'{path}' was built from another graph than '{other.main_file}' of this export: SHA-256 "
@@ -471,7 +489,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 def why_not_here(artifact: Artifact) -> str | None:
     """Why a plan that was just built cannot run on this machine; None if it can."""
     try:
-        gpu = open_gpu()
+        gpu = open_gpu(extra=CUDA_EXTRAS[artifact.engine])
     except SsodEdgeError as error:
         return str(error)
     found = artifact.build["compute_capabilities"]
