@@ -12,8 +12,9 @@ from typing import Any
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.bundle import BENCH_NAME, unpack
 from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, check_engines, make_artifact
-from ssod_edge.export.staging import earlier_export, exclusive, keep_earlier, staged, that_run_here
+from ssod_edge.export.staging import earlier_export, keep_earlier, staged, that_run_here
 from ssod_edge.export.tensorrt import PlanOptions
+from ssod_edge.files import exclusive
 from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.calibrate import fit_threshold
 from ssod_edge.runtime.inputs import list_images

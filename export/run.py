@@ -20,9 +20,9 @@ from ssod_edge.export.int8 import check_int8, int8_artifacts
 from ssod_edge.export.onnx import fused_graph, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
 from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
-from ssod_edge.export.staging import earlier_export, exclusive, keep_earlier, staged, that_run_here
+from ssod_edge.export.staging import earlier_export, keep_earlier, staged, that_run_here
 from ssod_edge.export.tensorrt import PlanOptions
-from ssod_edge.files import sha256_file
+from ssod_edge.files import exclusive, sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.progress import image_bar
 from ssod_edge.runtime import Runner, open_runner

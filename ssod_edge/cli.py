@@ -296,6 +296,7 @@ def package(ctx: click.Context, folder: str, out: str, bench: str | None) -> Non
 @click.option("--smooth", type=float, metavar="SECONDS", help="Of a video: judge the mean over about this time.")
 @click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"]),
@@ -318,6 +319,7 @@ def predict(
     camera: str | None,
     smooth: float | None,
     realtime: bool,
+    monitor: str | None,
     **options: Any,
 ) -> None:
     """Classify images, and say which ones are UNKNOWN to the model.
@@ -332,10 +334,21 @@ def predict(
     if not images and camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     if camera is not None or any(is_stream(image) for image in images):
-        ctx.exit(run_stream(folder, images, camera, as_json, smooth, realtime, **options))
+        ctx.exit(run_stream(folder, images, camera, as_json, smooth, realtime, monitor, **options))
     if smooth is not None or realtime:
         raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")
-    ctx.exit(run_predict(folder, images, as_json=as_json, batch=batch, **options))
+    ctx.exit(run_predict(folder, images, as_json=as_json, batch=batch, monitor=monitor, **options))
+
+
+@main.command()
+@click.argument("file", metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def monitor(ctx: click.Context, file: str, as_json: bool) -> None:
+    """Show what a file of predict --monitor has counted, and whether the input has drifted."""
+    from ssod_edge.runtime.summary import run_monitor
+
+    ctx.exit(run_monitor(file, as_json))
 
 
 @main.command()

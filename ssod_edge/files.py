@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a JSON document atomically, with a final newline. NaN and infinity are refused."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the same folder, which exists; it leaves no file behind.
+
+    Where the file system has no locks, the block is entered at once.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

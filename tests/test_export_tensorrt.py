@@ -546,7 +546,8 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from ssod_edge.export.staging import exclusive, staged
+from ssod_edge.export.staging import staged
+from ssod_edge.files import exclusive
 from ssod_edge.spec import Artifact, load_spec, save_spec
 place, me = Path(sys.argv[1]), sys.argv[2]
 for turn in range(30):
