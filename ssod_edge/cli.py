@@ -178,6 +178,9 @@ def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
 @click.option("--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of the intervals.")
 @click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
 @click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")
+@click.option(
+    "--pictures", type=click.Path(), metavar="DIR", help="Write histograms, ROC, risk-coverage and t-SNE as PNG."
+)
 def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...], **options: Any) -> None:
     """Measure ID accuracy, and every score against every OOD set.
 
@@ -186,6 +189,24 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
     from ssod_edge.evaluate import run_eval
 
     run_eval(run, runs, backbone, ood, **options)
+
+
+@main.command()
+@click.argument("arguments", metavar="[RUN] IMAGE...", nargs=-1, required=True)
+@click.option("--backbone", help="Without RUN: the newest run of this backbone.")
+@click.option("--runs", default="runs", help="Folder of runs.")
+@click.option("-o", "--out", type=click.Path(), help="A folder, or a .png for one image. Default: RUN/explain.")
+@click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: the run's.")
+@click.option("--class", "class_name", metavar="NAME", help="Class to explain. Default: the predicted one.")
+@click.pass_context
+def explain(ctx: click.Context, arguments: tuple[str, ...], **options: Any) -> None:
+    """Show which patches of an image count as ID, as OOD, or as neither, and their ID logit.
+
+    RUN is a run folder or a checkpoint, IMAGE as in predict. Each image becomes a PNG.
+    """
+    from ssod_edge.explain import run_explain
+
+    ctx.exit(run_explain(arguments, **options))
 
 
 @main.command()

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from ssod_edge.checkpoint import find_run, load_model
 from ssod_edge.config import DEFAULT_SCORE, SCORES
 from ssod_edge.data import EvalImages, load_batches
-from ssod_edge.errors import MissingExtraError, UsageError, missing_extra
-from ssod_edge.files import check_output, write_atomic, write_json
+from ssod_edge.errors import MissingExtraError, UsageError
+from ssod_edge.files import check_output, write_json
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier, normalise
+from ssod_edge.pictures import save_evaluation, save_histograms
 from ssod_edge.progress import image_bar
 from ssod_edge.scores import ood_scores
 from ssod_edge.sources import ImageSource, Indices, open_dataset, read_splits
@@ -93,6 +94,7 @@ def evaluate(
     bootstrap: int = 1000,
     batch_size: int = 64,
     workers: int = 1,
+    keep: dict[str, Outputs] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Evaluate a run or checkpoint file.
 
@@ -102,6 +104,7 @@ def evaluate(
         ood_data: name -> OOD images; None: those of the demo, if the run was trained on it.
         via_size: every image is first resized to this many pixels ("via32"); None is protocol "native".
         bootstrap: resamples of the confidence intervals.
+        keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
 
     Returns:
         The JSON face: `id_accuracy`, `ood_row_trained`, `results` (a row for each OOD set and score) and `mean`
@@ -124,10 +127,14 @@ def evaluate(
     total = len(indices if indices is not None else source) + sum(len(s) for s in ood_sources.values())
     with image_bar("evaluating", total) as advance:
         id_outputs = collect(model, source, indices, via_size, batch_size, workers, advance)
+        if keep is not None:
+            keep["id"] = id_outputs
         raw: dict[str, dict[Any, NDArray[np.float32]]] = {"id": ood_scores(id_outputs.logits, id_outputs.id_logit)}
         for name, ood_source in ood_sources.items():
             outputs = collect(model, ood_source, None, via_size, batch_size, workers, advance)
             raw[name] = ood_scores(outputs.logits, outputs.id_logit)
+            if keep is not None:
+                keep[name] = outputs
     protocol = _protocol(via_size)
     results = [
         {
@@ -142,6 +149,7 @@ def evaluate(
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
+        "classes": list(model.classes),
         "epoch": meta["epoch"],
         "input_size": model.preprocess.input_size,
         "protocol": protocol,
@@ -223,9 +231,10 @@ def run_eval(
     via_size: int | None,
     json_file: str | None,
     png_file: str | None,
+    pictures: str | None = None,
     **options: Any,
 ) -> None:
-    """The command `eval`: evaluate, print the table, write JSON and PNG."""
+    """The command `eval`: evaluate, print the table, write JSON and pictures."""
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
     folder = Path(run) if run else find_run(runs, backbone)
@@ -234,7 +243,10 @@ def run_eval(
     report_file = Path(json_file or target / f"eval-{protocol}.json")
     png = Path(png_file or target / f"eval-{protocol}.png")
     _check_outputs(report_file, png)
-    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, **options)
+    if pictures:
+        check_output(Path(pictures) / "roc.png")
+    outputs: dict[str, Outputs] = {}
+    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, keep=outputs, **options)
     print_report(report)
     written = [write_json(report_file, report)]
     try:
@@ -243,6 +255,11 @@ def run_eval(
         if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
+    if pictures:
+        auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
+        known, features = outputs["id"], {name: part.features for name, part in outputs.items()}
+        correct = known.logits.argmax(axis=1) == known.labels
+        written += save_evaluation(raw, auroc, correct, features, known.labels, report["classes"], pictures)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)
 
 
@@ -271,33 +288,6 @@ def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"expected --ood NAME=DATA with a name of its own (not 'id'), got '{item}'")
         named[name] = data
     return named
-
-
-def save_histograms(raw: Mapping[str, Mapping[Any, NDArray[np.float32]]], score: str, path: str | Path) -> Path:
-    """A PNG with the distribution of one score on ID and on each OOD set (the paper's Fig. 6).
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OutputError: the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "the histogram") from None
-    names = [name for name in raw if name != "id"]
-    figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")
-    values = np.concatenate([raw[name][score] for name in raw])
-    low, high = np.quantile(values, [0.001, 0.999])
-    bins = np.linspace(float(low), float(high), 60).tolist()
-    for column, name in enumerate(names or ["id"]):
-        axes = figure.add_subplot(1, max(1, len(names)), column + 1)
-        axes.hist(raw["id"][score], bins, density=True, alpha=0.6, color="tab:orange", label="ID")
-        if name != "id":
-            axes.hist(raw[name][score], bins, density=True, alpha=0.6, color="tab:blue", label=name)
-        axes.set_xlabel(f"{score} (larger: more likely OOD)")
-        axes.set_ylabel("density" if column == 0 else "")
-        axes.legend()
-    return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -30,7 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ssod_edge.sources", "ssod_edge.distributed"),
     ("ssod_edge.ops", "ssod_edge.runtime"),
     ("ssod_edge.model",),
-    ("ssod_edge.data", "ssod_edge.checkpoint", "ssod_edge.train", "ssod_edge.evaluate"),
+    ("ssod_edge.pictures",),
+    ("ssod_edge.data", "ssod_edge.checkpoint", "ssod_edge.train", "ssod_edge.evaluate", "ssod_edge.explain"),
     ("ssod_edge.runtime.eager",),
     ("ssod_edge.export",),
     ("ssod_edge.bench",),
@@ -56,6 +57,7 @@ NEED_TORCH = {
     "ssod_edge.checkpoint",
     "ssod_edge.train",
     "ssod_edge.evaluate",
+    "ssod_edge.explain",
     "ssod_edge.runtime.eager",
 }
 

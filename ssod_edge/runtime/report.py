@@ -36,7 +36,7 @@ def run_predict(
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
-    paths = list_images(images, _standard_input(), no_images)
+    paths = list_images(images, standard_input(), no_images)
     with Predictor(open_runner(folder, **options)) as predictor, open_monitor(monitor, predictor) as watch:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
@@ -59,7 +59,7 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
 
 
-def _standard_input() -> Iterator[str]:
+def standard_input() -> Iterator[str]:
     """The lines of standard input, which is not touched before the first is drawn."""
     if sys.stdin is None:
         raise UsageError("'-' was given, and standard input is closed")

@@ -85,7 +85,7 @@ def _lines(figures: dict[str, Any]) -> list[str]:
     usual_ends = ["", *(f"{value:.3f}" for value in figures["id_quantiles"].values()), ""]
     lines.append("ood score  " + "".join(f"{name:>9}" for name in columns))
     lines.append("  here     " + "".join(f"{value:9.3f}" for value in ends))
-    lines.append("  usual    " + "".join(f"{value:>9}" for value in usual_ends))
+    lines.append("  usual    " + "".join(f"{value:>9}" for value in usual_ends).rstrip())
     index = f"{figures['stability_index']:.3f}, lately {figures['recent_stability_index']:.3f}"
     lines.append(f"stability index (PSI) {index}; from 0.25 on a shift counts as large")
     return [*lines, _drift_line(figures)]
