@@ -47,8 +47,9 @@ _PRIOR = 20.0
 #: Finer bins beyond the ID quantiles, for the quantiles of the stream: this many at each end, each this share of the
 #: distance between the outer ID quantiles.
 _TAIL_BINS, _TAIL_STEP = 40, 0.05
-#: Scores that are handled at once; a larger block would overflow the shorter memory's weights.
-_BLOCK = 256
+#: Scores that are handled at once: few after an alarm, where the next one may be near, then twice as many each time.
+#: More than the largest number would overflow the shorter memory's weights.
+_BLOCK, _LARGEST_BLOCK = 16, 256
 _NO_STAKE = -1e9  # the log of nothing that a JSON file can hold
 
 
@@ -95,9 +96,9 @@ class DriftState:
 
     Attributes:
         drifted: the last that was said.
-        alarms: how often the evidence reached its limit; the test then begins anew.
-        alarm_at: the number of images at the last alarm; None before the first.
-        images: since the test began anew.
+        alarms: how often it turned to drifted.
+        alarm_at: the number of images when it last did; None before the first time.
+        images: since the evidence last reached its limit, and the test began anew.
         counts: [K], of these images.
         log_stakes: [E], log of each expert's sum over starts.
         peak: the largest log evidence of these images.
@@ -146,11 +147,12 @@ def advance(state: DriftState, scores: Sequence[float], threshold: float, bins: 
     values = np.asarray(scores, np.float64)
     found = np.searchsorted(bins.cuts, values)
     unknown = values > threshold
-    done = 0
+    done, size = 0, _BLOCK
     while done < len(found):
-        block = slice(done, done + _BLOCK)
+        block = slice(done, done + size)
         state, used = _advance_block(state, found[block], unknown[block], bins, before + done)
         done += used
+        size = _BLOCK if used < len(found[block]) else min(2 * size, _LARGEST_BLOCK)
     return state
 
 
@@ -178,7 +180,10 @@ def _advance_block(
     )
     if alarm[last]:
         anew = new_state(len(bins.gaps))
-        alarms, at = state.alarms + 1, before + last + 1
+        if state.drifted:
+            alarms, at = state.alarms, state.alarm_at
+        else:
+            alarms, at = state.alarms + 1, before + last + 1
         anew = replace(anew, drifted=True, alarms=alarms, alarm_at=at, recent=after.recent)
         return replace(anew, recent_unknown=after.recent_unknown), last + 1
     after = replace(

@@ -93,7 +93,8 @@ def _lines(figures: dict[str, Any]) -> list[str]:
 
 def _drift_line(figures: dict[str, Any]) -> str:
     word = click.style("DRIFTED", "yellow") if figures["drifted"] else click.style("no drift", "green")
-    alarms = f"; {figures['alarms']} alarms, the last at image {figures['alarm_at']:,}" if figures["alarms"] else ""
+    times = f"{figures['alarms']} time{'s' if figures['alarms'] > 1 else ''}"
+    alarms = f"; so far {times}, last from image {figures['alarm_at']:,} on" if figures["alarms"] else ""
     evidence = f"evidence {figures['evidence']:.3g}, at most {figures['evidence_peak']:.3g}"
     rate = 1 / figures["evidence_limit"]
     return (
