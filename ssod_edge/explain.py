@@ -187,6 +187,8 @@ def _targets(images: Sequence[str], out: str | None, folder: Path) -> list[Path]
         if len(images) > 1:
             raise UsageError(f"'{out}' is one file, and there are {len(images)} images; give a folder")
         return [check_output(out)]
+    if out == "-":
+        check_output(out)  # raises: pictures are files
     place = folder / "explain" if out is None else Path(out)
     taken: set[str] = set()
     targets = []

@@ -118,7 +118,7 @@ def save_histograms(raw: RawScores, score: str, path: str | Path) -> Path:
     figure, panels = _panels(names or ["id"], "the histogram")
     values = np.concatenate([raw[name][score] for name in raw])
     low, high = (float(end) for end in np.quantile(values, [0.001, 0.999]))
-    bins = np.linspace(low, high if high > low else low + 1, 60).tolist()
+    bins = np.linspace(low, high if high > low else low + 1, 50).tolist()
     for axes, name in zip(panels, names or ["id"], strict=True):
         axes.hist(raw["id"][score], bins, density=True, alpha=0.65, color=ORANGE, label="ID")
         if name != "id":
@@ -149,7 +149,7 @@ def save_roc(raw: RawScores, auroc: Mapping[tuple[str, str], float], path: str |
             axes.plot(*accepted, **styles[score], label=f"{score}, AUROC {100 * auroc[name, score]:.1f}%")
         axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.8)
         axes.axhline(95, color=GREY, linestyle=(0, (1, 2)), linewidth=1)
-        axes.annotate("95% of ID", (100, 94), ha="right", va="top", color="#555555", fontsize=8)
+        axes.annotate("95% of ID", (1, 95.5), va="bottom", color="#555555", fontsize=8)
         axes.set(title=name, xlim=(0, 100), ylim=(0, 100), aspect="equal")
         axes.set_xlabel("OOD images accepted (%)")
         axes.set_ylabel("ID images accepted (%)")
@@ -198,7 +198,7 @@ def save_risk_coverage(raw: RawScores, correct: npt.NDArray[np.bool_], path: str
         axes.set(title=f"{name} ({mix})", xlim=(0, 100), ylim=(0, None))
         axes.set_xlabel("coverage: images answered (%)")
         axes.set_ylabel("risk: wrong among them (%)")
-        axes.legend(loc="upper left", fontsize=8)
+        axes.legend(fontsize=8)
     return _save(figure, path)
 
 
@@ -300,7 +300,7 @@ class PatchMap:
 
 
 #: Label -> its name, colour and opacity.
-_LABELS = {1: ("ID", GREEN, 0.45), 0: ("OOD", VERMILLION, 0.45), -1: ("ignored", "#BBBBBB", 0.35)}
+_LABELS = {1: ("ID", GREEN, 0.45), 0: ("OOD", VERMILLION, 0.45), -1: ("ignored", "#BBBBBB", 0.3)}
 #: Cells in a row up to which the figures are written into them.
 _WRITTEN_CELLS = 8
 
@@ -311,18 +311,19 @@ def save_patches(patches: PatchMap, title: str, path: str | Path) -> Path:
     Raises:
         MissingExtraError, OutputError: as `save_histograms`.
     """
-    figure = _figure(9.2, 5.6, "the picture of the patches")
+    figure = _figure(9.2, 5.7, "the picture of the patches")
+    figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, fontsize=10)
-    left, right = figure.subplots(1, 2)
+    (left, right), (legend, bar) = figure.subplots(2, 2, height_ratios=(1, 0.035))
     size = patches.image.shape[1]
     for axes in (left, right):
         axes.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
-    _draw_labels(left, patches)
-    _draw_heat(figure, right, patches)
+    _draw_labels(left, legend, patches)
+    _draw_heat(figure, right, bar, patches)
     return _save(figure, path)
 
 
-def _draw_labels(axes: Any, patches: PatchMap) -> None:
+def _draw_labels(axes: Any, below: Any, patches: PatchMap) -> None:
     from matplotlib.patches import Patch, Rectangle
 
     size = patches.image.shape[1]
@@ -331,25 +332,29 @@ def _draw_labels(axes: Any, patches: PatchMap) -> None:
         _, colour, opacity = _LABELS[label]
         axes.add_patch(Rectangle((x, y), width, height, color=colour, alpha=opacity, linewidth=0))
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=0.8))
+        if label >= 0:
+            edge = 0.03 * width
+            frame = {"fill": False, "edgecolor": colour, "linewidth": 2.5}
+            axes.add_patch(Rectangle((x + edge, y + edge), width - 2 * edge, height - 2 * edge, **frame))
     _write(axes, patches, patches.confidence, lambda value: f"{100 * value:.0f}")
     counts = {label: int((patches.label == label).sum()) for label in _LABELS}
     low, high = f"{100 * (1 - patches.gamma):g}%", f"{100 * patches.gamma:g}%"
     rules = {1: f"ID: at least {high}", 0: f"OOD: below {low}", -1: "ignored: between"}
     handles = [Patch(facecolor=_LABELS[label][1], label=f"{rules[label]} ({count})") for label, count in counts.items()]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, fontsize=8, frameon=False)
+    below.axis("off")
+    below.legend(handles=handles, loc="center", ncols=3, fontsize=8, frameon=False, columnspacing=1.2)
     axes.set_title(f"confidence on '{_short(patches.class_name)}' at each patch (%)", fontsize=9)
 
 
-def _draw_heat(figure: Any, axes: Any, patches: PatchMap) -> None:
+def _draw_heat(figure: Any, axes: Any, below: Any, patches: PatchMap) -> None:
     size = patches.image.shape[1]
     limit = float(np.abs(patches.id_logit).max()) or 1.0
     heat = axes.imshow(patches.id_logit, cmap="PuOr", vmin=-limit, vmax=limit, extent=(0, size, size, 0))
     axes.set_title("ID logit s at each patch", fontsize=9)
     _write(axes, patches, patches.id_logit, lambda value: f"{value:.1f}")
-    # Inside the axes' own box, so that both panels keep the same size.
-    bar = figure.colorbar(heat, cax=axes.inset_axes((0.05, -0.06, 0.9, 0.03)), orientation="horizontal")
-    bar.set_label("s (no unit): below 0 more likely OOD, above 0 more likely ID", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    scale = figure.colorbar(heat, cax=below, orientation="horizontal")
+    scale.set_label("s (no unit): below 0 more likely OOD, above 0 more likely ID", fontsize=8)
+    scale.ax.tick_params(labelsize=8)
 
 
 def _cells(patches: PatchMap) -> list[tuple[int, float, float, float, float]]:
