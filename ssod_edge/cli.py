@@ -199,7 +199,7 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 @click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: the run's.")
 @click.option("--class", "class_name", metavar="NAME", help="Class to explain. Default: the predicted one.")
 @click.pass_context
-def explain(ctx: click.Context, arguments: tuple[str, ...], **options: Any) -> None:
+def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -> None:
     """Show which patches of an image count as ID, as OOD, or as neither, and their ID logit.
 
     RUN is a run folder or a checkpoint, IMAGE as in predict. Each image becomes a PNG.

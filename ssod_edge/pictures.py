@@ -247,7 +247,8 @@ def save_features(
         style = {"c": [(shade,) * 3]} if marker in "x+" else {"facecolors": "none", "edgecolors": [(shade,) * 3]}
         axes.scatter(*groups[name].T, s=16, marker=marker, linewidths=0.7, label=f"OOD: {name}", **style)
     axes.set(xticks=[], yticks=[], xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
-    axes.set_title(f"t-SNE of the pooled features of {len(points):,} images")
+    ood = f", {len(points) - len(groups['id']):,} OOD by set" if names else ""
+    axes.set_title(f"t-SNE of pooled features: {len(groups['id']):,} ID images by class{ood}")
     figure.legend(loc="outside right upper", fontsize=8, markerscale=1.4)
     return _save(figure, path)
 
@@ -334,7 +335,7 @@ def _draw_labels(axes: Any, below: Any, patches: PatchMap) -> None:
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=0.8))
         if label >= 0:
             edge = 0.03 * width
-            frame = {"fill": False, "edgecolor": colour, "linewidth": 2.5}
+            frame: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 2.5}
             axes.add_patch(Rectangle((x + edge, y + edge), width - 2 * edge, height - 2 * edge, **frame))
     _write(axes, patches, patches.confidence, lambda value: f"{100 * value:.0f}")
     counts = {label: int((patches.label == label).sum()) for label in _LABELS}

@@ -176,7 +176,9 @@ def _advance_block(
     after = replace(
         state,
         recent=tuple(tuple(row[last + 1].tolist()) for row in recent),
-        recent_unknown=float(_fade(np.array([state.recent_unknown]), unknown[:, None], MEMORY[-1])[last + 1, 0]),
+        recent_unknown=float(
+            _fade(np.array([state.recent_unknown]), unknown[:, None].astype(np.float64), MEMORY[-1])[last + 1, 0]
+        ),
     )
     if alarm[last]:
         anew = new_state(len(bins.gaps))
@@ -197,7 +199,7 @@ def _advance_block(
     return after, last + 1
 
 
-def _fade(start: Floats, hits: npt.NDArray[np.generic], memory: int) -> Floats:
+def _fade(start: Floats, hits: Floats, memory: int) -> Floats:
     """x_i = (1 - 1 / memory) x_(i-1) + hits_i, with the start before it: [len(hits) + 1, K]."""
     keep = 1 - 1 / memory
     powers = keep ** np.arange(len(hits) + 1.0)[:, None]
