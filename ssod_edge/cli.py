@@ -227,6 +227,9 @@ def study(
 @click.option("--fit-images", type=click.IntRange(min=1), help="Training images they are fitted on. Default: all.")
 @click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
 @click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")
+@click.option(
+    "--pictures", type=click.Path(), metavar="DIR", help="Write histograms, ROC, risk-coverage and t-SNE as PNG."
+)
 def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...], **options: Any) -> None:
     """Measure ID accuracy, and every score against every OOD set.
 
@@ -235,6 +238,24 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
     from ssod_edge.evaluate import run_eval
 
     run_eval(run, runs, backbone, ood, **options)
+
+
+@main.command()
+@click.argument("arguments", metavar="[RUN] IMAGE...", nargs=-1, required=True)
+@click.option("--backbone", help="Without RUN: the newest run of this backbone.")
+@click.option("--runs", default="runs", help="Folder of runs.")
+@click.option("-o", "--out", type=click.Path(), help="A folder, or a .png for one image. Default: RUN/explain.")
+@click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: the run's.")
+@click.option("--class", "class_name", metavar="NAME", help="Class to explain. Default: the predicted one.")
+@click.pass_context
+def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -> None:
+    """Show which patches of an image count as ID, as OOD, or as neither, and their ID logit.
+
+    RUN is a run folder or a checkpoint, IMAGE as in predict. Each image becomes a PNG.
+    """
+    from ssod_edge.explain import run_explain
+
+    ctx.exit(run_explain(arguments, **options))
 
 
 @main.command()
@@ -345,6 +366,7 @@ def package(ctx: click.Context, folder: str, out: str, bench: str | None) -> Non
 @click.option("--smooth", type=float, metavar="SECONDS", help="Of a video: judge the mean over about this time.")
 @click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"]),
@@ -367,6 +389,7 @@ def predict(
     camera: str | None,
     smooth: float | None,
     realtime: bool,
+    monitor: str | None,
     **options: Any,
 ) -> None:
     """Classify images, and say which ones are UNKNOWN to the model.
@@ -381,10 +404,21 @@ def predict(
     if not images and camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     if camera is not None or any(is_stream(image) for image in images):
-        ctx.exit(run_stream(folder, images, camera, as_json, smooth, realtime, **options))
+        ctx.exit(run_stream(folder, images, camera, as_json, smooth, realtime, monitor, **options))
     if smooth is not None or realtime:
         raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")
-    ctx.exit(run_predict(folder, images, as_json=as_json, batch=batch, **options))
+    ctx.exit(run_predict(folder, images, as_json=as_json, batch=batch, monitor=monitor, **options))
+
+
+@main.command()
+@click.argument("file", metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def monitor(ctx: click.Context, file: str, as_json: bool) -> None:
+    """Show what a file of predict --monitor has counted, and whether the input has drifted."""
+    from ssod_edge.runtime.summary import run_monitor
+
+    ctx.exit(run_monitor(file, as_json))
 
 
 @main.command()

@@ -19,7 +19,7 @@ from ssod_edge.baselines import Baselines, library_version
 from ssod_edge.checkpoint import find_run, load_model
 from ssod_edge.config import DEFAULT_SCORE
 from ssod_edge.data import EvalImages, load_batches
-from ssod_edge.errors import MissingExtraError, UsageError, missing_extra
+from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.evaluation_data import (
     baseline_images,
     calibration_images,
@@ -28,9 +28,10 @@ from ssod_edge.evaluation_data import (
     warn_of_known_images,
 )
 from ssod_edge.evaluation_report import print_report
-from ssod_edge.files import check_output, write_atomic, write_json
+from ssod_edge.files import check_output, write_json
 from ssod_edge.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.model import SSODClassifier, normalise
+from ssod_edge.pictures import save_evaluation, save_histograms
 from ssod_edge.progress import image_bar
 from ssod_edge.scores import ood_scores
 from ssod_edge.sources import ImageSource, Indices, open_dataset
@@ -131,6 +132,7 @@ def evaluate(
     workers: int = 1,
     baselines: str | None = None,
     fit_images: int | None = None,
+    keep: dict[str, Outputs] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Scores]]:
     """Evaluate a run or checkpoint file.
 
@@ -142,6 +144,7 @@ def evaluate(
         bootstrap: resamples of the confidence intervals.
         baselines: "all" or "NAME[,NAME...]": detectors of pytorch-ood to run beside the built-in scores.
         fit_images: how many training images they are fitted on; None: the whole training split.
+        keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
 
     Returns:
         The JSON face: `id_accuracy`, `ood_row_trained`, `results` (a row for each OOD set and score), `mean` (AUROC
@@ -171,9 +174,12 @@ def evaluate(
     fit = baseline_images(run, meta, peers.to_fit, fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(run, meta)
     found = _read(model, sets, fit, calibration, peers, Reading(via_size, batch_size, workers))
+    if keep is not None:
+        keep |= found.outputs
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
+        "classes": list(model.classes),
         "epoch": meta["epoch"],
         "input_size": model.preprocess.input_size,
         "protocol": _protocol(via_size),
@@ -202,16 +208,21 @@ class Found:
     """What an evaluation has read.
 
     Attributes:
-        id: outputs on the ID images.
-        scores: "id" and each OOD set -> its scores.
+        outputs: "id" and each OOD set -> what the model says of its images.
+        scores: likewise -> its scores.
         calibration: scores of the calibration images; empty without any.
         calibration_data: which images those are.
     """
 
-    id: Outputs
+    outputs: dict[str, Outputs]
     scores: dict[str, Scores]
     calibration: Scores
     calibration_data: str
+
+    @property
+    def id(self) -> Outputs:
+        """On the ID images."""
+        return self.outputs["id"]
 
 
 def _read(
@@ -238,12 +249,11 @@ def _read(
             return outputs, scores | (peers.scores(outputs.features, outputs.logits) if peers else {})
 
         calibration_scores = score(calibration)[1] if calibration else {}
-        outputs, id_scores = score(sets["id"])
-        found = {"id": id_scores, **{name: score(images)[1] for name, images in sets.items() if name != "id"}}
+        found = {name: score(images) for name, images in sets.items()}
     failed = peers.failed if peers else set()
-    kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, scores in found.items()}
+    kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, (_, scores) in found.items()}
     data = f"calibration split of {calibration[0].name}" if calibration else ""
-    return Found(outputs, kept, calibration_scores, data)
+    return Found({name: outputs for name, (outputs, _) in found.items()}, kept, calibration_scores, data)
 
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -306,9 +316,10 @@ def run_eval(
     via_size: int | None,
     json_file: str | None,
     png_file: str | None,
+    pictures: str | None = None,
     **options: Any,
 ) -> None:
-    """The command `eval`: evaluate, print the table, write JSON and PNG."""
+    """The command `eval`: evaluate, print the table, write JSON and pictures."""
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
     folder = Path(run) if run else find_run(runs, backbone)
@@ -317,7 +328,10 @@ def run_eval(
     report_file = Path(json_file or target / f"eval-{protocol}.json")
     png = Path(png_file or target / f"eval-{protocol}.png")
     _check_outputs(report_file, png)
-    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, **options)
+    if pictures:
+        check_output(Path(pictures) / "roc.png")
+    outputs: dict[str, Outputs] = {}
+    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, keep=outputs, **options)
     print_report(report)
     written = [write_json(report_file, report)]
     try:
@@ -326,6 +340,11 @@ def run_eval(
         if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
+    if pictures:
+        auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
+        known, features = outputs["id"], {name: part.features for name, part in outputs.items()}
+        correct = known.logits.argmax(axis=1) == known.labels
+        written += save_evaluation(raw, auroc, correct, features, known.labels, report["classes"], pictures)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)
 
 
@@ -339,30 +358,3 @@ def _check_outputs(report_file: Path, png: Path) -> None:
     check_output(png)
     if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
-
-
-def save_histograms(raw: Mapping[str, Scores], score: str, path: str | Path) -> Path:
-    """A PNG with the distribution of one score on ID and on each OOD set (the paper's Fig. 6).
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OutputError: the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "the histogram") from None
-    names = [name for name in raw if name != "id"]
-    figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")
-    values = np.concatenate([raw[name][score] for name in raw])
-    low, high = np.quantile(values, [0.001, 0.999])
-    bins = np.linspace(float(low), float(high), 60).tolist()
-    for column, name in enumerate(names or ["id"]):
-        axes = figure.add_subplot(1, max(1, len(names)), column + 1)
-        axes.hist(raw["id"][score], bins, density=True, alpha=0.6, color="tab:orange", label="ID")
-        if name != "id":
-            axes.hist(raw[name][score], bins, density=True, alpha=0.6, color="tab:blue", label=name)
-        axes.set_xlabel(f"{score} (larger: more likely OOD)")
-        axes.set_ylabel("density" if column == 0 else "")
-        axes.legend()
-    return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

@@ -19,6 +19,9 @@ Counts = npt.NDArray[np.int64]
 
 _TPR = 0.95
 
+#: Bins of equal probability that `Threshold.id_quantiles` bounds, where there are images enough.
+ID_BINS = 100
+
 
 def detection_metrics(
     id_scores: npt.ArrayLike, ood_scores: npt.ArrayLike, bootstrap: int = 1000, seed: int = 0
@@ -130,8 +133,10 @@ def conformal_threshold(id_scores: npt.ArrayLike, target_tpr: float = 0.95, data
     n = len(scores)
     check_target_tpr(target_tpr, n)
     rank = _at_least(target_tpr, n + 1)
-    value = float(np.partition(scores, rank - 1)[rank - 1])
-    return Threshold(value, target_tpr, n, data, float(np.mean(scores <= value)))
+    ordered = np.sort(scores)
+    value = float(ordered[rank - 1])
+    quantiles = ordered[quantile_ranks(n, min(ID_BINS, n + 1)) - 1]
+    return Threshold(value, target_tpr, n, data, float(np.mean(scores <= value)), tuple(quantiles.tolist()))
 
 
 def check_target_tpr(target_tpr: float, n: int | None = None) -> None:
@@ -152,6 +157,21 @@ def check_target_tpr(target_tpr: float, n: int | None = None) -> None:
             f"a threshold at {target_tpr:.4g} true-positive rate needs at least {least} in-distribution images, "
             f"got {n}. Give more with --id DATA, train with a larger --calib-fraction, or lower --tpr."
         )
+
+
+def quantile_ranks(n: int, bins: int) -> Counts:
+    """Ranks, 1 to n, of the scores that divide n ID scores into bins of about the same probability.
+
+    A new ID image's score is at most the r-th smallest of n with probability r / (n + 1).
+
+    Args:
+        n: ID scores.
+        bins: at least 1, at most n + 1.
+
+    Returns:
+        int64 [bins - 1], strictly ascending.
+    """
+    return np.arange(1, bins, dtype=np.int64) * (n + 1) // bins
 
 
 def tpr_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -30,6 +30,8 @@ class Threshold:
         n: images the quantile was taken from.
         data: which images (split name and hash, or the user's data set).
         fitted_tpr: share of those n images that are known at `value`.
+        id_quantiles: of those n scores, ascending, at the ranks of `ssod_edge.metrics.quantile_ranks`: what a monitor
+            compares with. Empty in specs of earlier releases.
     """
 
     value: float
@@ -37,6 +39,7 @@ class Threshold:
     n: int
     data: str
     fitted_tpr: float
+    id_quantiles: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.target_tpr < 1:
@@ -45,6 +48,8 @@ class Threshold:
             raise UsageError(f"fitted_tpr must be in [0, 1], got {self.fitted_tpr}")
         if self.n < 1:
             raise UsageError(f"n must be at least 1 image, got {self.n}")
+        if len(self.id_quantiles) > self.n or list(self.id_quantiles) != sorted(self.id_quantiles):
+            raise UsageError(f"id_quantiles must be at most n = {self.n} ascending scores")
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def load_spec(folder: str | Path) -> Spec:
             f"'{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
+    _add_id_quantiles(values.get("artifacts"))
     if version == 1 and isinstance(values.get("artifacts"), list):  # it had no `build`
         for artifact in values["artifacts"]:
             if isinstance(artifact, dict):
@@ -175,6 +181,14 @@ def load_spec(folder: str | Path) -> Spec:
     except UsageError as error:
         raise ArtifactError(f"'{path}' is damaged ({error}). Export the run again.") from error
     return spec
+
+
+def _add_id_quantiles(artifacts: object) -> None:
+    """Give the thresholds of earlier releases the field that they did not have, empty."""
+    for artifact in artifacts if isinstance(artifacts, list) else ():
+        threshold = artifact.get("threshold") if isinstance(artifact, dict) else None
+        if isinstance(threshold, dict):
+            threshold.setdefault("id_quantiles", [])
 
 
 def from_json(kind: Any, value: Any, name: str = "") -> Any:

@@ -41,7 +41,7 @@ def test_version_and_help() -> None:
 
 
 def test_commands_are_listed_in_the_order_of_work() -> None:
-    order = ["train", "eval", "export", "bench", "package", "predict", "calibrate", "doctor"]
+    order = ["train", "eval", "explain", "export", "bench", "package", "predict", "monitor", "calibrate", "doctor"]
     assert list(main.list_commands(click.Context(main))) == order
 
 

@@ -31,9 +31,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ssod_edge.evaluation_data",),
     ("ssod_edge.ops", "ssod_edge.outliers", "ssod_edge.runtime"),
     ("ssod_edge.model",),
-    ("ssod_edge.baseline_recipes", "ssod_edge.baselines"),
+    ("ssod_edge.baseline_recipes", "ssod_edge.baselines", "ssod_edge.pictures"),
     ("ssod_edge.data", "ssod_edge.checkpoint", "ssod_edge.objective", "ssod_edge.train", "ssod_edge.evaluate"),
-    ("ssod_edge.study",),
+    ("ssod_edge.study", "ssod_edge.explain"),
     ("ssod_edge.runtime.eager",),
     ("ssod_edge.export",),
     ("ssod_edge.bench",),
@@ -64,6 +64,7 @@ NEED_TORCH = {
     "ssod_edge.study",
     "ssod_edge.baseline_recipes",
     "ssod_edge.baselines",
+    "ssod_edge.explain",
     "ssod_edge.runtime.eager",
 }
 

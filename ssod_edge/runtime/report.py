@@ -7,6 +7,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
@@ -14,11 +15,14 @@ import click
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
 from ssod_edge.runtime import open_runner
 from ssod_edge.runtime.inputs import list_images
+from ssod_edge.runtime.monitor import Monitor
 from ssod_edge.runtime.predict import Prediction, Predictor
 from ssod_edge.runtime.runner import Runner
 
 
-def run_predict(folder: str, images: Sequence[str], as_json: bool, batch: int, **options: Any) -> int:
+def run_predict(
+    folder: str, images: Sequence[str], as_json: bool, batch: int, monitor: str | None = None, **options: Any
+) -> int:
     """Print the verdict on each image; returns the exit code.
 
     Args:
@@ -26,13 +30,14 @@ def run_predict(folder: str, images: Sequence[str], as_json: bool, batch: int, *
         images: see `ssod_edge.runtime.inputs.list_images`.
         as_json: one JSON object a line, as soon as it is known.
         batch: images per run of the engine.
+        monitor: a file of `ssod_edge.runtime.monitor.Monitor`, which takes every verdict.
         options: of `ssod_edge.runtime.open_runner`.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
-    paths = list_images(images, _standard_input(), no_images)
-    with Predictor(open_runner(folder, **options)) as predictor:
+    paths = list_images(images, standard_input(), no_images)
+    with Predictor(open_runner(folder, **options)) as predictor, open_monitor(monitor, predictor) as watch:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -41,11 +46,20 @@ def run_predict(folder: str, images: Sequence[str], as_json: bool, batch: int, *
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
         verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
+        if watch is not None:
+            verdicts = map(watch.add, verdicts)
         failed = _print_json(verdicts) if as_json else _print_table(verdicts, len(paths), predictor.runner)
-    return EXIT_SOME_FAILED if failed else EXIT_OK
+    return EXIT_SOME_FAILED if failed or (watch is not None and watch.problem) else EXIT_OK
 
 
-def _standard_input() -> Iterator[str]:
+def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManager[Monitor | None]:
+    """A monitor that speaks on standard error; none without a path."""
+    if path is None:
+        return nullcontext()
+    return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
+
+
+def standard_input() -> Iterator[str]:
     """The lines of standard input, which is not touched before the first is drawn."""
     if sys.stdin is None:
         raise UsageError("'-' was given, and standard input is closed")

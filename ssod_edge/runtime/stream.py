@@ -23,8 +23,9 @@ import numpy.typing as npt
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, OutputError, UsageError
 from ssod_edge.image import load_image, preprocess
 from ssod_edge.runtime import open_runner
+from ssod_edge.runtime.monitor import Monitor
 from ssod_edge.runtime.predict import Prediction, Predictor
-from ssod_edge.runtime.report import WORDS, describe_run, printable
+from ssod_edge.runtime.report import WORDS, describe_run, open_monitor, printable
 from ssod_edge.runtime.runner import Array, Runner, import_failed
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
@@ -40,6 +41,8 @@ RATE_WINDOW_S = 1.0
 COMPLETE = 0.9
 #: A network stream that gives nothing for this long has stopped.
 TIMEOUT_MS = 10_000
+#: A monitor takes one frame in this time: neighbouring frames show the same, and would count as evidence many times.
+MONITOR_PERIOD_S = 1.0
 #: How long a reader that is asked to end may take: a camera may be waiting for light.
 CLOSE_TIMEOUT_S = 2.0
 
@@ -322,25 +325,33 @@ class FrameVerdict:
         return {**self.prediction.to_dict(), **rest}
 
 
-def predict_frames(predictor: Predictor, frames: FrameReader, smooth: float | None = None) -> Iterator[FrameVerdict]:
+def predict_frames(
+    predictor: Predictor, frames: FrameReader, smooth: float | None = None, monitor: Monitor | None = None
+) -> Iterator[FrameVerdict]:
     """The verdict on each frame as it comes.
 
     Args:
         predictor: an open artifact.
         frames: where they come from.
         smooth: seconds of `Smoother`; None judges each frame by itself, exactly as the image it is.
+        monitor: takes the score of a frame by itself, of one frame in `MONITOR_PERIOD_S`.
 
     Raises:
         UsageError: `smooth` is not above 0.
     """
     smoother = None if smooth is None else Smoother(smooth)
-    return _verdicts(predictor, frames, smoother)
+    return _verdicts(predictor, frames, smoother, monitor)
 
 
-def _verdicts(predictor: Predictor, frames: FrameReader, smoother: Smoother | None) -> Iterator[FrameVerdict]:
-    settings, done = predictor.runner.spec.preprocess, deque[float]()
+def _verdicts(
+    predictor: Predictor, frames: FrameReader, smoother: Smoother | None, monitor: Monitor | None
+) -> Iterator[FrameVerdict]:
+    settings, done, monitored = predictor.runner.spec.preprocess, deque[float](), -math.inf
     for frame in frames:
         outputs = predictor.runner.infer({"image": preprocess(load_image(frame.pixels), settings)[None]})
+        if monitor is not None and frame.time_s - monitored >= MONITOR_PERIOD_S:
+            score, monitored = float(outputs["ood_score"][0]), frame.time_s
+            monitor.add_score(score if math.isfinite(score) else None)
         if smoother is not None and all(np.isfinite(outputs[name]).all() for name in ("probs", "ood_score")):
             outputs = smoother.update(frame.time_s, outputs)
         (prediction,) = predictor.verdicts([frames.name], outputs)
@@ -358,6 +369,7 @@ def run_stream(
     as_json: bool = False,
     smooth: float | None = None,
     realtime: bool = False,
+    monitor: str | None = None,
     **options: Any,
 ) -> int:
     """Print the verdict on each frame of a video, camera or stream; returns the exit code: 1 if it ended too early.
@@ -368,6 +380,7 @@ def run_stream(
         camera, realtime: see `FrameReader`.
         as_json: one JSON object a line, as soon as it is known; the summary goes to standard error.
         smooth: see `Smoother`; None does not smooth.
+        monitor: a file of `ssod_edge.runtime.monitor.Monitor`; see `predict_frames`.
         options: of `ssod_edge.runtime.open_runner`.
 
     Raises:
@@ -382,6 +395,7 @@ def run_stream(
         Smoother(smooth)  # before anything is opened
     with (
         Predictor(open_runner(folder, **options)) as predictor,
+        open_monitor(monitor, predictor) as watch,
         FrameReader(sources[0] if sources else None, camera, realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
@@ -390,14 +404,15 @@ def run_stream(
         if not as_json:
             click.echo(table.head())
         try:
-            for verdict in predict_frames(predictor, frames, smooth):
+            for verdict in predict_frames(predictor, frames, smooth, watch):
                 table.add(verdict)
                 click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
         finally:  # after Ctrl-C too
             click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
         if frames.problem is not None:
             click.echo(f"error: {printable(frames.problem)}", err=True)
-    return EXIT_SOME_FAILED if frames.problem is not None or table.failed else EXIT_OK
+    failed = frames.problem is not None or table.failed or (watch is not None and watch.problem)
+    return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 class _Table:

@@ -209,7 +209,7 @@ def _compare(
 
 def _norm(*arrays: Array) -> np.float64:
     """The root of the sum of all squares; never quite 0, so that it can be divided by."""
-    squares = sum(np.square(array, dtype=np.float64).sum() for array in arrays)
+    squares = sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays)
     return np.float64(max(math.sqrt(squares), np.finfo(np.float32).tiny))
 
 
