@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import default_folder, deploy
@@ -51,7 +50,7 @@ def run_export(
     size: int | None = None,
     precisions: tuple[str, ...] = (),
     target: str = "all",
-    score: ScoreName | None = None,
+    score: str | None = None,
     tpr: float = 0.95,
     calib: str | None = None,
     max_drop: float = 1.0,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ssod_edge.config import DETECTORS
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
 from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
 from ssod_edge.scores import probabilities
@@ -56,6 +57,9 @@ TOLERANCES = {
 #: No score moves by more than this many times the largest logit shift: msp is a difference of two terms that each
 #: move by one shift, posterior adds the ID logit's.
 SCORE_FACTOR = 3.0
+#: A detector's score has a scale of its own: its bound is the same share of the spread that it has over the reference
+#: images, which is what a threshold has to tell apart. The sums of fp32 lose so much of its magnitude besides.
+SUM_ROUNDING = 1e-5
 ROUNDING = 1e-12
 
 
@@ -74,7 +78,9 @@ class Verification:
         max_abs_score_diff: `ood_score` against the reference's score of that name.
         decision_flips: images that cross the threshold; None without one.
         decision_flip_share: the same over n.
-        logit_tolerance: the bound on the logit differences; `SCORE_FACTOR` times it bounds the score's.
+        logit_tolerance: the bound on the logit differences.
+        score_tolerance: the bound on the score's: `SCORE_FACTOR` times that of the logits; for a detector, that share
+            of the spread of its scores.
         tolerance: the precision's `Tolerance`.
         failures: the bounds that were broken, as sentences; empty if it passed.
     """
@@ -91,6 +97,7 @@ class Verification:
     decision_flips: int | None
     decision_flip_share: float | None
     logit_tolerance: float
+    score_tolerance: float
     tolerance: dict[str, float]
     failures: tuple[str, ...]
     passed: bool
@@ -186,12 +193,19 @@ def _compare(
         decision_flips=flips,
         decision_flip_share=None if flips is None else flips / n,
         logit_tolerance=tolerance.logit * scale,
+        score_tolerance=_score_tolerance(spec.score_name, score, tolerance.logit, scale),
         tolerance=asdict(tolerance),
         failures=(),
         passed=False,
     )
     failures = _failures(figures, tolerance, spec.trained)
     return replace(figures, failures=failures, passed=not failures)
+
+
+def _score_tolerance(name: str, score: Array, share: float, logit_scale: float) -> float:
+    if name not in DETECTORS:
+        return SCORE_FACTOR * share * logit_scale
+    return SCORE_FACTOR * share * float(np.ptp(score)) + SUM_ROUNDING * float(np.abs(score).max())
 
 
 def _failures(figures: Verification, tolerance: Tolerance, trained: bool) -> tuple[str, ...]:
@@ -202,7 +216,7 @@ def _failures(figures: Verification, tolerance: Tolerance, trained: bool) -> tup
         ("max_abs_prob_diff", figures.max_abs_prob_diff, tolerance.prob),
     ]
     if trained:
-        bounds.append(("max_abs_score_diff", figures.max_abs_score_diff, SCORE_FACTOR * figures.logit_tolerance))
+        bounds.append(("max_abs_score_diff", figures.max_abs_score_diff, figures.score_tolerance))
         share = max(1 / figures.n, 1 - tolerance.class_agreement)
         bounds.append(("share of changed classes", 1 - figures.class_agreement, share + ROUNDING))
         if figures.decision_flips is not None:
