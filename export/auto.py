@@ -92,11 +92,11 @@ def multiply_adds(model: SSODClassifier) -> int:
     size = model.preprocess.input_size
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, 3, size, size))
+            model.features(torch.zeros(1, 3, size, size))
     finally:
         for hook in hooks:
             hook.remove()
-    return total
+    return total + model.head_weight()[0].numel()
 
 
 def _without_state(model: SSODClassifier) -> list[str]:

@@ -106,9 +106,9 @@ class Spec:
     trained: bool
     reference_sha256: str
     source: dict[str, Any] = field(default_factory=dict)
+    artifacts: tuple[Artifact, ...] = ()
     detector: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
-    artifacts: tuple[Artifact, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
