@@ -98,7 +98,8 @@ def run_export(
     folder = Path(out) if out else source.folder / "export"
     print_artifacts(spec, folder)
     console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-    left_out = any(images is not None and images.unreadable for images in (source.calibration, source.int8))
+    used = (source.calibration, source.int8, source.training, source.choices)
+    left_out = any(images is not None and images.unreadable for images in used)
     return EXIT_SOME_FAILED if left_out else EXIT_OK
 
 

@@ -76,6 +76,8 @@ def ship_score(source: Source, wanted: str | None, say: Say) -> ShippedScore:
         return ShippedScore(wanted, "chosen when exporting", source, detector, record)
     assert choices is not None
     chosen, candidate, figures = choose(source, choices, data, say)
+    for message in choices.unreadable:
+        say(f"left out: {message}")
     detector_record = record | {"settings": candidate.settings} if candidate is not None else {}
     evidence = f"auto: the best mean AUROC on images made from {choices.description}, within the cost allowed"
     return ShippedScore(chosen, evidence, source, candidate, detector_record, figures)

@@ -26,9 +26,9 @@ Labels = npt.NDArray[np.int64]
 #: Share of the mean variance that is added to every direction of a covariance: features have directions in which
 #: nothing varies, and 16-bit noise must not be blown up along them.
 RIDGE = 1e-3
-#: Directions of ViM's principal space, see `fit_vim`.
-VIM_DIMENSIONS = ((2048, 1000), (768, 512))
-#: |z - c|^2 over the squared residual, up to which their difference is taken in fp32: the loss is 1e-7 of it.
+#: Directions of ViM's principal space if there are no more classes, see `fit_vim`.
+VIM_DIMENSIONS = 64
+#: |z - c|^2 over the squared residual, up to which their difference is taken in fp32: it loses 1e-7 of the former.
 CANCELLATION = 1e3
 #: Prototypes of a class, as long as all classes together have no more than so many.
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
@@ -200,11 +200,13 @@ def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
     middle of the training features: R does not see that, and both terms become small.
 
     Args:
-        dimensions: d; None takes the paper's 1000 from D = 2048 on, 512 from 768 on, and D / 2 below.
+        dimensions: d; None takes one for each class, at least `VIM_DIMENSIONS` and at most D / 2. That is the paper's
+            1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better with ten classes, and takes
+            eight times the rows (docs/detection.md).
     """
     z, width = data.features.astype(np.float64), data.features.shape[1]
     if dimensions is None:
-        dimensions = next((d for least, d in VIM_DIMENSIONS if width >= least), width // 2)
+        dimensions = min(width // 2, max(VIM_DIMENSIONS, len(data.bias)))
     if not 0 < dimensions < width:
         raise UsageError(f"ViM's dimensions must lie between 0 and {width}, got {dimensions}")
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
