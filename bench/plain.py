@@ -107,17 +107,17 @@ def open_plain(folder: Path, threads: int | None = None) -> Runner:
 def cut_plain(model: Any, classes: int) -> None:
     """Turn a fused `onnx.ModelProto` into the plain classifier, in place.
 
-    The last row of the final Gemm goes, its output becomes `logits`, and so does everything that only the other
-    outputs need.
+    The rows of the final Gemm behind the classes go, its output becomes `logits`, and so goes everything that only the
+    other outputs need.
 
     Raises:
-        ArtifactError: the graph does not end in one Gemm of classes + 1 rows.
+        ArtifactError: the graph does not end in one Gemm of more rows than classes.
     """
     import onnx
 
     graph = model.graph
     producers = {name: node for node in graph.node for name in node.output}
-    # From `logits` back to the Gemm lie only nodes that drop the OOD row; their outputs all become its own.
+    # From `logits` back to the Gemm lie only nodes that drop the other rows; their outputs all become its own.
     dropped, name = [], "logits"
     while name in producers and producers[name].op_type != "Gemm":
         dropped.append(producers[name])
@@ -125,7 +125,7 @@ def cut_plain(model: Any, classes: int) -> None:
     if name not in producers:
         raise ArtifactError("the ONNX graph does not end in a Gemm. Export the run again.")
     gemm = producers[name]
-    _drop_last_row(graph, gemm, classes)
+    _keep_classes(graph, gemm, classes)
     aliases = {node.output[0] for node in dropped} | {name}
     for node in dropped:
         graph.node.remove(node)
@@ -140,7 +140,7 @@ def cut_plain(model: Any, classes: int) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-def _drop_last_row(graph: Any, gemm: Any, classes: int) -> None:
+def _keep_classes(graph: Any, gemm: Any, classes: int) -> None:
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -149,7 +149,7 @@ def _drop_last_row(graph: Any, gemm: Any, classes: int) -> None:
         if which == len(gemm.input):
             continue  # a bias of zeros is left out by the exporter
         tensor = tensors.get(gemm.input[which])
-        if tensor is None or len(tensor.dims) <= axis or tensor.dims[axis] != classes + 1:
+        if tensor is None or len(tensor.dims) <= axis or tensor.dims[axis] <= classes:
             raise ArtifactError(f"the ONNX graph's Gemm does not have {classes} + 1 rows. Export the run again.")
         rows = numpy_helper.to_array(tensor).take(range(classes), axis=axis)
         tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.pseudo_ood import pseudo_ood
 from ssod_edge.export.quantize import Images, Infer, Quantizer
-from ssod_edge.export.source import Calibration
+from ssod_edge.export.source import Calibration, model_labels
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier
 
@@ -72,7 +72,7 @@ def draw_images(calibration: Calibration, model: SSODClassifier, say: Say) -> Ca
     images, found = (np.concatenate(part) for part in zip(*batches, strict=True))
     # An unreadable image is missing from its part; the border moves by a few images, and none is in both.
     border = min(statistics, count // 2)
-    labels = _model_labels(found, calibration.source.classes, model.classes)
+    labels = model_labels(found, calibration.source.classes, model.classes)
     present = np.unique(labels[labels >= 0])
     if len(present) == 1:
         say(
@@ -85,13 +85,6 @@ def draw_images(calibration: Calibration, model: SSODClassifier, say: Say) -> Ca
     return CalibrationImages(
         images[:border], images[border:], None if (control < 0).any() else control, calibration.description
     )
-
-
-def _model_labels(labels: NDArray[np.int64], classes: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
-    """Labels in the model's numbering, by class name; -1 where there is none."""
-    numbers = {name: number for number, name in enumerate(known)}
-    table = np.array([*(numbers.get(name, -1) for name in classes), -1], np.int64)
-    return table[labels]
 
 
 @dataclass(frozen=True)

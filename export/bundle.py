@@ -63,7 +63,8 @@ def write_bundle(
     check_output(path)
     folder = find_export(folder)
     spec = load_spec(folder)
-    check_hash(folder / REFERENCE_NAME, spec.reference_sha256)
+    for name, digest in spec.shared_files.items():
+        check_hash(folder / name, digest)
     packed = replace(spec, artifacts=tuple(artifact for artifact in spec.artifacts if travels(artifact)))
     _report_missing_graphs(spec, folder, say)
     for artifact in packed.artifacts:
@@ -72,7 +73,7 @@ def write_bundle(
     record = _find_bench(packed, folder, bench, say)
     if record is not None:
         contents[BENCH_NAME] = record
-    contents[REFERENCE_NAME] = folder / REFERENCE_NAME
+    contents |= {name: folder / name for name in spec.shared_files}
     contents[SPEC_NAME] = _json(asdict(packed))
     contents[README_NAME] = _readme(packed, record, Path(path).name).encode()
     for name in contents:
@@ -285,7 +286,8 @@ def _check_spec(folder: Path, names: set[str], bundle: Path) -> Spec:
         raise _damaged(bundle, f"it holds no {SPEC_NAME}")
     spec = load_spec(folder)
     try:
-        check_hash(folder / REFERENCE_NAME, spec.reference_sha256)
+        for name, digest in spec.shared_files.items():
+            check_hash(folder / name, digest)
         for artifact in spec.artifacts:
             check_files(folder, artifact)
     except ArtifactError as error:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ssod_edge.config import ScoreName
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import default_folder, deploy
@@ -52,7 +51,7 @@ def run_export(
     size: int | None = None,
     precisions: tuple[str, ...] = (),
     target: str = "all",
-    score: ScoreName | None = None,
+    score: str | None = None,
     tpr: float = 0.95,
     calib: str | None = None,
     max_drop: float = 1.0,
@@ -101,7 +100,8 @@ def run_export(
     folder = Path(out) if out else source.folder / "export"
     print_artifacts(spec, folder)
     console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-    left_out = any(images is not None and images.unreadable for images in (source.calibration, source.int8))
+    used = (source.calibration, source.int8, source.training, source.choices)
+    left_out = any(images is not None and images.unreadable for images in used)
     return EXIT_SOME_FAILED if left_out else EXIT_OK
 
 

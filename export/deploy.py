@@ -20,7 +20,7 @@ from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.calibrate import fit_threshold, is_training_data, trained_on
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.runtime.verify import Verification, check_passed, load_reference, verify_runner
-from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, Threshold, save_spec
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, save_spec
 
 #: A threshold is carried over while at most so many reference images change sides at it. One always may: a conformal
 #: threshold is itself the score of one image, which any rounding moves across it.
@@ -197,7 +197,7 @@ def _doubt(figures: Verification, folder: Path, bundled: Spec, threshold: Thresh
 def _remove_the_rest(spec: Spec, folder: Path) -> None:
     """What was unpacked and belongs to no artifact of the export."""
     kept = {folder / name for artifact in spec.artifacts for name in artifact.files}
-    kept |= {folder / name for name in (SPEC_NAME, REFERENCE_NAME, BENCH_NAME)}
+    kept |= {folder / name for name in (SPEC_NAME, BENCH_NAME, *spec.shared_files)}
     for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what lies in it
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -79,7 +79,7 @@ def to_fp16(graph: ModelProto, rows: int, images: NDArray[np.uint8] | None = Non
 
     Args:
         graph: from `ssod_edge.export.onnx.fused_graph`.
-        rows: of its final Gemm, M+1.
+        rows: of its final Gemm.
         images: uint8 [n, 3, S, S] to look for overflow with; None looks for none.
 
     Returns:

@@ -4,42 +4,103 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssod_edge.config import SCORES, Preprocess, ScoreName
+from ssod_edge.config import DETECTORS, SCORES, Preprocess
+from ssod_edge.detectors import OWN_GEMM, TINY, Detector
 from ssod_edge.errors import UsageError
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.ops import ood_score
 
 
 class FusedClassifier(nn.Module):
-    """Normalise, backbone, and one linear layer of M+1 rows that gives classes and ID logit together.
+    """Normalise, backbone, and one linear layer that gives classes, ID logit and a detector's rows together.
 
     Args:
-        model: in evaluation mode; its weights are shared, the last layer's are copied into one.
+        model: in evaluation mode; its weights are shared, the last layer's are copied into one of M + 1 + K rows.
         score: which OOD score the graph computes.
+        detector: that of the score's name, whose K rows follow the ID logit's; None for a score of the logits.
     """
 
-    def __init__(self, model: SSODClassifier, score: ScoreName):
+    def __init__(self, model: SSODClassifier, score: str, detector: Detector | None = None):
         super().__init__()
-        if score not in SCORES:
-            raise UsageError(f"score must be one of {', '.join(SCORES)}, got '{score}'")
+        if score not in SCORES if detector is None else score != detector.name:
+            known = f"one of {', '.join(SCORES)}, or of {', '.join(DETECTORS)} with a fitted detector"
+            raise UsageError(f"score must be {known}, got '{score}'")
         self.trunk = _Trunk(model)
-        self.head = _linear(*model.head_weight())
+        weight, bias = model.head_weight()
+        self.sizes = [len(weight) - 1, 1]
+        if detector is not None and detector.rows:
+            self.sizes.append(detector.rows)
+            weight = torch.cat([weight, torch.from_numpy(detector.weight)])
+            bias = torch.cat([bias, torch.from_numpy(detector.bias)])
+        self.head = _linear(weight, bias)
         self.score = score
+        self.detector = None if detector is None else DetectorScore(detector)
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], id_logit [N], ood_score [N], all fp32."""
-        fused = self.head(self.trunk(image))
-        logits, row = fused.split([fused.shape[1] - 1, 1], dim=1)
+        features = self.trunk(image)
+        logits, row, *more = self.head(features).split(self.sizes, dim=1)
         probs, id_logit = torch.softmax(logits, dim=1), row.squeeze(1)
-        return logits, probs, id_logit, score_of_graph(self.score, logits, probs, id_logit)
+        if self.detector is None:
+            score = score_of_graph(self.score, logits, probs, id_logit)
+        else:
+            score = self.detector(features, logits, probs, more[0] if more else None)
+        return logits, probs, id_logit, score
 
 
-def score_of_graph(name: ScoreName, logits: Tensor, probs: Tensor, id_logit: Tensor) -> Tensor:
+class DetectorScore(nn.Module):
+    """What `ssod_edge.detectors.Detector.score` computes, from what the fused Gemm gives."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.name, self.numbers = detector.name, dict(detector.numbers)
+        self.has_center = bool(detector.center.size)
+        self.register_buffer("center", torch.from_numpy(np.array(detector.center)))
+        self.register_buffer("bias", torch.from_numpy(np.array(detector.bias)))
+        # Their rows read changed features, and the classes those of the plain ones: no row can serve both.
+        self.own = None
+        if detector.name in OWN_GEMM:
+            self.own = _linear(torch.from_numpy(detector.weight), torch.zeros(len(detector.bias)))
+
+    def forward(self, features: Tensor, logits: Tensor, probs: Tensor, rows: Tensor | None) -> Tensor:
+        """features [N, D], logits and probs [N, M], rows [N, K] or None -> ood_score [N], all fp32."""
+        if self.name == "react":
+            return _energy(cast(nn.Linear, self.own)(features.clamp(max=self.numbers["clip"])) + self.bias)
+        if self.name in ("ash", "scale"):
+            return self._scaled(features, logits)
+        assert rows is not None
+        if self.name == "knn":
+            return 1 - rows.amax(dim=1) / features.square().sum(dim=1).sqrt().clamp(min=TINY)
+        if self.name == "vim":
+            squared = rows.square().sum(dim=1)
+            if self.has_center:
+                squared = ((features - self.center).square().sum(dim=1) - squared).clamp(min=0)
+            return self.numbers["alpha"] * squared.sqrt() + score_of_graph("energy", logits, probs, logits)
+        quadratic = int(self.numbers["quadratic"])
+        distances, classes = rows.split([quadratic, rows.shape[1] - quadratic], dim=1)
+        return distances.square().sum(dim=1) + classes.amin(dim=1)
+
+    def _scaled(self, features: Tensor, logits: Tensor) -> Tensor:
+        """k is fixed, so that TopK has a shape that every engine knows when it builds."""
+        kth = features.topk(int(self.numbers["k"]), dim=1).values[:, -1:]
+        kept = torch.where(features >= kth, features, torch.zeros_like(features))
+        factor = (features.relu().sum(dim=1, keepdim=True) / kept.relu().sum(dim=1, keepdim=True).clamp(min=TINY)).exp()
+        product = logits - self.bias if self.own is None else cast(nn.Linear, self.own)(kept)
+        return _energy(factor * product + self.bias)
+
+
+def _energy(logits: Tensor) -> Tensor:
+    """-logsumexp, without overflow in any engine."""
+    return torch.softmax(logits, dim=1).amax(dim=1).log() - logits.amax(dim=1)
+
+
+def score_of_graph(name: str, logits: Tensor, probs: Tensor, id_logit: Tensor) -> Tensor:
     """`ssod_edge.ops.ood_score` in as few small operations as the engines need: each costs about a microsecond.
 
     max log_softmax is the logarithm of the largest probability, which is at least 1/M and has been computed anyway.

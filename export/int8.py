@@ -38,6 +38,7 @@ def check_int8(source: Source) -> None:
 def int8_artifacts(
     source: Source,
     fp32: onnx.ModelProto,
+    rows: int,
     engines: Sequence[str],
     max_drop: float,
     path: Path,
@@ -50,6 +51,7 @@ def int8_artifacts(
     Args:
         source: what is exported.
         fp32: its fused graph.
+        rows: of its final Gemm.
         engines: of `ssod_edge.export.engines.TARGETS`.
         max_drop: see `AccuracyControl`.
         path: of `model-int8.onnx` in the export folder; it stays there if an engine runs it as it is.
@@ -62,7 +64,6 @@ def int8_artifacts(
         VerificationError: int8 costs more than `max_drop`.
     """
     made_with = (*made_with, "nncf")
-    rows = len(source.model.classes) + 1
     calibration = _images(source)
     if not source.trained or calibration is None:
         images = synthetic_images(SYNTHETIC_IMAGES, source.model.preprocess.input_size)

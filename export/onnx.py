@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from ssod_edge.config import ScoreName
+from ssod_edge.detectors import Detector
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines import OPSET
 from ssod_edge.export.graph import FusedClassifier
@@ -25,8 +25,13 @@ INPUT = "image"
 LINEAR_OPS = ("Gemm", "MatMul")
 
 
-def fused_graph(model: SSODClassifier, score: ScoreName, trained: bool) -> onnx.ModelProto:
-    """The fused fp32 graph, checked to end in exactly one Gemm of M+1 rows.
+def head_rows(model: SSODClassifier, detector: Detector | None) -> int:
+    """Rows of the fused graph's Gemm: classes, ID logit, and those of the detector."""
+    return len(model.classes) + 1 + (0 if detector is None else detector.rows)
+
+
+def fused_graph(model: SSODClassifier, score: str, trained: bool, detector: Detector | None = None) -> onnx.ModelProto:
+    """The fused fp32 graph, whose features are read by exactly one Gemm of `head_rows` rows; see `check_fused`.
 
     Inputs: `image` uint8 [N, 3, S, S]. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N].
 
@@ -34,14 +39,15 @@ def fused_graph(model: SSODClassifier, score: ScoreName, trained: bool) -> onnx.
         model: in evaluation mode.
         score: the OOD score to compute.
         trained: recorded in the metadata.
+        detector: the state of the score, if it has one.
 
     Raises:
         MissingExtraError: onnxscript is not installed.
         UsageError: the exporter cannot handle this backbone, or the graph is over 2 GB.
         VerificationError: the exported graph does not have the fused form.
     """
-    graph = _export(FusedClassifier(model, score), OUTPUTS, model.preprocess.input_size)
-    check_fused(graph, rows=len(model.classes) + 1)
+    graph = _export(FusedClassifier(model, score, detector), OUTPUTS, model.preprocess.input_size)
+    check_fused(graph, head_rows(model, detector))
     onnx.helper.set_model_props(
         graph,
         {
@@ -71,14 +77,39 @@ def save_onnx(graph: onnx.ModelProto, path: str | Path) -> Path:
 
 
 def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
-    """The one linear layer behind all outputs.
+    """The one linear layer that reads the features: it gives the classes, the ID logit and a detector's rows.
+
+    `ood_score` may need a second one, whose input is made from the same features without any layer between (ReAct
+    clips them, ASH prunes them); the classes may not.
 
     Raises:
-        VerificationError: there are several, another one reads the same features, or its rows are not `rows`.
+        VerificationError: there are more, another one reads the same features, or its rows are not `rows`.
     """
     producer = {output: node for node in graph.graph.node for output in node.output}
+    outputs = [output.name for output in graph.graph.output]
+    found = _linear_behind(producer, [name for name in outputs if name != "ood_score"])
+    if len(found) != 1:
+        raise VerificationError(f"the classes must come from exactly one Gemm, found {len(found)}")
+    (head,) = found.values()
+    twins = [n for n in graph.graph.node if n.op_type in LINEAR_OPS and n.input[0] == head.input[0]]
+    weights = {w.name: tuple(w.dims) for w in graph.graph.initializer}
+    shape = weights.get(head.input[1], ())
+    if len(twins) != 1 or rows not in shape:
+        raise VerificationError(
+            f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
+        )
+    own = [node for name, node in _linear_behind(producer, outputs).items() if name not in found]
+    if len(own) > 1 or any(not _made_of(producer, node.input[0], head.input[0]) for node in own):
+        raise VerificationError(
+            f"the score may have one Gemm of its own, on the features that the classes are read from, found {len(own)}"
+        )
+    return head
+
+
+def _linear_behind(producer: dict[str, onnx.NodeProto], names: list[str]) -> dict[str, onnx.NodeProto]:
+    """The last linear layers on the way to these values, by the name of their output."""
     found: dict[str, onnx.NodeProto] = {}
-    pending, seen = [output.name for output in graph.graph.output], set()
+    pending, seen = list(names), set()
     while pending:
         name = pending.pop()
         if name in seen or name not in producer:
@@ -89,17 +120,22 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
             found[node.output[0]] = node
         else:
             pending.extend(node.input)
-    if len(found) != 1:
-        raise VerificationError(f"the graph must end in exactly one Gemm, found {len(found)}")
-    (head,) = found.values()
-    twins = [n for n in graph.graph.node if n.op_type in LINEAR_OPS and n.input[0] == head.input[0]]
-    weights = {w.name: tuple(w.dims) for w in graph.graph.initializer}
-    shape = weights.get(head.input[1], ())
-    if len(twins) != 1 or rows not in shape:
-        raise VerificationError(
-            f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
-        )
-    return head
+    return found
+
+
+def _made_of(producer: dict[str, onnx.NodeProto], name: str, features: str) -> bool:
+    """Whether a value is computed from the features, without a layer between, and from nothing before them."""
+    pending, seen, reached = [name], set(), False
+    while pending:
+        name = pending.pop()
+        reached |= name == features
+        if name == features or name in seen:
+            continue
+        seen.add(name)
+        if name == INPUT or (name in producer and producer[name].op_type in (*LINEAR_OPS, "Conv")):
+            return False
+        pending.extend(producer[name].input if name in producer else ())
+    return reached
 
 
 def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.ModelProto:

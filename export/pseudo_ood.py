@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from ssod_edge.errors import UsageError
 
 Images = NDArray[np.uint8]
 
@@ -14,32 +18,31 @@ PATCHES = 4
 CORNER = 4
 
 
-def pseudo_ood(images: Images, seed: int = 0) -> Images:
-    """One image each, of three kinds in turn: shuffled patches, a corner blown up, and two images blended.
-
-    The first keeps colours and texture and loses the object's form, the second shows what lies around the object, the
-    third holds two objects where the network was taught one.
+def pseudo_ood(images: Images, seed: int = 0, kinds: Sequence[str] = ("shuffled", "corner", "blended")) -> Images:
+    """One image each, of several kinds in turn; see `KINDS`.
 
     Args:
         images: uint8 [n, 3, S, S], in-distribution; S >= 4.
-        seed: of patch order, corners and partners.
+        seed: of patch order, corners, partners and phases.
+        kinds: of `KINDS`.
 
     Returns:
         uint8 [n, 3, S, S].
+
+    Raises:
+        UsageError: an unknown kind.
     """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UsageError(f"kinds must be some of {', '.join(KINDS)}, got '{unknown[0]}'")
     rng = np.random.default_rng(seed)
     made = np.empty_like(images)
-    for index, image in enumerate(images):
-        if index % 3 == 0:
-            made[index] = _shuffled(image, rng)
-        elif index % 3 == 1:
-            made[index] = _corner(image, rng)
-        else:
-            made[index] = _blended(image, images[(index + rng.integers(1, max(2, len(images)))) % len(images)])
+    for index in range(len(images)):
+        made[index] = KINDS[kinds[index % len(kinds)]](images, index, rng)
     return made
 
 
-def _shuffled(image: Images, rng: np.random.Generator) -> Images:
+def _shuffled(images: Images, index: int, rng: np.random.Generator) -> Images:
+    image = images[index]
     side = image.shape[1] // PATCHES
     result = image.copy()
     cells = [(slice(None), *(slice(i * side, (i + 1) * side) for i in divmod(n, PATCHES))) for n in range(PATCHES**2)]
@@ -48,7 +51,8 @@ def _shuffled(image: Images, rng: np.random.Generator) -> Images:
     return result
 
 
-def _corner(image: Images, rng: np.random.Generator) -> Images:
+def _corner(images: Images, index: int, rng: np.random.Generator) -> Images:
+    image = images[index]
     size = image.shape[1]
     side = max(1, size // CORNER)
     top, left = rng.integers(0, 2, 2) * (size - side)
@@ -56,5 +60,26 @@ def _corner(image: Images, rng: np.random.Generator) -> Images:
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def _blended(image: Images, other: Images) -> Images:
-    return ((image.astype(np.uint16) + other) // 2).astype(np.uint8)
+def _blended(images: Images, index: int, rng: np.random.Generator) -> Images:
+    other = images[(index + rng.integers(1, max(2, len(images)))) % len(images)]
+    return ((images[index].astype(np.uint16) + other) // 2).astype(np.uint8)
+
+
+def _texture(images: Images, index: int, rng: np.random.Generator) -> Images:
+    image = images[index].astype(np.float64)
+    # The phases of real noise are odd, so that the result is real; one set for all channels keeps the colours together.
+    phase = np.angle(np.fft.fft2(rng.standard_normal(image.shape[1:])))
+    phase[0, 0] = 0
+    made = np.fft.ifft2(np.fft.fft2(image) * np.exp(1j * phase)).real
+    return np.clip(np.round(made), 0, 255).astype(np.uint8)
+
+
+#: Kind -> how one image is made of images [n, 3, S, S] and an index. A shuffle keeps colours and texture and loses the
+#: object's form; a corner, blown up, shows what lies around the object; a blend holds two objects where the network was
+#: taught one; a texture has the spectrum and colours of an image, with random phases, and no object.
+KINDS: dict[str, Callable[[Images, int, np.random.Generator], Images]] = {
+    "shuffled": _shuffled,
+    "corner": _corner,
+    "blended": _blended,
+    "texture": _texture,
+}

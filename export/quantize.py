@@ -95,7 +95,7 @@ def float_scope(graph: ModelProto, rows: int) -> list[str]:
 
     Args:
         graph: from `ssod_edge.export.onnx.fused_graph`; every node has a name.
-        rows: of its final Gemm, M+1.
+        rows: of its final Gemm.
 
     Raises:
         VerificationError: the graph does not have the fused form.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ssod_edge.detectors import Detector
 from ssod_edge.errors import VerificationError
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier, normalise
@@ -18,36 +19,46 @@ IMAGES = 256
 BATCH = 32
 
 
-def write_reference(path: Path, model: SSODClassifier, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Path:
+def write_reference(
+    path: Path,
+    model: SSODClassifier,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    detector: Detector | None = None,
+) -> Path:
     """Run the eager model in fp32 and store its numbers.
 
     Args:
         path: of the .npz file. It gets `image`, `label`, `logits` [n, M], `id_logit` [n] and `score_<name>` [n] for
-            every score, all fp32 but the first two.
+            every score of the logits and for the detector, all fp32 but the first two.
         model: in evaluation mode, on the CPU.
         images: uint8 [n, 3, S, S], n >= 1.
         labels: int64 [n]; -1 where unknown.
+        detector: the shipped score's, if it has a state.
 
     Raises:
         VerificationError: the model's own numbers are not finite.
         OutputError: the file cannot be written.
     """
-    logits, id_logit = run_eager(model, images)
+    logits, id_logit, features = run_eager(model, images)
     if not (np.isfinite(logits).all() and np.isfinite(id_logit).all()):
         raise VerificationError("the model gives logits that are not finite, so there is nothing to compare with")
     scores = {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
+    if detector is not None:
+        scores[f"score_{detector.name}"] = detector.score(features, logits)
     arrays: dict[str, Any] = {"image": images, "label": labels, "logits": logits, "id_logit": id_logit, **scores}
     return write_atomic(path, lambda temporary: np.savez_compressed(temporary, **arrays))
 
 
-def run_eager(model: SSODClassifier, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(logits [n, M], id_logit [n]) of uint8 images [n, 3, S, S], by PyTorch in fp32."""
+def run_eager(model: SSODClassifier, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
+    """(logits [n, M], id_logit [n], features [n, D]) of uint8 images [n, 3, S, S], by PyTorch in fp32."""
     parts = []
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
-            parts.append(model(normalise(torch.from_numpy(images[start : start + BATCH]), model.preprocess)))
-    logits, id_logit = (torch.cat(part).float().numpy() for part in zip(*parts, strict=True))
-    return logits, id_logit
+            x = normalise(torch.from_numpy(images[start : start + BATCH]), model.preprocess)
+            features = model.features(x)
+            parts.append((*model.head(features), features))
+    return tuple(torch.cat(part).float().numpy() for part in zip(*parts, strict=True))
 
 
 def synthetic_images(n: int, size: int, seed: int = 0) -> NDArray[np.uint8]:

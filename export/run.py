@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.config import DEFAULT_SCORE, ScoreName
+from ssod_edge.config import AUTO_SCORE, SHIPPED_SCORES
+from ssod_edge.detectors import save_detector
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, PRECISIONS, TARGETS, check_engines, make_artifact
 from ssod_edge.export.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
 from ssod_edge.export.int8 import check_int8, int8_artifacts
-from ssod_edge.export.onnx import fused_graph, save_onnx
+from ssod_edge.export.onnx import fused_graph, head_rows, save_onnx
 from ssod_edge.export.reference import IMAGES, synthetic_images, write_reference
-from ssod_edge.export.source import Source, check_run_folder, check_score, from_run, save_run
+from ssod_edge.export.score import ShippedScore, ship_score
+from ssod_edge.export.source import Source, check_run_folder, from_run, save_run
 from ssod_edge.export.staging import earlier_export, keep_earlier, staged, that_run_here
 from ssod_edge.export.tensorrt import PlanOptions
 from ssod_edge.files import exclusive, sha256_file
@@ -27,7 +29,7 @@ from ssod_edge.metrics import check_target_tpr, conformal_threshold
 from ssod_edge.progress import image_bar
 from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
-from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, save_spec
+from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec, save_spec
 
 #: Packages whose versions say how a graph came about.
 MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
@@ -45,7 +47,7 @@ class ExportOptions:
         precisions: of `PRECISIONS`; "int8" is not made unless it is named.
         engines: of `TARGETS`.
         target_tpr: share of in-distribution images that must stay known, in (0, 1).
-        score: the OOD score that the graph computes; None takes the default.
+        score: the OOD score that the graph computes, or "auto"; None takes the default.
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
         plans: how TensorRT's plans are built.
     """
@@ -53,7 +55,7 @@ class ExportOptions:
     precisions: tuple[str, ...] = DEFAULT_PRECISIONS
     engines: tuple[str, ...] = CPU_TARGETS
     target_tpr: float = 0.95
-    score: ScoreName | None = None
+    score: str | None = None
     max_drop: float = 1.0
     plans: PlanOptions = field(default_factory=PlanOptions)
 
@@ -61,6 +63,9 @@ class ExportOptions:
         for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
             if not given or not set(given) <= set(known):
                 raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        choices = (*SHIPPED_SCORES, AUTO_SCORE)
+        if self.score not in (None, *choices):
+            raise UsageError(f"score must be one of {', '.join(choices)}, got '{self.score}'")
         check_target_tpr(self.target_tpr)
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
@@ -72,7 +77,7 @@ def export_run(
     precisions: Sequence[str] = DEFAULT_PRECISIONS,
     engines: Sequence[str] = CPU_TARGETS,
     target_tpr: float = 0.95,
-    score: ScoreName | None = None,
+    score: str | None = None,
 ) -> Spec:
     """Export a trained run; see `export_source`.
 
@@ -111,12 +116,13 @@ def export_source(
     check_engines(options.engines)
     if "int8" in options.precisions:
         check_int8(source)
-    check_score(source, options.score or DEFAULT_SCORE)
     if out is None:
         check_run_folder(source)
+    shipped = ship_score(source, options.score, say)
+    source = shipped.source
     place = Path(out) if out is not None else source.folder / "export"
     with ExitStack() as publishing, staged(place) as folder:
-        spec = _build(source, folder, options, say, place)
+        spec = _build(shipped, folder, options, say, place)
         spec = _prove(source, folder, spec, options.target_tpr, say)
         if out is None and source.checkpoint is None:
             spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
@@ -127,23 +133,28 @@ def export_source(
     return spec
 
 
-def _build(source: Source, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
-    """Write every artifact and the reference; the spec has neither thresholds nor figures yet."""
+def _build(shipped: ShippedScore, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
+    """Write every artifact, the reference and the detector; the spec has neither thresholds nor figures yet."""
+    source, detector = shipped.source, shipped.detector
     make = partial(make_artifact, plans=options.plans, earlier=earlier_export(place))
-    score = options.score or DEFAULT_SCORE
     images, labels = _reference_images(source)
-    reference_sha256 = sha256_file(write_reference(folder / REFERENCE_NAME, source.model, images, labels))
-    say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {score}")
-    fp32 = fused_graph(source.model, score, source.trained)
+    reference = write_reference(folder / REFERENCE_NAME, source.model, images, labels, detector)
+    state = shipped.record
+    if detector is not None:
+        state = {"sha256": sha256_file(save_detector(detector, folder / DETECTOR_NAME)), **state}
+    say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {shipped.name}")
+    fp32 = fused_graph(source.model, shipped.name, source.trained, detector)
+    rows = head_rows(source.model, detector)
     artifacts: list[Artifact] = []
     for precision in options.precisions:
         graph, build = fp32, {}
         path = folder / f"model-{precision}.onnx"
         if precision == "int8":
-            artifacts += int8_artifacts(source, fp32, options.engines, options.max_drop, path, MADE_WITH, make, say)
+            more = int8_artifacts(source, fp32, rows, options.engines, options.max_drop, path, MADE_WITH, make, say)
+            artifacts += more
             continue
         if precision == "fp16":
-            graph, report = to_fp16(fp32, len(source.model.classes) + 1, images)
+            graph, report = to_fp16(fp32, rows, images)
             build = _overflow_record(report)
             for line in _half_lines(report):
                 say(line)
@@ -152,15 +163,16 @@ def _build(source: Source, folder: Path, options: ExportOptions, say: Say, place
         artifacts += [replace(artifact, build={**artifact.build, **build}) for artifact in made]
         if "onnxruntime" not in options.engines:
             path.unlink()
-    evidence = "chosen when exporting" if options.score else "the default; no study has chosen one for this model"
     spec = Spec(
         backbone=source.model.backbone_name,
         classes=source.model.classes,
         preprocess=source.model.preprocess,
-        score={"name": score, "evidence": evidence},
+        score={"name": shipped.name, "evidence": shipped.evidence},
         trained=source.trained,
-        reference_sha256=reference_sha256,
+        reference_sha256=sha256_file(reference),
         source=source.facts,
+        detector=state,
+        choice=shipped.choice,
         artifacts=tuple(sorted(artifacts, key=lambda artifact: TARGETS.index(artifact.engine))),
     )
     save_spec(spec, folder)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ssod_edge.checkpoint import BEST, is_checkpoint, load_model, model_meta, model_tensors, save_checkpoint
-from ssod_edge.config import Preprocess, ScoreName, resolve_backbone
+from ssod_edge.config import Preprocess, resolve_backbone
 from ssod_edge.errors import ImageError, SsodEdgeError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.image import preprocess
@@ -79,6 +79,8 @@ class Source:
         calibration: None if there are no images to fit thresholds on.
         checkpoint: the run's; None if `folder` is yet to be made from the weights.
         int8: in-distribution images to quantise with; None takes those of `calibration`.
+        training: images that the model was trained on, for the state of a detector; None if they cannot be had.
+        choices: images that choices may look at, the run's validation split; None if there are none.
     """
 
     model: SSODClassifier
@@ -88,9 +90,11 @@ class Source:
     calibration: Calibration | None = None
     checkpoint: Path | None = None
     int8: Calibration | None = None
+    training: Calibration | None = None
+    choices: Calibration | None = None
 
 
-def check_score(source: Source, score: ScoreName) -> None:
+def check_score(source: Source, score: str) -> None:
     """Raises UsageError if the score needs an OOD row and this model's was never trained."""
     if score in NEED_OOD_ROW and source.trained and not source.model.ood.weight.any():
         raise UsageError(
@@ -114,14 +118,21 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
     model, meta = load_model(path)
     checkpoint = path / BEST if path.is_dir() else path
     folder = checkpoint.parent
-    calibration = from_dataset(data) if data else _run_split(folder, meta)
+    try:
+        splits = _run_splits(folder, meta)
+    except UsageError:
+        if data is None:
+            raise
+        splits = {}
     facts = {
         "run": folder.resolve().name,
         "checkpoint_sha256": sha256_file(checkpoint),
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    return Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
+    calibration = from_dataset(data) if data else splits["calib"]
+    source = Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
+    return replace(source, training=splits.get("train"), choices=splits.get("val"))
 
 
 def from_weights(
@@ -228,8 +239,15 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(f"{info.index_to_label_name(index)}_{name}" for index, name in enumerate(names))
 
 
-def _run_split(folder: Path, meta: dict[str, Any]) -> Calibration:
-    """The calibration split that training recorded."""
+def model_labels(labels: NDArray[np.int64], classes: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
+    """Labels in the model's numbering, by class name; -1 where there is none."""
+    numbers = {name: number for number, name in enumerate(known)}
+    table = np.array([*(numbers.get(name, -1) for name in classes), -1], np.int64)
+    return table[labels]
+
+
+def _run_splits(folder: Path, meta: dict[str, Any]) -> dict[str, Calibration]:
+    """The splits that training recorded: train, val and calib."""
     data, splits_hash = str(meta.get("data")), str(meta.get("splits_hash"))
     try:
         source = open_dataset(data)
@@ -238,7 +256,10 @@ def _run_split(folder: Path, meta: dict[str, Any]) -> Calibration:
     if source.fingerprint != meta.get("data_fingerprint"):
         raise UsageError(f"the data set '{data}' changed since training. Name images with --id")
     splits = read_splits(folder, source, splits_hash)
-    return Calibration(source, splits.calib, f"'{data}', calib split {splits_hash[:12]}")
+    parts = {"train": splits.train, "val": splits.val, "calib": splits.calib}
+    return {
+        name: Calibration(source, part, f"'{data}', {name} split {splits_hash[:12]}") for name, part in parts.items()
+    }
 
 
 def _pretrained(name: str, classes: tuple[str, ...], settings: Preprocess) -> SSODClassifier:

@@ -152,7 +152,8 @@ def _unlisted(folder: Path) -> list[str]:
         spec: Spec | None = load_spec(folder)
     except Exception:  # a damaged spec lists nothing
         spec = None
-    listed = {Path(name).parts[0] for artifact in spec.artifacts for name in artifact.files} if spec else set()
+    files = [name for artifact in spec.artifacts for name in artifact.files] + [*spec.shared_files] if spec else []
+    listed = {Path(name).parts[0] for name in files}
     return [path.name for path in folder.iterdir() if path.name not in listed]
 
 

@@ -28,12 +28,20 @@ Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["auto", "reference"]
 ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "posterior"]
+DetectorName = Literal["vim", "mahalanobis", "rmd", "knn", "react", "ash", "scale"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 BALANCES: tuple[str, ...] = get_args(Balance)
 OUTLIERS: tuple[str, ...] = get_args(Outlier)
 KERNELS: tuple[str, ...] = get_args(Kernel)
+#: Scores of the logits and the ID logit alone.
 SCORES: tuple[str, ...] = get_args(ScoreName)
+#: Scores with a state that is fitted on training features, see `ssod_edge.detectors`.
+DETECTORS: tuple[str, ...] = get_args(DetectorName)
+#: Everything that an export can ship.
+SHIPPED_SCORES = (*SCORES, *DETECTORS)
+#: `export --score` of this name chooses one of them on held-out data.
+AUTO_SCORE = "auto"
 
 #: The score an artifact ships until a study has chosen another one for it.
 DEFAULT_SCORE: ScoreName = "energy"

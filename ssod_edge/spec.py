@@ -10,14 +10,15 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ssod_edge.config import SCORES, Preprocess, ScoreName
+from ssod_edge.config import DETECTORS, SHIPPED_SCORES, Preprocess
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file, write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPEC_NAME = "ssod.json"
 REFERENCE_NAME = "reference.npz"
+DETECTOR_NAME = "detector.npz"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Spec:
-    """An export folder's contents. `score` holds {"name": ScoreName, "evidence": str}."""
+    """An export folder's contents.
+
+    Attributes:
+        score: {"name": of `ssod_edge.config.SHIPPED_SCORES`, "evidence": why this one}.
+        detector: where the score is one of `ssod_edge.config.DETECTORS`: {"sha256": of `DETECTOR_NAME`, "data",
+            "images": what it was fitted on, "settings"}. Every artifact holds its state as well.
+        choice: what `export --score auto` chose by; empty otherwise.
+    """
 
     backbone: str
     classes: tuple[str, ...]
@@ -105,19 +113,32 @@ class Spec:
     reference_sha256: str
     source: dict[str, Any] = field(default_factory=dict)
     artifacts: tuple[Artifact, ...] = ()
+    detector: dict[str, Any] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise UsageError(f"classes must be at least 2 names, got {len(self.classes)}")
-        if self.score.get("name") not in SCORES:
-            raise UsageError(f"score.name must be one of {', '.join(SCORES)}, got '{self.score.get('name')}'")
+        if self.score.get("name") not in SHIPPED_SCORES:
+            raise UsageError(f"score.name must be one of {', '.join(SHIPPED_SCORES)}, got '{self.score.get('name')}'")
+        if (self.score["name"] in DETECTORS) != isinstance(self.detector.get("sha256"), str):
+            raise UsageError(
+                f"detector must have the sha256 of {DETECTOR_NAME} if, and only if, score.name has a state"
+            )
         if len({artifact.name for artifact in self.artifacts}) < len(self.artifacts):
             raise UsageError("two artifacts have the same name")
 
     @property
-    def score_name(self) -> ScoreName:
-        return self.score["name"]  # type: ignore[return-value]
+    def score_name(self) -> str:
+        """One of `ssod_edge.config.SHIPPED_SCORES`."""
+        return self.score["name"]
+
+    @property
+    def shared_files(self) -> dict[str, str]:
+        """The files that belong to no artifact -> SHA-256."""
+        detector = {DETECTOR_NAME: self.detector["sha256"]} if self.detector else {}
+        return {REFERENCE_NAME: self.reference_sha256, **detector}
 
     def artifact(self, name: str) -> Artifact:
         """The artifact called `name`.
@@ -175,7 +196,8 @@ def load_spec(folder: str | Path) -> Spec:
         for artifact in values["artifacts"]:
             if isinstance(artifact, dict):
                 artifact.setdefault("build", {})
-        values["schema_version"] = SCHEMA_VERSION
+    if version < 3:  # every score was one of the logits
+        values |= {"detector": {}, "choice": {}, "schema_version": SCHEMA_VERSION}
     try:
         spec: Spec = from_json(Spec, values)
     except UsageError as error:

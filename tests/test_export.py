@@ -118,7 +118,7 @@ def test_onnx_file_tells_what_it_is_and_nothing_about_this_machine(exported: Pat
     for precision in ("fp32", "fp16"):
         graph = onnx.load(exported / f"model-{precision}.onnx")
         properties = {p.key: p.value for p in graph.metadata_props}
-        assert properties["ssod.schema_version"] == "2"
+        assert properties["ssod.schema_version"] == "3"
         assert properties["ssod.backbone"] == "mobilenetv3_small_050"
         assert json.loads(properties["ssod.classes"]) == list(CLASSES)
         assert json.loads(properties["ssod.preprocess"])["input_size"] == SIZE

@@ -26,7 +26,14 @@ FOLDERS = {"ssod_edge": "ssod_edge", "export": "ssod_edge.export", "bench": "sso
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("ssod_edge.errors", "ssod_edge.files", "ssod_edge.external"),
     ("ssod_edge.config", "ssod_edge.progress"),
-    ("ssod_edge.spec", "ssod_edge.image", "ssod_edge.scores", "ssod_edge.metrics", "ssod_edge.demo"),
+    (
+        "ssod_edge.spec",
+        "ssod_edge.image",
+        "ssod_edge.scores",
+        "ssod_edge.metrics",
+        "ssod_edge.demo",
+        "ssod_edge.detectors",
+    ),
     ("ssod_edge.sources", "ssod_edge.distributed", "ssod_edge.evaluation_report"),
     ("ssod_edge.evaluation_data",),
     ("ssod_edge.ops", "ssod_edge.outliers", "ssod_edge.runtime"),

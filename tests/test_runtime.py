@@ -469,4 +469,4 @@ def test_eager_refuses_untrained_weights_and_missing_checkpoints(
 
 def test_the_spec_on_disk_stays_json(export: Path) -> None:
     open_runner(export)
-    assert json.loads((export / "ssod.json").read_text())["schema_version"] == 2
+    assert json.loads((export / "ssod.json").read_text())["schema_version"] == 3

@@ -37,14 +37,25 @@ def test_a_spec_reads_back_as_it_was_written(folder):
     assert check_files(folder, spec.artifacts[0]) == folder / "model-fp32.onnx"
 
 
-def test_a_spec_of_the_first_schema_is_read(folder):
-    def first(values):
-        values["schema_version"] = 1
-        del values["artifacts"][0]["build"]
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_spec_of_an_earlier_schema_is_read(folder, version):
+    def earlier(values):
+        values["schema_version"] = version
+        del values["detector"], values["choice"]
+        if version == 1:
+            del values["artifacts"][0]["build"]
 
     expected = load_spec(folder)
-    edit(folder, first)
+    edit(folder, earlier)
     assert load_spec(folder) == expected
+
+
+def test_a_score_with_a_state_names_its_file(folder):
+    detector = {"sha256": "1" * 64, "data": "train split 0123", "images": 100, "settings": {}}
+    edit(folder, lambda v: v.update(score={"name": "vim"}, detector=detector))
+    spec = load_spec(folder)
+    assert spec.score_name == "vim" and spec.detector == detector
+    assert spec.shared_files == {"reference.npz": "0" * 64, "detector.npz": "1" * 64}
 
 
 def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
@@ -60,7 +71,7 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(schema_version=3), "schema version 3; this release reads up to 2. Update with"),
+        (lambda v: v.update(schema_version=4), "schema version 4; this release reads up to 3. Update with"),
         (lambda v: v.pop("schema_version"), "not an ssod-edge spec"),
         (lambda v: v.pop("classes"), "damaged .*classes"),
         (lambda v: v.update(extra=1), "damaged .*extra"),
@@ -81,6 +92,9 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v.update(score={}), "score.name must be one of ssod, msp, maxlogit, energy, posterior"),
         (lambda v: v.update(score={"name": "best"}), "score.name .*got 'best'"),
         (lambda v: v.update(score={"name": "energy", "evidence": 1}), "score.evidence must be text"),
+        (lambda v: v.update(score={"name": "knn"}), "detector must have the sha256"),
+        (lambda v: v.update(detector={"sha256": "0" * 64}), "detector must have the sha256"),
+        (lambda v: v.update(detector=[]), "detector must be an object"),
         (lambda v: v.update(reference_sha256=None), "reference_sha256 must be text"),
         (lambda v: v.update(preprocess=5), "preprocess must be an object"),
         (lambda v: v["preprocess"].update(input_size="64"), "preprocess.input_size must be an integer"),

@@ -11,6 +11,7 @@ import torch
 
 from ssod_edge.checkpoint import BEST, load_model
 from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.detectors import Detector, load_detector
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
@@ -18,14 +19,15 @@ from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.runtime.runner import Array, check_images, closed_error
 from ssod_edge.runtime.verify import load_reference
 from ssod_edge.scores import ood_scores, probabilities
-from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, load_spec
+from ssod_edge.spec import DETECTOR_NAME, SPEC_NAME, Artifact, Spec, Threshold, check_hash, load_spec
 
 
 class EagerRunner:
     """`ssod_edge.runtime.Runner` on a run's best checkpoint, in fp32 on the CPU.
 
-    With an export beside it, the checkpoint must be the exported one; the score is the export's, and the threshold
-    is fitted to the eager scores in `reference.npz`. Without one the score is the default and there is no threshold.
+    With an export beside it, the checkpoint must be the exported one; the score is the export's, with the state of its
+    detector if it has one, and the threshold is fitted to the eager scores in `reference.npz`. Without an export the
+    score is the default and there is no threshold.
 
     Args:
         folder: a run folder, its export folder, or a checkpoint file.
@@ -69,6 +71,7 @@ class EagerRunner:
             versions={"torch": torch.__version__},
             threshold=None if export is None else _threshold(self.spec, export),
         )
+        self._detector = None if export is None else _detector(self.spec, export, model)
         self._threads_before = torch.get_num_threads()  # a setting of the whole process: given back at the end
         if threads is not None:
             torch.set_num_threads(threads)
@@ -90,9 +93,12 @@ class EagerRunner:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
         with torch.inference_mode():
-            outputs = self._model(normalise(torch.from_numpy(images), self._model.preprocess))
-        logits, id_logit = (output.float().numpy() for output in outputs)
-        score = ood_scores(logits, id_logit)[self.spec.score_name]
+            features = self._model.features(normalise(torch.from_numpy(images), self._model.preprocess))
+            logits, id_logit = (output.float().numpy() for output in self._model.head(features))
+        if self._detector is not None:
+            score = self._detector.score(features.float().numpy(), logits)
+        else:
+            score = ood_scores(logits, id_logit)[self.spec.score_name]  # type: ignore[index]
         return {"logits": logits, "probs": probabilities(logits), "id_logit": id_logit, "ood_score": score}
 
 
@@ -116,6 +122,18 @@ def _spec(model: SSODClassifier, trained: bool) -> Spec:
         trained=trained,
         reference_sha256="",
     )
+
+
+def _detector(spec: Spec, export: Path, model: SSODClassifier) -> Detector | None:
+    """The state of the export's score, which only the export has."""
+    if not spec.detector:
+        return None
+    check_hash(export / DETECTOR_NAME, spec.detector["sha256"])
+    detector = load_detector(export / DETECTOR_NAME)
+    width = model.classifier.in_features
+    if detector.name != spec.score_name or (detector.weight.size and detector.weight.shape[1] != width):
+        raise ArtifactError(f"'{export / DETECTOR_NAME}' is not the detector of this model. Export the run again.")
+    return detector
 
 
 def _threshold(spec: Spec, export: Path) -> Threshold | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ssod_edge.config import DETECTORS
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
 from ssod_edge.files import exclusive
 from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
@@ -62,6 +63,9 @@ TOLERANCES = {
 #: No score moves by more than this many times the largest logit shift: msp is a difference of two terms that each
 #: move by one shift, posterior adds the ID logit's.
 SCORE_FACTOR = 3.0
+#: A detector's score has a scale of its own: its bound is the same share of the spread that it has over the reference
+#: images, which is what a threshold has to tell apart. The sums of fp32 lose so much of its magnitude besides.
+SUM_ROUNDING = 1e-5
 ROUNDING = 1e-12
 
 
@@ -83,7 +87,9 @@ class Verification:
         max_abs_score_diff: `ood_score` against the reference's score of that name.
         decision_flips: images that cross the threshold; None without one.
         decision_flip_share: the same over n.
-        logit_tolerance: the bound on the logit differences; `SCORE_FACTOR` times it bounds the score's.
+        logit_tolerance: the bound on the logit differences.
+        score_tolerance: the bound on the score's: `SCORE_FACTOR` times that of the logits; for a detector, that share
+            of the spread of its scores.
         tolerance: the precision's `Tolerance`.
         failures: the bounds that were broken, as sentences; empty if it passed.
     """
@@ -101,6 +107,7 @@ class Verification:
     decision_flips: int | None
     decision_flip_share: float | None
     logit_tolerance: float
+    score_tolerance: float
     tolerance: dict[str, float]
     failures: tuple[str, ...]
     passed: bool
@@ -199,6 +206,7 @@ def _compare(
         decision_flips=flips,
         decision_flip_share=None if flips is None else flips / n,
         logit_tolerance=tolerance.logit * scale,
+        score_tolerance=_score_tolerance(spec.score_name, score, tolerance.logit, scale),
         tolerance=asdict(tolerance),
         failures=(),
         passed=False,
@@ -207,10 +215,16 @@ def _compare(
     return replace(figures, failures=failures, passed=not failures)
 
 
-def _norm(*arrays: Array) -> np.float64:
+def _norm(*arrays: Array) -> float:
     """The root of the sum of all squares; never quite 0, so that it can be divided by."""
-    squares = sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays)
-    return np.float64(max(math.sqrt(squares), np.finfo(np.float32).tiny))
+    squares = math.fsum(float(np.square(array, dtype=np.float64).sum()) for array in arrays)
+    return max(math.sqrt(squares), float(np.finfo(np.float32).tiny))
+
+
+def _score_tolerance(name: str, score: Array, share: float, logit_scale: float) -> float:
+    if name not in DETECTORS:
+        return SCORE_FACTOR * share * logit_scale
+    return SCORE_FACTOR * share * float(np.ptp(score)) + SUM_ROUNDING * float(np.abs(score).max())
 
 
 def _failures(figures: Verification, precision: str, trained: bool) -> tuple[str, ...]:
@@ -224,7 +238,7 @@ def _failures(figures: Verification, precision: str, trained: bool) -> tuple[str
     if trained or precision == "fp32":
         bounds.append(("relative_logit_error", figures.relative_logit_error, tolerance.noise))
     if trained:
-        bounds.append(("max_abs_score_diff", figures.max_abs_score_diff, SCORE_FACTOR * figures.logit_tolerance))
+        bounds.append(("max_abs_score_diff", figures.max_abs_score_diff, figures.score_tolerance))
         share = max(1 / figures.n, 1 - tolerance.class_agreement)
         bounds.append(("share of changed classes", 1 - figures.class_agreement, share + ROUNDING))
         if figures.decision_flips is not None:

@@ -1,0 +1,154 @@
+"""Which score an export ships, and the state that it needs: fitted on training images, before any graph is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, DETECTORS, DetectorName
+from ssod_edge.detectors import Detector, FitData, fit
+from ssod_edge.errors import UsageError
+from ssod_edge.export.auto import choose
+from ssod_edge.export.reference import run_eager
+from ssod_edge.export.source import Calibration, Source, check_score, model_labels
+from ssod_edge.progress import image_bar
+
+Say = Callable[[str], None]
+
+#: Training images that a detector is fitted on.
+FIT_IMAGES = 10_000
+#: Fewer readable ones than this describe no distribution.
+LEAST_IMAGES = 32
+DEFAULT_EVIDENCE = "the default; no study has chosen one for this model"
+
+
+@dataclass(frozen=True)
+class ShippedScore:
+    """What an export computes as `ood_score`.
+
+    Attributes:
+        name: of `ssod_edge.config.SHIPPED_SCORES`.
+        evidence: why this one, in words.
+        source: what is exported, with the images that are left for the thresholds.
+        detector: the state, if the score has one.
+        record: what it was fitted on, for the spec.
+        choice: the evidence of "auto" in figures, for the spec.
+    """
+
+    name: str
+    evidence: str
+    source: Source
+    detector: Detector | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)
+
+
+def ship_score(source: Source, wanted: str | None, say: Say) -> ShippedScore:
+    """Decide on the score, and fit what it needs.
+
+    Args:
+        source: what is exported.
+        wanted: of `SHIPPED_SCORES`, "auto", or None for the default.
+        say: gets a line for each step.
+
+    Raises:
+        UsageError: the score needs an OOD row or images that this model has not.
+    """
+    if wanted is None:
+        return ShippedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE, source)
+    if wanted == AUTO_SCORE and not source.trained:
+        say(f"--score auto: untrained weights give nothing to choose by, so the score is {DEFAULT_SCORE}")
+        return ShippedScore(DEFAULT_SCORE, "auto: untrained weights give nothing to choose by", source)
+    if wanted != AUTO_SCORE and wanted not in DETECTORS:
+        check_score(source, wanted)
+        return ShippedScore(wanted, "chosen when exporting", source)
+    if not source.trained:
+        raise UsageError(f"the score '{wanted}' is fitted on training images, and untrained weights have none")
+    training, choices, source = divide(source, wanted == AUTO_SCORE, say)
+    data = fit_data(source, training, say)
+    record: dict[str, Any] = {"data": training.description, "images": len(data.features)}
+    if wanted != AUTO_SCORE:
+        detector = fit(cast(DetectorName, wanted), data)
+        record["settings"] = detector.settings
+        return ShippedScore(wanted, "chosen when exporting", source, detector, record)
+    assert choices is not None
+    chosen, candidate, figures = choose(source, choices, data, say)
+    for message in choices.unreadable:
+        say(f"left out: {message}")
+    detector_record = record | {"settings": candidate.settings} if candidate is not None else {}
+    evidence = f"auto: the best mean AUROC on images made from {choices.description}, within the cost allowed"
+    return ShippedScore(chosen, evidence, source, candidate, detector_record, figures)
+
+
+def divide(source: Source, auto: bool, say: Say) -> tuple[Calibration, Calibration | None, Source]:
+    """Images to fit on, images to choose by (with "auto"), and the source with those left for the thresholds.
+
+    A run has its training, validation and calibration splits. For weights that were trained elsewhere, and runs whose
+    training data is gone, the images of --id are divided, and so are those of a calibration split if a run has no
+    validation images.
+
+    Raises:
+        UsageError: there are no images, or too few.
+    """
+    training, choices, calibration = source.training, source.choices, source.calibration
+    if training is None:
+        if calibration is None:
+            raise UsageError("a score with a state is fitted on in-distribution images. Name some: --id DATA")
+        training, rest = _halves(calibration, "half that fits the detector", "the other half")
+        say(
+            f"note: the images that the model was trained on are not at hand: the detector is fitted on "
+            f"{len(training.indices)} images of {calibration.description}, and the thresholds on others of them"
+        )
+        calibration, choices = rest, None
+    if auto and (choices is None or len(choices.indices) < LEAST_IMAGES):
+        if calibration is None:
+            raise UsageError("--score auto chooses on in-distribution images, and there are none. Name some: --id DATA")
+        choices, calibration = _halves(calibration, "part that chooses", "part for thresholds")
+        say(f"note: the score is chosen on {len(choices.indices)} images of {choices.description}")
+    for part, what in ((training, "fit a detector"), (choices, "choose a score") if auto else (training, "")):
+        if part is None or len(part.indices) < LEAST_IMAGES:
+            raise UsageError(
+                f"it takes at least {LEAST_IMAGES} images to {what}, got {0 if part is None else len(part.indices)}. "
+                "Name more with --id DATA"
+            )
+    return training, choices, replace(source, calibration=calibration)
+
+
+def _halves(images: Calibration, first: str, second: str) -> tuple[Calibration, Calibration]:
+    """Two seeded halves, with one list of unreadable images."""
+    order = np.random.default_rng(1).permutation(images.indices)
+    middle = len(order) // 2
+    parts = ((np.sort(order[:middle]), first), (np.sort(order[middle:]), second))
+    one, other = (
+        replace(images, indices=indices, description=f"{images.description}, {name}") for indices, name in parts
+    )
+    return one, other
+
+
+def fit_data(source: Source, training: Calibration, say: Say) -> FitData:
+    """The features of a seeded choice of training images, through the deployment preprocessing.
+
+    Raises:
+        UsageError: too few of them can be read.
+    """
+    model = source.model
+    chosen = np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES]
+    say(f"fitting on the features of {len(chosen)} images of {training.description}")
+    logits, features, labels = [], [], []
+    with image_bar("fitting", len(chosen)) as advance:
+        for images, found in training.batches(model.preprocess, np.sort(chosen)):
+            batch_logits, _, batch_features = run_eager(model, images)
+            logits.append(batch_logits)
+            features.append(batch_features)
+            labels.append(found)
+            advance(len(images))
+    for message in training.unreadable:
+        say(f"left out: {message}")
+    if sum(map(len, labels)) < LEAST_IMAGES:
+        raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
+    weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
+    known = model_labels(np.concatenate(labels), training.source.classes, model.classes)
+    return FitData(np.concatenate(features), known, np.concatenate(logits), weight, bias)

@@ -1,0 +1,318 @@
+"""Detectors in the exported graph: on every engine that runs here, in every precision, and through a whole export."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import helper
+from small import CLASSES, random_images, run_onnx, write_images, write_run
+from torch import Tensor, nn
+
+from ssod_edge.bench.plain import cut_plain
+from ssod_edge.cli import main
+from ssod_edge.config import DETECTORS, Preprocess
+from ssod_edge.detectors import Detector, FitData, fit, fit_vim
+from ssod_edge.errors import ArtifactError, UsageError, VerificationError
+from ssod_edge.export.auto import multiply_adds
+from ssod_edge.export.bundle import write_bundle
+from ssod_edge.export.deploy import deploy
+from ssod_edge.export.fp16 import to_fp16
+from ssod_edge.export.graph import DetectorScore
+from ssod_edge.export.onnx import check_fused, fused_graph, head_rows
+from ssod_edge.export.pseudo_ood import KINDS, pseudo_ood
+from ssod_edge.export.quantize import float_scope
+from ssod_edge.export.reference import run_eager
+from ssod_edge.export.run import ExportOptions, export_source
+from ssod_edge.export.score import divide, ship_score
+from ssod_edge.export.source import Calibration, from_dataset, from_run, untrained
+from ssod_edge.model import SSODClassifier, normalise
+from ssod_edge.runtime import open_runner
+from ssod_edge.runtime.verify import verify_runner
+from ssod_edge.spec import DETECTOR_NAME, load_spec
+
+SIZE, WIDTH = 32, 48
+
+
+class Tiny(nn.Module):
+    """What the export needs of a model: one convolution, a ReLU and a pooling, traced in a blink."""
+
+    classes, backbone_name, preprocess = CLASSES, "tiny", Preprocess(input_size=SIZE)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, WIDTH, 3, stride=2)
+        self.classifier, self.ood = nn.Linear(WIDTH, len(CLASSES)), nn.Linear(WIDTH, 1)
+        nn.init.normal_(self.classifier.weight)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = True) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def head(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classifier(z), self.ood(z).squeeze(1)
+
+    def head_weight(self) -> tuple[Tensor, Tensor]:
+        both = self.classifier, self.ood
+        return torch.cat([layer.weight for layer in both]), torch.cat([layer.bias for layer in both])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> SSODClassifier:
+    return Tiny().eval()  # type: ignore[return-value]
+
+
+def pictures(n: int, seed: int) -> Tensor:
+    return random_images(n, seed=seed, size=SIZE)
+
+
+def fit_tiny(tiny: SSODClassifier, name: str) -> Detector:
+    logits, _, features = run_eager(tiny, pictures(200, seed=5).numpy())
+    weight, bias = (part[: len(CLASSES)].detach().numpy() for part in tiny.head_weight())
+    data = FitData(features, logits.argmax(axis=1), logits, weight, bias)
+    return fit_vim(data, 8) if name == "vim-principal" else fit(name, data)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=[*DETECTORS, "vim-principal"])
+def fused(request: pytest.FixtureRequest, tiny: SSODClassifier) -> tuple[Detector, onnx.ModelProto]:
+    detector = fit_tiny(tiny, request.param)
+    return detector, fused_graph(tiny, detector.name, trained=True, detector=detector)
+
+
+def run_openvino(graph: onnx.ModelProto, images: Tensor) -> np.ndarray:
+    openvino = pytest.importorskip("openvino")
+    model = openvino.convert_model(io.BytesIO(graph.SerializeToString()))
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(compiled({"image": images.numpy()})["ood_score"])
+
+
+def test_every_engine_gives_the_score_in_double_precision(tiny, fused) -> None:
+    detector, graph = fused
+    images = pictures(9, seed=3)
+    logits, _, features = run_eager(tiny, images.numpy())
+    expected = detector.score(features, logits)
+    bound = 1e-4 * float(np.ptp(expected))
+    found = run_onnx(graph, images)
+    np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
+    np.testing.assert_allclose(found["ood_score"], expected, rtol=1e-5, atol=bound)
+    np.testing.assert_allclose(run_openvino(graph, images), expected, rtol=1e-5, atol=bound)
+    assert np.ptp(expected) > 1e-3
+
+
+def test_reduced_precision_leaves_the_whole_detector_in_fp32(tiny, fused) -> None:
+    detector, graph = fused
+    rows = head_rows(tiny, detector)
+    images = pictures(64, seed=3)
+    half, _ = to_fp16(graph, rows, images.numpy())
+    halves = {tensor.name for tensor in half.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    assert len(halves) == 2  # weight and bias of the one convolution
+    expected, found = run_onnx(graph, images)["ood_score"], run_onnx(half, images)["ood_score"]
+    assert np.abs(found - expected).max() < 0.03 * np.ptp(expected)
+    quantised = [node for node in graph.graph.node if node.name not in float_scope(graph, rows)]
+    assert {node.op_type for node in quantised} <= {"Conv", "Relu"}
+
+
+def test_tensorrt_builds_the_graph(fused, tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(fused[1].SerializeToString()), parser.get_error(0)
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("image", (1, 3, SIZE, SIZE), (1, 3, SIZE, SIZE), (4, 3, SIZE, SIZE))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def test_the_plain_classifier_has_no_row_of_the_detector(tiny, fused) -> None:
+    _, graph = fused
+    plain = onnx.ModelProto()
+    plain.CopyFrom(graph)
+    cut_plain(plain, len(CLASSES))
+    gemms = [node for node in plain.graph.node if node.op_type in ("Gemm", "MatMul")]
+    weights = {tensor.name: tuple(tensor.dims) for tensor in plain.graph.initializer}
+    assert [weights[node.input[1]] for node in gemms] == [(len(CLASSES), WIDTH)]
+
+
+def test_a_gemm_beside_the_fused_one_is_refused(tiny, fused) -> None:
+    detector, graph = fused
+    rows = head_rows(tiny, detector)
+    head = check_fused(graph, rows)
+    with pytest.raises(VerificationError, match=f"{rows + 1} rows"):
+        check_fused(graph, rows + 1)
+    twin = onnx.ModelProto()
+    twin.CopyFrom(graph)
+    twin.graph.node.append(helper.make_node("Gemm", list(head.input), ["twin"], transB=1))
+    with pytest.raises(VerificationError, match="must be alone"):
+        check_fused(twin, rows)
+    deep = onnx.ModelProto()  # a second layer on the logits: not what "fused" means
+    deep.CopyFrom(graph)
+    (last,) = (node for node in deep.graph.node if "ood_score" in node.output)
+    last.output[0] = "before"
+    deep.graph.node.append(helper.make_node("MatMul", [head.output[0], "w"], ["more"]))
+    deep.graph.node.append(helper.make_node("Add", ["before", "more"], ["ood_score"]))
+    with pytest.raises(VerificationError, match="one Gemm of its own"):
+        check_fused(deep, rows)
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, "vim-principal"])
+def test_the_graph_is_exact_for_features_of_any_size(tiny: SSODClassifier, name: str) -> None:
+    detector = fit_tiny(tiny, name)
+    logits, _, features = run_eager(tiny, pictures(40, seed=9).numpy())
+    features = features * np.geomspace(0.1, 10, 40, dtype=np.float32)[:, None]
+    z = torch.from_numpy(features)
+    with torch.no_grad():
+        logits = tiny.head(z)[0]
+        rows = z @ torch.from_numpy(detector.weight).T + torch.from_numpy(detector.bias) if detector.rows else None
+        found = DetectorScore(detector)(z, logits, logits.softmax(1), rows).numpy()
+    expected = detector.score(features, logits.numpy())
+    # A difference of squares loses more, the further out a feature lies along the principal space.
+    bound = 1e-3 if name == "vim-principal" else 1e-4
+    np.testing.assert_allclose(found, expected, rtol=bound, atol=bound * np.ptp(expected))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, small_model: SSODClassifier) -> Path:
+    """A run with 84 training images, 84 for the thresholds and no validation split, of a small real network."""
+    root = tmp_path_factory.mktemp("score")
+    write_images(root / "data", 168)
+    write_run(root / "run", small_model, str(root / "data"))
+    return root / "run"
+
+
+def test_a_detector_goes_all_the_way_to_a_device(run: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    spec = export_source(from_run(run), None, ExportOptions(("fp32", "fp16"), score="rmd"), lines.append)
+    assert spec.score == {"name": "rmd", "evidence": "chosen when exporting"}
+    assert spec.detector["images"] == 84 and "train split" in spec.detector["data"]
+    assert spec.detector["settings"]["classes"] == len(CLASSES)
+    assert {artifact.name for artifact in spec.artifacts} >= {"onnx-fp32", "onnx-fp16", "openvino-fp32"}
+    assert all(a.verification["passed"] and a.threshold.n == 84 for a in spec.artifacts)  # type: ignore[index,union-attr]
+    image = {"image": random_images(2, seed=8).numpy()}
+    with open_runner(run, engine="eager") as eager, open_runner(run / "export", artifact="onnx-fp32") as fused:
+        expected, found = eager.infer(image)["ood_score"], fused.infer(image)["ood_score"]
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+        assert eager.artifact.threshold is not None and verify_runner(eager, run / "export").passed
+    bundle = tmp_path / "small.tar"
+    write_bundle(run, bundle)
+    deployed = deploy(bundle, tmp_path / "device", ("openvino",), ("fp32",))
+    assert deployed.detector == spec.detector and (tmp_path / "device" / DETECTOR_NAME).is_file()
+    (run / "export" / DETECTOR_NAME).write_bytes(b"")
+    with pytest.raises(ArtifactError, match="was changed or cut short"):
+        open_runner(run, engine="eager")
+    with pytest.raises(ArtifactError, match="was changed or cut short"):
+        write_bundle(run, bundle)
+    # The next export needs no detector, and leaves none behind.
+    assert export_source(from_run(run), None, ExportOptions(("fp32",), ("onnxruntime",))).detector == {}
+    assert not (run / "export" / DETECTOR_NAME).exists()
+
+
+def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    source = replace(from_run(run), model=tiny)
+    shipped = ship_score(source, "auto", lines.append)
+    rows = shipped.choice["candidates"]
+    best = max((name for name in rows if rows[name]["cost"] <= 0.01), key=lambda name: rows[name]["mean_auroc"])
+    assert shipped.name == best and any(f"{best} " in line and "<- shipped" in line for line in lines)
+    assert set(rows) == {"energy", "ssod", "msp", "maxlogit", "posterior", *DETECTORS}
+    assert all(set(row["auroc"]) == set(KINDS) for row in rows.values())
+    assert any("part that chooses" in line for line in lines)  # this run has no validation images
+    assert shipped.source.calibration is not None and len(shipped.source.calibration.indices) == 42
+    # With nothing allowed, what costs nothing is left.
+    monkeypatch.setattr("ssod_edge.export.auto.MOST_COST", 0.0)
+    assert ship_score(source, "auto", lines.append).name not in ("vim", "mahalanobis", "rmd", "knn", "react")
+
+
+def test_auto_leaves_out_an_ood_row_that_was_not_trained(run: Path, tiny) -> None:
+    model = copy.deepcopy(tiny)
+    nn.init.zeros_(model.ood.weight)
+    shipped = ship_score(replace(from_run(run), model=model), "auto", lambda line: None)
+    assert not {"ssod", "posterior"} & set(shipped.choice["candidates"])
+
+
+def test_untrained_weights_ship_energy_and_no_detector(tmp_path: Path) -> None:
+    source = untrained("mobilenetv3_small_050", tmp_path, 32)
+    lines: list[str] = []
+    assert ship_score(source, "auto", lines.append).name == "energy" and "untrained" in lines[0]
+    with pytest.raises(UsageError, match="fitted on training images"):
+        ship_score(source, "vim", lines.append)
+
+
+def test_images_are_divided_so_that_none_has_two_uses(run: Path) -> None:
+    images = from_dataset(str(run.parent / "data"))
+    source = replace(from_run(run), training=None, choices=None, calibration=images)
+    lines: list[str] = []
+    training, choices, rest = divide(source, True, lines.append)
+    assert choices is not None and rest.calibration is not None
+    parts = [set(part.indices.tolist()) for part in (training, choices, rest.calibration)]
+    assert [len(part) for part in parts] == [84, 42, 42] and len(set.union(*parts)) == 168
+    assert any("not at hand" in line for line in lines)
+    with pytest.raises(UsageError, match="Name some: --id DATA"):
+        divide(replace(source, calibration=None), False, lines.append)
+    few = Calibration(images.source, images.indices[:40], "few")
+    with pytest.raises(UsageError, match="at least 32 images to fit a detector, got 20"):
+        divide(replace(source, calibration=few), False, lines.append)
+
+
+def test_multiply_adds_are_counted(tiny: SSODClassifier) -> None:
+    side = (SIZE - 3) // 2 + 1
+    assert multiply_adds(tiny) == side**2 * WIDTH * 27 + (len(CLASSES) + 1) * WIDTH
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_made_images(kind: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+    images[:, 0] //= 4  # little red
+    made = pseudo_ood(images, seed=1, kinds=(kind,))
+    assert made.shape == images.shape and made.dtype == np.uint8
+    np.testing.assert_array_equal(made, pseudo_ood(images, seed=1, kinds=(kind,)))
+    assert all((one != other).mean() > 0.3 for one, other in zip(made, images, strict=True))
+    assert made[:, 0].mean() < 60 < made[:, 1].mean()  # the colours are those of the images
+    with pytest.raises(UsageError, match="got 'holes'"):
+        pseudo_ood(images, kinds=("holes",))
+
+
+def test_a_texture_keeps_the_spectrum_of_its_image() -> None:
+    image = np.full((1, 3, 16, 16), 128, np.uint8) + (40 * np.sin(np.arange(16) * np.pi / 2)).astype(np.uint8)
+    made = pseudo_ood(image, kinds=("texture",))
+    spectra = [np.abs(np.fft.fft2(picture[0, 0].astype(float))) for picture in (image, made)]
+    np.testing.assert_allclose(spectra[1], spectra[0], atol=0.02 * spectra[0].max())
+
+
+def test_the_command_line_knows_the_scores(run: Path, tmp_path: Path) -> None:
+    wrong = CliRunner().invoke(main, ["export", str(run), "--score", "best"])
+    assert wrong.exit_code == 2 and "'auto'" in wrong.output
+    out = tmp_path / "export"
+    done = CliRunner().invoke(
+        main, ["export", str(run), "--score", "scale", "--fp32", "--target", "onnx", "-o", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    assert load_spec(out).score_name == "scale"
+
+
+def test_normalised_features_are_those_of_the_model(small_model: SSODClassifier) -> None:
+    images = random_images(3, seed=2)
+    with torch.no_grad():
+        expected = small_model.features(normalise(images, small_model.preprocess)).numpy()
+    np.testing.assert_array_equal(run_eager(small_model, images.numpy())[2], expected)
