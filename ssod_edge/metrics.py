@@ -246,7 +246,7 @@ def deployment_metrics(
     known, right = ind <= threshold.value, _flags(correct, len(ind))
     curve = risk_coverage(ind, right)
     return {
-        "threshold": asdict(threshold),
+        "threshold": {key: value for key, value in asdict(threshold).items() if key != "id_quantiles"},
         **_id_side(known, right),
         "aurc": curve.aurc,
         "augrc": curve.augrc,
