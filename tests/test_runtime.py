@@ -221,10 +221,17 @@ def test_damaged_files_are_refused_before_loading(export: Path, name: str, how: 
 @pytest.mark.parametrize("name", ["onnx-fp32", "onnx-fp16", "openvino-fp32"])
 def test_a_file_that_the_engine_cannot_load_is_an_engine_error(export: Path, name: str) -> None:
     path = export / load_spec(export).artifact(name).main_file
-    path.write_bytes(b"this is no model")
+    path.write_bytes(b"" if path.suffix == ".onnx" else b"this is no model")  # an ONNX message without a graph
     edit_spec(export, lambda spec: spec, rehash=True)
     with pytest.raises(EngineError, match="cannot load"):
         open_runner(export, artifact=name)
+
+
+def test_a_file_that_is_no_onnx_is_damaged_whatever_its_hash(export: Path) -> None:
+    (export / "model-fp32.onnx").write_bytes(b"this is no model")
+    edit_spec(export, lambda spec: spec, rehash=True)
+    with pytest.raises(ArtifactError, match="no ONNX file"):
+        open_runner(export, artifact="onnx-fp32")
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
