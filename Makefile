@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := ssod_edge export bench scripts tests setup.py
 TYPED := build/typed
-# Test files that run at a time.
+# Test files that run at a time, each with one OpenMP thread: two processes that want all cores wait for each other.
 JOBS := 2
 # Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
 PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
@@ -24,7 +24,7 @@ demo: $(STAMP) ## train, evaluate, export, verify, bench and predict on the embe
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 test: $(STAMP) ## run the tests that need no GPU
-	SSOD_EDGE_PYTHON310="$(PYTHON310)" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu"
+	OMP_NUM_THREADS=1 SSOD_EDGE_PYTHON310="$(PYTHON310)" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu"
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
