@@ -90,7 +90,11 @@ def fit_tiny(tiny: SSODClassifier, name: str) -> Detector:
     return fit_vim(data, 8) if name == "vim-principal" else fit(name, data)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=[*DETECTORS, "vim-principal"])
+#: The graph of `mahalanobis` is that of `rmd`.
+GRAPHS = ("vim", "vim-principal", "rmd", "knn", "react", "ash", "scale")
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
 def fused(request: pytest.FixtureRequest, tiny: SSODClassifier) -> tuple[Detector, onnx.ModelProto]:
     detector = fit_tiny(tiny, request.param)
     return detector, fused_graph(tiny, detector.name, trained=True, detector=detector)
@@ -249,6 +253,15 @@ def test_auto_leaves_out_an_ood_row_that_was_not_trained(run: Path, tiny) -> Non
     nn.init.zeros_(model.ood.weight)
     shipped = ship_score(replace(from_run(run), model=model), "auto", lambda line: None)
     assert not {"ssod", "posterior"} & set(shipped.choice["candidates"])
+
+
+def test_auto_leaves_out_what_needs_a_relu_behind_another_activation(run: Path, tiny) -> None:
+    model = copy.deepcopy(tiny)
+    model.forward_features = lambda x: torch.nn.functional.hardswish(model.conv(x))
+    lines: list[str] = []
+    shipped = ship_score(replace(from_run(run), model=model), "auto", lines.append)
+    assert set(DETECTORS) - set(shipped.choice["candidates"]) == {"ash", "scale"}
+    assert any("not those of a ReLU: ash, scale" in line for line in lines)
 
 
 def test_untrained_weights_ship_energy_and_no_detector(tmp_path: Path) -> None:
