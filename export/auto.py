@@ -27,6 +27,9 @@ Array = NDArray[np.float32]
 IMAGES = 1000
 #: What a score may add to the network's multiply-adds, as a share.
 MOST_COST = 0.01
+#: Their papers take sums of activations for how much of something was found, which needs a ReLU. Behind MobileNetV3's
+#: hard-swish they were the best on made images and the worst on real ones (docs/detection.md).
+NEED_RELU = ("ash", "scale")
 
 
 def choose(
@@ -34,9 +37,9 @@ def choose(
 ) -> tuple[str, Detector | None, dict[str, Any]]:
     """Fit every candidate, and take the one of the largest mean AUROC over the kinds of made images.
 
-    Candidates are the scores of the logits and all detectors; those that read the OOD row only if it was trained. One
-    that adds more than `MOST_COST` to the network's multiply-adds is measured and not taken. Of equals the cheapest
-    wins.
+    Candidates are the scores of the logits and all detectors; those that read the OOD row only if it was trained, and
+    those that take every activation for positive only if it is. One that adds more than `MOST_COST` to the network's
+    multiply-adds is measured and not taken. Of equals the cheapest wins.
 
     Args:
         source: a trained model.
@@ -52,7 +55,10 @@ def choose(
     """
     model = source.model
     fitted: dict[str, Detector | None] = dict.fromkeys(_without_state(model))
-    fitted |= {name: fit(cast(DetectorName, name), data) for name in DETECTORS}
+    left_out = NEED_RELU if data.features.min() < 0 else ()
+    if left_out:
+        say(f"no candidates, because the network's features are not those of a ReLU: {', '.join(left_out)}")
+    fitted |= {name: fit(cast(DetectorName, name), data) for name in DETECTORS if name not in left_out}
     network = multiply_adds(model)
     cost = {name: 0.0 if one is None else one.multiply_adds / network for name, one in fitted.items()}
     images = _read(choices, model)

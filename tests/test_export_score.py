@@ -255,6 +255,15 @@ def test_auto_leaves_out_an_ood_row_that_was_not_trained(run: Path, tiny) -> Non
     assert not {"ssod", "posterior"} & set(shipped.choice["candidates"])
 
 
+def test_auto_leaves_out_what_needs_a_relu_behind_another_activation(run: Path, tiny) -> None:
+    model = copy.deepcopy(tiny)
+    model.forward_features = lambda x: torch.nn.functional.hardswish(model.conv(x))
+    lines: list[str] = []
+    shipped = ship_score(replace(from_run(run), model=model), "auto", lines.append)
+    assert set(DETECTORS) - set(shipped.choice["candidates"]) == {"ash", "scale"}
+    assert any("not those of a ReLU: ash, scale" in line for line in lines)
+
+
 def test_untrained_weights_ship_energy_and_no_detector(tmp_path: Path) -> None:
     source = untrained("mobilenetv3_small_050", tmp_path, 32)
     lines: list[str] = []
