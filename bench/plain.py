@@ -125,6 +125,11 @@ def cut_plain(model: Any, classes: int) -> None:
     if name not in producers:
         raise ArtifactError("the ONNX graph does not end in a Gemm. Export the run again.")
     gemm = producers[name]
+    declared = [output.type.tensor_type.shape.dim for output in graph.output if output.name == "logits"]
+    if any(len(axes) > 1 and axes[1].HasField("dim_value") and axes[1].dim_value != classes for axes in declared):
+        raise ArtifactError(
+            f"the ONNX graph has {declared[0][1].dim_value} classes, not {classes}. Export the run again."
+        )
     _keep_classes(graph, gemm, classes)
     aliases = {node.output[0] for node in dropped} | {name}
     for node in dropped:

@@ -50,10 +50,17 @@ def test_plain_graph_keeps_nothing_of_the_ood_row(export: Path) -> None:
     assert shapes == {"scale": [], "kernel": [3, 3, 1, 1], "weight": [3, 3], "bias": [3]}
 
 
-@pytest.mark.parametrize(("classes", "message"), [(4, r"does not have 4 \+ 1 rows"), (2, r"2 \+ 1 rows")])
+@pytest.mark.parametrize(("classes", "message"), [(4, "has 3 classes, not 4"), (2, "has 3 classes, not 2")])
 def test_another_graph_is_refused(export: Path, classes: int, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         cut_plain(onnx.load(export / "model-fp32.onnx"), classes)
+
+
+def test_a_gemm_without_the_ood_row_is_refused(export: Path) -> None:
+    model = onnx.load(export / "model-fp32.onnx")
+    cut_plain(model, len(CLASSES))
+    with pytest.raises(ArtifactError, match=r"does not have 3 \+ 1 rows"):
+        cut_plain(model, len(CLASSES))
 
 
 def test_a_graph_without_a_gemm_is_refused(export: Path) -> None:

@@ -41,7 +41,19 @@ def test_version_and_help() -> None:
 
 
 def test_commands_are_listed_in_the_order_of_work() -> None:
-    order = ["train", "eval", "explain", "export", "bench", "package", "predict", "monitor", "calibrate", "doctor"]
+    order = [
+        "train",
+        "study",
+        "eval",
+        "explain",
+        "export",
+        "bench",
+        "package",
+        "predict",
+        "monitor",
+        "calibrate",
+        "doctor",
+    ]
     assert list(main.list_commands(click.Context(main))) == order
 
 

@@ -42,7 +42,7 @@ def exported(small_run: Path) -> Path:
 def traced_once(small_graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of the small model take the graph that was traced already: tracing it takes most of the time."""
 
-    def same(model: SSODClassifier, score: str, trained: bool) -> onnx.ModelProto:
+    def same(model: SSODClassifier, score: str, trained: bool, detector: None) -> onnx.ModelProto:
         assert (model.backbone_name, model.classes, score, trained) == (
             "mobilenetv3_small_050",
             CLASSES,
@@ -136,7 +136,7 @@ def test_onnx_file_tells_what_it_is_and_nothing_about_this_machine(exported: Pat
 
 def test_reference_holds_the_eager_numbers(small_model: SSODClassifier, exported: Path) -> None:
     with np.load(exported / "reference.npz") as reference:
-        logits, id_logit = run_eager(small_model, reference["image"])
+        logits, id_logit, _ = run_eager(small_model, reference["image"])
         np.testing.assert_allclose(reference["logits"], logits, atol=1e-5)
         for score, value in ood_scores(logits, id_logit).items():
             np.testing.assert_allclose(reference[f"score_{score}"], value, atol=1e-4)

@@ -448,7 +448,7 @@ def test_a_damaged_onnx_file_is_refused(small_graph: onnx.ModelProto, tmp_path: 
 def traced_once(small_graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of the small model take the graph that was traced already."""
 
-    def same(model: SSODClassifier, score: str, trained: bool) -> onnx.ModelProto:
+    def same(model: SSODClassifier, score: str, trained: bool, detector: None) -> onnx.ModelProto:
         graph = onnx.ModelProto()
         graph.CopyFrom(small_graph)
         return graph
