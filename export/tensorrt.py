@@ -211,7 +211,7 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
         plan = _build(builder, network, config, monitor)
     if plan is None:
         reason = logger.last()
-        short = "memory" in reason.lower()
+        short = any(word in reason.lower() for word in ("memory", "bad_alloc"))
         fix = "Close other programs, or use a smaller --batch or model" if short else "See the reason above"
         raise EngineError(f"{title} cannot build '{onnx_path.name}': {reason}. {fix}.")
     return bytes(memoryview(plan))

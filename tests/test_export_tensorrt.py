@@ -256,7 +256,8 @@ class OneBuilder:
     ("reason", "fix"),
     [
         ("Requested amount of GPU memory (1073741824 bytes) could not be allocated", "smaller --batch or model"),
-        ("Could not find any implementation for node stem", "for node stem"),
+        ("Unexpected exception std::bad_alloc", "smaller --batch or model"),
+        ("Could not find any implementation for node stem", "See the reason above"),
     ],
 )
 def test_a_builder_that_gives_nothing_says_why(tensorrt_10: ModuleType, tmp_path: Path, reason: str, fix: str) -> None:

@@ -14,7 +14,7 @@ from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, check_files, lo
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "model-fp32.onnx").write_bytes(b"graph")
+    (tmp_path / "model-fp32.onnx").write_bytes(b"\x12\x05graph")  # an ONNX message: producer_name
     save_spec(make_spec({"model-fp32.onnx": sha256_file(tmp_path / "model-fp32.onnx")}), tmp_path)
     return tmp_path
 
@@ -137,7 +137,7 @@ def test_no_spec_at_all(tmp_path):
 
 def test_files_that_changed_vanished_or_lie_elsewhere_are_refused(folder, tmp_path_factory):
     artifact = load_spec(folder).artifacts[0]
-    (folder / "model-fp32.onnx").write_bytes(b"grape")
+    (folder / "model-fp32.onnx").write_bytes(b"\x12\x05grape")
     with pytest.raises(ArtifactError, match="was changed or cut short"):
         check_files(folder, artifact)
     (folder / "model-fp32.onnx").unlink()
