@@ -63,6 +63,8 @@ TOLERANCES = {
 #: move by one shift, posterior adds the ID logit's.
 SCORE_FACTOR = 3.0
 ROUNDING = 1e-12
+#: Instead of 0, to divide by.
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _compare(
         max_abs_logit_diff=float(difference.max()),
         mean_abs_logit_diff=float(difference.mean()),
         max_abs_id_logit_diff=float(id_difference.max()),
-        relative_logit_error=float(_norm(difference, id_difference) / _norm(expected, reference["id_logit"])),
+        relative_logit_error=_norm(difference, id_difference) / max(_norm(expected, reference["id_logit"]), TINY),
         max_abs_prob_diff=float(np.abs(outputs["probs"] - probabilities(logits)).max()),
         class_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
         max_abs_score_diff=float(np.abs(ood_score - score).max()),
@@ -207,10 +209,9 @@ def _compare(
     return replace(figures, failures=failures, passed=not failures)
 
 
-def _norm(*arrays: Array) -> np.float64:
-    """The root of the sum of all squares; never quite 0, so that it can be divided by."""
-    squares = sum(np.square(array, dtype=np.float64).sum() for array in arrays)
-    return np.float64(max(math.sqrt(squares), np.finfo(np.float32).tiny))
+def _norm(*arrays: Array) -> float:
+    """The root of the sum of all squares."""
+    return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
 
 def _failures(figures: Verification, precision: str, trained: bool) -> tuple[str, ...]:
