@@ -116,11 +116,14 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
 def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, json_file: str | None) -> None:
     """Compare the runners of an export with their engines' own benchmarks, at batch 1."""
     try:
-        if rounds < 1 or seconds <= 0:
+        if rounds < 1 or not 0 < seconds < float("inf"):
             raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
         folder = find_export(export)
+        names = artifacts or _names(folder)
+        if not names:
+            raise UsageError(f"'{folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")
         rows = []
-        for name in artifacts or _names(folder):
+        for name in names:
             with open_runner(folder, artifact=name, allow_untrained=True) as runner:
                 row = compare(folder, runner, seconds, rounds)
             rows.append(row)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from colour import edit_spec
 
 from ssod_edge.bench import overhead
 from ssod_edge.errors import EngineError
@@ -29,6 +31,13 @@ def test_a_benchmark_that_fails_says_why(tmp_path: Path) -> None:
         overhead.benchmark_app(tmp_path / "none.xml", 64, 1)
 
 
-def test_wrong_numbers_are_wrong_usage(export: Path) -> None:
-    result = CliRunner().invoke(overhead.main, [str(export), "--rounds", "0"])
+@pytest.mark.parametrize("option", [("--rounds", "0"), ("--seconds", "0"), ("--seconds", "nan")])
+def test_wrong_numbers_are_wrong_usage(export: Path, option: tuple[str, str]) -> None:
+    result = CliRunner().invoke(overhead.main, [str(export), *option])
     assert result.exit_code == 2 and "at least one round" in result.stderr
+
+
+def test_an_export_of_plans_alone_has_nothing_to_compare(export: Path) -> None:
+    edit_spec(export, lambda spec: replace(spec, artifacts=()))
+    result = CliRunner().invoke(overhead.main, [str(export)])
+    assert result.exit_code == 2 and "no artifact of OpenVINO or ONNX Runtime" in result.stderr

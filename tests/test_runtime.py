@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +226,20 @@ def test_a_file_that_the_engine_cannot_load_is_an_engine_error(export: Path, nam
     edit_spec(export, lambda spec: spec, rehash=True)
     with pytest.raises(EngineError, match="cannot load"):
         open_runner(export, artifact=name)
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "openvino-fp32"])
+def test_threads_share_a_runner_and_each_gets_its_own_answer(export: Path, name: str) -> None:
+    batches = [colour_images(1, seed=seed) for seed in range(4)]
+    with open_runner(export, artifact=name, threads=1) as runner:
+        expected = [runner.infer({"image": batch})["logits"] for batch in batches]
+
+        def wrong(index: int) -> int:
+            found = (runner.infer({"image": batches[index]})["logits"] for _ in range(200))
+            return sum(not np.array_equal(logits, expected[index]) for logits in found)
+
+        with ThreadPoolExecutor(len(batches)) as pool:
+            assert list(pool.map(wrong, range(len(batches)))) == [0] * len(batches)
 
 
 def test_a_file_that_is_no_onnx_is_damaged_whatever_its_hash(export: Path) -> None:

@@ -67,10 +67,11 @@ class OnnxRunner:
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
-        if self._session is None:
+        session = self._session  # another thread may close it meanwhile
+        if session is None:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
-        values = self._session.run(self._outputs, {"image": images})
+        values = session.run(self._outputs, {"image": images})
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, values, strict=True)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +71,7 @@ class OpenVinoRunner:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
         check_graph(path, spec, outputs, _shapes(compiled))
         self._request: Any = compiled.create_infer_request()
+        self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
         if artifact.precision == "int8" and _runs_int8(compiled):
@@ -85,15 +87,17 @@ class OpenVinoRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._request = None
+        with self._lock:
+            self._request = None
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
-        if self._request is None:
-            raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
-        # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
-        values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
+        with self._lock:
+            if self._request is None:
+                raise closed_error()
+            # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
+            values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
         return {name: np.asarray(values[name], np.float32) for name in self._outputs}
 
 

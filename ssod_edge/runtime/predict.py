@@ -61,7 +61,7 @@ class Prediction:
 
 
 class Predictor:
-    """Verdicts of one open artifact. A context manager; use it from one thread at a time.
+    """Verdicts of one open artifact. A context manager; threads may share it.
 
     Attributes:
         runner: the `ssod_edge.runtime.Runner` it owns, and closes.

@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 class Runner(Protocol):
-    """An artifact, open on an engine. A context manager; one thread at a time calls `infer`, except on TensorRT.
+    """An artifact, open on an engine. A context manager; any threads may call `infer`, and on OpenVINO take turns.
 
     Attributes:
         spec: the export it belongs to.

@@ -67,6 +67,8 @@ SCORE_FACTOR = 3.0
 #: images, which is what a threshold has to tell apart. The sums of fp32 lose so much of its magnitude besides.
 SUM_ROUNDING = 1e-5
 ROUNDING = 1e-12
+#: Instead of 0, to divide by.
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _compare(
         max_abs_logit_diff=float(difference.max()),
         mean_abs_logit_diff=float(difference.mean()),
         max_abs_id_logit_diff=float(id_difference.max()),
-        relative_logit_error=float(_norm(difference, id_difference) / _norm(expected, reference["id_logit"])),
+        relative_logit_error=_norm(difference, id_difference) / max(_norm(expected, reference["id_logit"]), TINY),
         max_abs_prob_diff=float(np.abs(outputs["probs"] - probabilities(logits)).max()),
         class_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
         max_abs_score_diff=float(np.abs(ood_score - score).max()),
@@ -216,9 +218,8 @@ def _compare(
 
 
 def _norm(*arrays: Array) -> float:
-    """The root of the sum of all squares; never quite 0, so that it can be divided by."""
-    squares = math.fsum(float(np.square(array, dtype=np.float64).sum()) for array in arrays)
-    return max(math.sqrt(squares), float(np.finfo(np.float32).tiny))
+    """The root of the sum of all squares."""
+    return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
 
 def _score_tolerance(name: str, score: Array, share: float, logit_scale: float) -> float:
