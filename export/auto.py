@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 Array = NDArray[np.float32]
 
 #: Held-out images that a score is chosen by; images of each kind are made from the first half of them.
-IMAGES = 1000
+IMAGES = 2000
 #: What a score may add to the network's multiply-adds, as a share.
 MOST_COST = 0.01
 #: Their papers take sums of activations for how much of something was found, which needs a ReLU. Behind MobileNetV3's
