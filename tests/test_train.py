@@ -23,7 +23,7 @@ from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, ImageError, Traini
 from ssod_edge.model import build_model
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
-from ssod_edge.train import default_name, epoch_figures, learning_rate, load_config, resume_run, train
+from ssod_edge.train import _Loop, default_name, epoch_figures, learning_rate, load_config, resume_run, train
 
 
 @pytest.fixture(scope="module")
@@ -333,17 +333,26 @@ def test_options_win_over_the_recipe_and_unknown_ones_are_refused():
         train_config("short", {"backbone": "b", "data": "d", "gamma": 0.5})
 
 
-def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tmp_path):
+def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tmp_path, monkeypatch):
     loss = LossConfig(method="ce", outliers=("rotate", "shuffle"), warmup_epochs=0.0)
-    whole = train(replace(config, epochs=2, half_size_epochs=0, loss=loss), tmp_path / "whole")
+    config = replace(config, epochs=2, half_size_epochs=0, loss=loss)
+    whole = train(config, tmp_path / "whole")
     assert load_model(whole)[0].ood.weight.any()
     last = rows(whole)[-1]
     assert last["outlier_loss"] > 0 == last["ood_loss"] and last["id_patches"] == 0
-    half = train(replace(config, epochs=1, half_size_epochs=0, loss=loss), tmp_path / "half")
-    settings = json.loads((half / "config.json").read_text())
-    assert settings["loss"]["outliers"] == ["rotate", "shuffle"]
-    again = train(replace(config, epochs=2, half_size_epochs=0, loss=loss), tmp_path / "again")
-    assert rows(again)[-1]["outlier_loss"] == last["outlier_loss"]
+    finish = _Loop._finish_epoch
+
+    def stop(self, bar):
+        finish(self, bar)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Loop, "_finish_epoch", stop)
+        train(config, tmp_path / "resumed")
+    resumed = tmp_path / "resumed" / whole.name
+    assert len(rows(resumed)) == 1
+    assert resume_run(resumed) == resumed
+    assert rows(resumed)[-1]["outlier_loss"] == last["outlier_loss"]
 
 
 def test_an_epoch_without_patches_has_no_shares():

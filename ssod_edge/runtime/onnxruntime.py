@@ -84,7 +84,7 @@ def _open_session(
         raise import_failed("onnxruntime", error) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    # Threads that spin between the layers of a run are a fifth faster than those that sleep; between two runs they
+    # Threads that spin between the layers of a run are faster than those that sleep; between two runs they
     # would take the core that decodes the next image.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
