@@ -214,6 +214,42 @@ def study(
 
 
 @main.command()
+@click.argument("table", type=click.Choice(["imagenet", "cifar10", "hard", "alpha", "balance", "backbones"]))
+@click.option("--root", required=True, metavar="DIR", help="Folder of the data sets; what is missing is named.")
+@click.option("-o", "--out", required=True, help="Folder of the study; its runs, lists and table lie in it.")
+@click.option("--check", is_flag=True, help="Find the data, make the lists, show the runs, and stop.")
+@click.option("--lists", metavar="DIR", help="Use these image lists. Default: OUT/lists, made on first use.")
+@click.option("--images", type=click.IntRange(min=20), default=10_000, help="Images of each ID and OOD set.")
+@click.option("--vary", multiple=True, metavar="SETTING=VALUE,...", help="Another grid than the table's own.")
+@click.option("--seeds", default="0", metavar="N,...", help="One run of each setting a seed.")
+@click.option("--via", "via_size", type=click.IntRange(min=1), help="Resize every image to N pixels first (via32).")
+@click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, as in eval.")
+@click.option("--fit-images", type=click.IntRange(min=1), help="Training images that baselines are fitted on.")
+@click.option("--backbone", help="Another backbone than the table's.")
+@click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: 224.")
+@train_options
+@click.pass_context
+def reproduce(
+    ctx: click.Context, /, table: str, root: str, out: str, check: bool, lists: str | None, images: int,
+    vary: tuple[str, ...], seeds: str, via_size: int | None, baselines: str | None, fit_images: int | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Run a table of the paper: train its models, evaluate them on its data sets, print it beside the paper's figures.
+
+    Tables: imagenet (1), cifar10 (2), hard (3), alpha (4), balance (5), backbones (6). Settings are the paper's
+    (--recipe paper), and options of train win over them. Run the same command again to go on after an interruption.
+    """
+    from ssod_edge.protocols import run_reproduce
+
+    if "--recipe" not in _given(ctx, besides=()):
+        options["recipe"] = None
+    if not run_reproduce(
+        table, root, out, lists, images, vary, seeds, via_size, baselines, fit_images, check, options
+    ):  # fmt: skip
+        sys.exit(EXIT_SOME_FAILED)
+
+
+@main.command()
 @click.argument("run", required=False)
 @click.option("--backbone", help="Without RUN: the newest run of this backbone.")
 @click.option("--runs", default="runs", help="Folder of runs.")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +18,12 @@ from PIL import Image
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import load_image
+from ssod_edge.image_lists import find_listed
 
 Indices = NDArray[np.int64]
+
+#: Ending of a list of images, apart from one of classes.
+IMAGE_LIST_SUFFIX = ".sha256"
 
 _EXPECTED = "Give a folder of CLASS/IMAGE files, a .tar file of one, 'demo', 'torch/...' or 'hfds/...'"
 
@@ -77,7 +82,8 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
         name: an ImageFolder directory; a .tar file in that layout; "demo" or "demo:SPLIT"; "torch/NAME:ROOT"
             (torchvision, training part; "torch/NAME:ROOT:test" for the test part); "hfds/NAME" or
             "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm. "NAME@LIST" keeps the
-            classes that LIST names: a text file, or a list that ships here ("imagenet-objects").
+            classes that LIST names: a text file, or a list that ships here ("imagenet-objects"); with LIST.sha256 the
+            images that a list of `ssod_edge.image_lists` names, unchanged.
         labelled: False accepts images without classes (an OOD set).
 
     Raises:
@@ -86,13 +92,18 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     """
     if name == "demo" or name.startswith("demo:"):
         return DemoImages(name)
-    name, at, class_list = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    name, at, chosen = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
     if not name:  # Path("") would be the current folder
         raise UsageError("the name of the data set is empty. " + _EXPECTED)
     source = ReaderImages(name)
     if labelled:
         _check_labels(source)
-    return ChosenClasses(source, class_list) if at else source
+    if not at:
+        return source
+    if chosen.endswith(IMAGE_LIST_SUFFIX):
+        return ListedImages(source, *find_listed(source, chosen), f"{name}@{chosen}")
+    indices = np.flatnonzero(np.isin(source.labels, read_class_list(chosen, source.classes)))
+    return ChosenImages(source, indices, f"{name}@{chosen}")
 
 
 def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: float, seed: int) -> Splits:
@@ -176,14 +187,28 @@ class ReaderImages:
 
     def image(self, index: int) -> Image.Image:
         """RGB image. Raises ImageError, naming the file, if it cannot be read."""
+        return self._load(index)[0]
+
+    def image_and_hash(self, index: int) -> tuple[Image.Image, str]:
+        """RGB image and its SHA-256 (hex): of the file; of the RGB pixels where the reader hands out no file.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        image, content = self._load(index)
+        return image, hashlib.sha256(image.tobytes() if content is None else content).hexdigest()
+
+    def _load(self, index: int) -> tuple[Image.Image, bytes | None]:
+        """RGB image, and its file where there is one."""
         if self._pid != os.getpid():
             self._forget_open_files()
         try:
             item = self._reader[index][0]
             if isinstance(item, Image.Image):
-                return load_image(item)
+                return load_image(item), None
             with item:
-                return load_image(item.read())
+                content = item.read()
+            return load_image(content), content
         except ImageError as error:
             reason = str(error).partition(": ")[2]  # without load_image's name for bytes
             raise ImageError(f"'{self.source(index)}' of '{self.name}': {reason}") from error
@@ -201,16 +226,15 @@ class ReaderImages:
                 child.tf = None
 
 
-class ChosenClasses:
-    """The images of some classes of a source; labels and class names stay those of the source."""
+class ChosenImages:
+    """Some images of a source; labels and class names stay those of the source."""
 
     fixed_splits = None
 
-    def __init__(self, source: ImageSource, class_list: str):
-        self.name = f"{source.name}@{class_list}"
-        self._source = source
+    def __init__(self, source: ImageSource, indices: Indices, name: str):
+        self.name = name
+        self._source, self._indices = source, indices
         self.classes, self.hflip_ok = source.classes, source.hflip_ok
-        self._indices = np.flatnonzero(np.isin(source.labels, read_class_list(class_list, source.classes)))
         self.labels = source.labels[self._indices]
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes()).hexdigest()
 
@@ -222,6 +246,25 @@ class ChosenClasses:
 
     def source(self, index: int) -> str:
         return self._source.source(int(self._indices[index]))
+
+
+class ListedImages(ChosenImages):
+    """The images that a list names (`ssod_edge.image_lists`), each of which must still have the hash recorded there."""
+
+    def __init__(self, source: ReaderImages, indices: Indices, hashes: Sequence[str], name: str):
+        super().__init__(source, indices, name)
+        self._reader, self._hashes = source, tuple(hashes)
+        self.fingerprint = hashlib.sha256("\n".join(self._hashes).encode()).hexdigest()
+
+    def image(self, index: int) -> Image.Image:
+        """RGB image. Raises ImageError if it cannot be read, or is another one than the list's."""
+        image, found = self._reader.image_and_hash(int(self._indices[index]))
+        if found != self._hashes[index]:
+            raise ImageError(
+                f"'{self.source(index)}' of '{self.name}' is not the image that the list was made with (its SHA-256 "
+                f"is {found[:12]}..., expected {self._hashes[index][:12]}...). Restore it, or make a new list"
+            )
+        return image
 
 
 def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:

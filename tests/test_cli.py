@@ -44,6 +44,7 @@ def test_commands_are_listed_in_the_order_of_work() -> None:
     order = [
         "train",
         "study",
+        "reproduce",
         "eval",
         "explain",
         "export",
