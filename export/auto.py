@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,12 +14,12 @@ from torch import nn
 from ssod_edge.config import DEFAULT_SCORE, DETECTORS, SCORES, DetectorName
 from ssod_edge.detectors import Detector, FitData, fit
 from ssod_edge.errors import UsageError
-from ssod_edge.export.pseudo_ood import KINDS, pseudo_ood
+from ssod_edge.export.pseudo_ood import KINDS, TAUGHT, pseudo_ood
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier
-from ssod_edge.scores import ood_scores
+from ssod_edge.score_sum import FittedScore, part_scores, spreads, sum_of
 
 Say = Callable[[str], None]
 Array = NDArray[np.float32]
@@ -30,15 +31,21 @@ MOST_COST = 0.01
 #: Their papers take sums of activations for how much of something was found, which needs a ReLU. Behind MobileNetV3's
 #: hard-swish they were the best on made images and the worst on real ones (docs/detection.md).
 NEED_RELU = ("ash", "scale")
+#: Parts of the sums that are candidates: one score of each family, two to `MOST_PARTS` of them together.
+PARTS = ("ssod", "energy", "knn", "vim", "mahalanobis", "rmd")
+MOST_PARTS = 4
+#: Rows of the table that is printed; the spec has all of them.
+SHOWN = 15
 
 
 def choose(
     source: Source, choices: Calibration, data: FitData, say: Say
-) -> tuple[str, Detector | None, dict[str, Any]]:
+) -> tuple[str, FittedScore | None, dict[str, Any]]:
     """Fit every candidate, and take the one of the largest mean AUROC over the kinds of made images.
 
-    Candidates are the scores of the logits and all detectors; those that read the OOD row only if it was trained, and
-    those that take every activation for positive only if it is. One that adds more than `MOST_COST` to the network's
+    Candidates are the scores of the logits, all detectors, and the sums of `PARTS`; those that read the OOD row only if
+    it was trained, and those that take every activation for positive only if it is. Kinds that the network was trained
+    to reject (`train --outliers`) have no say. A candidate that adds more than `MOST_COST` to the network's
     multiply-adds is measured and not taken. Of equals the cheapest wins.
 
     Args:
@@ -48,41 +55,81 @@ def choose(
         say: gets the table.
 
     Returns:
-        the score's name, its detector if it has a state, and the figures for the spec.
+        the score's name, its state if it has one, and the figures for the spec.
 
     Raises:
         UsageError: no image can be read.
     """
     model = source.model
-    fitted: dict[str, Detector | None] = dict.fromkeys(_without_state(model))
     left_out = NEED_RELU if data.features.min() < 0 else ()
     if left_out:
         say(f"no candidates, because the network's features are not those of a ReLU: {', '.join(left_out)}")
-    fitted |= {name: fit(cast(DetectorName, name), data) for name in DETECTORS if name not in left_out}
-    network = multiply_adds(model)
-    cost = {name: 0.0 if one is None else one.multiply_adds / network for name, one in fitted.items()}
+    detectors = {name: fit(cast(DetectorName, name), data) for name in DETECTORS if name not in left_out}
+    candidates = _Candidates(model, detectors, data)
     images = _read(choices, model)
-    known = _scores(model, images, fitted)
-    auroc: dict[str, dict[str, float]] = {name: {} for name in fitted}
-    for kind in KINDS:
-        unknown = _scores(model, pseudo_ood(images[: max(1, len(images) // 2)], kinds=(kind,)), fitted)
-        for name in fitted:
+    half = images[: max(1, len(images) // 2)]
+    kinds = [kind for kind in KINDS if TAUGHT.get(kind) not in source.outliers]
+    if taught := sorted(set(KINDS) - set(kinds)):
+        say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
+    known = candidates.scores(model, images)
+    auroc: dict[str, dict[str, float]] = {name: {} for name in candidates.names}
+    for kind in kinds:
+        unknown = candidates.scores(model, pseudo_ood(half, kinds=(kind,)))
+        for name in candidates.names:
             auroc[name][kind] = float(detection_metrics(known[name], unknown[name], bootstrap=0)["auroc"])
     mean = {name: float(np.mean(list(values.values()))) for name, values in auroc.items()}
-    allowed = [name for name in fitted if cost[name] <= MOST_COST]
+    network = multiply_adds(model)
+    cost = {name: candidates.multiply_adds(name) / network for name in candidates.names}
+    allowed = [name for name in candidates.names if cost[name] <= MOST_COST]
     best = max(allowed, key=lambda name: (mean[name], -cost[name]))
-    rows = {name: {"mean_auroc": mean[name], "auroc": auroc[name], "cost": cost[name]} for name in fitted}
-    for line in _table(rows, best, len(images), choices.description):
+    rows = {name: {"mean_auroc": mean[name], "auroc": auroc[name], "cost": cost[name]} for name in candidates.names}
+    for line in _table(rows, best, kinds, len(images), choices.description):
         say(line)
     figures = {
         "known": choices.description,
         "images": len(images),
-        "made_of_each_kind": max(1, len(images) // 2),
+        "made_of_each_kind": len(half),
         "cost": "multiply-adds over those of the network",
         "most_cost": MOST_COST,
         "candidates": rows,
     }
-    return best, fitted[best], figures
+    return best, candidates.state(best), figures
+
+
+class _Candidates:
+    """Every score that may be chosen. Attributes: names, the default first, because it wins where all are equal."""
+
+    def __init__(self, model: SSODClassifier, detectors: dict[str, Detector], data: FitData) -> None:
+        free = sorted(SCORES, key=lambda name: name != DEFAULT_SCORE)
+        free = [name for name in free if name not in NEED_OOD_ROW or bool(model.ood.weight.any())]
+        self.detectors = detectors
+        self.singles = (*free, *detectors)
+        self.spread = spreads(self.singles, detectors, data)
+        parts = [name for name in PARTS if name in self.singles and self.spread[name] > 0]
+        self.sums = {
+            "+".join(names): names
+            for count in range(2, MOST_PARTS + 1)
+            for names in itertools.combinations(parts, count)
+        }
+        self.names = (*self.singles, *self.sums)
+
+    def scores(self, model: SSODClassifier, images: NDArray[np.uint8]) -> dict[str, Array]:
+        """All of them for uint8 images [n, 3, S, S], float32 [n] each."""
+        logits, id_logit, features = run_eager(model, images)
+        found = part_scores(self.singles, self.detectors, features, logits, id_logit)
+        for name, parts in self.sums.items():
+            total = sum(found[part].astype(np.float64) / self.spread[part] for part in parts)
+            found[name] = np.asarray(total, np.float32)
+        return found
+
+    def multiply_adds(self, name: str) -> int:
+        """What a score adds to the network's, for one image."""
+        parts = self.sums.get(name, (name,))
+        return sum(self.detectors[part].multiply_adds for part in parts if part in self.detectors)
+
+    def state(self, name: str) -> FittedScore | None:
+        """What the graph needs to compute a score; None for those of the logits."""
+        return sum_of(name, self.detectors, self.spread) if name in self.sums else self.detectors.get(name)
 
 
 def multiply_adds(model: SSODClassifier) -> int:
@@ -105,12 +152,6 @@ def multiply_adds(model: SSODClassifier) -> int:
     return total + model.head_weight()[0].numel()
 
 
-def _without_state(model: SSODClassifier) -> list[str]:
-    """The default first, because it wins where all are equal."""
-    names = sorted(SCORES, key=lambda name: name != DEFAULT_SCORE)
-    return [name for name in names if name not in NEED_OOD_ROW or bool(model.ood.weight.any())]
-
-
 def _read(choices: Calibration, model: SSODClassifier) -> NDArray[np.uint8]:
     chosen = np.random.default_rng(0).permutation(choices.indices)[:IMAGES]
     batches = [images for images, _ in choices.batches(model.preprocess, chosen)]
@@ -119,22 +160,19 @@ def _read(choices: Calibration, model: SSODClassifier) -> NDArray[np.uint8]:
     return np.concatenate(batches)
 
 
-def _scores(model: SSODClassifier, images: NDArray[np.uint8], fitted: dict[str, Detector | None]) -> dict[str, Array]:
-    logits, id_logit, features = run_eager(model, images)
-    free = ood_scores(logits, id_logit)
-    return {
-        name: free[name] if one is None else one.score(features, logits)  # type: ignore[index]
-        for name, one in fitted.items()
-    }
-
-
-def _table(rows: dict[str, dict[str, Any]], best: str, images: int, known: str) -> list[str]:
-    """The evidence in fixed columns, the best first."""
+def _table(rows: dict[str, dict[str, Any]], best: str, kinds: list[str], images: int, known: str) -> list[str]:
+    """The evidence in fixed columns, the best first; of the sums only some."""
+    width = max(map(len, rows))
     lines = [f"choosing a score: AUROC % of {images} images of {known} against images made from them"]
-    lines.append(f"{'score':<12} {'mean':>6} " + " ".join(f"{kind:>9}" for kind in KINDS) + f" {'cost':>7}")
-    for name in sorted(rows, key=lambda name: -rows[name]["mean_auroc"]):
+    lines.append(f"{'score':<{width}} {'mean':>6} " + " ".join(f"{kind:>8}" for kind in kinds) + f" {'cost':>7}")
+    ranked = sorted(rows, key=lambda name: -rows[name]["mean_auroc"])
+    for place, name in enumerate(ranked):
+        if place >= SHOWN and "+" in name and name != best:
+            continue
         row = rows[name]
-        cells = " ".join(f"{100 * row['auroc'][kind]:9.1f}" for kind in KINDS)
+        cells = " ".join(f"{100 * row['auroc'][kind]:8.1f}" for kind in kinds)
         note = "  <- shipped" if name == best else "  too costly" if row["cost"] > MOST_COST else ""
-        lines.append(f"{name:<12} {100 * row['mean_auroc']:6.1f} {cells} {row['cost']:7.2%}{note}")
+        lines.append(f"{name:<{width}} {100 * row['mean_auroc']:6.1f} {cells} {row['cost']:7.2%}{note}")
+    if len(rows) > len(lines) - 2:
+        lines.append(f"{len(rows) - len(lines) + 2} sums below these are in the spec")
     return lines

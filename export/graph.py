@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from ssod_edge.detectors import OWN_GEMM, TINY, Detector
 from ssod_edge.errors import UsageError
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.ops import ood_score
+from ssod_edge.score_sum import FittedScore, ScoreSum
 
 
 class FusedClassifier(nn.Module):
@@ -22,13 +24,13 @@ class FusedClassifier(nn.Module):
     Args:
         model: in evaluation mode; its weights are shared, the last layer's are copied into one of M + 1 + K rows.
         score: which OOD score the graph computes.
-        detector: that of the score's name, whose K rows follow the ID logit's; None for a score of the logits.
+        detector: the state of the score's name, whose K rows follow the ID logit's; None for a score of the logits.
     """
 
-    def __init__(self, model: SSODClassifier, score: str, detector: Detector | None = None):
+    def __init__(self, model: SSODClassifier, score: str, detector: FittedScore | None = None):
         super().__init__()
         if score not in SCORES if detector is None else score != detector.name:
-            known = f"one of {', '.join(SCORES)}, or of {', '.join(DETECTORS)} with a fitted detector"
+            known = f"one of {', '.join(SCORES)}, or of {', '.join(DETECTORS)} or a sum with its fitted state"
             raise UsageError(f"score must be {known}, got '{score}'")
         self.trunk = _Trunk(model)
         weight, bias = model.head_weight()
@@ -39,7 +41,9 @@ class FusedClassifier(nn.Module):
             bias = torch.cat([bias, torch.from_numpy(detector.bias)])
         self.head = _linear(weight, bias)
         self.score = score
-        self.detector = None if detector is None else DetectorScore(detector)
+        self.fitted: DetectorScore | SumScore | None = None
+        if detector is not None:
+            self.fitted = DetectorScore(detector) if isinstance(detector, Detector) else SumScore(detector)
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,10 +51,10 @@ class FusedClassifier(nn.Module):
         features = self.trunk(image)
         logits, row, *more = self.head(features).split(self.sizes, dim=1)
         probs, id_logit = torch.softmax(logits, dim=1), row.squeeze(1)
-        if self.detector is None:
+        if self.fitted is None:
             score = score_of_graph(self.score, logits, probs, id_logit)
         else:
-            score = self.detector(features, logits, probs, more[0] if more else None)
+            score = self.fitted(features, logits, probs, id_logit, more[0] if more else None)
         return logits, probs, id_logit, score
 
 
@@ -68,8 +72,8 @@ class DetectorScore(nn.Module):
         if detector.name in OWN_GEMM:
             self.own = _linear(torch.from_numpy(detector.weight), torch.zeros(len(detector.bias)))
 
-    def forward(self, features: Tensor, logits: Tensor, probs: Tensor, rows: Tensor | None) -> Tensor:
-        """features [N, D], logits and probs [N, M], rows [N, K] or None -> ood_score [N], all fp32."""
+    def forward(self, features: Tensor, logits: Tensor, probs: Tensor, id_logit: Tensor, rows: Tensor | None) -> Tensor:
+        """features [N, D], logits and probs [N, M], id_logit [N], rows [N, K] or None -> ood_score [N], all fp32."""
         if self.name == "react":
             return _energy(cast(nn.Linear, self.own)(features.clamp(max=self.numbers["clip"])) + self.bias)
         if self.name in ("ash", "scale"):
@@ -93,6 +97,30 @@ class DetectorScore(nn.Module):
         factor = (features.relu().sum(dim=1, keepdim=True) / kept.relu().sum(dim=1, keepdim=True).clamp(min=TINY)).exp()
         product = logits - self.bias if self.own is None else cast(nn.Linear, self.own)(kept)
         return _energy(factor * product + self.bias)
+
+
+class SumScore(nn.Module):
+    """What `ssod_edge.score_sum.ScoreSum.score` computes, from what the fused Gemm gives."""
+
+    def __init__(self, score: ScoreSum):
+        super().__init__()
+        self.scales = dict(score.scales)
+        self.sizes = [detector.rows for detector in score.detectors.values()]
+        self.fitted = nn.ModuleDict({name: DetectorScore(detector) for name, detector in score.detectors.items()})
+
+    def forward(self, features: Tensor, logits: Tensor, probs: Tensor, id_logit: Tensor, rows: Tensor | None) -> Tensor:
+        """As `DetectorScore.forward`; the rows are those of its detectors, one after the other."""
+        cut = rows.split([size for size in self.sizes if size], dim=1) if rows is not None else ()
+        parts = iter(cut)
+        own = {name: next(parts) if size else None for name, size in zip(self.fitted, self.sizes, strict=True)}
+        terms = []
+        for name, scale in self.scales.items():
+            if name in own:
+                value = self.fitted[name](features, logits, probs, id_logit, own[name])
+            else:
+                value = score_of_graph(name, logits, probs, id_logit)
+            terms.append(scale * value)
+        return functools.reduce(torch.add, terms)
 
 
 def _energy(logits: Tensor) -> Tensor:

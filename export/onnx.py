@@ -12,25 +12,27 @@ import onnx
 import torch
 from torch import nn
 
-from ssod_edge.detectors import Detector
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines import OPSET
 from ssod_edge.export.graph import FusedClassifier
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime.runner import OUTPUTS
+from ssod_edge.score_sum import FittedScore
 from ssod_edge.spec import SCHEMA_VERSION
 
 INPUT = "image"
 LINEAR_OPS = ("Gemm", "MatMul")
 
 
-def head_rows(model: SSODClassifier, detector: Detector | None) -> int:
+def head_rows(model: SSODClassifier, detector: FittedScore | None) -> int:
     """Rows of the fused graph's Gemm: classes, ID logit, and those of the detector."""
     return len(model.classes) + 1 + (0 if detector is None else detector.rows)
 
 
-def fused_graph(model: SSODClassifier, score: str, trained: bool, detector: Detector | None = None) -> onnx.ModelProto:
+def fused_graph(
+    model: SSODClassifier, score: str, trained: bool, detector: FittedScore | None = None
+) -> onnx.ModelProto:
     """The fused fp32 graph, whose features are read by exactly one Gemm of `head_rows` rows; see `check_fused`.
 
     Inputs: `image` uint8 [N, 3, S, S]. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N].

@@ -16,6 +16,9 @@ Images = NDArray[np.uint8]
 PATCHES = 4
 #: A corner that is blown up is this share of the side.
 CORNER = 4
+#: Side of a tile, as shares of the image's, and the border that is left of an erased image.
+TILE = (1 / 4, 3 / 8)
+BORDER = 5
 
 
 def pseudo_ood(images: Images, seed: int = 0, kinds: Sequence[str] = ("shuffled", "corner", "blended")) -> Images:
@@ -74,12 +77,50 @@ def _texture(images: Images, index: int, rng: np.random.Generator) -> Images:
     return np.clip(np.round(made), 0, 255).astype(np.uint8)
 
 
+def _mosaic(images: Images, index: int, rng: np.random.Generator) -> Images:
+    size = images.shape[2]
+    half = (size + 1) // 2
+    made = np.empty((3, 2 * half, 2 * half), np.uint8)
+    for n, other in enumerate((index, *rng.integers(0, len(images), 3))):
+        picture = Image.fromarray(np.ascontiguousarray(images[other].transpose(1, 2, 0)))
+        small = np.asarray(picture.resize((half, half), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        row, column = divmod(n, 2)
+        made[:, row * half : (row + 1) * half, column * half : (column + 1) * half] = small
+    return made[:, :size, :size]
+
+
+def _tiled(images: Images, index: int, rng: np.random.Generator) -> Images:
+    size = images.shape[2]
+    side = max(1, round(size * rng.uniform(*TILE)))
+    top, left = rng.integers(0, size - side + 1, 2)
+    times = -(-size // side)
+    return np.tile(images[index][:, top : top + side, left : left + side], (1, times, times))[:, :size, :size]
+
+
+def _erased(images: Images, index: int, rng: np.random.Generator) -> Images:
+    image = images[index]
+    size = image.shape[1]
+    border = max(1, size // BORDER)
+    made = image.copy()
+    # From the upper and the lower edge towards the middle, so that what surrounds the object takes its place.
+    inner = np.arange(border, size - border)
+    made[:, inner] = image[:, np.where(inner < size // 2, inner % border, size - 1 - (size - 1 - inner) % border)]
+    return made
+
+
 #: Kind -> how one image is made of images [n, 3, S, S] and an index. A shuffle keeps colours and texture and loses the
 #: object's form; a corner, blown up, shows what lies around the object; a blend holds two objects where the network was
-#: taught one; a texture has the spectrum and colours of an image, with random phases, and no object.
+#: taught one; a texture has the spectrum and colours of an image, with random phases, and no object; a mosaic holds
+#: four small images; tiles repeat one piece; of an erased image only its upper and lower border are left, repeated.
 KINDS: dict[str, Callable[[Images, int, np.random.Generator], Images]] = {
     "shuffled": _shuffled,
     "corner": _corner,
     "blended": _blended,
     "texture": _texture,
+    "mosaic": _mosaic,
+    "tiled": _tiled,
+    "erased": _erased,
 }
+#: Kind -> the one of `ssod_edge.config.OUTLIERS` that is much the same. A network that was taught to reject it says
+#: nothing about images that it was not taught.
+TAUGHT = {"shuffled": "shuffle", "corner": "zoom", "blended": "blend"}

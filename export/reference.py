@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.detectors import Detector
 from ssod_edge.errors import VerificationError
 from ssod_edge.files import write_atomic
 from ssod_edge.model import SSODClassifier, normalise
+from ssod_edge.score_sum import FittedScore
 from ssod_edge.scores import ood_scores
 
 IMAGES = 256
@@ -24,7 +24,7 @@ def write_reference(
     model: SSODClassifier,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
-    detector: Detector | None = None,
+    detector: FittedScore | None = None,
 ) -> Path:
     """Run the eager model in fp32 and store its numbers.
 
@@ -45,7 +45,7 @@ def write_reference(
         raise VerificationError("the model gives logits that are not finite, so there is nothing to compare with")
     scores = {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
     if detector is not None:
-        scores[f"score_{detector.name}"] = detector.score(features, logits)
+        scores[f"score_{detector.name}"] = detector.score(features, logits, id_logit)
     arrays: dict[str, Any] = {"image": images, "label": labels, "logits": logits, "id_logit": id_logit, **scores}
     return write_atomic(path, lambda temporary: np.savez_compressed(temporary, **arrays))
 

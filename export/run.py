@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.config import AUTO_SCORE, SHIPPED_SCORES
-from ssod_edge.detectors import save_detector
+from ssod_edge.config import AUTO_SCORE, score_parts
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, PRECISIONS, TARGETS, check_engines, make_artifact
 from ssod_edge.export.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
@@ -29,6 +28,7 @@ from ssod_edge.metrics import check_target_tpr, conformal_threshold
 from ssod_edge.progress import image_bar
 from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.verify import check_passed, verify_runner
+from ssod_edge.score_sum import save_score
 from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec, save_spec
 
 #: Packages whose versions say how a graph came about.
@@ -63,9 +63,8 @@ class ExportOptions:
         for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
             if not given or not set(given) <= set(known):
                 raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
-        choices = (*SHIPPED_SCORES, AUTO_SCORE)
-        if self.score not in (None, *choices):
-            raise UsageError(f"score must be one of {', '.join(choices)}, got '{self.score}'")
+        if self.score not in (None, AUTO_SCORE):
+            score_parts(str(self.score))
         check_target_tpr(self.target_tpr)
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
@@ -141,7 +140,7 @@ def _build(shipped: ShippedScore, folder: Path, options: ExportOptions, say: Say
     reference = write_reference(folder / REFERENCE_NAME, source.model, images, labels, detector)
     state = shipped.record
     if detector is not None:
-        state = {"sha256": sha256_file(save_detector(detector, folder / DETECTOR_NAME)), **state}
+        state = {"sha256": sha256_file(save_score(detector, folder / DETECTOR_NAME)), **state}
     say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {shipped.name}")
     fp32 = fused_graph(source.model, shipped.name, source.trained, detector)
     rows = head_rows(source.model, detector)

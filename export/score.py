@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, DETECTORS, DetectorName
-from ssod_edge.detectors import Detector, FitData, fit
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
+from ssod_edge.detectors import FitData
 from ssod_edge.errors import UsageError
 from ssod_edge.export.auto import choose
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.source import Calibration, Source, check_score, model_labels
 from ssod_edge.progress import image_bar
+from ssod_edge.score_sum import FittedScore, fit_score
 
 Say = Callable[[str], None]
 
@@ -30,7 +31,7 @@ class ShippedScore:
     """What an export computes as `ood_score`.
 
     Attributes:
-        name: of `ssod_edge.config.SHIPPED_SCORES`.
+        name: see `ssod_edge.config.score_parts`.
         evidence: why this one, in words.
         source: what is exported, with the images that are left for the thresholds.
         detector: the state, if the score has one.
@@ -41,7 +42,7 @@ class ShippedScore:
     name: str
     evidence: str
     source: Source
-    detector: Detector | None = None
+    detector: FittedScore | None = None
     record: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
 
@@ -51,7 +52,7 @@ def ship_score(source: Source, wanted: str | None, say: Say) -> ShippedScore:
 
     Args:
         source: what is exported.
-        wanted: of `SHIPPED_SCORES`, "auto", or None for the default.
+        wanted: of `SHIPPED_SCORES`, a sum of some, "auto", or None for the default.
         say: gets a line for each step.
 
     Raises:
@@ -62,16 +63,18 @@ def ship_score(source: Source, wanted: str | None, say: Say) -> ShippedScore:
     if wanted == AUTO_SCORE and not source.trained:
         say(f"--score auto: untrained weights give nothing to choose by, so the score is {DEFAULT_SCORE}")
         return ShippedScore(DEFAULT_SCORE, "auto: untrained weights give nothing to choose by", source)
-    if wanted != AUTO_SCORE and wanted not in DETECTORS:
-        check_score(source, wanted)
-        return ShippedScore(wanted, "chosen when exporting", source)
+    if wanted != AUTO_SCORE:
+        for part in score_parts(wanted):
+            check_score(source, part)
+        if not has_state(wanted):
+            return ShippedScore(wanted, "chosen when exporting", source)
     if not source.trained:
         raise UsageError(f"the score '{wanted}' is fitted on training images, and untrained weights have none")
     training, choices, source = divide(source, wanted == AUTO_SCORE, say)
     data = fit_data(source, training, say)
     record: dict[str, Any] = {"data": training.description, "images": len(data.features)}
     if wanted != AUTO_SCORE:
-        detector = fit(cast(DetectorName, wanted), data)
+        detector = fit_score(wanted, data)
         record["settings"] = detector.settings
         return ShippedScore(wanted, "chosen when exporting", source, detector, record)
     assert choices is not None
@@ -137,11 +140,12 @@ def fit_data(source: Source, training: Calibration, say: Say) -> FitData:
     model = source.model
     chosen = np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES]
     say(f"fitting on the features of {len(chosen)} images of {training.description}")
-    logits, features, labels = [], [], []
+    logits, id_logits, features, labels = [], [], [], []
     with image_bar("fitting", len(chosen)) as advance:
         for images, found in training.batches(model.preprocess, np.sort(chosen)):
-            batch_logits, _, batch_features = run_eager(model, images)
+            batch_logits, batch_id, batch_features = run_eager(model, images)
             logits.append(batch_logits)
+            id_logits.append(batch_id)
             features.append(batch_features)
             labels.append(found)
             advance(len(images))
@@ -151,4 +155,4 @@ def fit_data(source: Source, training: Calibration, say: Say) -> FitData:
         raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
     weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
     known = model_labels(np.concatenate(labels), training.source.classes, model.classes)
-    return FitData(np.concatenate(features), known, np.concatenate(logits), weight, bias)
+    return FitData(np.concatenate(features), known, np.concatenate(logits), weight, bias, np.concatenate(id_logits))

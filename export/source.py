@@ -16,11 +16,12 @@ from torch import nn
 
 from ssod_edge.checkpoint import BEST, is_checkpoint, load_model, model_meta, model_tensors, save_checkpoint
 from ssod_edge.config import Preprocess, resolve_backbone
-from ssod_edge.errors import ImageError, SsodEdgeError, UsageError
+from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.image import preprocess
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, load_weights
 from ssod_edge.sources import ImageSource, open_dataset, read_splits
+from ssod_edge.train import load_config
 
 #: Scores that need the OOD row, which only training with the OOD loss gives a meaning.
 NEED_OOD_ROW = ("ssod", "posterior")
@@ -81,6 +82,7 @@ class Source:
         int8: in-distribution images to quantise with; None takes those of `calibration`.
         training: images that the model was trained on, for the state of a detector; None if they cannot be had.
         choices: images that choices may look at, the run's validation split; None if there are none.
+        outliers: kinds of made images that the model was trained to reject, of `ssod_edge.config.OUTLIERS`.
     """
 
     model: SSODClassifier
@@ -92,6 +94,7 @@ class Source:
     int8: Calibration | None = None
     training: Calibration | None = None
     choices: Calibration | None = None
+    outliers: tuple[str, ...] = ()
 
 
 def check_score(source: Source, score: str) -> None:
@@ -132,7 +135,7 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
     }
     calibration = from_dataset(data) if data else splits["calib"]
     source = Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
-    return replace(source, training=splits.get("train"), choices=splits.get("val"))
+    return replace(source, training=splits.get("train"), choices=splits.get("val"), outliers=_outliers(folder))
 
 
 def from_weights(
@@ -244,6 +247,14 @@ def model_labels(labels: NDArray[np.int64], classes: Sequence[str], known: Seque
     numbers = {name: number for number, name in enumerate(known)}
     table = np.array([*(numbers.get(name, -1) for name in classes), -1], np.int64)
     return table[labels]
+
+
+def _outliers(folder: Path) -> tuple[str, ...]:
+    """The made images of a run's training; none where its settings are gone."""
+    try:
+        return load_config(folder).loss.outliers
+    except (UsageError, ArtifactError):
+        return ()
 
 
 def _run_splits(folder: Path, meta: dict[str, Any]) -> dict[str, Calibration]:

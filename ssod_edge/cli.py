@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
-from ssod_edge.config import AUTO_SCORE, KERNELS, METHODS, OUTLIERS, RECIPES, SHIPPED_SCORES
+from ssod_edge.config import KERNELS, METHODS, OUTLIERS, RECIPES, SHIPPED_SCORES
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
 
 
@@ -316,8 +316,9 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
 )
 @click.option(
     "--score",
-    type=click.Choice([*SHIPPED_SCORES, AUTO_SCORE]),
-    help="OOD score in the graph. Default: energy. auto: the best on held-out images within 1% of energy's cost.",
+    metavar="NAME|NAME+NAME...|auto",
+    help=f"OOD score in the graph: {', '.join(SHIPPED_SCORES)}, or a sum. Default: energy. "
+    "auto: the best on held-out images within 1% of energy's cost.",
 )
 @click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")

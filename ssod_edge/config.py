@@ -38,7 +38,7 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 #: Scores with a state that is fitted on training features, see `ssod_edge.detectors`.
 DETECTORS: tuple[str, ...] = get_args(DetectorName)
-#: Everything that an export can ship.
+#: Everything that an export can ship, alone or as parts of a sum ("energy+rmd").
 SHIPPED_SCORES = (*SCORES, *DETECTORS)
 #: `export --score` of this name chooses one of them on held-out data.
 AUTO_SCORE = "auto"
@@ -50,6 +50,27 @@ DEFAULT_SCORE: ScoreName = "energy"
 def resolve_backbone(name: str) -> str:
     """timm's name for a backbone: an alias of the paper's Table 6, or a timm name as it is."""
     return ALIASES.get(name, name)
+
+
+def score_parts(name: str) -> tuple[str, ...]:
+    """The scores that a shipped score is the sum of: "energy+rmd" -> ("energy", "rmd"); of most, the one itself.
+
+    Raises:
+        UsageError: a part that is no score, or the same one twice.
+    """
+    parts = tuple(name.split("+"))
+    if unknown := [part for part in parts if part not in SHIPPED_SCORES]:
+        raise UsageError(
+            f"score must be one of {', '.join(SHIPPED_SCORES)}, or a sum of some such as energy+rmd, got '{unknown[0]}'"
+        )
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"the score '{name}' has one part twice")
+    return parts
+
+
+def has_state(name: str) -> bool:
+    """Whether a shipped score is fitted on training features: a detector, and every sum."""
+    return len(score_parts(name)) > 1 or name in DETECTORS
 
 
 def check_gamma(gamma: float) -> None:

@@ -7,17 +7,15 @@ more likely OOD.
 
 from __future__ import annotations
 
-import io
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import DETECTORS, DetectorName
-from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.files import write_atomic
+from ssod_edge.errors import UsageError
 
 Array = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
@@ -82,12 +80,13 @@ class Detector:
         """Of its matrix products, for one image."""
         return int(self.weight.size)
 
-    def score(self, features: npt.ArrayLike, logits: npt.ArrayLike) -> Array:
+    def score(self, features: npt.ArrayLike, logits: npt.ArrayLike, id_logit: npt.ArrayLike | None = None) -> Array:
         """Score images in double precision, rounded at the end.
 
         Args:
             features: [N, D], pooled.
             logits: [N, M], of the classifier.
+            id_logit: not read; a sum of scores (`ssod_edge.score_sum.ScoreSum`) takes it.
 
         Returns:
             float32 [N].
@@ -145,6 +144,7 @@ class FitData:
         logits: float32 [N, M].
         weight: float32 [M, D], the classifier's.
         bias: float32 [M].
+        id_logit: float32 [N]; what is left out counts as 0.
     """
 
     features: Array
@@ -152,6 +152,7 @@ class FitData:
     logits: Array
     weight: Array
     bias: Array
+    id_logit: Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         n, d = self.features.shape
@@ -162,6 +163,8 @@ class FitData:
             )
         if not (np.isfinite(self.features).all() and np.isfinite(self.logits).all()):
             raise UsageError("the features of the training images are not finite, so that no detector can be fitted")
+        if not self.id_logit.size:
+            object.__setattr__(self, "id_logit", np.zeros(n, np.float32))
 
     def classes(self) -> Labels:
         """The class of each image, int64 [N]."""
@@ -360,38 +363,27 @@ class _Groups:
         self.settings: dict[str, float | str] = {"classes": len(present), "ridge": RIDGE}
 
 
-def save_detector(detector: Detector, path: str | Path) -> Path:
-    """Write a detector as an .npz file, the same bytes for the same detector; `load_detector` reads it."""
+def write_detector(detector: Detector) -> dict[str, npt.NDArray[Any]]:
+    """A detector as named arrays; `read_detector` reads them back, without `settings`, which stand in the spec."""
     names = sorted(detector.numbers)
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        name=np.array(detector.name),
-        weight=detector.weight,
-        bias=detector.bias,
-        center=detector.center,
-        names=np.array(names),
-        numbers=np.array([detector.numbers[name] for name in names], np.float64),
-    )
-    return write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    return {
+        "name": np.array(detector.name),
+        "weight": detector.weight,
+        "bias": detector.bias,
+        "center": detector.center,
+        "names": np.array(names),
+        "numbers": np.array([detector.numbers[name] for name in names], np.float64),
+    }
 
 
-def load_detector(path: str | Path) -> Detector:
-    """Read what `save_detector` wrote, without its `settings`, which stand in the spec.
-
-    Raises:
-        ArtifactError: it cannot be read, or is no detector.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            numbers = dict(zip(file["names"].tolist(), file["numbers"].tolist(), strict=True))
-            name = str(file["name"])
-            arrays = [np.asarray(file[key], np.float32) for key in ("weight", "bias", "center")]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"'{path}' is no detector of this release ({error}). Export the run again.") from error
+def read_detector(arrays: Mapping[str, npt.NDArray[Any]]) -> Detector:
+    """Raises KeyError or ValueError if the arrays are not those of a detector."""
+    numbers = dict(zip(arrays["names"].tolist(), arrays["numbers"].tolist(), strict=True))
+    name = str(arrays["name"])
     if name not in DETECTORS:
-        raise ArtifactError(f"'{path}' holds the unknown detector '{name}'. Export the run again.")
-    return Detector(name, arrays[0], arrays[1], arrays[2], numbers)  # type: ignore[arg-type]
+        raise ValueError(f"unknown detector '{name}'")
+    weight, bias, center = (np.asarray(arrays[key], np.float32) for key in ("weight", "bias", "center"))
+    return Detector(name, weight, bias, center, numbers)  # type: ignore[arg-type]
 
 
 def _energy(logits: Wide) -> Wide:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ssod_edge.config import DETECTORS, SHIPPED_SCORES, Preprocess
+from ssod_edge.config import Preprocess, has_state
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file, write_json
@@ -99,8 +99,8 @@ class Spec:
     """An export folder's contents.
 
     Attributes:
-        score: {"name": of `ssod_edge.config.SHIPPED_SCORES`, "evidence": why this one}.
-        detector: where the score is one of `ssod_edge.config.DETECTORS`: {"sha256": of `DETECTOR_NAME`, "data",
+        score: {"name": see `ssod_edge.config.score_parts`, "evidence": why this one}.
+        detector: where the score has a state (`ssod_edge.config.has_state`): {"sha256": of `DETECTOR_NAME`, "data",
             "images": what it was fitted on, "settings"}. Every artifact holds its state as well.
         choice: what `export --score auto` chose by; empty otherwise.
     """
@@ -120,9 +120,11 @@ class Spec:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise UsageError(f"classes must be at least 2 names, got {len(self.classes)}")
-        if self.score.get("name") not in SHIPPED_SCORES:
-            raise UsageError(f"score.name must be one of {', '.join(SHIPPED_SCORES)}, got '{self.score.get('name')}'")
-        if (self.score["name"] in DETECTORS) != isinstance(self.detector.get("sha256"), str):
+        try:
+            stateful = has_state(str(self.score.get("name")))
+        except UsageError as error:
+            raise UsageError(f"score.name: {error}") from error
+        if stateful != isinstance(self.detector.get("sha256"), str):
             raise UsageError(
                 f"detector must have the sha256 of {DETECTOR_NAME} if, and only if, score.name has a state"
             )
@@ -131,7 +133,7 @@ class Spec:
 
     @property
     def score_name(self) -> str:
-        """One of `ssod_edge.config.SHIPPED_SCORES`."""
+        """One of `ssod_edge.config.SHIPPED_SCORES`, or a sum of some, joined by "+"."""
         return self.score["name"]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from ssod_edge.bench.plain import cut_plain
 from ssod_edge.cli import main
-from ssod_edge.config import DETECTORS, Preprocess
-from ssod_edge.detectors import Detector, FitData, fit, fit_vim
+from ssod_edge.config import DETECTORS, Preprocess, score_parts
+from ssod_edge.detectors import FitData, fit, fit_vim
 from ssod_edge.errors import ArtifactError, UsageError, VerificationError
-from ssod_edge.export.auto import multiply_adds
+from ssod_edge.export.auto import _Candidates, multiply_adds
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
 from ssod_edge.export.fp16 import to_fp16
@@ -31,11 +32,12 @@ from ssod_edge.export.pseudo_ood import KINDS, pseudo_ood
 from ssod_edge.export.quantize import float_scope
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.run import ExportOptions, export_source
-from ssod_edge.export.score import divide, ship_score
+from ssod_edge.export.score import divide, fit_data, ship_score
 from ssod_edge.export.source import Calibration, from_dataset, from_run, untrained
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.runtime import open_runner
 from ssod_edge.runtime.verify import verify_runner
+from ssod_edge.score_sum import FittedScore, fit_score
 from ssod_edge.spec import DETECTOR_NAME, load_spec
 
 SIZE, WIDTH = 32, 48
@@ -83,19 +85,20 @@ def pictures(n: int, seed: int) -> Tensor:
     return random_images(n, seed=seed, size=SIZE)
 
 
-def fit_tiny(tiny: SSODClassifier, name: str) -> Detector:
-    logits, _, features = run_eager(tiny, pictures(200, seed=5).numpy())
+def fit_tiny(tiny: SSODClassifier, name: str) -> FittedScore:
+    logits, id_logit, features = run_eager(tiny, pictures(200, seed=5).numpy())
     weight, bias = (part[: len(CLASSES)].detach().numpy() for part in tiny.head_weight())
-    data = FitData(features, logits.argmax(axis=1), logits, weight, bias)
-    return fit_vim(data, 8) if name == "vim-principal" else fit(name, data)  # type: ignore[arg-type]
+    data = FitData(features, logits.argmax(axis=1), logits, weight, bias, id_logit)
+    return fit_vim(data, 8) if name == "vim-principal" else fit_score(name, data)
 
 
 #: The graph of `mahalanobis` is that of `rmd`.
-GRAPHS = ("vim", "vim-principal", "rmd", "knn", "react", "ash", "scale")
+SUMS = ("ssod+energy+mahalanobis+rmd", "posterior+scale", "msp+maxlogit+knn+react+vim")
+GRAPHS = ("vim", "vim-principal", "rmd", "knn", "react", "ash", "scale", *SUMS)
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
-def fused(request: pytest.FixtureRequest, tiny: SSODClassifier) -> tuple[Detector, onnx.ModelProto]:
+def fused(request: pytest.FixtureRequest, tiny: SSODClassifier) -> tuple[FittedScore, onnx.ModelProto]:
     detector = fit_tiny(tiny, request.param)
     return detector, fused_graph(tiny, detector.name, trained=True, detector=detector)
 
@@ -110,8 +113,8 @@ def run_openvino(graph: onnx.ModelProto, images: Tensor) -> np.ndarray:
 def test_every_engine_gives_the_score_in_double_precision(tiny, fused) -> None:
     detector, graph = fused
     images = pictures(9, seed=3)
-    logits, _, features = run_eager(tiny, images.numpy())
-    expected = detector.score(features, logits)
+    logits, id_logit, features = run_eager(tiny, images.numpy())
+    expected = detector.score(features, logits, id_logit)
     bound = 1e-4 * float(np.ptp(expected))
     found = run_onnx(graph, images)
     np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
@@ -189,7 +192,7 @@ def test_the_graph_is_exact_for_features_of_any_size(tiny: SSODClassifier, name:
     with torch.no_grad():
         logits = tiny.head(z)[0]
         rows = z @ torch.from_numpy(detector.weight).T + torch.from_numpy(detector.bias) if detector.rows else None
-        found = DetectorScore(detector)(z, logits, logits.softmax(1), rows).numpy()
+        found = DetectorScore(detector)(z, logits, logits.softmax(1), logits[:, 0], rows).numpy()
     expected = detector.score(features, logits.numpy())
     # A difference of squares loses more, the further out a feature lies along the principal space.
     bound = 1e-3 if name == "vim-principal" else 1e-4
@@ -239,13 +242,47 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
     rows = shipped.choice["candidates"]
     best = max((name for name in rows if rows[name]["cost"] <= 0.01), key=lambda name: rows[name]["mean_auroc"])
     assert shipped.name == best and any(f"{best} " in line and "<- shipped" in line for line in lines)
-    assert set(rows) == {"energy", "ssod", "msp", "maxlogit", "posterior", *DETECTORS}
+    singles = {name for name in rows if "+" not in name}
+    assert singles == {"energy", "ssod", "msp", "maxlogit", "posterior", *DETECTORS}
+    assert len(rows) - len(singles) == 15 + 20 + 15 and "ssod+energy+mahalanobis+rmd" in rows
     assert all(set(row["auroc"]) == set(KINDS) for row in rows.values())
     assert any("part that chooses" in line for line in lines)  # this run has no validation images
     assert shipped.source.calibration is not None and len(shipped.source.calibration.indices) == 42
     # With nothing allowed, what costs nothing is left.
     monkeypatch.setattr("ssod_edge.export.auto.MOST_COST", 0.0)
-    assert ship_score(source, "auto", lines.append).name not in ("vim", "mahalanobis", "rmd", "knn", "react")
+    assert not set(score_parts(ship_score(source, "auto", lines.append).name)) & {"vim", "mahalanobis", "rmd", "knn"}
+
+
+def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> None:
+    lines: list[str] = []
+    source = replace(from_run(run), model=tiny, outliers=("shuffle", "rotate"))
+    shipped = ship_score(source, "auto", lines.append)
+    kinds = set(shipped.choice["candidates"]["energy"]["auroc"])
+    assert kinds == set(KINDS) - {"shuffled"}
+    assert any("trained to reject them: shuffled" in line for line in lines)
+
+
+def test_an_export_knows_what_its_run_was_taught(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    assert from_run(run).outliers == ()
+    (run / "config.json").write_text('{"backbone": "x", "data": "y", "loss": {"outliers": ["zoom", "blend"]}}')
+    assert from_run(run).outliers == ("zoom", "blend")
+
+
+@pytest.mark.parametrize("name", ["energy+rmd", "ssod+knn+vim"])
+def test_the_sum_that_auto_ships_is_the_one_it_measured(run: Path, tiny, monkeypatch, name: str) -> None:
+    """Its figures come from arrays that were added up; the graph gets the state of `sum_of`."""
+    source = replace(from_run(run), model=tiny)
+    data = fit_data(source, divide(source, False, lambda line: None)[0], lambda line: None)
+    detectors = {part: fit(part, data) for part in DETECTORS}  # type: ignore[arg-type]
+    candidates = _Candidates(tiny, detectors, data)
+    images = pictures(20, seed=6).numpy()
+    state = candidates.state(name)
+    assert state is not None
+    logits, id_logit, features = run_eager(tiny, images)
+    found = state.score(features, logits, id_logit)
+    np.testing.assert_allclose(candidates.scores(tiny, images)[name], found, rtol=1e-5, atol=1e-5)
+    assert candidates.multiply_adds(name) == state.multiply_adds
 
 
 def test_auto_leaves_out_an_ood_row_that_was_not_trained(run: Path, tiny) -> None:
@@ -315,7 +352,7 @@ def test_a_texture_keeps_the_spectrum_of_its_image() -> None:
 
 def test_the_command_line_knows_the_scores(run: Path, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, ["export", str(run), "--score", "best"])
-    assert wrong.exit_code == 2 and "'auto'" in wrong.output
+    assert wrong.exit_code == 2 and "or a sum of some such as energy+rmd, got 'best'" in wrong.output
     out = tmp_path / "export"
     done = CliRunner().invoke(
         main, ["export", str(run), "--score", "scale", "--fp32", "--target", "onnx", "-o", str(out)]

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ssod_edge.demo",
         "ssod_edge.detectors",
         "ssod_edge.image_lists",
+        "ssod_edge.score_sum",
     ),
     ("ssod_edge.sources", "ssod_edge.distributed", "ssod_edge.evaluation_report"),
     ("ssod_edge.evaluation_data",),

@@ -11,13 +11,14 @@ import torch
 
 from ssod_edge.checkpoint import BEST, load_model
 from ssod_edge.config import DEFAULT_SCORE
-from ssod_edge.detectors import Detector, load_detector
+from ssod_edge.detectors import Detector
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.runtime.runner import Array, check_images, closed_error
 from ssod_edge.runtime.verify import load_reference
+from ssod_edge.score_sum import FittedScore, load_score
 from ssod_edge.scores import ood_scores, probabilities
 from ssod_edge.spec import DETECTOR_NAME, SPEC_NAME, Artifact, Spec, Threshold, check_hash, load_spec
 
@@ -96,7 +97,7 @@ class EagerRunner:
             features = self._model.features(normalise(torch.from_numpy(images), self._model.preprocess))
             logits, id_logit = (output.float().numpy() for output in self._model.head(features))
         if self._detector is not None:
-            score = self._detector.score(features.float().numpy(), logits)
+            score = self._detector.score(features.float().numpy(), logits, id_logit)
         else:
             score = ood_scores(logits, id_logit)[self.spec.score_name]  # type: ignore[index]
         return {"logits": logits, "probs": probabilities(logits), "id_logit": id_logit, "ood_score": score}
@@ -124,14 +125,16 @@ def _spec(model: SSODClassifier, trained: bool) -> Spec:
     )
 
 
-def _detector(spec: Spec, export: Path, model: SSODClassifier) -> Detector | None:
+def _detector(spec: Spec, export: Path, model: SSODClassifier) -> FittedScore | None:
     """The state of the export's score, which only the export has."""
     if not spec.detector:
         return None
     check_hash(export / DETECTOR_NAME, spec.detector["sha256"])
-    detector = load_detector(export / DETECTOR_NAME)
+    detector = load_score(export / DETECTOR_NAME)
     width = model.classifier.in_features
-    if detector.name != spec.score_name or (detector.weight.size and detector.weight.shape[1] != width):
+    parts = [detector] if isinstance(detector, Detector) else list(detector.detectors.values())
+    wrong = any(part.weight.size and part.weight.shape[1] != width for part in parts)
+    if detector.name != spec.score_name or wrong:
         raise ArtifactError(f"'{export / DETECTOR_NAME}' is not the detector of this model. Export the run again.")
     return detector
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.config import DETECTORS
+from ssod_edge.config import has_state
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
 from ssod_edge.files import exclusive
 from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
@@ -223,7 +223,7 @@ def _norm(*arrays: Array) -> float:
 
 
 def _score_tolerance(name: str, score: Array, share: float, logit_scale: float) -> float:
-    if name not in DETECTORS:
+    if not has_state(name):
         return SCORE_FACTOR * share * logit_scale
     return SCORE_FACTOR * share * float(np.ptp(score)) + SUM_ROUNDING * float(np.abs(score).max())
 
