@@ -24,6 +24,10 @@ PLAN_NAME = "model.plan"
 OLDEST_CAPABILITY = 80
 
 
+#: Images in one run of a plan. A builder accepts any number, and reserves memory for it when the plan is opened.
+MOST_IMAGES = 4096
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """How plans are built.
@@ -43,6 +47,8 @@ class PlanOptions:
             raise UsageError(
                 f"batch must be MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, got {','.join(map(str, self.batch))}"
             )
+        if high > MOST_IMAGES:
+            raise UsageError(f"a plan for {high} images in a run is more than any device holds: at most {MOST_IMAGES}")
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:

@@ -18,12 +18,13 @@ from ssod_edge.errors import (
     UsageError,
     VerificationError,
 )
+from ssod_edge.files import check_output
 from ssod_edge.image import ImageSource
 from ssod_edge.metrics import check_target_tpr
 from ssod_edge.runtime import find_export, open_runner
 from ssod_edge.runtime.calibrate import calibrate, is_training_data, trained_on
 from ssod_edge.runtime.inputs import list_images
-from ssod_edge.spec import Artifact, Spec, load_spec
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, load_spec
 
 #: Draws the images afresh for each artifact, and takes the message of each one that cannot be read.
 Draw = Callable[[Callable[[str], Any]], Iterator[ImageSource]]
@@ -44,12 +45,14 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
 
     Raises:
         UsageError: untrained weights, no such artifact or data, or too few images.
+        OutputError: the export cannot be written to.
     """
     export = find_export(folder)
     spec = load_spec(export)
     if not spec.trained:
         raise UsageError("untrained weights have no threshold: their scores mean nothing. Train a model and export it.")
     check_target_tpr(tpr)
+    check_output(export / SPEC_NAME)
     targets = spec.artifacts if artifact is None else (spec.artifact(artifact),)
     draw, description = _id_images(data, spec, export)
     unreadable: dict[str, None] = {}

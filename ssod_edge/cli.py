@@ -445,6 +445,8 @@ def predict(
     if not images and camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     if camera is not None or any(is_stream(image) for image in images):
+        if "--batch" in _given(ctx, besides=()):
+            raise click.UsageError("--batch belongs to images: a video, a camera or a stream runs frame by frame")
         ctx.exit(run_stream(folder, images, camera, as_json, smooth, realtime, monitor, **options))
     if smooth is not None or realtime:
         raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")

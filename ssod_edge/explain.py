@@ -23,6 +23,7 @@ from ssod_edge.ops import patch_sample
 from ssod_edge.pictures import PatchMap, save_patches
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.runtime.report import printable, standard_input
+from ssod_edge.score_sum import FittedScore, load_shipped
 from ssod_edge.scores import ood_scores
 from ssod_edge.spec import SPEC_NAME, load_spec
 
@@ -45,15 +46,20 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The threshold of the export beside a run: `known = score <= threshold`."""
+    """The threshold of the export beside a run: `known = score <= threshold`; and the score's state, if it has one."""
 
     score: str
     threshold: float
+    state: FittedScore | None = None
 
 
 @torch.no_grad()
 def explain(
-    model: SSODClassifier, image: ImageSource, gamma: float = 0.95, class_name: str | None = None
+    model: SSODClassifier,
+    image: ImageSource,
+    gamma: float = 0.95,
+    class_name: str | None = None,
+    state: FittedScore | None = None,
 ) -> Explanation:
     """Label each patch of an image's feature map as training would (Eq. 12), by its confidence on one class.
 
@@ -62,6 +68,7 @@ def explain(
         image: what `ssod_edge.image.load_image` takes.
         gamma: confidence from which a patch is ID; below 1 - gamma it is OOD.
         class_name: one of the model's; None takes the predicted class of the whole image.
+        state: of a score that is named beside those of the logits.
 
     Raises:
         ImageError: the image cannot be read, or the model's output for it is not finite.
@@ -73,7 +80,8 @@ def explain(
     device = next(model.parameters()).device
     x = normalise(torch.from_numpy(pixels[None]).to(device), model.preprocess)
     feature_map = model.backbone.forward_features(x)
-    logits, id_logit = model.head(model.backbone.forward_head(feature_map, pre_logits=True))
+    pooled = model.backbone.forward_head(feature_map, pre_logits=True)
+    logits, id_logit = model.head(pooled)
     if not (logits.isfinite().all() and id_logit.isfinite().all()):
         raise ImageError("the model's output for it is not finite")
     probs = logits.softmax(dim=1)[0]
@@ -93,8 +101,10 @@ def explain(
         gamma=gamma,
         class_name=model.classes[shown],
     )
-    scores = ood_scores(logits.cpu().numpy(), id_logit.cpu().numpy())
-    named = {str(name): float(value[0]) for name, value in scores.items()}
+    outputs = logits.cpu().numpy(), id_logit.cpu().numpy()
+    named = {str(name): float(value[0]) for name, value in ood_scores(*outputs).items()}
+    if state is not None:
+        named[state.name] = float(state.score(pooled.float().cpu().numpy(), *outputs)[0])
     return Explanation(patches, model.classes[predicted], float(probs[predicted]), named)
 
 
@@ -129,14 +139,14 @@ def run_explain(
     check_gamma(gamma)
     if class_name is not None:
         _class_index(model, class_name)
-    verdict = export_verdict(run)
+    verdict = export_verdict(run, model.classifier.in_features)
     targets = _targets(images, out, run if run.is_dir() else run.parent)
     failed = False
     for image, target in zip(images, targets, strict=True):
         try:
             if image in no_images:
                 raise ImageError(no_images[image])
-            explanation = explain(model, image, gamma, class_name)
+            explanation = explain(model, image, gamma, class_name, verdict.state if verdict else None)
         except ImageError as error:
             failed = True
             click.echo(f"error: {printable(str(error))}", err=True)
@@ -146,14 +156,19 @@ def run_explain(
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
-def export_verdict(run: Path) -> Verdict | None:
-    """The fp32 threshold of the export in a run folder, if it is of this very checkpoint."""
+def export_verdict(run: Path, width: int) -> Verdict | None:
+    """The fp32 threshold of the export in a run folder, if it is of this very checkpoint.
+
+    Args:
+        width: of the model's features.
+    """
     checkpoint = run / BEST if run.is_dir() else run
     export = checkpoint.parent / "export"
     if not (export / SPEC_NAME).is_file():
         return None
     try:
         spec = load_spec(export)
+        state = load_shipped(spec, export, width)
     except SsodEdgeError as error:
         click.echo(f"no verdict: {printable(str(error))}", err=True)
         return None
@@ -161,7 +176,7 @@ def export_verdict(run: Path) -> Verdict | None:
         click.echo(f"no verdict: '{export}' is of another checkpoint; export the run again", err=True)
         return None
     fitted = [artifact.threshold for artifact in spec.artifacts if artifact.precision == "fp32" and artifact.threshold]
-    return Verdict(spec.score_name, fitted[0].value) if fitted else None
+    return Verdict(spec.score_name, fitted[0].value, state) if fitted else None
 
 
 def _class_index(model: SSODClassifier, name: str) -> int:
@@ -208,7 +223,7 @@ def _title(name: str, explanation: Explanation, verdict: Verdict | None) -> str:
     scores = "  ".join(f"{score} {value:.2f}" for score, value in explanation.scores.items())
     lines = [f"{_plain(name)}: '{_plain(explanation.class_name)}', {explanation.confidence:.1%}"]
     lines.append(f"OOD scores (larger: more likely OOD): {scores}")
-    if verdict is not None and verdict.score in explanation.scores:
+    if verdict is not None:
         score = explanation.scores[verdict.score]
         word, sign = ("KNOWN", "<=") if np.float32(score) <= verdict.threshold else ("UNKNOWN", ">")
         lines.append(f"{word}: {verdict.score} {score:.3f} {sign} threshold {verdict.threshold:.3f}")

@@ -70,7 +70,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         raise UsageError(f"cannot write '{path}': it is a folder. Give the name of a file.")
     folder = make_directory(Path(os.path.realpath(path)).parent)
-    if not os.access(folder, os.W_OK) and not path.exists():
+    if not os.access(folder, os.W_OK) and (path.is_file() or not path.exists()):  # a device is written to in place
         raise OutputError(f"cannot write '{path}': its folder is read-only. {_ACCESS}.")
     return path
 

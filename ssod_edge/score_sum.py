@@ -19,6 +19,7 @@ from ssod_edge.detectors import Array, Detector, FitData, Wide, fit, read_detect
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import write_atomic
 from ssod_edge.scores import ood_scores
+from ssod_edge.spec import DETECTOR_NAME, Spec, check_hash
 
 
 @dataclass(frozen=True)
@@ -160,3 +161,28 @@ def load_score(path: str | Path) -> FittedScore:
     except Exception as error:
         raise ArtifactError(f"'{path}' is no score of this release ({error}). Export the run again.") from error
     return ScoreSum(name, detectors, scales)
+
+
+def load_shipped(spec: Spec, export: Path, width: int) -> FittedScore | None:
+    """The state of the score that an export ships, which the graphs hold and the eager model needs.
+
+    Args:
+        spec: of the export.
+        export: its folder.
+        width: D, of the model's features.
+
+    Returns:
+        None for a score without a state.
+
+    Raises:
+        ArtifactError: it was changed, or is of another model.
+    """
+    if not spec.detector:
+        return None
+    path = export / DETECTOR_NAME
+    check_hash(path, spec.detector["sha256"])
+    score = load_score(path)
+    parts = [score] if isinstance(score, Detector) else list(score.detectors.values())
+    if score.name != spec.score_name or any(part.weight.size and part.weight.shape[1] != width for part in parts):
+        raise ArtifactError(f"'{path}' is not the score of this model. Export the run again.")
+    return score

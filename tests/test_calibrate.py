@@ -114,6 +114,16 @@ def test_the_command_fits_every_artifact_to_a_folder(export: Path, tmp_path: Pat
         assert known == 55, "ceil(61 * 0.9)"
 
 
+def test_a_read_only_export_is_found_before_the_work(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = save_photos(tmp_path / "photos", 60)
+    monkeypatch.setattr("ssod_edge.files.os.access", lambda path, mode: False)
+    monkeypatch.setattr("ssod_edge.calibration.calibrate", lambda *_: pytest.fail("no image may be run"))
+    code, out, err = run(export, "--id", photos)
+    assert (code, out) == (1, "") and "its folder is read-only" in err
+
+
 def test_one_artifact_and_a_run_folder(export: Path, tmp_path: Path) -> None:
     code, out, _ = run(export.parent, "--id", save_photos(tmp_path / "photos", 30), "--artifact", "onnx-fp16")
     assert code == 0 and out.startswith("onnx-fp16: threshold -2.0000 -> ")

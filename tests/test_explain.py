@@ -13,15 +13,19 @@ from PIL import Image
 from small import CLASSES, SIZE, make_model, random_images
 
 from ssod_edge import pictures
-from ssod_edge.checkpoint import BEST
+from ssod_edge.checkpoint import BEST, load_model
 from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
+from ssod_edge.detectors import FitData
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.explain import Verdict, explain, export_verdict
+from ssod_edge.export.reference import run_eager
 from ssod_edge.files import sha256_file
+from ssod_edge.image import load_image, preprocess
 from ssod_edge.model import normalise
 from ssod_edge.ops import patch_sample
-from ssod_edge.spec import Artifact, Spec, Threshold, save_spec
+from ssod_edge.score_sum import fit_score, save_score
+from ssod_edge.spec import DETECTOR_NAME, Artifact, Spec, Threshold, save_spec
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 
@@ -137,7 +141,7 @@ def test_gamma_is_the_runs(run, image, monkeypatch):
     assert seen == [0.7, 0.95, 0.8]
 
 
-def save_export(run, digest):
+def save_export(run, digest, score="msp", detector=None):
     threshold = Threshold(-1.5, 0.95, 100, "calib", 0.95)
     files = {"model.onnx": "0"}
     artifacts = tuple(
@@ -145,24 +149,54 @@ def save_export(run, digest):
     )
     (run / "export").mkdir(exist_ok=True)
     save_spec(
-        Spec("x", CLASSES, Preprocess(SIZE), {"name": "msp"}, True, "", {"checkpoint_sha256": digest}, artifacts),
+        Spec(
+            "x",
+            CLASSES,
+            Preprocess(SIZE),
+            {"name": score},
+            True,
+            "",
+            {"checkpoint_sha256": digest},
+            artifacts,
+            detector or {},
+        ),
         run / "export",
     )
 
 
 def test_the_verdict_is_that_of_the_export_of_this_checkpoint(run, image, monkeypatch, capsys):
-    assert export_verdict(run) is None
+    width = load_model(run)[0].classifier.in_features
+    assert export_verdict(run, width) is None
     save_export(run, sha256_file(run / BEST))
-    assert export_verdict(run) == export_verdict(run / BEST) == Verdict("msp", -1.5)
+    assert export_verdict(run, width) == export_verdict(run / BEST, width) == Verdict("msp", -1.5)
     titles = []
     monkeypatch.setattr("ssod_edge.explain.save_patches", lambda patches, title, path: titles.append(title))
     command(run, image)
     word = "UNKNOWN" if float(titles[0].split("msp ")[1].split()[0]) > -1.5 else "KNOWN"
     assert titles[0].splitlines()[2].startswith(f"{word}: msp ") and "threshold -1.500" in titles[0]
     save_export(run, "0")
-    assert export_verdict(run) is None and "of another checkpoint" in capsys.readouterr().err
+    assert export_verdict(run, width) is None and "of another checkpoint" in capsys.readouterr().err
     (run / "export" / "ssod.json").write_text("{")
-    assert export_verdict(run) is None
+    assert export_verdict(run, width) is None
+
+
+def test_the_verdict_of_a_fitted_score(run, image, monkeypatch):
+    model, rng = load_model(run)[0], np.random.default_rng(0)
+    weight, bias = (part[: len(CLASSES)].detach().numpy() for part in model.head_weight())
+    features = rng.normal(size=(40, weight.shape[1])).astype(np.float32)
+    data = FitData(features, rng.integers(0, len(CLASSES), 40), features @ weight.T + bias, weight, bias)
+    (run / "export").mkdir(exist_ok=True)
+    fitted = fit_score("energy+knn", data)
+    state = save_score(fitted, run / "export" / DETECTOR_NAME)
+    save_export(run, sha256_file(run / BEST), "energy+knn", {"sha256": sha256_file(state)})
+    titles = []
+    monkeypatch.setattr("ssod_edge.explain.save_patches", lambda patches, title, path: titles.append(title))
+    assert command(run, image).exit_code == 0
+    logits, id_logit, pooled = run_eager(model, preprocess(load_image(image), model.preprocess)[None])
+    expected = fitted.score(pooled, logits, id_logit)[0]
+    assert f"energy+knn {expected:.3f} " in titles[0].splitlines()[2]
+    state.write_bytes(b"")
+    assert command(run, image).exit_code == 0 and len(titles[1].splitlines()) == 2
 
 
 def test_names_are_no_formulas_and_large_maps_have_no_figures(tmp_path):

@@ -25,7 +25,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from small import CLASSES, make_model, random_images
 
 from ssod_edge.cli import main
-from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, VerificationError
+from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export import tensorrt
 from ssod_edge.export.command import engines_for, run_export
 from ssod_edge.export.engines import make_artifact
@@ -337,6 +337,11 @@ def test_a_wrong_batch_is_wrong_usage(text: str, small_run: Path) -> None:
     done = CliRunner().invoke(main, ["export", str(small_run), "--target", "onnx", "--batch", text])
     assert done.exit_code == 2
     assert "batch must be" in done.output and f"got {text}" in done.output.replace("'", "")
+
+
+def test_a_batch_that_no_device_holds_is_refused() -> None:
+    with pytest.raises(UsageError, match="99999999 images in a run is more than any device holds: at most 4096"):
+        PlanOptions((1, 1, 99_999_999))
 
 
 # External data

@@ -339,6 +339,7 @@ def test_what_is_no_video_is_refused(export: Path, tmp_path: Path) -> None:
         (["{}/video.avi", "--camera", "0"], 2, "taken alone"),
         (["{}/red.png", "--smooth", "1"], 2, "--smooth and --realtime belong to a video"),
         (["{}/red.png", "--realtime"], 2, "--smooth and --realtime belong to a video"),
+        (["{}/video.avi", "--batch", "4"], 2, "--batch belongs to images"),
         ([], 2, "IMAGE, or --camera"),
         (["rtsp://user:a@secret@127.0.0.1:1/x"], 1, "no video came from 'rtsp://127.0.0.1:1/x'"),
     ],

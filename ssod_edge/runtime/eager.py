@@ -11,16 +11,15 @@ import torch
 
 from ssod_edge.checkpoint import BEST, load_model
 from ssod_edge.config import DEFAULT_SCORE
-from ssod_edge.detectors import Detector
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.metrics import conformal_threshold
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.runtime.runner import Array, check_images, closed_error
 from ssod_edge.runtime.verify import load_reference
-from ssod_edge.score_sum import FittedScore, load_score
+from ssod_edge.score_sum import load_shipped
 from ssod_edge.scores import ood_scores, probabilities
-from ssod_edge.spec import DETECTOR_NAME, SPEC_NAME, Artifact, Spec, Threshold, check_hash, load_spec
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, load_spec
 
 
 class EagerRunner:
@@ -72,7 +71,7 @@ class EagerRunner:
             versions={"torch": torch.__version__},
             threshold=None if export is None else _threshold(self.spec, export),
         )
-        self._detector = None if export is None else _detector(self.spec, export, model)
+        self._detector = None if export is None else load_shipped(self.spec, export, model.classifier.in_features)
         self._threads_before = torch.get_num_threads()  # a setting of the whole process: given back at the end
         if threads is not None:
             torch.set_num_threads(threads)
@@ -123,20 +122,6 @@ def _spec(model: SSODClassifier, trained: bool) -> Spec:
         trained=trained,
         reference_sha256="",
     )
-
-
-def _detector(spec: Spec, export: Path, model: SSODClassifier) -> FittedScore | None:
-    """The state of the export's score, which only the export has."""
-    if not spec.detector:
-        return None
-    check_hash(export / DETECTOR_NAME, spec.detector["sha256"])
-    detector = load_score(export / DETECTOR_NAME)
-    width = model.classifier.in_features
-    parts = [detector] if isinstance(detector, Detector) else list(detector.detectors.values())
-    wrong = any(part.weight.size and part.weight.shape[1] != width for part in parts)
-    if detector.name != spec.score_name or wrong:
-        raise ArtifactError(f"'{export / DETECTOR_NAME}' is not the detector of this model. Export the run again.")
-    return detector
 
 
 def _threshold(spec: Spec, export: Path) -> Threshold | None:
