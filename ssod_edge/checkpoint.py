@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ssod_edge.config import Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
-from ssod_edge.files import write_atomic
+from ssod_edge.files import sha256_file, write_atomic
 from ssod_edge.model import SSODClassifier, build_model
-from ssod_edge.spec import from_json
+from ssod_edge.spec import SPEC_NAME, Spec, from_json, load_spec
 
 SCHEMA_VERSION = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -132,6 +132,22 @@ def load_model(path: str | Path) -> tuple[SSODClassifier, dict[str, Any]]:
         raise ArtifactError(f"checkpoint '{path}' does not describe a model ({error})") from error
     load_state(model, tensors, path)
     return model.eval(), meta
+
+
+def export_of(run: str | Path) -> tuple[Spec, Path] | None:
+    """The export beside a run's best checkpoint: its spec and its folder; None where there is none.
+
+    Raises:
+        ArtifactError: it is damaged, or of another checkpoint.
+    """
+    checkpoint = Path(run) / BEST if Path(run).is_dir() else Path(run)
+    export = checkpoint.parent / "export"
+    if not (export / SPEC_NAME).is_file():
+        return None
+    spec = load_spec(export)
+    if spec.source.get("checkpoint_sha256") != sha256_file(checkpoint):
+        raise ArtifactError(f"'{export}' is of another checkpoint; export the run again")
+    return spec, export
 
 
 def load_preprocess(path: str | Path) -> Preprocess:

@@ -197,10 +197,11 @@ def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
 @click.option("--via", "via_size", type=click.IntRange(min=1), help="Resize every image to N pixels first (via32).")
 @click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, as in eval.")
 @click.option("--fit-images", type=click.IntRange(min=1), help="Training images that baselines are fitted on.")
+@click.option("--score", metavar="NAME|auto", help="Also export every run with this score, and evaluate it: `shipped`.")
 @train_options
 def study(
     data: str, out: str, vary: tuple[str, ...], seeds: str, id_data: str | None, ood: tuple[str, ...],
-    via_size: int | None, baselines: str | None, fit_images: int | None, **options: Any,
+    via_size: int | None, baselines: str | None, fit_images: int | None, score: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train and evaluate a grid of settings, and show means and deviations over seeds.
 
@@ -209,7 +210,7 @@ def study(
     """
     from ssod_edge.study import run_study
 
-    if not run_study(data, out, vary, seeds, id_data, ood, via_size, baselines, fit_images, options):
+    if not run_study(data, out, vary, seeds, id_data, ood, via_size, baselines, fit_images, options, score):
         sys.exit(EXIT_SOME_FAILED)
 
 

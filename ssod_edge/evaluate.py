@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ssod_edge.baseline_recipes import parse_names
 from ssod_edge.baselines import Baselines, library_version
-from ssod_edge.checkpoint import find_run, load_model
+from ssod_edge.checkpoint import export_of, find_run, load_model
 from ssod_edge.config import DEFAULT_SCORE
 from ssod_edge.data import EvalImages, load_batches
-from ssod_edge.errors import MissingExtraError, UsageError
+from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
 from ssod_edge.evaluation_data import (
     baseline_images,
     calibration_images,
@@ -33,6 +33,7 @@ from ssod_edge.metrics import conformal_threshold, deployment_metrics, detection
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.pictures import save_evaluation, save_histograms
 from ssod_edge.progress import image_bar
+from ssod_edge.score_sum import FittedScore, load_shipped
 from ssod_edge.scores import ood_scores
 from ssod_edge.sources import ImageSource, Indices, open_dataset
 
@@ -146,11 +147,14 @@ def evaluate(
         fit_images: how many training images they are fitted on; None: the whole training split.
         keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
 
+    A score with a state that the run's export ships is evaluated beside the others.
+
     Returns:
-        The JSON face: `id_accuracy`, `ood_row_trained`, `results` (a row for each OOD set and score), `mean` (AUROC
-        and both FPRs of each score over the OOD sets), `deployment` (score -> `deployment_metrics` at the threshold
-        of the run's calibration split; None without one), with baselines also `baselines` (detector -> its cost, or
-        its error) and `baselines_setup`; and the raw scores, {"id": {score: values}, NAME: {score: values}}.
+        The JSON face: `id_accuracy`, `default_score` (what the export ships), `ood_row_trained`, `results` (a row for
+        each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
+        `deployment_metrics` at the threshold of the run's calibration split; None without one), with baselines also
+        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and the raw scores,
+        {"id": {score: values}, NAME: {score: values}}.
 
     Raises:
         UsageError: data that cannot be opened, or whose classes are not the model's; no such baseline.
@@ -164,6 +168,7 @@ def evaluate(
     if torch.cuda.is_available():
         model.cuda()
     peers = Baselines(names, model, batch_size) if names else None
+    shipped, state = _shipped(run, model)
     source, indices = id_images(run, meta, id_data, model.classes)
     if ood_data is None:
         ood_data = DEMO_OOD if str(meta["data"]).startswith("demo") else {}
@@ -173,7 +178,7 @@ def evaluate(
     warn_of_known_images(ood_data, {name: item[0] for name, item in sets.items()}, source, meta)
     fit = baseline_images(run, meta, peers.to_fit, fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(run, meta)
-    found = _read(model, sets, fit, calibration, peers, Reading(via_size, batch_size, workers))
+    found = _read(model, sets, fit, calibration, peers, state, Reading(via_size, batch_size, workers))
     if keep is not None:
         keep |= found.outputs
     report = {
@@ -185,13 +190,25 @@ def evaluate(
         "protocol": _protocol(via_size),
         "id_data": source.name if id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
-        "default_score": DEFAULT_SCORE,
+        "default_score": shipped,
         "ood_row_trained": bool(model.ood.weight.any()),
         **_figures(found, _protocol(via_size), bootstrap, model.classes),
     }
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit, batch_size)}
     return report, found.scores
+
+
+def _shipped(run: str | Path, model: SSODClassifier) -> tuple[str, FittedScore | None]:
+    """The score of the run's export and its state; the default where there is no export of this checkpoint."""
+    try:
+        found = export_of(run)
+        if found is None:
+            return DEFAULT_SCORE, None
+        return found[0].score_name, load_shipped(*found, model.classifier.in_features)
+    except ArtifactError as error:
+        click.echo(f"the score of the export is left out: {error}", err=True)
+        return DEFAULT_SCORE, None
 
 
 @dataclass(frozen=True)
@@ -231,6 +248,7 @@ def _read(
     fit: ImageSet | None,
     calibration: ImageSet | None,
     peers: Baselines | None,
+    state: FittedScore | None,
     reading: Reading,
 ) -> Found:
     """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all."""
@@ -246,6 +264,8 @@ def _read(
         def score(images: ImageSet) -> tuple[Outputs, Scores]:
             outputs = collect(model, *images, **options, watch=peers.watch if peers else None)
             scores: Scores = {str(name): s for name, s in ood_scores(outputs.logits, outputs.id_logit).items()}
+            if state is not None:
+                scores[state.name] = state.score(outputs.features, outputs.logits, outputs.id_logit)
             return outputs, scores | (peers.scores(outputs.features, outputs.logits) if peers else {})
 
         calibration_scores = score(calibration)[1] if calibration else {}

@@ -44,7 +44,7 @@ def print_report(report: Report) -> None:
         for name, cost in report["baselines"].items():
             if cost["error"]:
                 console.print(f"{name} failed: {cost['error']}", markup=False, highlight=False, soft_wrap=True)
-    console.print("* the score that an export ships by default")
+    console.print("* the score that the run's export ships; without an export, what it would ship by default")
     if names and not report["ood_row_trained"]:
         console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")
 

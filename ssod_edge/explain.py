@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ssod_edge.checkpoint import BEST, find_run, load_model
+from ssod_edge.checkpoint import export_of, find_run, load_model
 from ssod_edge.config import LossConfig, check_gamma
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
-from ssod_edge.files import check_output, sha256_file
+from ssod_edge.files import check_output
 from ssod_edge.image import ImageSource, load_image, preprocess
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.ops import patch_sample
@@ -25,7 +25,6 @@ from ssod_edge.runtime.inputs import list_images
 from ssod_edge.runtime.report import printable, standard_input
 from ssod_edge.score_sum import FittedScore, load_shipped
 from ssod_edge.scores import ood_scores
-from ssod_edge.spec import SPEC_NAME, load_spec
 
 
 @dataclass(frozen=True)
@@ -162,18 +161,14 @@ def export_verdict(run: Path, width: int) -> Verdict | None:
     Args:
         width: of the model's features.
     """
-    checkpoint = run / BEST if run.is_dir() else run
-    export = checkpoint.parent / "export"
-    if not (export / SPEC_NAME).is_file():
-        return None
     try:
-        spec = load_spec(export)
+        found = export_of(run)
+        if found is None:
+            return None
+        spec, export = found
         state = load_shipped(spec, export, width)
     except SsodEdgeError as error:
         click.echo(f"no verdict: {printable(str(error))}", err=True)
-        return None
-    if spec.source.get("checkpoint_sha256") != sha256_file(checkpoint):
-        click.echo(f"no verdict: '{export}' is of another checkpoint; export the run again", err=True)
         return None
     fitted = [artifact.threshold for artifact in spec.artifacts if artifact.precision == "fp32" and artifact.threshold]
     return Verdict(spec.score_name, fitted[0].value, state) if fitted else None

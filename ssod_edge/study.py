@@ -17,13 +17,14 @@ from ssod_edge.config import LossConfig, TrainConfig
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.evaluate import evaluate
 from ssod_edge.evaluation_data import parse_named_data
+from ssod_edge.export.run import export_run
 from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.train import load_config, resume_run, start_run
 
 #: In OUT: what was asked for, and what came of it.
 STUDY, TABLE = "study.json", "study.md"
-#: In each run's folder: its evaluation, and what with.
-EVALUATION = "study-eval.json"
+#: In each run's folder: its evaluation, and what with; what was asked of its export.
+EVALUATION, EXPORT = "study-eval.json", "study-export.json"
 #: Settings that are the study's own to make, or one value of which would not do.
 _FIXED = {"data", "name", "seed", "loss", "preprocess"}
 
@@ -44,6 +45,10 @@ class Cell:
     def name(self) -> str:
         """Of its run folder."""
         return "-".join([*(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
+
+
+#: In the table: whichever score each run's export ships.
+SHIPPED = "shipped"
 
 
 def parse_grid(vary: Sequence[str], seeds: str) -> list[Cell]:
@@ -106,6 +111,7 @@ def run_study(
     baselines: str | None,
     fit_images: int | None,
     options: Mapping[str, Any],
+    score: str | None = None,
 ) -> bool:
     """The command `study`: train and evaluate what is not done yet, then write the table.
 
@@ -115,6 +121,7 @@ def run_study(
         vary, seeds: see `parse_grid`.
         id_data, ood, via_size, baselines, fit_images: as `ssod_edge.evaluate.run_eval`.
         options: of `train`, for all runs.
+        score: each run is exported with it ("auto" chooses one for each) before it is evaluated; None exports nothing.
 
     Returns:
         whether every run of the grid has its figures.
@@ -134,12 +141,16 @@ def run_study(
         "baselines": baselines, "fit_images": fit_images,
     }  # fmt: skip
     folder = make_directory(Path(out))
+    if score is not None:
+        asked["score"] = score
     _check_same_study(folder, {"data": data, "options": json.loads(json.dumps(given))})
     rows, failed = [], []
     for number, cell in enumerate(cells, 1):
         click.echo(f"[{number} of {len(cells)}] {cell.name}", err=True)
         try:
             run = _trained(cell, data, folder, given)
+            if score is not None:
+                _exported(run, score)
             rows.append({"settings": cell.label, "seed": cell.seed, **_evaluated(run, asked)})
         except TrainingError as error:
             click.echo(f"failed: {error}", err=True)
@@ -175,6 +186,16 @@ def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> P
     return resume_run(run) if epoch < load_config(run).epochs else run
 
 
+def _exported(run: Path, score: str) -> None:
+    """An fp32 ONNX export with a score, as it lies there if it is of these weights and was asked for the same."""
+    record = run / EXPORT
+    asked = {"score": score, "epoch": load_checkpoint(run / BEST)[1]["epoch"]}
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) == asked:
+        return
+    export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
+    write_json(record, asked)
+
+
 def _evaluated(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The report of `evaluate`, from the last time if it was asked the same of the same weights."""
     path = run / EVALUATION
@@ -183,8 +204,10 @@ def _evaluated(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["asked"] == asked and stored["epoch"] == weights:
             return dict(stored["report"])
-    arguments: dict[str, Any] = {key: value or None for key, value in asked.items()}
+    arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
     report, _ = evaluate(run, bootstrap=0, **arguments)
+    if asked.get("score") is not None:
+        report["mean"][SHIPPED] = report["mean"][report["default_score"]]
     write_json(path, {"asked": asked, "epoch": weights, "report": report})
     return report
 

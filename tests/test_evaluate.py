@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,13 @@ from ssod_edge.cli import main
 from ssod_edge.config import SCORES, LossConfig, Preprocess, TrainConfig
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluate import collect, evaluate, parse_named_data
+from ssod_edge.evaluation_report import print_report
+from ssod_edge.export.run import export_run
+from ssod_edge.image import preprocess
 from ssod_edge.metrics import detection_metrics
+from ssod_edge.runtime import open_runner
 from ssod_edge.sources import open_dataset
+from ssod_edge.spec import DETECTOR_NAME
 from ssod_edge.train import train
 
 METRICS = {"auroc", "aupr_in", "aupr_out", "fpr_at_id_tpr95", "fpr_at_ood_tpr95", "ci", "tie_fraction", "n_id", "n_ood"}
@@ -84,6 +90,26 @@ def test_without_id_data_the_recorded_validation_split_is_used(place):
     splits = json.loads((place / "run" / "splits.json").read_text())
     assert report["n_id"] == len(splits["val"]) and report["results"] == [] and report["ood_row_trained"]
     assert "validation split" in report["id_data"]
+
+
+def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
+    run = Path(shutil.copytree(small_run, tmp_path / "run"))
+    images = {"same": str(small_run.parent / "data")}
+    before, _ = evaluate(run, images["same"], images, bootstrap=0)
+    assert before["default_score"] == "energy" and set(before["mean"]) == set(SCORES)
+    export_run(run, precisions=("fp32",), engines=("onnxruntime",), score="energy+rmd")
+    report, raw = evaluate(run, images["same"], images, bootstrap=0)
+    assert report["default_score"] == "energy+rmd" and set(report["mean"]) == {*SCORES, "energy+rmd"}
+    assert "energy+rmd" in report["deployment"]
+    with open_runner(run / "export") as runner:
+        pixels = preprocess(open_dataset(images["same"]).image(3), runner.spec.preprocess)
+        found = runner.infer({"image": pixels[None]})["ood_score"][0]
+    assert raw["same"]["energy+rmd"][3] == pytest.approx(found, rel=1e-3)
+    print_report(report)
+    assert "energy+rmd *" in capsys.readouterr().out
+    (run / "export" / DETECTOR_NAME).write_bytes(b"")
+    damaged, _ = evaluate(run, images["same"], images, bootstrap=0)
+    assert damaged["default_score"] == "energy" and "left out" in capsys.readouterr().err
 
 
 def test_other_classes_missing_data_and_a_checkpoint_without_splits_are_refused(place, tmp_path):

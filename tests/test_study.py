@@ -114,6 +114,19 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path, monke
     assert "| method=ssod | 1 |" in result.stdout
 
 
+def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+    result = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.5")
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / STUDY).read_text())
+    for row in record["runs"]:
+        assert row["mean"]["shipped"] == row["mean"]["energy+knn"] and row["default_score"] == "energy+knn"
+    assert "shipped" in (out / TABLE).read_text().splitlines()[0]
+    monkeypatch.setattr("ssod_edge.study.export_run", lambda *_, **__: pytest.fail("an export is not made again"))
+    again = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.5")
+    assert again.exit_code == 0 and json.loads((out / STUDY).read_text())["summary"] == record["summary"]
+
+
 def test_options_that_contradict_the_grid_are_refused(data, tmp_path):
     result = study(data, tmp_path / "study", "--method", "both")
     assert result.exit_code == 2 and "method cannot be given both" in result.stderr
