@@ -88,7 +88,10 @@ class DetectorScore(nn.Module):
             return self.numbers["alpha"] * squared.sqrt() + score_of_graph("energy", logits, probs, logits)
         quadratic = int(self.numbers["quadratic"])
         distances, classes = rows.split([quadratic, rows.shape[1] - quadratic], dim=1)
-        return distances.square().sum(dim=1) + classes.amin(dim=1)
+        distance = distances.square().sum(dim=1)
+        if self.has_center:
+            distance = self.numbers["scale"] * (features - self.center).square().sum(dim=1) - distance
+        return distance + classes.amin(dim=1)
 
     def _scaled(self, features: Tensor, logits: Tensor) -> Tensor:
         """k is fixed, so that TopK has a shape that every engine knows when it builds."""

@@ -24,8 +24,8 @@ Labels = npt.NDArray[np.int64]
 #: Share of the mean variance that is added to every direction of a covariance: features have directions in which
 #: nothing varies, and 16-bit noise must not be blown up along them.
 RIDGE = 1e-3
-#: Directions of ViM's principal space if there are no more classes, see `fit_vim`.
-VIM_DIMENSIONS = 64
+#: Principal directions that ViM and Mahalanobis keep if there are no more classes.
+PRINCIPAL = 64
 #: |z - c|^2 over the squared residual, up to which their difference is taken in fp32: it loses 1e-7 of the former.
 CANCELLATION = 1e3
 #: Prototypes of a class, as long as all classes together have no more than so many.
@@ -47,8 +47,8 @@ class Detector:
     With y = z @ weight.T + bias, Q = numbers["quadratic"], e(l) = -logsumexp(l), and r = exp(sum(z+) / sum(top-k z+)):
 
         vim          alpha |y| + e(logits); with a center: |y|^2 is |z - center|^2 - |y|^2
-        mahalanobis  |y[:Q]|^2 + min(y[Q:])
-        rmd          the same
+        rmd          |y[:Q]|^2 + min(y[Q:])
+        mahalanobis  the same; with a center: scale |z - center|^2 - |y[:Q]|^2 + min(y[Q:])
         knn          1 - max(y) / |z|
         react        e(min(z, clip) @ weight.T + bias)
         ash          e(r * (z where z >= the k-th largest) @ weight.T + bias)
@@ -112,8 +112,10 @@ class Detector:
             residual: Wide = np.sqrt(squared)
             return self.numbers["alpha"] * residual + _energy(given)
         quadratic = int(self.numbers["quadratic"])
-        distance: Wide = np.square(y[:, :quadratic]).sum(axis=1) + y[:, quadratic:].min(axis=1)
-        return distance
+        distance: Wide = np.square(y[:, :quadratic]).sum(axis=1)
+        if self.center.size:
+            distance = self.numbers["scale"] * np.square(z - self.center).sum(axis=1) - distance
+        return distance + y[:, quadratic:].min(axis=1)
 
     def _shaped(self, z: Wide) -> Wide:
         """The features that a score's own Gemm reads."""
@@ -203,13 +205,13 @@ def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
     middle of the training features: R does not see that, and both terms become small.
 
     Args:
-        dimensions: d; None takes one for each class, at least `VIM_DIMENSIONS` and at most D / 2. That is the paper's
+        dimensions: d; None takes one for each class, at least `PRINCIPAL` and at most D / 2. That is the paper's
             1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better with ten classes, and takes
             eight times the rows (docs/detection.md).
     """
     z, width = data.features.astype(np.float64), data.features.shape[1]
     if dimensions is None:
-        dimensions = min(width // 2, max(VIM_DIMENSIONS, len(data.bias)))
+        dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
     if not 0 < dimensions < width:
         raise UsageError(f"ViM's dimensions must lie between 0 and {width}, got {dimensions}")
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
@@ -229,23 +231,46 @@ def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
     return Detector("vim", _f(residual), _f(-residual @ origin), numbers={"alpha": alpha}, settings=settings)
 
 
-def fit_mahalanobis(data: FitData) -> Detector:
+def fit_mahalanobis(data: FitData, dimensions: int | None = None) -> Detector:
     """Mahalanobis distance (Lee et al., NeurIPS 2018): min over classes of (z - m_c)' S^-1 (z - m_c).
 
-    S is the covariance within the classes plus `RIDGE` times its mean variance in every direction. With S^-1 = L' L, m
-    the mean of all features and u_c = L (m_c - m), the distance is |L (z - m)|^2 - 2 u_c' L (z - m) + |u_c|^2: D rows,
-    and one for each class. Taken about m, no term is much larger than the distance, so that fp32 holds the difference.
+    S is the covariance within the classes plus `RIDGE` times its mean variance in every direction. Of its D variances
+    the d largest are kept, and the others take their mean v (the covariance of probabilistic PCA, Tipping and Bishop,
+    1999), which tells images apart as well (docs/detection.md) and takes d + C rows instead of D + C:
+    S^-1 = I / v - A' A with A [d, D] the d directions, each times sqrt(1 / v - 1 / its variance).
+
+    With m the mean of all features and o_c = m_c - m, the distance is
+    (z - m)' S^-1 (z - m) - 2 o_c' S^-1 (z - m) + o_c' S^-1 o_c. Taken about m, no term is much larger than the
+    distance, so that fp32 holds the difference; where one is, all D directions are rows and nothing is subtracted.
+
+    Args:
+        dimensions: d; None takes one for each class, at least `PRINCIPAL` and at most D / 2. D takes them all.
     """
-    groups = _Groups(data)
-    whitening = groups.whitening
-    u = groups.offsets @ whitening.T
-    linear = -2 * u @ whitening
-    weight = np.concatenate([whitening, linear])
+    groups, width = _Groups(data), data.features.shape[1]
+    if dimensions is None:
+        dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
+    if not 0 < dimensions <= width:
+        raise UsageError(f"Mahalanobis's dimensions must lie between 1 and {width}, got {dimensions}")
+    settings = groups.settings | {"dimensions": dimensions}
+    if dimensions < width:
+        largest = groups.variances[width - dimensions :]
+        rest = float(groups.variances[: width - dimensions].mean())
+        rows = np.sqrt(np.maximum(1 / rest - 1 / largest, 0))[:, None] * groups.directions[:, width - dimensions :].T
+        inverse = np.eye(width) / rest - rows.T @ rows
+        v = data.features.astype(np.float64) - groups.mean
+        distance = np.einsum("nd,nd->n", v @ inverse, v)
+        if np.square(v).sum(axis=1).max() / rest <= CANCELLATION * max(float(distance.std()), TINY):
+            weight = np.concatenate([rows, -2 * groups.offsets @ inverse])
+            bias = -weight @ groups.mean
+            bias[dimensions:] += np.einsum("cd,cd->c", groups.offsets @ inverse, groups.offsets)
+            numbers = {"quadratic": dimensions, "scale": 1 / rest}
+            return Detector("mahalanobis", _f(weight), _f(bias), _f(groups.mean), numbers, settings)
+        settings["dimensions"] = width
+    u = groups.offsets @ groups.whitening.T
+    weight = np.concatenate([groups.whitening, -2 * u @ groups.whitening])
     bias = -weight @ groups.mean
-    bias[len(whitening) :] += np.square(u).sum(axis=1)
-    return Detector(
-        "mahalanobis", _f(weight), _f(bias), numbers={"quadratic": len(whitening)}, settings=groups.settings
-    )
+    bias[width:] += np.square(u).sum(axis=1)
+    return Detector("mahalanobis", _f(weight), _f(bias), numbers={"quadratic": width}, settings=settings)
 
 
 def fit_rmd(data: FitData) -> Detector:
@@ -344,7 +369,8 @@ class _Groups:
         mean: [D], of all images.
         offsets: [C, D], class means less `mean`, of the C classes that have images.
         shares: [C], of the images.
-        whitening: L [D, D], with L' L the inverse of the ridged covariance within the classes.
+        variances, directions: [D], ascending, and [D, D], a column each: of the ridged covariance within the classes.
+        whitening: L [D, D], with L' L its inverse.
     """
 
     def __init__(self, data: FitData) -> None:
@@ -359,7 +385,8 @@ class _Groups:
         values, vectors = np.linalg.eigh(covariance)
         if not ridge > 0:
             raise UsageError("the training features do not vary within their classes: there is no covariance to fit")
-        self.whitening = vectors.T / np.sqrt(np.maximum(values, 0) + ridge)[:, None]
+        self.variances, self.directions = np.maximum(values, 0) + ridge, vectors
+        self.whitening = vectors.T / np.sqrt(self.variances)[:, None]
         self.settings: dict[str, float | str] = {"classes": len(present), "ridge": RIDGE}
 
 

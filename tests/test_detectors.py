@@ -14,6 +14,7 @@ from ssod_edge.detectors import (
     FitData,
     fit,
     fit_knn,
+    fit_mahalanobis,
     fit_scale,
     fit_vim,
     spherical_kmeans,
@@ -70,12 +71,31 @@ def squared_distance(z: np.ndarray, center: np.ndarray, covariance: np.ndarray) 
     return np.array([(row - center) @ inverse @ (row - center) for row in z.astype(np.float64)])
 
 
-def test_mahalanobis_is_the_smallest_distance_to_a_class(data: FitData, images: FitData) -> None:
+@pytest.mark.parametrize(("dimensions", "kept"), [(None, WIDTH // 2), (4, 4), (WIDTH, WIDTH)])
+def test_mahalanobis_is_the_smallest_distance_to_a_class(
+    data: FitData, images: FitData, dimensions: int | None, kept: int
+) -> None:
     means, within, _ = covariances(data)
+    values, vectors = np.linalg.eigh(within)
+    values[: WIDTH - kept] = values[: WIDTH - kept].mean() if kept < WIDTH else 1.0  # the rest is a sphere
+    within = (vectors * values) @ vectors.T
     expected = np.min([squared_distance(images.features, mean, within) for mean in means], axis=0)
-    found = fit("mahalanobis", data)
-    assert found.rows == WIDTH + CLASSES
-    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4)
+    found = fit_mahalanobis(data, dimensions)
+    assert found.rows == kept + CLASSES and bool(found.center.size) == (kept < WIDTH)
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-3)
+
+
+def test_mahalanobis_subtracts_nothing_where_fp32_would_lose_it() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1e-3, (200, WIDTH))
+    features[:, 0] += np.repeat([1000, -1000], 100)  # two classes, far apart and narrow
+    labels = np.repeat([0, 1], 100)
+    weight = np.zeros((2, WIDTH), np.float32)
+    data = FitData(features.astype(np.float32), labels, np.zeros((200, 2), np.float32), weight, np.zeros(2, np.float32))
+    found = fit_mahalanobis(data)
+    assert not found.center.size and found.settings["dimensions"] == WIDTH
+    with pytest.raises(UsageError, match="dimensions must lie between 1 and 24, got 25"):
+        fit_mahalanobis(data, WIDTH + 1)
 
 
 def test_relative_mahalanobis_takes_two_rows_a_class(data: FitData, images: FitData) -> None:

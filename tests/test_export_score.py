@@ -92,9 +92,8 @@ def fit_tiny(tiny: SSODClassifier, name: str) -> FittedScore:
     return fit_vim(data, 8) if name == "vim-principal" else fit_score(name, data)
 
 
-#: The graph of `mahalanobis` is that of `rmd`.
 SUMS = ("ssod+energy+mahalanobis+rmd", "posterior+scale", "msp+maxlogit+knn+react+vim")
-GRAPHS = ("vim", "vim-principal", "rmd", "knn", "react", "ash", "scale", *SUMS)
+GRAPHS = ("vim", "vim-principal", "mahalanobis", "rmd", "knn", "react", "ash", "scale", *SUMS)
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
