@@ -115,7 +115,8 @@ class Detector:
         distance: Wide = np.square(y[:, :quadratic]).sum(axis=1)
         if self.center.size:
             distance = self.numbers["scale"] * np.square(z - self.center).sum(axis=1) - distance
-        return distance + y[:, quadratic:].min(axis=1)
+        distance += y[:, quadratic:].min(axis=1)
+        return distance
 
     def _shaped(self, z: Wide) -> Wide:
         """The features that a score's own Gemm reads."""
