@@ -17,7 +17,7 @@ from ssod_edge.config import LossConfig, TrainConfig
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.evaluate import evaluate
 from ssod_edge.evaluation_data import parse_named_data
-from ssod_edge.export.run import export_run
+from ssod_edge.export.run import ExportOptions, export_run
 from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.train import load_config, resume_run, start_run
 
@@ -142,6 +142,7 @@ def run_study(
     }  # fmt: skip
     folder = make_directory(Path(out))
     if score is not None:
+        ExportOptions(score=score)  # a name that is none, before hours of training
         asked["score"] = score
     _check_same_study(folder, {"data": data, "options": json.loads(json.dumps(given))})
     rows, failed = [], []

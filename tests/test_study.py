@@ -132,4 +132,6 @@ def test_options_that_contradict_the_grid_are_refused(data, tmp_path):
     assert result.exit_code == 2 and "method cannot be given both" in result.stderr
     result = study(data, tmp_path / "study", "--seed", "1")
     assert result.exit_code == 2 and "--seeds, not --seed" in result.stderr
+    result = study(data, tmp_path / "study", "--score", "energy+best")
+    assert result.exit_code == 2 and "got 'best'" in result.stderr
     assert not (tmp_path / "study").exists()
