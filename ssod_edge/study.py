@@ -130,6 +130,7 @@ def run_study(
         UsageError: a wrong grid, or a folder that holds a study of other settings.
     """
     cells = parse_grid(vary, seeds)
+    ExportOptions(score=score)  # a name that is none, before hours of training
     given = {key: value for key, value in options.items() if value is not None}
     if "seed" in given:
         raise UsageError("a study takes --seeds, not --seed")
@@ -142,7 +143,6 @@ def run_study(
     }  # fmt: skip
     folder = make_directory(Path(out))
     if score is not None:
-        ExportOptions(score=score)  # a name that is none, before hours of training
         asked["score"] = score
     _check_same_study(folder, {"data": data, "options": json.loads(json.dumps(given))})
     rows, failed = [], []
