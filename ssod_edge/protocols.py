@@ -13,7 +13,7 @@ import click
 
 from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
-from ssod_edge.image_lists import choose_seeded, write_image_list
+from ssod_edge.image_lists import choose_seeded, find_listed, write_image_list
 from ssod_edge.progress import image_bar
 from ssod_edge.sources import IMAGE_LIST_SUFFIX, ReaderImages, open_dataset
 from ssod_edge.study import STUDY, parse_grid, run_study
@@ -248,20 +248,21 @@ def _find_all(table: Table, root: Path) -> dict[str, str]:
 def _fix_images(data: str, name: str, out: Path, lists: str | None, images: int) -> str:
     """What `open_dataset` takes for exactly the images of a list, which is made if there is none."""
     file = (Path(lists) if lists else make_directory(out / LISTS)) / f"{name}{IMAGE_LIST_SUFFIX}"
+    source = open_dataset(data, labelled=False)
+    if not isinstance(source, ReaderImages):
+        raise UsageError(f"'{data}' is no folder, archive or torchvision data set")
     if not file.exists():
         if lists:
             raise UsageError(f"'{lists}' has no list '{file.name}'. Leave --lists out to make one")
-        source = open_dataset(data, labelled=False)
-        if not isinstance(source, ReaderImages):
-            raise UsageError(f"'{data}' is no folder, archive or torchvision data set")
         chosen = choose_seeded(source, images, seed=0)
         with image_bar(f"list of {name}", len(chosen)) as advance:
             write_image_list(source, chosen, file, advance)
-    fixed = f"{data}@{file}"
-    count = len(open_dataset(fixed, labelled=False))
-    if not lists and count < images:
-        click.echo(f"{name}: all {count} images; {images} were asked for", err=True)
-    return fixed
+        if len(chosen) < images:
+            click.echo(f"{name}: all {len(chosen)} images; {images} were asked for", err=True)
+    count = len(find_listed(source, str(file))[0])
+    if not lists and count != min(images, len(source)):
+        raise UsageError(f"'{file}' lists {count} images, not the {images} of --images. Choose another folder with -o")
+    return f"{data}@{file}"
 
 
 def markdown(table: Table, runs: Sequence[Mapping[str, Any]]) -> str:

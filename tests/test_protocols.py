@@ -62,6 +62,8 @@ def test_table_2_from_nothing_and_again(root, tmp_path):
     assert (figure["n_ood"], runs[0]["n_id"]) == (25, 25)
     config = json.loads((out / "method=ssod-seed=0" / "config.json").read_text())
     assert (config["recipe"], config["lr"], config["epochs"]) == ("paper", 1e-4, 1)
+    other = run("cifar10", root, out, "--images", "24", "--check")
+    assert other.exit_code == 2 and "lists 25 images, not the 24 of --images" in other.stderr
     # The lists go elsewhere, and give the same images there.
     again = run("cifar10", root, tmp_path / "again", "--lists", str(out / "lists"), "--check")
     assert again.exit_code == 0 and "Table 2: 2 runs: method=ce-seed=0, method=ssod-seed=0" in again.stdout
