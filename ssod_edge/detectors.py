@@ -26,8 +26,8 @@ Labels = npt.NDArray[np.int64]
 RIDGE = 1e-3
 #: Principal directions that ViM and Mahalanobis keep if there are no more classes.
 PRINCIPAL = 64
-#: Largest term over the result (ViM's squared residual) or its spread (Mahalanobis), up to which a difference is taken in
-#: fp32: it loses 1e-7 of the term.
+#: Largest term over the result (ViM's squared residual) or its spread (Mahalanobis), up to which a difference is taken
+#: in fp32: it loses 1e-7 of the term.
 CANCELLATION = 1e3
 #: Prototypes of a class, as long as all classes together have no more than so many.
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
