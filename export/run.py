@@ -47,7 +47,8 @@ class ExportOptions:
         precisions: of `PRECISIONS`; "int8" is not made unless it is named.
         engines: of `TARGETS`.
         target_tpr: share of in-distribution images that must stay known, in (0, 1).
-        score: the OOD score that the graph computes, or "auto"; None takes the default.
+        score: the OOD score that the graph computes, or "auto"; None takes that of an earlier export of the same
+            weights in the same place, else the default.
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
         plans: how TensorRT's plans are built.
     """
@@ -117,9 +118,9 @@ def export_source(
         check_int8(source)
     if out is None:
         check_run_folder(source)
-    shipped = ship_score(source, options.score, say)
-    source = shipped.source
     place = Path(out) if out is not None else source.folder / "export"
+    shipped = ship_score(source, options.score, say, earlier_export(place))
+    source = shipped.source
     with ExitStack() as publishing, staged(place) as folder:
         spec = _build(shipped, folder, options, say, place)
         spec = _prove(source, folder, spec, options.target_tpr, say)

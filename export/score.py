@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
 from ssod_edge.detectors import FitData
-from ssod_edge.errors import UsageError
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.auto import choose
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.source import Calibration, Source, check_score, model_labels
 from ssod_edge.progress import image_bar
-from ssod_edge.score_sum import FittedScore, fit_score
+from ssod_edge.score_sum import FittedScore, fit_score, load_shipped
+from ssod_edge.spec import Spec
 
 Say = Callable[[str], None]
 
@@ -47,17 +49,23 @@ class ShippedScore:
     choice: dict[str, Any] = field(default_factory=dict)
 
 
-def ship_score(source: Source, wanted: str | None, say: Say) -> ShippedScore:
+def ship_score(source: Source, wanted: str | None, say: Say, earlier: tuple[Path, Spec] | None = None) -> ShippedScore:
     """Decide on the score, and fit what it needs.
 
     Args:
         source: what is exported.
-        wanted: of `SHIPPED_SCORES`, a sum of some, "auto", or None for the default.
+        wanted: of `SHIPPED_SCORES`, a sum of some, "auto", or None for that of `earlier`, else the default.
         say: gets a line for each step.
+        earlier: the export that this one goes beside, its folder and spec.
 
     Raises:
         UsageError: the score needs an OOD row or images that this model has not.
     """
+    if wanted is None and earlier is not None and _same_weights(source, earlier[1]):
+        kept = _kept(source, *earlier, say)
+        if kept is not None:
+            return kept
+        wanted = AUTO_SCORE if earlier[1].choice else earlier[1].score_name
     if wanted is None:
         return ShippedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE, source)
     if wanted == AUTO_SCORE and not source.trained:
@@ -84,6 +92,36 @@ def ship_score(source: Source, wanted: str | None, say: Say) -> ShippedScore:
     detector_record = record | {"settings": candidate.settings} if candidate is not None else {}
     evidence = f"auto: the best mean AUROC on images made from {choices.description}, within the cost allowed"
     return ShippedScore(chosen, evidence, source, candidate, detector_record, figures)
+
+
+def _same_weights(source: Source, spec: Spec) -> bool:
+    model = source.model
+    return (spec.backbone, spec.classes, spec.preprocess, spec.trained) == (
+        model.backbone_name,
+        model.classes,
+        model.preprocess,
+        source.trained,
+    ) and all(spec.source.get(key) == value for key, value in source.facts.items())
+
+
+def _kept(source: Source, place: Path, spec: Spec, say: Say) -> ShippedScore | None:
+    """The score of an export of the same weights as it is; None if its state is lost, or of other images than now."""
+    name, state = spec.score_name, None
+    if spec.detector or spec.choice:
+        training, choices, source = divide(source, bool(spec.choice), say)
+        fitted_on, chosen_on = spec.detector.get("data"), spec.choice.get("known")
+        if fitted_on not in (None, training.description) or chosen_on not in (None, choices and choices.description):
+            say(f"'{place}' ships {name}, of other images: it is made anew")
+            return None
+        try:
+            state = load_shipped(spec, place, source.model.classifier.in_features)
+        except ArtifactError as error:
+            say(f"{error}: it is made anew")
+            return None
+    if spec.score["evidence"] != DEFAULT_EVIDENCE:
+        say(f"score {name}, as in the export that is there; another with --score")
+    record = {key: value for key, value in spec.detector.items() if key != "sha256"}
+    return ShippedScore(name, spec.score["evidence"], source, state, record, spec.choice)
 
 
 def divide(source: Source, auto: bool, say: Say) -> tuple[Calibration, Calibration | None, Source]:

@@ -318,8 +318,8 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
 @click.option(
     "--score",
     metavar="NAME|NAME+NAME...|auto",
-    help=f"OOD score in the graph: {', '.join(SHIPPED_SCORES)}, or a sum. Default: energy. "
-    "auto: the best on held-out images within 1% of energy's cost.",
+    help=f"OOD score in the graph: {', '.join(SHIPPED_SCORES)}, or a sum. Default: that of the export "
+    "that is there, else energy. auto: the best on held-out images within 1% of energy's cost.",
 )
 @click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")
