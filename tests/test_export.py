@@ -28,7 +28,7 @@ from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime import open_runner
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.scores import ood_scores
-from ssod_edge.spec import Threshold, check_files, load_spec, save_spec
+from ssod_edge.spec import Threshold, check_files, check_hash, load_spec, save_spec
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,24 @@ def test_artifacts_of_another_score_are_removed_and_named(small_run: Path, expor
     assert [a.name for a in spec.artifacts] == ["onnx-fp32"]
     assert set(snapshot(out)) == {"model-fp32.onnx", "reference.npz", "ssod.json"}
     assert sum("is of another model, score" in line for line in lines) == 3
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1 + 1e-6, 3), (1 + 1e-2, 0)])
+def test_artifacts_are_kept_though_the_last_bits_of_the_reference_differ(
+    small_run: Path, exported: Path, tmp_path: Path, factor: float, kept: int
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    with np.load(out / "reference.npz") as file:
+        arrays = dict(file)
+    np.savez(out / "reference.npz", **{**arrays, "logits": arrays["logits"] * np.float32(factor)})
+    save_spec(replace(load_spec(out), reference_sha256=sha256_file(out / "reference.npz")), out)
+    lines: list[str] = []
+    options = ExportOptions(precisions=("fp32",), engines=("onnxruntime",))
+    spec = export_source(from_run(small_run), out, options, say=lines.append)
+    assert len(spec.artifacts) == 1 + kept
+    assert sum(line.startswith("kept ") for line in lines) == kept
+    check_hash(out / "reference.npz", spec.reference_sha256)
 
 
 def test_a_folder_of_other_files_is_not_touched(small_run: Path, traced_once: None, tmp_path: Path) -> None:
