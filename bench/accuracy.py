@@ -13,8 +13,9 @@ from PIL import Image
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import EngineError, ImageError
 from ssod_edge.image import preprocess, via
-from ssod_edge.metrics import detection_metrics
+from ssod_edge.metrics import deployment_metrics, detection_metrics
 from ssod_edge.runtime.runner import Array, Runner
+from ssod_edge.spec import Threshold
 
 BATCH = 32
 
@@ -127,21 +128,23 @@ def _finite(outputs: dict[str, Array], name: str) -> dict[str, Array]:
 
 def accuracy_figures(
     name: str,
-    threshold: float | None,
+    threshold: Threshold | None,
     labels: npt.NDArray[np.int64],
     known: Mapping[str, Mapping[str, Array]],
     unknown: Mapping[str, Mapping[str, Mapping[str, Array]]],
     reference: str,
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     """One backend's accuracy columns. A figure that cannot be computed is None.
 
     Args:
         name: the backend.
         threshold: its own; None if it has none.
-        labels: int64 [n], of the ID images.
+        labels: int64 [n], of the ID images; -1 where the model does not know the class.
         known: backend -> outputs on the ID images.
         unknown: OOD set -> backend -> outputs.
         reference: the backend that the others are compared with; itself, it has no agreement and no flips.
+        classes: the model's.
 
     Returns:
         - top1: share of ID images whose largest logit is the label's.
@@ -151,35 +154,41 @@ def accuracy_figures(
         - false_reject: share of ID images unknown at `threshold`.
         - false_accept: share of OOD images known at `threshold`, mean over the OOD sets.
         - ood_sets: OOD set -> {auroc, fpr_at_id_tpr95, n_ood}, with a threshold also false_accept.
+        - deployment: what the threshold means, as `ssod_edge.metrics.deployment_metrics`; None if a label is -1.
     """
     own = known[name]
     eager = known.get(reference) if name != reference else None
-    classes = own["logits"].argmax(axis=1)
+    predicted = own["logits"].argmax(axis=1)
     figures: dict[str, Any] = {
-        "top1": float((classes == labels).mean()),
-        "agreement": None if eager is None else float((classes == eager["logits"].argmax(axis=1)).mean()),
+        "top1": float((predicted == labels).mean()),
+        "agreement": None if eager is None else float((predicted == eager["logits"].argmax(axis=1)).mean()),
         "auroc": None,
         "fpr_at_id_tpr95": None,
         "decision_flips": None,
         "false_accept": None,
         "false_reject": None,
         "ood_sets": {},
+        "deployment": None,
     }
     if "ood_score" not in own:
         return figures
     if threshold is not None:
-        figures["false_reject"] = float((own["ood_score"] > threshold).mean())
+        figures["false_reject"] = float((own["ood_score"] > threshold.value).mean())
+        if labels.min() >= 0:
+            ood = {set_name: outputs[name]["ood_score"] for set_name, outputs in unknown.items()}
+            right = predicted == labels
+            figures["deployment"] = deployment_metrics(own["ood_score"], ood, threshold, right, labels, classes)
     for set_name, outputs in unknown.items():
         metrics = detection_metrics(own["ood_score"], outputs[name]["ood_score"], bootstrap=0)
         values = figures["ood_sets"][set_name] = {key: metrics[key] for key in ("auroc", "fpr_at_id_tpr95", "n_ood")}
         if threshold is not None:
-            values["false_accept"] = float((outputs[name]["ood_score"] <= threshold).mean())
+            values["false_accept"] = float((outputs[name]["ood_score"] <= threshold.value).mean())
     means = ("auroc", "fpr_at_id_tpr95", *(("false_accept",) if threshold is not None else ()))
     for key in means if unknown else ():
         figures[key] = float(np.mean([values[key] for values in figures["ood_sets"].values()]))
     if threshold is not None and eager is not None:
         pairs = [(own, eager), *((outputs[name], outputs[reference]) for outputs in unknown.values())]
-        figures["decision_flips"] = sum(_flips(one, other, threshold) for one, other in pairs)
+        figures["decision_flips"] = sum(_flips(one, other, threshold.value) for one, other in pairs)
     return figures
 
 

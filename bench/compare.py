@@ -90,6 +90,11 @@ def _row_changes(old: Row, new: Row, same_images: bool) -> list[Change]:
     for key, noise in plain:
         if old[key] is not None and new[key] is not None:
             found.append(Change(name, key, old[key], new[key], noise))
+    if same_images and old["deployment"] and new["deployment"]:
+        for key in ("selective_accuracy", "aurc"):
+            before, after = old["deployment"][key], new["deployment"][key]
+            if before is not None and after is not None:
+                found.append(Change(name, key, before, after, EXACT))
     return [change for change in found if abs(change.new - change.old) > change.noise]
 
 

@@ -144,8 +144,8 @@ class Measurement:
         }
         own = outputs.pop(known.name)
         for name, runner in runners.items():
-            threshold = None if runner.artifact.threshold is None else runner.artifact.threshold.value
-            self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, EAGER)
+            threshold, classes = runner.artifact.threshold, self.spec.classes
+            self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, EAGER, classes)
 
     def _measure_memory(self) -> None:
         working = self.backends.working()

@@ -23,10 +23,10 @@ ROW_KEYS = (
     *("artifact", "sha256", "engine", "precision", "device", "batch"),
     *("latency_ms", "stages_ms", "throughput_ips", "size_mb", "rss_mb"),
     *("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips"),
-    *("status", "error", "repeats_ms", "ood_sets", "power", "false_accept", "false_reject"),
+    *("status", "error", "repeats_ms", "ood_sets", "power", "false_accept", "false_reject", "deployment"),
 )
 #: Keys that records of earlier releases lack.
-LATER_KEYS = ("power", "false_accept", "false_reject")
+LATER_KEYS = ("power", "false_accept", "false_reject", "deployment")
 
 COMPUTE = 2  # column of latency.STAGES
 

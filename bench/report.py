@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -17,6 +18,8 @@ from ssod_edge.bench.latency import STAGES
 
 Row = dict[str, Any]
 DASH = "-"
+#: Title of the second table.
+DEPLOYMENT = "At each artifact's own threshold, with 95% intervals"
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,25 @@ def columns(rows: list[Row]) -> list[Column]:
         Column("AUROC %", lambda row: _percent(row["auroc"])),
         Column("FPR95 %", lambda row: _percent(row["fpr_at_id_tpr95"])),
         Column("flips", lambda row: _number(row["decision_flips"], 0)),
-        Column("false accept %", lambda row: _percent(row["false_accept"])),
-        Column("false reject %", lambda row: _percent(row["false_reject"])),
     ]
     kept = [c for c in found if c.title == "p90 ms" or any(c.text(row) != DASH for row in rows)]
     if any(row["status"] != "ok" for row in rows):
         kept.append(Column("status", lambda row: str(row["status"]), left=True))
     return kept
+
+
+def deployment_columns(rows: list[Row]) -> list[Column]:
+    """The columns of a second table, for rows with a threshold and labelled images: what it does, with intervals."""
+    sets = list(dict.fromkeys(name for row in rows for name in row["deployment"]["ood"]))
+    found = [
+        Column("artifact", lambda row: str(row["artifact"]), left=True),
+        Column("known accepted %", lambda row: _interval(row["deployment"], "id_tpr")),
+        Column("selective accuracy %", lambda row: _interval(row["deployment"], "selective_accuracy")),
+        Column("AURC %", lambda row: _percent(row["deployment"]["aurc"])),
+    ]
+    for name in sets:
+        found.append(Column(f"{name} accepted %", partial(_accepted, name)))
+    return [*found, Column("most rejected class %", _most_rejected)]
 
 
 def title(record: dict[str, Any]) -> str:
@@ -84,34 +99,34 @@ def notes(record: dict[str, Any]) -> list[str]:
 def print_record(record: dict[str, Any], console: Console) -> None:
     """The table, the stages and the notes."""
     rows = record["rows"]
-    table = Table(title=title(record), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for column in columns(rows):
-        heading = column.title if column.left else column.title.replace(" ", "\n", 1)
-        table.add_column(heading, justify="left" if column.left else "right", no_wrap=column.left)
-    for row in rows:
-        style = None if row["status"] == "ok" else "red" if row["status"] == "failed" else "dim"
-        table.add_row(*(escape(column.text(row)) for column in columns(rows)), style=style)
-    console.print(table)
+    console.print(_table(title(record), columns(rows), rows))
     if any(row["stages_ms"] for row in rows):
         console.print(_stages(rows))
+    if deployed := [row for row in rows if row["deployment"]]:
+        console.print(_table(DEPLOYMENT, deployment_columns(deployed), deployed))
     for line in notes(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table and the command that reproduces it, as Markdown."""
-    used = columns(record["rows"])
-    lines = [
-        f"**{title(record)}**",
-        "",
-        "| " + " | ".join(column.title for column in used) + " |",
-        "|" + "|".join("---" if column.left else "---:" for column in used) + "|",
-        *("| " + " | ".join(_cell(column.text(row)) for column in used) + " |" for row in record["rows"]),
-        "",
+    rows = record["rows"]
+    lines = [f"**{title(record)}**", "", *_markdown_table(columns(rows), rows), ""]
+    if deployed := [row for row in rows if row["deployment"]]:
+        lines += [f"{DEPLOYMENT}:", "", *_markdown_table(deployment_columns(deployed), deployed), ""]
+    lines += [
         *(f"- {_cell(line)}" for line in notes(record)),
         f"- `{record['command']}`",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(used: list[Column], rows: list[Row]) -> list[str]:
+    return [
+        "| " + " | ".join(column.title for column in used) + " |",
+        "|" + "|".join("---" if column.left else "---:" for column in used) + "|",
+        *("| " + " | ".join(_cell(column.text(row)) for column in used) + " |" for row in rows),
+    ]
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -132,6 +147,17 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(table)
 
 
+def _table(title: str, used: list[Column], rows: list[Row]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for column in used:
+        heading = column.title if column.left else column.title.replace(" ", "\n", 1)
+        table.add_column(heading, justify="left" if column.left else "right", no_wrap=column.left)
+    for row in rows:
+        style = None if row["status"] == "ok" else "red" if row["status"] == "failed" else "dim"
+        table.add_row(*(escape(column.text(row)) for column in used), style=style)
+    return table
+
+
 def _stages(rows: list[Row]) -> Table:
     table = Table(title="Medians of the stages, ms", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("artifact", no_wrap=True)
@@ -140,6 +166,24 @@ def _stages(rows: list[Row]) -> Table:
     for row in (row for row in rows if row["stages_ms"]):
         table.add_row(escape(row["artifact"]), *(_stage(row, name) for name in (*STAGES, "end_to_end")))
     return table
+
+
+def _interval(figures: dict[str, Any], key: str) -> str:
+    if figures[key] is None:
+        return DASH
+    low, high = figures[f"{key}_ci"]
+    return f"{100 * figures[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _accepted(name: str, row: Row) -> str:
+    found = row["deployment"]["ood"].get(name)
+    return DASH if found is None else _interval(found, "false_accept")
+
+
+def _most_rejected(row: Row) -> str:
+    rates = {name: found["rate"] for name, found in row["deployment"]["rejected_by_class"].items() if found["n"]}
+    worst = max(rates, key=lambda name: rates[name])
+    return f"{worst} {100 * rates[worst]:.1f}"
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -25,11 +25,12 @@ from ssod_edge.bench.interrupt import Interrupts
 from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
 from ssod_edge.bench.record import load_record, save_record
-from ssod_edge.bench.report import markdown, print_record
+from ssod_edge.bench.report import DEPLOYMENT, markdown, print_record
 from ssod_edge.bench.run import bench, exit_code, newest_export, parse_unknown, run_bench
 from ssod_edge.cli import main
 from ssod_edge.errors import UsageError
-from ssod_edge.spec import load_spec
+from ssod_edge.metrics import deployment_metrics
+from ssod_edge.spec import Threshold, load_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "bench.json"
 BRIEF = Plan(warmup_s=0.0, warmup_queries=2, measure_s=0.0, measure_queries=8, repeats=3, pair_s=0.0)
@@ -174,6 +175,22 @@ def test_golden_tables(golden: dict[str, Any]) -> None:
     screen = shown(print_record, golden)
     for part in ("AUROC", "FPR95", "93.00", "Medians of the stages", "cost of knowing unknown on onnxruntime: 1.006"):
         assert part in screen
+
+
+def test_what_a_threshold_does_is_a_table_of_its_own(golden: dict[str, Any]) -> None:
+    assert DEPLOYMENT not in markdown(golden)
+    threshold = Threshold(value=0.5, target_tpr=0.95, n=100, data="others", fitted_tpr=0.95)
+    scores, right, labels = [0.1, 0.2, 0.3, 0.9], [True, True, False, True], [0, 0, 1, 1]
+    row = row_of(golden, "openvino-fp32")
+    row["deployment"] = deployment_metrics(scores, {"far": [0.4, 0.8]}, threshold, right, labels, ("cat", "dog"))
+    lines = markdown(golden).split(DEPLOYMENT)[1].splitlines()
+    assert lines[2] == (
+        "| artifact | known accepted % | selective accuracy % | AURC % | far accepted % | most rejected class % |"
+    )
+    assert lines[4].startswith("| openvino-fp32 | 75.0 (30.1-95.4) | 66.7 (20.8-93.9) | ")
+    assert lines[4].endswith(" | 50.0 (9.5-90.5) | dog 50.0 |") and lines[5] == ""
+    screen = shown(print_record, golden)
+    assert DEPLOYMENT in screen and "dog 50.0" in screen
 
 
 def test_a_damaged_source_fails_the_plain_rows_too(export: Path, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from ssod_edge.bench.images import BenchImages, choose_images, query_images
 from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.runtime import open_runner
-from ssod_edge.spec import load_spec
+from ssod_edge.spec import Threshold, load_spec
+
+THRESHOLD = Threshold(value=-2.5, target_tpr=0.95, n=100, data="others", fitted_tpr=0.95)
 
 
 @pytest.mark.parametrize("pair", [Pair("onnxruntime", "fp32"), Pair("openvino", "fp32"), Pair("openvino", "fp16")])
@@ -81,7 +83,7 @@ def test_accuracy_columns_by_hand() -> None:
         "near": {"eager": outputs([0, 0], [-8.5, 0]), "int": outputs([0, 0], [-2, -2])},
         "far": {"eager": outputs([0], [5]), "int": outputs([0], [-0.5])},
     }
-    figures = accuracy_figures("int", -2.5, labels, known, unknown, "eager")
+    figures = accuracy_figures("int", THRESHOLD, labels, known, unknown, "eager", CLASSES)
     assert figures["top1"] == 0.5
     assert figures["agreement"] == 0.75
     # near: 3 of 4 ID scores lie below -2, for both images; far: all of them below -0.5.
@@ -89,19 +91,28 @@ def test_accuracy_columns_by_hand() -> None:
     assert figures["ood_sets"]["far"] == {"auroc": 1.0, "fpr_at_id_tpr95": 0.0, "n_ood": 1, "false_accept": 0.0}
     assert (figures["auroc"], figures["fpr_at_id_tpr95"]) == (0.875, 0.5)
     assert figures["decision_flips"] == 1  # the first near image: known to the eager model at -2.5, not to this one
-    eager = accuracy_figures("eager", -2.5, labels, known, unknown, "eager")
+    eager = accuracy_figures("eager", THRESHOLD, labels, known, unknown, "eager", CLASSES)
     assert (eager["agreement"], eager["decision_flips"], eager["top1"]) == (None, None, 0.75)
     # of the scores -9, -3, -7, -1 one lies above -2.5; of the eager model's near images -8.5 lies below it
     assert (figures["false_reject"], figures["false_accept"]) == (0.25, 0.0)
     assert (eager["false_reject"], eager["false_accept"]) == (0.25, 0.25)
-    alone = accuracy_figures("int", -2.5, labels, known, {}, "eager")
+    at = figures["deployment"]
+    assert at["threshold"]["value"] == -2.5 and at["id_tpr"] == 0.75
+    assert at["selective_accuracy"] == pytest.approx(2 / 3)  # of the three that are accepted, the third is wrong
+    assert {name: found["rate"] for name, found in at["rejected_by_class"].items()} == dict(
+        zip(CLASSES, (0, 0, 0.5), strict=True)
+    )
+    assert at["ood"]["near"]["false_accept"] == 0 and eager["deployment"]["ood"]["near"]["false_accept"] == 0.5
+    stranger = accuracy_figures("int", THRESHOLD, np.array([0, 1, 2, -1]), known, unknown, "eager", CLASSES)
+    assert stranger["deployment"] is None and stranger["false_reject"] == 0.25
+    alone = accuracy_figures("int", THRESHOLD, labels, known, {}, "eager", CLASSES)
     assert (alone["false_reject"], alone["false_accept"]) == (0.25, None)
 
 
 def test_accuracy_without_eager_ood_or_threshold() -> None:
     known = {"plain": {"logits": np.eye(3, dtype=np.float32)}, "int": outputs([0, 1, 2], [1, 2, 3])}
     for name in known:
-        figures = accuracy_figures(name, None, np.array([0, 1, 1]), known, {}, "eager")
+        figures = accuracy_figures(name, None, np.array([0, 1, 1]), known, {}, "eager", CLASSES)
         assert figures.pop("top1") == pytest.approx(2 / 3)
         assert figures.pop("ood_sets") == {}
         assert set(figures.values()) == {None}
