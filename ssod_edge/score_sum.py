@@ -2,6 +2,9 @@
 
 Scores err in different places: the energy on features that are large in a new direction, a distance on objects that
 share parts with a class. A sum keeps what either sees. A sum of several is still rows of one Gemm and a few numbers.
+
+The spread is the distance from the median to the 95% quantile. A threshold lies there, and a part with a long tail
+among known images would otherwise decide alone which of them are rejected.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from ssod_edge.spec import DETECTOR_NAME, Spec, check_hash
 class ScoreSum:
     """score = sum over parts of scales[part] * score of the part, larger where an image is more likely OOD.
 
-    A part's scale is 1 / its standard deviation over the training images, so that no part is heard more than another.
+    A part's scale is 1 / its spread over the training images, so that no part is heard more than another.
 
     Attributes:
         name: the parts' names, joined by "+".
@@ -101,9 +104,16 @@ def fit_score(name: str, data: FitData, seed: int = 0) -> FittedScore:
 
 
 def spreads(names: tuple[str, ...], detectors: dict[str, Detector], data: FitData) -> dict[str, float]:
-    """Standard deviation of each score over the images that detectors are fitted on."""
+    """The 95% quantile less the median of each score over the images that detectors are fitted on.
+
+    The standard deviation where so many images have the largest score that these are equal.
+    """
     parts = part_scores(names, detectors, data.features, data.logits, data.id_logit)
-    return {name: float(np.std(values, dtype=np.float64)) for name, values in parts.items()}
+    found = {}
+    for name, values in parts.items():
+        median, high = np.quantile(values.astype(np.float64), (0.5, 0.95))
+        found[name] = float(high - median) or float(np.std(values, dtype=np.float64))
+    return found
 
 
 def sum_of(name: str, detectors: dict[str, Detector], spread: dict[str, float]) -> ScoreSum:

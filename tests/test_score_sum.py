@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,12 @@ def data() -> FitData:
     return make(400, seed=0)
 
 
+def spread(values: np.ndarray) -> float:
+    """Of 400 scores: from half the way between the 200th and 201st to a twentieth behind the 380th."""
+    ordered = np.sort(values.astype(np.float64))
+    return 0.95 * ordered[379] + 0.05 * ordered[380] - ordered[199:201].mean()
+
+
 def score(fitted, data: FitData) -> np.ndarray:
     return fitted.score(data.features, data.logits, data.id_logit)
 
@@ -39,9 +46,10 @@ def test_a_sum_is_of_its_parts_in_units_of_their_spread(data: FitData) -> None:
     fitted, images = fit_score("ssod+energy+rmd+vim", data), make(50, seed=1)
     assert isinstance(fitted, ScoreSum) and list(fitted.scales) == ["ssod", "energy", "rmd", "vim"]
     free, trained = ood_scores(images.logits, images.id_logit), ood_scores(data.logits, data.id_logit)
-    expected = sum(free[name] / np.std(trained[name]) for name in ("ssod", "energy"))
+    assert spread(trained["ssod"]) == 0  # most of these ID logits are the largest
+    expected = free["ssod"] / np.std(trained["ssod"]) + free["energy"] / spread(trained["energy"])
     for detector in (fit_rmd(data), fit_vim(data)):
-        expected = expected + score(detector, images) / np.std(score(detector, data))
+        expected = expected + score(detector, images) / spread(score(detector, data))
     np.testing.assert_allclose(score(fitted, images), expected, rtol=1e-4, atol=1e-3)
     rows = fit_rmd(data).rows + fit_vim(data).rows
     assert fitted.rows == len(fitted.weight) == len(fitted.bias) == rows
@@ -94,5 +102,10 @@ def test_sums_that_make_no_sense_are_refused(data: FitData, name: str, message: 
         fit_score(name, untrained)
 
 
-def test_spreads_are_standard_deviations(data: FitData) -> None:
-    assert spreads(("ssod",), {}, data)["ssod"] == pytest.approx(np.std(data.id_logit), rel=1e-6)
+def test_a_spread_is_taken_on_the_side_of_the_threshold(data: FitData) -> None:
+    """A long tail of surely known images does not count, one towards the unknown does."""
+    id_logit = np.linspace(-1, 1, 400, dtype=np.float32)
+    for sign, expected in ((1, 0.9), (-1, 10.0)):
+        stretched = sign * np.where(id_logit > 0.85, 10, id_logit)  # the score is its negative
+        found = spreads(("ssod",), {}, replace(data, id_logit=stretched.astype(np.float32)))["ssod"]
+        assert found == pytest.approx(expected, rel=1e-2)
