@@ -14,6 +14,7 @@ from torch import nn
 from ssod_edge.config import DEFAULT_SCORE, DETECTORS, SCORES, DetectorName
 from ssod_edge.detectors import Detector, FitData, fit
 from ssod_edge.errors import UsageError
+from ssod_edge.export.graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.pseudo_ood import KINDS, TAUGHT, pseudo_ood
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source, model_labels
@@ -67,15 +68,14 @@ def choose(
         UsageError: no image can be read.
     """
     model = source.model
-    detectors = {name: fit(cast(DetectorName, name), data) for name in DETECTORS if name not in NOT_CHOSEN}
-    candidates = _Candidates(model, detectors, data)
     images, labels = _read(choices, model)
+    logits, id_logit, features = run_eager(model, images)
+    candidates = _Candidates(model, _fit_all(data, features, logits, say), data)
     half = images[: max(1, len(images) // 2)]
     kinds = [kind for kind in KINDS if TAUGHT.get(kind) not in source.outliers]
     if taught := sorted(set(KINDS) - set(kinds)):
         say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
-    logits, *rest = run_eager(model, images)
-    known = candidates.scores(logits, *rest)
+    known = candidates.scores(logits, id_logit, features)
     pairs = {kind: (known, candidates.scores(*run_eager(model, pseudo_ood(half, kinds=(kind,))))) for kind in kinds}
     right, wrong = ((logits.argmax(1) == labels) == is_right for is_right in (True, False))
     wrong &= labels >= 0
@@ -98,6 +98,24 @@ def choose(
         "candidates": rows,
     }
     return best, candidates.state(best), figures
+
+
+def _fit_all(data: FitData, features: Array, logits: Array, say: Say) -> dict[str, Detector]:
+    """Every detector that can be fitted, and computed in fp32 on held-out images; the others are named."""
+    fitted = {}
+    for name in DETECTORS:
+        if name in NOT_CHOSEN:
+            continue
+        try:
+            detector = fit(cast(DetectorName, name), data)
+        except UsageError as error:
+            say(f"no candidate: {name}: {error}")
+            continue
+        if lost_to_rounding(detector, features, logits) > MOST_ROUNDING:
+            say(f"no candidate: {name}: fp32 does not hold it, because the features hardly vary within the classes")
+            continue
+        fitted[name] = detector
+    return fitted
 
 
 def _figures(name: str, pairs: dict[str, tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, Any]:

@@ -220,10 +220,11 @@ def _must_be_fp32(node: NodeProto, index: int) -> bool:
 
 
 def _float_values(graph: ModelProto) -> set[str]:
-    """Names of the fp32 values that nodes compute."""
+    """Names of the fp32 values that nodes compute; shape inference names the weights too, which are none."""
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True).graph
+    computed = {name for node in inferred.node for name in node.output}
     values = (*inferred.value_info, *inferred.output)
-    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT} & computed
 
 
 def _halve(tensor: TensorProto, report: HalfReport) -> tuple[TensorProto, HalfReport]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssod_edge.config import DETECTORS, SCORES, Preprocess
@@ -15,7 +16,11 @@ from ssod_edge.detectors import OWN_GEMM, TINY, Detector
 from ssod_edge.errors import UsageError
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.ops import ood_score
+from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
 from ssod_edge.score_sum import FittedScore, ScoreSum
+
+#: A detector whose rounding takes more of verification's tolerance than this is not shipped: an engine adds its own.
+MOST_ROUNDING = 0.5
 
 
 class FusedClassifier(nn.Module):
@@ -124,6 +129,23 @@ class SumScore(nn.Module):
                 value = score_of_graph(name, logits, probs, id_logit)
             terms.append(scale * value)
         return functools.reduce(torch.add, terms)
+
+
+def lost_to_rounding(detector: Detector, features: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
+    """The largest error of a detector in fp32, in units of what verification allows.
+
+    Behind a network whose features hardly vary within their classes, some are small differences of large numbers.
+
+    Args:
+        features: [n, D], of images that the detector was not fitted on.
+        logits: [n, M].
+    """
+    exact, z, x = detector.score(features, logits), torch.from_numpy(features), torch.from_numpy(logits)
+    with torch.no_grad():
+        rows = F.linear(z, *map(torch.from_numpy, (detector.weight, detector.bias))) if detector.rows else None
+        found = DetectorScore(detector)(z, x, torch.softmax(x, dim=1), x[:, 0], rows).numpy()
+    tolerance = score_tolerance(detector.name, exact, TOLERANCES["fp32"].logit)
+    return float(np.abs(found - exact).max()) / tolerance if tolerance > 0 else 0.0
 
 
 def _energy(logits: Tensor) -> Tensor:

@@ -194,15 +194,13 @@ def _reference_images(source: Source) -> tuple[NDArray[np.uint8], NDArray[np.int
 
 
 def _overflow_record(report: HalfReport) -> dict[str, Any]:
-    """What the spec says about overflow: the range that was measured, and the nodes that stay fp32 because of it."""
-    return {
-        "overflow": {
-            "images": report.images,
-            "largest": report.largest,
-            "limit": OVERFLOW_LIMIT,
-            "fp32_nodes": report.overflowing,
-        }
-    }
+    """What the spec says about overflow: the range that was measured, and the nodes that stay fp32 because of it.
+
+    None stands for infinity, which JSON has not.
+    """
+    finite = {node: value if np.isfinite(value) else None for node, value in report.overflowing.items()}
+    largest = report.largest if np.isfinite(report.largest) else None
+    return {"overflow": {"images": report.images, "largest": largest, "limit": OVERFLOW_LIMIT, "fp32_nodes": finite}}
 
 
 def _half_lines(report: HalfReport) -> list[str]:

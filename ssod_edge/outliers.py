@@ -37,13 +37,26 @@ def make_outliers(image: Tensor, kinds: Sequence[str], count: int) -> Tensor:
     Returns:
         uint8 [count, 3, S, S] on the device of `image`.
     """
-    order = torch.randperm(len(image)).repeat(-(-count // len(image)))[:count]
+    n = len(image)
+    order = torch.randperm(n).repeat(-(-count // n))[:count]
     made = image[order.to(image.device)]
     for index, kind in enumerate(kinds):
         part = slice(index, None, len(kinds))
-        if len(made[part]):
+        if not len(made[part]):
+            continue
+        if kind == "blend":
+            made[part] = blend(made[part], _partners(image, order[part]))
+        else:
             made[part] = _MAKERS[kind](made[part])
     return made
+
+
+def _partners(image: Tensor, chosen: Tensor) -> Tensor:
+    """For each chosen image another one of the batch; one that is alone gets itself, upside down."""
+    n = len(image)
+    if n == 1:
+        return image.flip(2)[chosen.to(image.device)]
+    return image[((chosen + torch.randint(1, n, chosen.shape)) % n).to(image.device)]
 
 
 def rotate(image: Tensor) -> Tensor:
@@ -83,9 +96,9 @@ def zoom(image: Tensor) -> Tensor:
     return enlarged.round().to(torch.uint8)
 
 
-def blend(image: Tensor) -> Tensor:
-    """[n, 3, S, S] -> the mean of each and its neighbour in the batch."""
-    return ((image.int() + image.roll(1, dims=0).int()) // 2).to(torch.uint8)
+def blend(image: Tensor, other: Tensor) -> Tensor:
+    """Twice [n, 3, S, S] -> their mean."""
+    return ((image.int() + other.int()) // 2).to(torch.uint8)
 
 
-_MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"rotate": rotate, "shuffle": shuffle, "zoom": zoom, "blend": blend}
+_MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"rotate": rotate, "shuffle": shuffle, "zoom": zoom}

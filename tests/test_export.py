@@ -18,10 +18,11 @@ from small import CLASSES, SIZE, eager, random_images, write_run
 from ssod_edge.checkpoint import BEST
 from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.export.command import run_export
+from ssod_edge.export.fp16 import HalfReport
 from ssod_edge.export.onnx import fused_graph
 from ssod_edge.export.openvino import save_ir
 from ssod_edge.export.reference import run_eager
-from ssod_edge.export.run import ExportOptions, export_run, export_source
+from ssod_edge.export.run import ExportOptions, _overflow_record, export_run, export_source
 from ssod_edge.export.source import from_run
 from ssod_edge.files import sha256_file
 from ssod_edge.model import SSODClassifier
@@ -228,6 +229,13 @@ def test_artifacts_are_kept_though_the_last_bits_of_the_reference_differ(
     assert len(spec.artifacts) == 1 + kept
     assert sum(line.startswith("kept ") for line in lines) == kept
     check_hash(out / "reference.npz", spec.reference_sha256)
+
+
+def test_a_range_that_is_infinite_can_be_written_down() -> None:
+    record = _overflow_record(HalfReport(images=1, largest=np.inf, overflowing={"conv": np.inf, "add": 1e6}))
+    assert record["overflow"]["largest"] is None
+    assert record["overflow"]["fp32_nodes"] == {"conv": None, "add": 1e6}
+    json.dumps(record, allow_nan=False)
 
 
 def test_a_folder_of_other_files_is_not_touched(small_run: Path, traced_once: None, tmp_path: Path) -> None:

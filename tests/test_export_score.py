@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ssod_edge.bench.plain import cut_plain
 from ssod_edge.cli import main
-from ssod_edge.config import DETECTORS, Preprocess, score_parts
+from ssod_edge.config import DETECTORS, SCORES, Preprocess, score_parts
 from ssod_edge.detectors import FitData, fit, fit_vim
 from ssod_edge.errors import ArtifactError, UsageError, VerificationError
-from ssod_edge.export.auto import _Candidates, multiply_adds
+from ssod_edge.export.auto import _Candidates, _fit_all, multiply_adds
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
 from ssod_edge.export.fp16 import to_fp16
-from ssod_edge.export.graph import DetectorScore
+from ssod_edge.export.graph import DetectorScore, lost_to_rounding
 from ssod_edge.export.onnx import check_fused, fused_graph, head_rows
 from ssod_edge.export.pseudo_ood import KINDS, pseudo_ood
 from ssod_edge.export.quantize import float_scope
@@ -133,6 +133,16 @@ def test_reduced_precision_leaves_the_whole_detector_in_fp32(tiny, fused) -> Non
     assert np.abs(found - expected).max() < 0.03 * np.ptp(expected)
     quantised = [node for node in graph.graph.node if node.name not in float_scope(graph, rows)]
     assert {node.op_type for node in quantised} <= {"Conv", "Relu"}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_fp16_looks_for_overflow_in_what_the_network_computes(tiny, name: str) -> None:
+    """And not in the constants of a score, such as the minus infinity with which msp leaves out the largest logit."""
+    images = pictures(16, seed=3).numpy()
+    _, report = to_fp16(fused_graph(tiny, name, trained=True), len(CLASSES) + 1, images)
+    with torch.no_grad():
+        values = tiny.backbone.conv(normalise(torch.from_numpy(images), tiny.preprocess))
+    assert report.largest == pytest.approx(float(values.abs().max()), rel=1e-4)
 
 
 def test_tensorrt_builds_the_graph(fused, tmp_path: Path) -> None:
@@ -406,3 +416,28 @@ def test_normalised_features_are_those_of_the_model(small_model: SSODClassifier)
     with torch.no_grad():
         expected = small_model.features(normalise(images, small_model.preprocess)).numpy()
     np.testing.assert_array_equal(run_eager(small_model, images.numpy())[2], expected)
+
+
+def collapsed(noise: float, seed: int = 1) -> FitData:
+    """Features of a network that learned its images by heart: classes far apart, and hardly anything within."""
+    rng, labels = np.random.default_rng(seed), np.arange(400) % 3
+    means, weight = np.random.default_rng(0).normal(size=(2, 3, WIDTH)).astype(np.float32)
+    features = (100 * means[labels] + noise * rng.normal(size=(400, WIDTH))).astype(np.float32)
+    return FitData(features, labels, features @ weight.T, weight, np.zeros(3, np.float32), features[:, 0])
+
+
+def test_a_detector_that_fp32_does_not_hold_is_no_candidate() -> None:
+    lines: list[str] = []
+    for noise, least, most in ((10, 0, 0.1), (1e-3, 10, np.inf)):
+        held_out = collapsed(noise, seed=2)
+        assert least < lost_to_rounding(fit("rmd", collapsed(noise)), held_out.features, held_out.logits) < most
+    fitted = _fit_all(collapsed(1e-3), held_out.features, held_out.logits, lines.append)
+    assert "rmd" not in fitted and "react" in fitted
+    assert any(line.startswith("no candidate: rmd: fp32 does not hold it") for line in lines)
+
+
+def test_a_detector_that_cannot_be_fitted_is_no_candidate() -> None:
+    lines: list[str] = []
+    data, held_out = replace(collapsed(10), labels=np.arange(400)), collapsed(10, seed=2)  # an image a class
+    assert set(_fit_all(data, held_out.features, held_out.logits, lines.append)) == {"vim", "knn", "react"}
+    assert sum("no candidate" in line and "do not vary within their classes" in line for line in lines) == 2

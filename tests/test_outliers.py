@@ -54,7 +54,16 @@ def test_zoomed_crops_are_smooth_and_of_the_image():
 def test_blended_images_are_the_mean_of_two():
     image = pictures()
     expected = (image[3].int() + image[2].int()) // 2
-    assert torch.equal(blend(image)[3], expected.to(torch.uint8))
+    assert torch.equal(blend(image, image.roll(1, dims=0))[3], expected.to(torch.uint8))
+
+
+@pytest.mark.parametrize(("n", "count", "kinds"), [(8, 4, OUTLIERS), (2, 1, ("blend",)), (1, 1, ("blend",))])
+def test_no_training_image_comes_back_however_few_there_are_to_blend(n, count, kinds):
+    image = pictures(n)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        made = make_outliers(image, kinds, count)
+        assert not (made[:, None] == image[None]).flatten(2).all(2).any()
 
 
 def test_kinds_come_in_turn():

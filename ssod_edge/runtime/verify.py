@@ -208,7 +208,7 @@ def _compare(
         decision_flips=flips,
         decision_flip_share=None if flips is None else flips / n,
         logit_tolerance=tolerance.logit * scale,
-        score_tolerance=_score_tolerance(spec.score_name, score, tolerance.logit, scale),
+        score_tolerance=score_tolerance(spec.score_name, score, tolerance.logit, scale),
         tolerance=asdict(tolerance),
         failures=(),
         passed=False,
@@ -222,7 +222,15 @@ def _norm(*arrays: Array) -> float:
     return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
 
-def _score_tolerance(name: str, score: Array, share: float, logit_scale: float) -> float:
+def score_tolerance(name: str, score: Array, share: float, logit_scale: float = 0.0) -> float:
+    """How far an artifact's score may be from the trained model's.
+
+    Args:
+        name: of the score.
+        score: [n], the trained model's on the images that are compared.
+        share: `Tolerance.logit` of the precision.
+        logit_scale: what `share` is a share of, for a score of the logits; one with a state has a scale of its own.
+    """
     if not has_state(name):
         return SCORE_FACTOR * share * logit_scale
     return SCORE_FACTOR * share * float(np.ptp(score)) + SUM_ROUNDING * float(np.abs(score).max())
@@ -253,11 +261,15 @@ def _failures(figures: Verification, precision: str, trained: bool) -> tuple[str
 def check_passed(artifact: Artifact, verification: Verification) -> None:
     """Raises VerificationError, with the figures, unless the verification passed."""
     if not verification.passed:
-        images = ", or quantise with other images (export --calib)" if artifact.precision == "int8" else ""
+        ways = "Use another precision or engine"
+        if verification.max_abs_score_diff > verification.score_tolerance:
+            ways += ", another score (export --score)"
+        if artifact.precision == "int8":
+            ways += ", or quantise with other images (export --calib)"
         raise VerificationError(
             f"artifact '{artifact.name}' does not reproduce the trained model on {verification.n} reference images "
             f"({verification.precision} on {verification.device}): {'; '.join(verification.failures)}. "
-            f"Use another precision or engine{images}, or export the run again."
+            f"{ways}, or export the run again."
         )
 
 
