@@ -14,10 +14,10 @@ from ssod_edge.export.bundle import BENCH_NAME, check_bundle, unpack
 from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, check_engines, make_artifact
 from ssod_edge.export.staging import earlier_export, keep_earlier, staged, that_run_here
 from ssod_edge.export.tensorrt import PlanOptions
-from ssod_edge.files import exclusive
+from ssod_edge.files import exclusive, same_data
 from ssod_edge.metrics import check_target_tpr
 from ssod_edge.runtime import Runner, open_runner
-from ssod_edge.runtime.calibrate import fit_threshold, is_training_data, trained_on
+from ssod_edge.runtime.calibrate import fit_threshold, trained_on
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.runtime.verify import Verification, check_passed, load_reference, verify_runner
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, save_spec
@@ -84,7 +84,7 @@ def deploy(
     place = default_folder(bundle) if out is None else Path(out)
     with ExitStack() as publishing, staged(place) as folder:
         bundled = unpack(bundle, folder)
-        if data is not None and bundled.source.get("splits_hash") and is_training_data(data, bundled):
+        if data is not None and bundled.source.get("splits_hash") and same_data(data, bundled.source.get("data")):
             raise trained_on(data)
         say(f"unpacked {bundled.backbone} at {bundled.preprocess.input_size} px, score {bundled.score_name}")
         make = partial(make_artifact, plans=plans, earlier=earlier_export(place))

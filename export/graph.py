@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssod_edge.config import DETECTORS, SCORES, Preprocess
-from ssod_edge.detectors import OWN_GEMM, TINY, Detector
+from ssod_edge.config import DETECTORS, OWN_GEMM, SCORES, Preprocess
+from ssod_edge.detectors import TINY, Detector
 from ssod_edge.errors import UsageError
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.ops import ood_score

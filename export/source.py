@@ -17,7 +17,7 @@ from torch import nn
 from ssod_edge.checkpoint import BEST, is_checkpoint, load_model, model_meta, model_tensors, save_checkpoint
 from ssod_edge.config import Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
-from ssod_edge.files import sha256_file
+from ssod_edge.files import same_data, sha256_file
 from ssod_edge.image import preprocess
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, load_weights
 from ssod_edge.sources import ImageSource, open_dataset, read_splits
@@ -111,7 +111,7 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
 
     Args:
         path: a run folder, or a checkpoint file.
-        data: images for the thresholds; None takes the run's own calibration split.
+        data: images for the thresholds; None, and the data that it was trained on, take the run's calibration split.
 
     Raises:
         UsageError: there is no checkpoint, or its training data is gone or changed and so has no calibration split.
@@ -133,7 +133,14 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    calibration = from_dataset(data) if data else splits["calib"]
+    facts = {
+        "run": folder.resolve().name,
+        "checkpoint_sha256": sha256_file(checkpoint),
+        **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
+        "id_accuracy_val": meta.get("val_accuracy"),
+    }
+    own = splits and (data is None or same_data(data, meta.get("data")))
+    calibration = splits["calib"] if own else from_dataset(str(data))
     source = Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
     return replace(source, training=splits.get("train"), choices=splits.get("val"), outliers=_outliers(folder))
 

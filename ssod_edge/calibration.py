@@ -18,11 +18,11 @@ from ssod_edge.errors import (
     UsageError,
     VerificationError,
 )
-from ssod_edge.files import check_output
+from ssod_edge.files import check_output, same_data
 from ssod_edge.image import ImageSource
 from ssod_edge.metrics import check_target_tpr
 from ssod_edge.runtime import find_export, open_runner
-from ssod_edge.runtime.calibrate import calibrate, is_training_data, trained_on
+from ssod_edge.runtime.calibrate import calibrate, trained_on
 from ssod_edge.runtime.inputs import list_images
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, load_spec
 
@@ -86,7 +86,7 @@ def _line(before: Artifact, after: Artifact) -> str:
 
 def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     """How to draw the images, and what they are, for the record."""
-    if Path(data).is_dir() and not is_training_data(data, spec):
+    if Path(data).is_dir() and not same_data(data, spec.source.get("data")):
         paths = list_images([data])
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
     from ssod_edge.sources import open_dataset, read_splits

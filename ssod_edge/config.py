@@ -52,11 +52,15 @@ def resolve_backbone(name: str) -> str:
     return ALIASES.get(name, name)
 
 
+#: Detectors whose rows read changed features, in a Gemm of their own.
+OWN_GEMM = ("react", "ash")
+
+
 def score_parts(name: str) -> tuple[str, ...]:
     """The scores that a shipped score is the sum of: "energy+rmd" -> ("energy", "rmd"); of most, the one itself.
 
     Raises:
-        UsageError: a part that is no score, or the same one twice.
+        UsageError: a part that is no score, the same one twice, or two that each need a Gemm of their own.
     """
     parts = tuple(name.split("+"))
     if unknown := [part for part in parts if part not in SHIPPED_SCORES]:
@@ -65,6 +69,8 @@ def score_parts(name: str) -> tuple[str, ...]:
         )
     if len(set(parts)) < len(parts):
         raise UsageError(f"the score '{name}' has one part twice")
+    if set(OWN_GEMM) <= set(parts):
+        raise UsageError(f"{' and '.join(OWN_GEMM)} cannot be in one sum: each has a Gemm of its own, got '{name}'")
     return parts
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssod_edge.config import DETECTORS, DetectorName
+from ssod_edge.config import DETECTORS, OWN_GEMM, DetectorName
 from ssod_edge.errors import UsageError
 
 Array = npt.NDArray[np.float32]
@@ -36,9 +36,6 @@ REACT_QUANTILE = 0.9
 SCALE_PERCENTILE = 0.85
 ASH_PERCENTILE = 0.9
 TINY = 1e-12
-
-#: Detectors whose rows read changed features, in a Gemm of their own; `scale` needs no rows at all.
-OWN_GEMM = ("react", "ash")
 
 
 @dataclass(frozen=True)

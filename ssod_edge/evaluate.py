@@ -26,6 +26,7 @@ from ssod_edge.evaluation_data import (
     id_images,
     parse_named_data,
     warn_of_known_images,
+    warn_of_used_images,
 )
 from ssod_edge.evaluation_report import print_report
 from ssod_edge.files import check_output, write_json
@@ -36,6 +37,7 @@ from ssod_edge.progress import image_bar
 from ssod_edge.score_sum import FittedScore, load_shipped
 from ssod_edge.scores import ood_scores
 from ssod_edge.sources import ImageSource, Indices, open_dataset
+from ssod_edge.spec import Spec
 
 #: Score or detector -> [N], larger = more OOD.
 Scores = dict[str, NDArray[np.floating[Any]]]
@@ -168,8 +170,9 @@ def evaluate(
     if torch.cuda.is_available():
         model.cuda()
     peers = Baselines(names, model, batch_size) if names else None
-    shipped, state = _shipped(run, model)
+    spec, state = _shipped(run, model)
     source, indices = id_images(run, meta, id_data, model.classes)
+    warn_of_used_images(source, id_data, meta, spec)
     if ood_data is None:
         ood_data = DEMO_OOD if str(meta["data"]).startswith("demo") else {}
     # Every set is opened before the first image is run: a wrong name shows at once.
@@ -190,7 +193,7 @@ def evaluate(
         "protocol": _protocol(via_size),
         "id_data": source.name if id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
-        "default_score": shipped,
+        "default_score": spec.score_name if spec else DEFAULT_SCORE,
         "ood_row_trained": bool(model.ood.weight.any()),
         **_figures(found, _protocol(via_size), bootstrap, model.classes),
     }
@@ -199,16 +202,14 @@ def evaluate(
     return report, found.scores
 
 
-def _shipped(run: str | Path, model: SSODClassifier) -> tuple[str, FittedScore | None]:
-    """The score of the run's export and its state; the default where there is no export of this checkpoint."""
+def _shipped(run: str | Path, model: SSODClassifier) -> tuple[Spec | None, FittedScore | None]:
+    """The run's export and the state of its score; None where there is no export of this checkpoint."""
     try:
         found = export_of(run)
-        if found is None:
-            return DEFAULT_SCORE, None
-        return found[0].score_name, load_shipped(*found, model.classifier.in_features)
+        return (None, None) if found is None else (found[0], load_shipped(*found, model.classifier.in_features))
     except ArtifactError as error:
         click.echo(f"the score of the export is left out: {error}", err=True)
-        return DEFAULT_SCORE, None
+        return None, None
 
 
 @dataclass(frozen=True)

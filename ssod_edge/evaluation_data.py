@@ -10,7 +10,9 @@ import click
 import numpy as np
 
 from ssod_edge.errors import UsageError
+from ssod_edge.files import same_data
 from ssod_edge.sources import ImageSource, Indices, Splits, open_dataset, read_splits
+from ssod_edge.spec import Spec
 
 #: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
 MIN_CALIB = 19
@@ -90,6 +92,37 @@ def warn_of_known_images(
                     err=True,
                 )
                 break
+
+
+def warn_of_used_images(source: ImageSource, id_data: str | None, meta: Mapping[str, Any], spec: Spec | None) -> None:
+    """Say so where the ID images are not new to the network, or to the score that its export ships.
+
+    Args:
+        source: the ID images.
+        id_data: how the user named them; None where they are the run's validation split.
+        meta: of the checkpoint.
+        spec: of its export, if there is one.
+    """
+    if id_data is None:
+        if spec is not None and spec.choice:
+            click.echo(
+                f"note: '{spec.score_name}' was chosen by these validation images (export --score auto); name others "
+                "with --id for figures that no choice has seen",
+                err=True,
+            )
+    elif same_data(id_data, meta.get("data")):
+        click.echo(
+            f"warning: the network was trained on '{id_data}', so that these are not figures for new images. Leave "
+            "--id out for the run's validation split, or name other images",
+            err=True,
+        )
+    elif spec is not None:
+        used = (str(spec.detector.get("data", "")), str(spec.choice.get("known", "")))
+        if any(source.fingerprint[:12] in description for description in used):
+            click.echo(
+                f"warning: '{spec.score_name}' was fitted to or chosen by a part of '{id_data}'; name other images",
+                err=True,
+            )
 
 
 def _overlap(one: str, other: str) -> bool:

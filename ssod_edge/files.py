@@ -154,3 +154,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a JSON document atomically, with a final newline. NaN and infinity are refused."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def same_data(data: str, recorded: object) -> bool:
+    """Whether a data set that a user names is the one of a record: by its name, or as the same folder or file."""
+    return isinstance(recorded, str) and (data == recorded or Path(data).resolve() == Path(recorded).resolve())

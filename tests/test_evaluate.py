@@ -20,13 +20,14 @@ from ssod_edge.cli import main
 from ssod_edge.config import SCORES, LossConfig, Preprocess, TrainConfig
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluate import collect, evaluate, parse_named_data
+from ssod_edge.evaluation_data import warn_of_used_images
 from ssod_edge.evaluation_report import print_report
 from ssod_edge.export.run import export_run
 from ssod_edge.image import preprocess
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.runtime import open_runner
 from ssod_edge.sources import open_dataset
-from ssod_edge.spec import DETECTOR_NAME
+from ssod_edge.spec import DETECTOR_NAME, Spec
 from ssod_edge.train import train
 
 METRICS = {"auroc", "aupr_in", "aupr_out", "fpr_at_id_tpr95", "fpr_at_ood_tpr95", "ci", "tie_fraction", "n_id", "n_ood"}
@@ -155,6 +156,29 @@ def test_ood_sets_that_are_in_distribution_get_a_warning(place, capsys):
     evaluate(place / "run", str(place / "test"), {name: str(place / data) for name, data in ood.items()}, bootstrap=0)
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the OOD set")]
     assert [line.split("'")[1] for line in warned] == ["same", "part", "test"]
+
+
+def test_id_images_that_are_not_new_get_a_warning(place, tmp_path, capsys):
+    run = copy_run(place, tmp_path / "run")
+    model, meta = load_model(run)
+    source, fingerprint = open_dataset(str(place / "test")), open_dataset(str(place / "test")).fingerprint[:12]
+    spec = Spec(
+        model.backbone_name, model.classes, model.preprocess, {"name": "rmd", "evidence": ""}, True, "",
+        detector={"sha256": "", "data": f"'x', fingerprint {fingerprint}, half that fits the detector"},
+        choice={"known": "'y', val split 0123456789ab"},
+    )  # fmt: skip
+    cases: list[tuple[str | None, Spec | None, str]] = [
+        (None, None, ""),
+        (None, spec, "note: 'rmd' was chosen by these validation images"),
+        (str(place / "run" / ".." / "data"), None, "warning: the network was trained on"),
+        (str(place / "test"), None, ""),
+        (str(place / "test"), spec, "warning: 'rmd' was fitted to or chosen by a part of"),
+    ]
+    for data, shipped, expected in cases:
+        warn_of_used_images(source, data, meta, shipped)
+        assert capsys.readouterr().err.startswith(expected) if expected else not capsys.readouterr().err
+    evaluate(run, str(place / "data"), {"grey": str(place / "grey")}, bootstrap=0)
+    assert "warning: the network was trained on" in capsys.readouterr().err
 
 
 def test_an_ood_row_that_was_not_trained_is_named_beside_the_table(place, tmp_path):

@@ -38,6 +38,13 @@ def test_changed_training_data_has_no_calibration_split(
         from_run(tmp_path / "run")
 
 
+def test_the_training_data_by_its_name_gives_the_images_that_were_held_out(small_run: Path) -> None:
+    given, own = from_run(small_run, str(small_run / ".." / "data")), from_run(small_run)
+    assert given.calibration is not None and own.calibration is not None
+    np.testing.assert_array_equal(given.calibration.indices, own.calibration.indices)
+    assert given.calibration.description == own.calibration.description
+
+
 def test_an_edited_calibration_split_is_refused(small_run: Path, small_model: SSODClassifier, tmp_path: Path) -> None:
     write_run(tmp_path / "run", small_model, str(small_run.parent / "data"))
     path = tmp_path / "run" / "splits.json"

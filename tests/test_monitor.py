@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -312,6 +313,9 @@ def test_a_file_of_another_artifact_or_calibration_is_refused(ready: Path, tmp_p
         (lambda v: v.pop("histogram"), "histogram is missing"),
         (lambda v: v.update(images=5), "do not add up"),
         (lambda v: v["drift"].update(counts=[1, 2]), "bins are not"),
+        (lambda v: v["drift"]["counts"].__setitem__(0, 3), "bins are not"),
+        (lambda v: v["drift"].update(peak=1e300), "bins are not"),
+        (lambda v: v["drift"]["recent"][0].__setitem__(0, -1.0), "bins are not"),
         (lambda v: v["threshold"].update(id_quantiles=[]), "bins are not"),
         (lambda v: v.update(unknown="x"), "unknown must be an integer"),
     ],
@@ -326,6 +330,16 @@ def test_a_damaged_file_is_refused(ready: Path, tmp_path: Path, change: Callable
     with pytest.raises(ArtifactError, match=message):
         read_monitor(file)
     assert command("monitor", file).exit_code == 4
+
+
+def test_what_is_no_file_or_no_score_is_refused(ready: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ssod_edge.open(ready) as model:
+        for place in (tmp_path / "pipe", "/dev/null"):
+            with pytest.raises(UsageError, match="no regular file"):
+                Monitor(place, model)
+        with Monitor(tmp_path / "m.json", model) as monitor, pytest.raises(UsageError, match="must be finite, got nan"):
+            monitor.add_score(float("nan"))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

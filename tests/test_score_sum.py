@@ -93,6 +93,7 @@ def test_parts_that_are_not_those_of_the_name_are_refused(data: FitData, tmp_pat
         ("energy+best", "or a sum of some such as energy[+]rmd, got 'best'"),
         ("energy+", "got ''"),
         ("rmd+rmd", "has one part twice"),
+        ("react+vim+ash", "react and ash cannot be in one sum"),
         ("energy+ssod", "'ssod' is the same for all training images: leave it out of 'energy[+]ssod'"),
     ],
 )

@@ -13,7 +13,7 @@ from ssod_edge.metrics import conformal_threshold
 from ssod_edge.runtime.predict import Predictor
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import check_passed, record, verify_runner
-from ssod_edge.spec import Artifact, Spec, Threshold
+from ssod_edge.spec import Artifact, Threshold
 
 
 def fit_threshold(
@@ -78,12 +78,6 @@ def calibrate(
     record(folder, artifact)
     runner.artifact = artifact
     return artifact
-
-
-def is_training_data(data: str, spec: Spec) -> bool:
-    """Whether images are named by the path of those that the model was trained on."""
-    trained_on = spec.source.get("data")
-    return isinstance(trained_on, str) and Path(data).resolve() == Path(trained_on).resolve()
 
 
 def trained_on(data: str) -> UsageError:

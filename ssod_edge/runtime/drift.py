@@ -6,7 +6,8 @@ into bin b with probability
 
     p(b) = (m_b + c_b) / (n + 1 + t)
 
-exactly, whatever the distribution of the scores (Polya's urn): that n is finite is part of it. A conformal test
+exactly, whatever the distribution of the scores (Polya's urn), as long as no two are equal, which fp32 scores of photos
+hardly ever are; that n is finite is part of it. A conformal test
 martingale (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World") bets against this: an expert e that
 gives bin b the probability q_e(b) multiplies its stake by q_e(b) / p(b). The evidence is the mean over experts and,
 because a drift may begin at any image s, over starts with the prior 1 / (s (s + 1)):
@@ -125,12 +126,17 @@ def new_state(bins: int) -> DriftState:
 
 
 def fits(state: DriftState, bins: int) -> bool:
-    """Whether a state that was read has the shape of this reference's."""
+    """Whether a state that was read has the shape of this reference's, and numbers that a test can have."""
     empty = new_state(bins)
+    weights = [*(weight for row in state.recent for weight in row), state.recent_unknown]
     return (
         len(state.counts) == bins
         and len(state.log_stakes) == len(empty.log_stakes)
         and [len(row) for row in state.recent] == [bins] * len(MEMORY)
+        and min(state.counts) >= 0
+        and sum(state.counts) == state.images
+        and all(abs(value) <= -_NO_STAKE for value in (*state.log_stakes, state.peak))
+        and all(0 <= weight <= MEMORY[-1] for weight in weights)
     )
 
 

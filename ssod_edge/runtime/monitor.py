@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -102,6 +103,8 @@ class Monitor:
 
     def __init__(self, path: str | os.PathLike[str], model: Predictor, say: Callable[[str], Any] | None = None) -> None:
         self._path = check_output(path)
+        if self._path.exists() and not self._path.is_file():
+            raise UsageError(f"'{path}' is no regular file, and a monitor file is read as well as written")
         self._empty = _new_record(model.runner.spec, model.runner.artifact)
         self._bins = reference(self._empty.threshold)
         self._say = say
@@ -125,7 +128,13 @@ class Monitor:
         return verdict
 
     def add_score(self, ood_score: float | None) -> None:
-        """Count the OOD score of one image; None is an image that failed."""
+        """Count the OOD score of one image; None is an image that failed.
+
+        Raises:
+            UsageError: a score that is not finite.
+        """
+        if ood_score is not None and not math.isfinite(ood_score):
+            raise UsageError(f"an OOD score must be finite, got {ood_score}")
         if ood_score is None:
             self._failed += 1
         else:
