@@ -16,7 +16,7 @@ from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.image_lists import choose_seeded, find_listed, write_image_list
 from ssod_edge.progress import image_bar
 from ssod_edge.sources import IMAGE_LIST_SUFFIX, ReaderImages, open_dataset
-from ssod_edge.study import STUDY, parse_grid, run_study
+from ssod_edge.study import STUDY, check_evaluation, plan_study, run_study
 
 #: Appendix A.3: images of each set, "randomly selected"; all of them where there are fewer.
 IMAGES = 10_000
@@ -203,7 +203,8 @@ def run_reproduce(
         whether every run has its figures.
 
     Raises:
-        UsageError: data sets that are not there, all named; a list that does not fit.
+        UsageError: data sets that are not there, all named; data or options that cannot be trained with, before any
+            list is made; a list that does not fit.
         ImageError: an image cannot be read, or is not the one of its list.
     """
     table = TABLES[name]
@@ -216,7 +217,12 @@ def run_reproduce(
     settings = {"recipe": "paper", **table.options, **given}
     if given.get("weights"):
         settings.pop("pretrained", None)
-    cells = parse_grid(grid, seeds)
+    training = found[table.train.name]
+    cells, settings = plan_study(training, grid, seeds, settings)
+    check_evaluation(
+        training,
+        {"id_data": found[table.known.name], "ood_data": {}, "baselines": baselines, "fit_images": fit_images},
+    )
     folder = make_directory(Path(out))
     fixed = {data.name: _fix_images(found[data.name], data.name, folder, lists, images)
              for data in (table.known, *table.unknown)}  # fmt: skip
@@ -224,7 +230,7 @@ def run_reproduce(
         click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
         return True
     done = run_study(
-        found[table.train.name], out, grid, seeds, fixed[table.known.name],
+        training, out, grid, seeds, fixed[table.known.name],
         tuple(f"{data.name}={fixed[data.name]}" for data in table.unknown), via_size, baselines, fit_images,
         settings,
     )  # fmt: skip

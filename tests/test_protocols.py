@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -91,6 +92,40 @@ def test_tables_of_the_ablations(table, vary, paper, root, tmp_path):
     result = run(table, root, tmp_path / "out", "--vary", vary)
     assert result.exit_code == 0, result.output
     assert f"| {vary} | paper | {paper} |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gamma", "0.3"], "gamma must satisfy"),
+        (["--method", "both"], "method cannot be given both"),
+        (["--seed", "1"], "a study takes --seeds, not --seed"),
+        (["--weights", "/nonexistent.pth"], "'/nonexistent.pth' does not exist"),
+        (["--baselines", "Nobody"], "there is no baseline 'nobody'"),
+        (["--root", "EMPTY"], "holds no images"),
+        (["--root", "OTHER"], "are not the model's"),
+    ],
+)
+def test_a_check_finds_what_training_would_refuse_before_a_list_is_made(root, tmp_path, more, message):
+    for name in ("SVHN", "lsun", "isun", "dtd", "Places", "cifar10/test"):
+        for other in ("EMPTY", "OTHER"):
+            (tmp_path / other / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / other / name).symlink_to(root / name)
+    (tmp_path / "EMPTY" / "cifar10" / "train").mkdir()
+    for name in "xy":
+        (tmp_path / "OTHER" / "cifar10" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "OTHER" / "cifar10" / "train" / name / "0.png")
+    more = [str(tmp_path / part) if part in ("EMPTY", "OTHER") else part for part in more]
+    result = run("cifar10", root, tmp_path / "out", *more, "--check")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_what_a_grid_takes():
+    pages = {name: CliRunner().invoke(main, [name, "--help"]).output for name in ("train", "study", "reproduce")}
+    assert ["--seed " in page for page in pages.values()] == [True, False, False]
+    recipes = [re.search(r"--recipe \[.*?default: (\w+)", page, re.DOTALL)[1] for page in pages.values()]
+    assert recipes == ["short", "short", "paper"]
 
 
 def test_table_6_varies_the_backbone(root, tmp_path):
