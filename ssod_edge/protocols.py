@@ -209,16 +209,8 @@ def run_reproduce(
     """
     table = TABLES[name]
     found = _find_all(table, Path(root))
-    given = {key: value for key, value in options.items() if value is not None}
-    grid = vary or table.vary
-    varied = {item.partition("=")[0] for item in grid}
-    if "backbone" in varied and "backbone" in given:
-        raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
-    settings = {"recipe": "paper", **table.options, **given}
-    if given.get("weights"):
-        settings.pop("pretrained", None)
-    training = found[table.train.name]
-    cells, settings = plan_study(training, grid, seeds, settings)
+    grid, training = vary or table.vary, found[table.train.name]
+    cells, settings = plan_study(training, grid, seeds, _settings(table, grid, options))
     check_evaluation(
         training,
         {"id_data": found[table.known.name], "ood_data": {}, "baselines": baselines, "fit_images": fit_images},
@@ -239,6 +231,17 @@ def run_reproduce(
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     click.echo(text)
     return done
+
+
+def _settings(table: Table, grid: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all runs: the paper's, the table's, and over them those that are given."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if "backbone" in given and "backbone" in {item.partition("=")[0] for item in grid}:
+        raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
+    settings = {"recipe": "paper", **table.options, **given}
+    if given.get("weights"):
+        settings.pop("pretrained", None)
+    return settings
 
 
 def _find_all(table: Table, root: Path) -> dict[str, str]:
