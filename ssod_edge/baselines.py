@@ -255,6 +255,11 @@ def library_version() -> str:
     return f"pytorch-ood {metadata.version('pytorch-ood')}"
 
 
+def check_library() -> None:
+    """Raises MissingExtraError if pytorch-ood is not installed."""
+    _library()
+
+
 def _library() -> ModuleType:
     try:
         from pytorch_ood import detector

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -94,13 +95,18 @@ def split_names(value: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
-def train_options(command: Any) -> Any:
-    """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names."""
+def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[Any], Any]:
+    """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names.
+
+    Args:
+        recipe: the default one.
+        many_seeds: the command has --seeds: --seed is not shown, and an error there.
+    """
     options = [
         click.option(
             "--recipe",
             type=click.Choice(list(RECIPES)),
-            default="short",
+            default=recipe,
             help="short: AdamW; scratch: SGD, for more epochs without pretrained weights; paper: Appendix A.4.",
         ),
         click.option("--epochs", type=int, help="Passes over the training data. Default: 10, scratch 30, paper 60."),
@@ -135,7 +141,9 @@ def train_options(command: Any) -> Any:
             "--kernel", type=click.Choice(KERNELS), help="What samples patches. auto: compiled where it was built."
         ),
         click.option("--workers", type=int, help="Processes that read images. Default: 1."),
-        click.option("--seed", type=int, help="Of splits, order, augmentation and weights. Default: 0."),
+        click.option(
+            "--seed", type=int, hidden=many_seeds, help="Of splits, order, augmentation and weights. Default: 0."
+        ),
         click.option("--compile", is_flag=True, default=None, help="Use torch.compile."),
         click.option("--sync-bn", is_flag=True, default=None, help="Synchronise batch norm between GPUs."),
         click.option("--pretrained", is_flag=True, default=None, help="Start from timm's published weights."),
@@ -143,9 +151,13 @@ def train_options(command: Any) -> Any:
             "--weights", type=click.Path(), help="Start from a .safetensors or .pth file, or a run's checkpoint."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @main.command()
@@ -155,7 +167,7 @@ def train_options(command: Any) -> Any:
 @click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
 @click.option("-o", "--out", default="runs", help="Folder of runs.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
-@train_options
+@train_options()
 @click.pass_context
 def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str, **options: Any) -> None:
     """Train a classifier that knows when to say "unknown".
@@ -198,7 +210,7 @@ def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
 @click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, as in eval.")
 @click.option("--fit-images", type=click.IntRange(min=1), help="Training images that baselines are fitted on.")
 @click.option("--score", metavar="NAME|auto", help="Also export every run with this score, and evaluate it: `shipped`.")
-@train_options
+@train_options(many_seeds=True)
 def study(
     data: str, out: str, vary: tuple[str, ...], seeds: str, id_data: str | None, ood: tuple[str, ...],
     via_size: int | None, baselines: str | None, fit_images: int | None, score: str | None, **options: Any,
@@ -228,10 +240,9 @@ def study(
 @click.option("--fit-images", type=click.IntRange(min=1), help="Training images that baselines are fitted on.")
 @click.option("--backbone", help="Another backbone than the table's.")
 @click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: 224.")
-@train_options
-@click.pass_context
+@train_options("paper", many_seeds=True)
 def reproduce(
-    ctx: click.Context, /, table: str, root: str, out: str, check: bool, lists: str | None, images: int,
+    table: str, root: str, out: str, check: bool, lists: str | None, images: int,
     vary: tuple[str, ...], seeds: str, via_size: int | None, baselines: str | None, fit_images: int | None,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -242,8 +253,6 @@ def reproduce(
     """
     from ssod_edge.protocols import run_reproduce
 
-    if "--recipe" not in _given(ctx, besides=()):
-        options["recipe"] = None
     if not run_reproduce(
         table, root, out, lists, images, vary, seeds, via_size, baselines, fit_images, check, options
     ):  # fmt: skip

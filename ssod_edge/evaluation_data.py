@@ -70,12 +70,17 @@ def id_images(
         source, splits = recorded_data(run, meta, "name the ID images with --id")
         return source, splits.val
     source = open_dataset(id_data)
-    if source.classes != classes:
+    check_classes(id_data, source.classes, classes)
+    return source, None
+
+
+def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Raises UsageError unless ID images have the model's classes."""
+    if found != classes:
         raise UsageError(
-            f"the classes of '{id_data}' ({', '.join(source.classes[:4])}, ...) are not the model's "
+            f"the classes of '{id_data}' ({', '.join(found[:4])}, ...) are not the model's "
             f"({', '.join(classes[:4])}, ...)"
         )
-    return source, None
 
 
 def warn_of_known_images(
@@ -159,11 +164,16 @@ def choose_images(labels: Indices, indices: Indices, n: int | None, seed: int = 
     if n is None or n >= len(indices):
         return indices
     rng, classes = np.random.default_rng(seed), np.unique(labels[indices])
-    if n < len(classes):
-        raise UsageError(f"--fit-images {n} is fewer than one image for each of the {len(classes)} classes")
+    check_fit_images(n, len(classes))
     shuffled = rng.permutation(indices)
     turn = np.empty(len(shuffled), np.int64)  # the how manieth of its class each one is
     for label in classes:
         members = labels[shuffled] == label
         turn[members] = np.arange(members.sum())
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:n]])
+
+
+def check_fit_images(n: int, classes: int) -> None:
+    """Raises UsageError for fewer than one image a class."""
+    if n < classes:
+        raise UsageError(f"--fit-images {n} is fewer than one image for each of the {classes} classes")

@@ -3,6 +3,9 @@
 A list is a text file in the format of `sha256sum`: a line is a SHA-256, two spaces, and the image's name within its
 data set. Of a folder, `cd FOLDER && sha256sum -c LIST` checks it without this package. Where a data set is one archive
 of pixels (torchvision's CIFAR-10 or SVHN), the hash is of the RGB pixels and the name is the index.
+
+The same images may lie in a folder, in a .tar file of its contents ("./a/1.png") or in one of the folder
+("FOLDER/a/1.png"): folders that all the images lie in do not count, neither for the choice nor for a list.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def choose_seeded(source: HashedImages, count: int, seed: int) -> Indices:
     """Choose images at random, whatever the order in which a file system lists them.
 
     The images with the smallest SHA-256 of seed and name are taken, so that the choice stays where images are added
-    that are not chosen.
+    that are not chosen. Folders that all images lie in are left out of the name.
 
     Args:
         count: how many; all, if there are no more.
@@ -47,8 +50,9 @@ def choose_seeded(source: HashedImages, count: int, seed: int) -> Indices:
     Returns:
         int64 [min(count, n)], ascending.
     """
-    keys = [hashlib.sha256(f"{seed}/{_name(source, index)}".encode(errors="surrogateescape")).digest()
-            for index in range(len(source))]  # fmt: skip
+    names = _names(source)
+    depth = _shared_depth(names)
+    keys = [hashlib.sha256(f"{seed}/{_below(name, depth)}".encode(errors="surrogateescape")).digest() for name in names]
     return np.sort(np.array(sorted(range(len(source)), key=keys.__getitem__)[:count], dtype=np.int64))
 
 
@@ -90,23 +94,55 @@ def find_listed(source: HashedImages, list_file: str) -> tuple[Indices, list[str
         text = Path(list_file).read_bytes().decode(errors="surrogateescape")
     except OSError as error:
         raise UsageError(f"the image list '{list_file}' cannot be read: {error.strerror}") from error
-    known = {_name(source, index): index for index in range(len(source))}
-    hashes: dict[int, str] = {}
+    listed = []
     for number, line in enumerate(filter(None, text.split("\n")), 1):
         match = _LINE.fullmatch(line)
         if not match:
             raise UsageError(f"line {number} of '{list_file}' is not 'SHA256  NAME', as sha256sum writes it")
-        if match[2] not in known:
-            raise UsageError(f"'{source.name}' has no image '{match[2]}', which '{list_file}' names")
-        if known[match[2]] in hashes:
-            raise UsageError(f"'{list_file}' names '{match[2]}' twice")
-        hashes[known[match[2]]] = match[1]
-    if not hashes:
+        listed.append((match[1], match[2]))
+    if not listed:
         raise UsageError(f"the image list '{list_file}' is empty")
+    hashes: dict[int, str] = {}
+    for (expected, name), index in zip(listed, _match(source, [name for _, name in listed]), strict=True):
+        if index is None:
+            raise UsageError(f"'{source.name}' has no image '{name}', which '{list_file}' names")
+        if index in hashes:
+            raise UsageError(f"'{list_file}' names '{name}' twice")
+        hashes[index] = expected
     return np.array(list(hashes), dtype=np.int64), list(hashes.values())
+
+
+def _match(source: HashedImages, wanted: list[str]) -> list[int | None]:
+    """The index of each name, None for one that is not there.
+
+    Names fit as they are, or without the folders that all of the data set, or all of the list, lies in.
+    """
+    names, wanted = _names(source), [name.removeprefix("./") for name in wanted]
+    depth = _shared_depth(names)
+    known = {_below(name, depth): index for index, name in enumerate(names)}
+    known |= {name: index for index, name in enumerate(names)}
+    found = [[known.get(_below(name, cut)) for name in wanted] for cut in range(_shared_depth(wanted) + 1)]
+    return min(found, key=lambda indices: indices.count(None))
+
+
+def _names(source: HashedImages) -> list[str]:
+    return [_name(source, index) for index in range(len(source))]
+
+
+def _shared_depth(names: list[str]) -> int:
+    """How many folders, from the top, all of the names have in common."""
+    folders = [name.split("/")[:-1] for name in names]
+    first, last = min(folders), max(folders)  # what these two share, all of them share
+    pairs = zip(first, last, strict=False)
+    return next((depth for depth, (one, other) in enumerate(pairs) if one != other), len(first))
+
+
+def _below(name: str, depth: int) -> str:
+    """A name without its first folders."""
+    return name.split("/", depth)[-1]
 
 
 def _name(source: HashedImages, index: int) -> str:
     """Of an image within its data set: no part of the path at which the data set lies here."""
     name = source.source(index)
-    return str(index) if name == f"{source.name}[{index}]" else name
+    return str(index) if name == f"{source.name}[{index}]" else name.removeprefix("./")

@@ -16,7 +16,7 @@ from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.image_lists import choose_seeded, find_listed, write_image_list
 from ssod_edge.progress import image_bar
 from ssod_edge.sources import IMAGE_LIST_SUFFIX, ReaderImages, open_dataset
-from ssod_edge.study import STUDY, parse_grid, run_study
+from ssod_edge.study import STUDY, check_evaluation, plan_study, run_study
 
 #: Appendix A.3: images of each set, "randomly selected"; all of them where there are fewer.
 IMAGES = 10_000
@@ -203,20 +203,18 @@ def run_reproduce(
         whether every run has its figures.
 
     Raises:
-        UsageError: data sets that are not there, all named; a list that does not fit.
+        UsageError: data sets that are not there, all named; data or options that cannot be trained with, before any
+            list is made; a list that does not fit.
         ImageError: an image cannot be read, or is not the one of its list.
     """
     table = TABLES[name]
     found = _find_all(table, Path(root))
-    given = {key: value for key, value in options.items() if value is not None}
-    grid = vary or table.vary
-    varied = {item.partition("=")[0] for item in grid}
-    if "backbone" in varied and "backbone" in given:
-        raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
-    settings = {"recipe": "paper", **table.options, **given}
-    if given.get("weights"):
-        settings.pop("pretrained", None)
-    cells = parse_grid(grid, seeds)
+    grid, training = vary or table.vary, found[table.train.name]
+    cells, settings = plan_study(training, grid, seeds, _settings(table, grid, options))
+    check_evaluation(
+        training,
+        {"id_data": found[table.known.name], "ood_data": {}, "baselines": baselines, "fit_images": fit_images},
+    )
     folder = make_directory(Path(out))
     fixed = {data.name: _fix_images(found[data.name], data.name, folder, lists, images)
              for data in (table.known, *table.unknown)}  # fmt: skip
@@ -224,7 +222,7 @@ def run_reproduce(
         click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
         return True
     done = run_study(
-        found[table.train.name], out, grid, seeds, fixed[table.known.name],
+        training, out, grid, seeds, fixed[table.known.name],
         tuple(f"{data.name}={fixed[data.name]}" for data in table.unknown), via_size, baselines, fit_images,
         settings,
     )  # fmt: skip
@@ -233,6 +231,17 @@ def run_reproduce(
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     click.echo(text)
     return done
+
+
+def _settings(table: Table, grid: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all runs: the paper's, the table's, and over them those that are given."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if "backbone" in given and "backbone" in {item.partition("=")[0] for item in grid}:
+        raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
+    settings = {"recipe": "paper", **table.options, **given}
+    if given.get("weights"):
+        settings.pop("pretrained", None)
+    return settings
 
 
 def _find_all(table: Table, root: Path) -> dict[str, str]:

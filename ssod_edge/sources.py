@@ -92,18 +92,44 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     """
     if name == "demo" or name.startswith("demo:"):
         return DemoImages(name)
-    name, at, chosen = name.rpartition("@") if "@" in name and not Path(name).exists() else (name, "", "")
+    name, chosen = _split_list(name)
     if not name:  # Path("") would be the current folder
         raise UsageError("the name of the data set is empty. " + _EXPECTED)
     source = ReaderImages(name)
     if labelled:
         _check_labels(source)
-    if not at:
+    if chosen is None:
         return source
     if chosen.endswith(IMAGE_LIST_SUFFIX):
         return ListedImages(source, *find_listed(source, chosen), f"{name}@{chosen}")
     indices = np.flatnonzero(np.isin(source.labels, read_class_list(chosen, source.classes)))
     return ChosenImages(source, indices, f"{name}@{chosen}")
+
+
+def _split_list(name: str) -> tuple[str, str | None]:
+    """DATA@LIST -> (DATA, LIST), and (name, None) without a list.
+
+    A path may have an "@" of its own. So nothing is split off a path that is there, nor where DATA is none that is;
+    of several that are, the list that is there counts.
+    """
+    if os.path.exists(name):
+        return name, None
+    splits = [(name[:place], name[place + 1 :]) for place, letter in enumerate(name) if letter == "@"]
+    splits = [(data, chosen) for data, chosen in splits if _is_there(data)]
+    named = [split for split in splits if _class_list(split[1]).is_file()] or splits[-1:]
+    return named[0] if named else (name, None)
+
+
+def _is_there(data: str) -> bool:
+    """Whether a data set's path exists; of a Hugging Face name, True. No name at all is an error of its own."""
+    if data.startswith("torch/"):
+        data = [*data.split(":"), "."][1]
+    return not data or data.startswith("hfds/") or os.path.exists(data)
+
+
+def _class_list(name: str) -> Path:
+    """The file of a list: this one, or one that ships here."""
+    return Path(name) if os.path.isfile(name) else Path(__file__).parent / "lists" / f"{name}.txt"
 
 
 def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: float, seed: int) -> Splits:
@@ -183,7 +209,7 @@ class ReaderImages:
 
     def source(self, index: int) -> str:
         filename = getattr(self._reader, "filename", None)
-        return str(filename(index)) if filename else f"{self.name}[{index}]"
+        return str(filename(index)) if callable(filename) else f"{self.name}[{index}]"
 
     def image(self, index: int) -> Image.Image:
         """RGB image. Raises ImageError, naming the file, if it cannot be read."""
@@ -275,11 +301,9 @@ def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
     Raises:
         UsageError: no such list, one that is not UTF-8 text or names no class, or a line that names none.
     """
-    path = Path(name)
+    path = _class_list(name)
     if not path.is_file():
-        path = Path(__file__).parent / "lists" / f"{name}.txt"
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+        shipped = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "lists").glob("*.txt")))
         raise UsageError(f"there is no class list '{name}'. Give a text file, or one of: {shipped}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -394,7 +418,12 @@ def _open_torchvision(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
     parts = name.split(":")
     root, split = (parts[1] if len(parts) > 1 else "."), (parts[2] if len(parts) > 2 else "train")
     try:
-        dataset = create_dataset(parts[0], root=root, split=split, download=False)
+        if parts[0].lower() == "torch/svhn":  # which timm does not know
+            from torchvision.datasets import SVHN
+
+            dataset = SVHN(root, split=split)
+        else:
+            dataset = create_dataset(parts[0], root=root, split=split, download=False)
     except (AssertionError, RuntimeError, ValueError, OSError) as error:
         raise UsageError(f"torchvision data set '{name}' cannot be opened: {error}") from error
     labels = getattr(dataset, "targets", getattr(dataset, "labels", getattr(dataset, "_labels", None)))

@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import click
+import torch
 
-from ssod_edge.checkpoint import BEST, LAST, load_checkpoint
-from ssod_edge.config import LossConfig, TrainConfig
-from ssod_edge.errors import ArtifactError, TrainingError, UsageError
+from ssod_edge.baseline_recipes import parse_names
+from ssod_edge.baselines import check_library
+from ssod_edge.checkpoint import BEST, LAST, export_of, load_checkpoint
+from ssod_edge.config import AUTO_SCORE, LossConfig, TrainConfig, score_parts
+from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluate import evaluate
-from ssod_edge.evaluation_data import parse_named_data
+from ssod_edge.evaluation_data import check_classes, check_fit_images, parse_named_data
+from ssod_edge.export.engines import check_engines
 from ssod_edge.export.run import ExportOptions, export_run
 from ssod_edge.files import make_directory, write_atomic, write_json
-from ssod_edge.train import load_config, resume_run, start_run
+from ssod_edge.sources import open_dataset
+from ssod_edge.spec import Spec
+from ssod_edge.train import load_config, resume_run, run_config, start_run
 
 #: In OUT: what was asked for, and what came of it.
 STUDY, TABLE = "study.json", "study.md"
-#: In each run's folder: its evaluation, and what with; what was asked of its export.
-EVALUATION, EXPORT = "study-eval.json", "study-export.json"
+#: In each run's folder: its evaluation, and what with.
+EVALUATION = "study-eval.json"
 #: Settings that are the study's own to make, or one value of which would not do.
 _FIXED = {"data", "name", "seed", "loss", "preprocess"}
 
@@ -43,8 +49,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its run folder."""
-        return "-".join([*(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
+        """Of its run folder. A slash, as in the path of --weights, is written "%2F"."""
+        name = "-".join([*(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
+        return name.replace("%", "%25").replace("/", "%2F")
 
 
 #: In the table: whichever score each run's export ships.
@@ -70,11 +77,11 @@ def parse_grid(vary: Sequence[str], seeds: str) -> list[Cell]:
         for part in parts:
             convert(key, part)
         axes[key] = parts
-    numbers = seeds.split(",")
-    if not all(number.strip().isdigit() for number in numbers) or len(set(numbers)) < len(numbers):
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in seeds.split(",")]
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise UsageError(f"expected --seeds N,N,... with different whole numbers, got '{seeds}'")
     grid = list(itertools.product(*([(key, value) for value in values] for key, values in axes.items())))
-    return [Cell(settings, int(number)) for number in numbers for settings in grid]
+    return [Cell(settings, number) for number in numbers for settings in grid]
 
 
 def convert(key: str, text: str) -> Any:
@@ -127,89 +134,181 @@ def run_study(
         whether every run of the grid has its figures.
 
     Raises:
-        UsageError: a wrong grid, or a folder that holds a study of other settings.
+        UsageError: a wrong grid, data that cannot be opened, settings that work in no run, or a folder that holds a
+            study of other settings.
+        MissingExtraError: a package that is needed after training is not installed.
+    """
+    cells, given = plan_study(data, vary, seeds, options)
+    asked = {
+        "id_data": id_data, "ood_data": parse_named_data(ood), "via_size": via_size,
+        "baselines": baselines, "fit_images": fit_images,
+    }  # fmt: skip
+    check_evaluation(data, asked, score)
+    folder = make_directory(Path(out))
+    if score is not None:
+        asked["score"] = score
+    _record_study(folder, {"data": data, "options": json.loads(json.dumps(given)), "evaluation": asked})
+    rows, failed, errors = [], [], []
+    for number, cell in enumerate(cells, 1):
+        click.echo(f"[{number} of {len(cells)}] {cell.name}", err=True)
+        try:
+            rows.append({"settings": cell.label, "seed": cell.seed, **_finished(cell, data, folder, given, asked)})
+        except (MissingExtraError, OutputError):
+            raise  # the next run would meet it too
+        except (SsodEdgeError, MemoryError, torch.OutOfMemoryError) as error:
+            click.echo(f"failed: {error}", err=True)
+            errors.append(error)
+            failed.append({"settings": cell.label, "seed": cell.seed, "error": str(error) or type(error).__name__})
+        _write(folder, {"data": data, "options": given, "evaluation": asked}, rows, failed)
+    if not rows and all(isinstance(error, UsageError) for error in errors):
+        raise errors[0]
+    click.echo((folder / TABLE).read_text(encoding="utf-8"))
+    return not failed
+
+
+def plan_study(
+    data: str, vary: Sequence[str], seeds: str, options: Mapping[str, Any]
+) -> tuple[list[Cell], dict[str, Any]]:
+    """The runs of a study and the options they share, before anything is written.
+
+    Args:
+        The arguments are those of `run_study`.
+
+    Raises:
+        UsageError: a wrong grid or data, or options with which no run of the grid can begin.
     """
     cells = parse_grid(vary, seeds)
-    ExportOptions(score=score)  # a name that is none, before hours of training
     given = {key: value for key, value in options.items() if value is not None}
     if "seed" in given:
         raise UsageError("a study takes --seeds, not --seed")
     both = [key for key, _ in cells[0].settings if key in given and key not in ("recipe", "backbone")]
     if both:
         raise UsageError(f"{', '.join(both)} cannot be given both with --vary and as an option")
-    asked = {
-        "id_data": id_data, "ood_data": parse_named_data(ood), "via_size": via_size,
-        "baselines": baselines, "fit_images": fit_images,
-    }  # fmt: skip
-    folder = make_directory(Path(out))
-    if score is not None:
-        asked["score"] = score
-    _check_same_study(folder, {"data": data, "options": json.loads(json.dumps(given))})
-    rows, failed = [], []
-    for number, cell in enumerate(cells, 1):
-        click.echo(f"[{number} of {len(cells)}] {cell.name}", err=True)
+    open_dataset(data)
+    errors = []
+    for cell in cells:
         try:
-            run = _trained(cell, data, folder, given)
-            if score is not None:
-                _exported(run, score)
-            rows.append({"settings": cell.label, "seed": cell.seed, **_evaluated(run, asked)})
-        except TrainingError as error:
-            click.echo(f"failed: {error}", err=True)
-            failed.append({"settings": cell.label, "seed": cell.seed, "error": str(error)})
-        _write(folder, {"data": data, "options": given, "evaluation": asked}, rows, failed)
-    click.echo((folder / TABLE).read_text(encoding="utf-8"))
-    return not failed
+            weights = run_config(data, _cell_options(cell, given)).weights
+            if weights is not None and not Path(weights).is_file():
+                raise UsageError(f"weights file '{weights}' does not exist")
+        except (UsageError, ArtifactError) as error:  # of some runs alone, it is theirs
+            errors.append(error)
+    if len(errors) == len(cells):
+        raise errors[0]
+    return cells, given
 
 
-def _check_same_study(folder: Path, asked: dict[str, Any]) -> None:
-    """Runs that were trained with other settings would stand in one table with these."""
+def check_evaluation(data: str, asked: Mapping[str, Any], score: str | None = None) -> None:
+    """Find out before hours of training whether the evaluation can be made.
+
+    Args:
+        data: to train on.
+        asked: `id_data`, `ood_data`, `baselines` and `fit_images` as `ssod_edge.evaluate.evaluate`.
+        score: to export with, if any.
+
+    Raises:
+        UsageError: data that cannot be opened, other classes than the training data's, no such baseline or score.
+        MissingExtraError: a package for the baselines or the export is not installed.
+    """
+    if score is not None:
+        ExportOptions(score=score)
+        check_engines(("onnxruntime",))
+    classes = open_dataset(data).classes
+    if asked["id_data"] is not None:
+        check_classes(asked["id_data"], open_dataset(asked["id_data"]).classes, classes)
+    for unknown in asked["ood_data"].values():
+        open_dataset(unknown, labelled=False)
+    if asked["baselines"] is not None:
+        parse_names(asked["baselines"])
+        check_library()
+    if asked["fit_images"] is not None:
+        if asked["baselines"] is None:
+            raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
+        check_fit_images(asked["fit_images"], len(classes))
+
+
+def _record_study(folder: Path, asked: dict[str, Any]) -> None:
+    """Write down what is asked for before anything is trained with it, or compare it with what was written.
+
+    Runs that were trained with other settings would stand in one table with these.
+    """
     try:
         record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return
+        record = None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{folder / STUDY}' is damaged ({error}); remove it to write it anew") from error
-    changed = [key for key in asked if record.get(key) != asked[key]]
-    if changed:
+    changed = [key for key in ("data", "options") if record is not None and record.get(key) != asked[key]]
+    if record is not None and changed and any(folder.glob(f"*/{LAST}")):
         raise UsageError(
             f"'{folder}' holds a study with other {' and '.join(changed)}: {record.get(changed[0])}. "
             "Choose another folder with -o"
         )
+    if record is None or changed:
+        write_json(folder / STUDY, {**asked, "summary": [], "runs": [], "failed": []})
+
+
+def _finished(cell: Cell, data: str, folder: Path, given: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The report of a cell's run, trained, exported and evaluated as far as it is not done yet."""
+    score = asked.get("score")
+    loss = run_config(data, _cell_options(cell, given)).loss
+    reads_row = score not in (None, AUTO_SCORE) and {"ssod", "posterior"} & set(score_parts(str(score)))
+    if reads_row and not loss.trains_row:
+        raise UsageError(f"--score {score} needs the OOD row, and these settings do not train it")
+    run = _trained(cell, data, folder, given)
+    return _evaluated(run, asked, _exported(run, score) if score is not None else None)
+
+
+def _cell_options(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `start_run` takes for a cell."""
+    options = {"recipe": "short", **given, "size": given.get("size"), "name": cell.name, "seed": cell.seed}
+    return {**options, **{key: convert(key, value) for key, value in cell.settings}}
 
 
 def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> Path:
     """The finished run of a cell: as it lies there, gone on with, or trained now."""
     run = folder / cell.name
     if not (run / LAST).exists():
-        options = {"recipe": "short", **given, "size": given.get("size"), "name": cell.name, "seed": cell.seed}
-        return start_run(data, folder, {**options, **{key: convert(key, value) for key, value in cell.settings}})
+        return start_run(data, folder, _cell_options(cell, given))
     epoch = load_checkpoint(run / LAST)[1]["progress"]["epoch"]
     return resume_run(run) if epoch < load_config(run).epochs else run
 
 
-def _exported(run: Path, score: str) -> None:
-    """An fp32 ONNX export with a score, as it lies there if it is of these weights and was asked for the same."""
-    record = run / EXPORT
-    asked = {"score": score, "epoch": load_checkpoint(run / BEST)[1]["epoch"]}
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")) == asked:
-        return
-    export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
-    write_json(record, asked)
+def _exported(run: Path, score: str) -> Spec:
+    """The export of a run's best weights with a score: as it lies there, or an fp32 ONNX export that is made now."""
+    try:
+        found = export_of(run)
+    except ArtifactError:
+        found = None  # damaged, or of other weights
+    if found is not None and _has_score(found[0], score):
+        return found[0]
+    return export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
 
 
-def _evaluated(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The report of `evaluate`, from the last time if it was asked the same of the same weights."""
+def _has_score(spec: Spec, score: str) -> bool:
+    """Whether an export was made with this --score."""
+    if score == AUTO_SCORE:
+        return bool(spec.choice)
+    return not spec.choice and set(score_parts(spec.score_name)) == set(score_parts(score))
+
+
+def _evaluated(run: Path, asked: dict[str, Any], export: Spec | None) -> dict[str, Any]:
+    """The report of `evaluate`, from the last time if it was asked the same of the same weights and the same score."""
     path = run / EVALUATION
-    weights = load_checkpoint(run / BEST)[1]["epoch"]
+    shipped = [export.score_name, export.detector.get("sha256")] if export is not None else None
+    record = {"asked": asked, "epoch": load_checkpoint(run / BEST)[1]["epoch"], "shipped": shipped}
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["asked"] == asked and stored["epoch"] == weights:
+        if {"shipped": None, **stored, "report": None} == {**record, "report": None}:
             return dict(stored["report"])
     arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
     report, _ = evaluate(run, bootstrap=0, **arguments)
-    if asked.get("score") is not None:
-        report["mean"][SHIPPED] = report["mean"][report["default_score"]]
-    write_json(path, {"asked": asked, "epoch": weights, "report": report})
+    if export is not None:
+        if report["default_score"] != export.score_name:
+            raise ArtifactError(f"the score '{export.score_name}' of the export of '{run}' could not be evaluated")
+        if report["mean"]:  # without OOD sets there is accuracy alone
+            report["mean"][SHIPPED] = report["mean"][export.score_name]
+    write_json(path, {**record, "report": report})
     return report
 
 

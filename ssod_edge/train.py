@@ -182,12 +182,22 @@ def _say(message: str) -> None:
 
 def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
     """Begin a run from command-line options: `train_config`'s, and `size`; returns the run folder."""
+    return train(run_config(data, options), out)
+
+
+def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
+    """The settings of `start_run`.
+
+    Raises:
+        UsageError: no such backbone, or a value out of range.
+        ArtifactError: the checkpoint that training is to start from cannot be read.
+    """
     options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
     options["preprocess"] = to_dict(_starting_preprocess(options))
     if options.get("precision") is None:
         # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
         options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
-    return train(train_config(options.pop("recipe"), options), out)
+    return train_config(options.pop("recipe"), options)
 
 
 def _starting_preprocess(options: dict[str, Any]) -> Preprocess:

@@ -161,8 +161,9 @@ def test_chosen_classes_keep_labels_and_names(folder, tmp_path):
     names.write_text("7\n")
     with pytest.raises(UsageError, match="names '7'"):
         open_dataset(f"{folder}@{names}")
-    with pytest.raises(UsageError, match="one of: imagenet-objects"):
-        open_dataset(f"{folder}@nothing")
+    for missing in ("nothing", ""):
+        with pytest.raises(UsageError, match="one of: imagenet-objects"):
+            open_dataset(f"{folder}@{missing}")
 
 
 def test_a_class_name_wins_over_an_index(tmp_path):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+import torchvision
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.io import savemat
 from small import write_images
 
 from ssod_edge.cli import main, reproduce
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image_lists import choose_seeded, find_listed, write_image_list
-from ssod_edge.protocols import TABLES, markdown
+from ssod_edge.protocols import SVHN, TABLES, DataSet, markdown
 from ssod_edge.sources import ListedImages, ReaderImages, open_dataset
 from ssod_edge.study import parse_grid
 
@@ -88,6 +92,40 @@ def test_tables_of_the_ablations(table, vary, paper, root, tmp_path):
     result = run(table, root, tmp_path / "out", "--vary", vary)
     assert result.exit_code == 0, result.output
     assert f"| {vary} | paper | {paper} |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gamma", "0.3"], "gamma must satisfy"),
+        (["--method", "both"], "method cannot be given both"),
+        (["--seed", "1"], "a study takes --seeds, not --seed"),
+        (["--weights", "/nonexistent.pth"], "'/nonexistent.pth' does not exist"),
+        (["--baselines", "Nobody"], "there is no baseline 'nobody'"),
+        (["--root", "EMPTY"], "holds no images"),
+        (["--root", "OTHER"], "are not the model's"),
+    ],
+)
+def test_a_check_finds_what_training_would_refuse_before_a_list_is_made(root, tmp_path, more, message):
+    for name in ("SVHN", "lsun", "isun", "dtd", "Places", "cifar10/test"):
+        for other in ("EMPTY", "OTHER"):
+            (tmp_path / other / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / other / name).symlink_to(root / name)
+    (tmp_path / "EMPTY" / "cifar10" / "train").mkdir()
+    for name in "xy":
+        (tmp_path / "OTHER" / "cifar10" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "OTHER" / "cifar10" / "train" / name / "0.png")
+    more = [str(tmp_path / part) if part in ("EMPTY", "OTHER") else part for part in more]
+    result = run("cifar10", root, tmp_path / "out", *more, "--check")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_what_a_grid_takes():
+    pages = {name: CliRunner().invoke(main, [name, "--help"]).output for name in ("train", "study", "reproduce")}
+    assert ["--seed " in page for page in pages.values()] == [True, False, False]
+    recipes = [re.search(r"--recipe \[.*?default: (\w+)", page, re.DOTALL)[1] for page in pages.values()]
+    assert recipes == ["short", "short", "paper"]
 
 
 def test_table_6_varies_the_backbone(root, tmp_path):
@@ -160,6 +198,69 @@ def test_an_image_that_changed_is_found(root, tmp_path):
     path.unlink()
     with pytest.raises(UsageError, match="has no image"):
         open_dataset(f"{tmp_path / 'svhn'}@{file}")
+
+
+def tar_as(path: Path, folder: Path, inside: str) -> str:
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, inside)
+    return str(path)
+
+
+@pytest.mark.parametrize("below", [("a", "b"), ("images",), ("",)])
+def test_a_folder_and_its_archives_have_the_same_lists(tmp_path, below):
+    folder = tmp_path / "DIR"
+    for name in below:
+        for index in range(12):
+            path = folder / name / f"{name}{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (20 * index, 9 * len(name) + ord(name[0]) if name else 0, 0)).save(path)
+    places = [str(folder), tar_as(tmp_path / "x.tar", folder, "."), tar_as(tmp_path / "y.tar", folder, "DIR")]
+    chosen = []
+    for number, place in enumerate(places):
+        source = open_dataset(place, labelled=False)
+        file = write_image_list(source, choose_seeded(source, 5, 0), tmp_path / f"{number}.sha256")
+        for other in places:
+            listed = open_dataset(f"{other}@{file}", labelled=False)
+            assert len({listed.image(index).getpixel((0, 0)) for index in range(5)}) == 5
+        chosen.append([line[:64] for line in file.read_text().splitlines()])
+    assert chosen[0] == chosen[1] == chosen[2]
+    # A list of one folder alone finds its images too.
+    source = open_dataset(places[2], labelled=False)
+    part = write_image_list(source, np.arange(5), tmp_path / "part.sha256")
+    assert len(open_dataset(f"{folder}@{part}", labelled=False)) == 5
+
+
+def test_a_path_may_have_an_at_of_its_own(root, tmp_path, monkeypatch):
+    write_images(tmp_path / "me@home" / "data")
+    data = tmp_path / "me@home" / "data"
+    source = open_dataset(str(data))
+    file = write_image_list(source, np.arange(5), tmp_path / "out@host.sha256")
+    assert len(open_dataset(f"{data}@{file}")) == 5 and len(open_dataset(str(data))) == len(source)
+    monkeypatch.chdir(tmp_path)
+    Path("host.sha256").write_text("not a list")
+    assert len(open_dataset(f"{data}@out@host.sha256")) == 5
+    with pytest.raises(UsageError, match="'.*me@home/none' does not exist"):
+        open_dataset(str(tmp_path / "me@home" / "none"))
+    result = run("alpha", root, tmp_path / "out@host", "--check")
+    assert result.exit_code == 0, result.output
+    (lists,) = (tmp_path / "out@host").iterdir()
+    assert len(open_dataset(f"{root / 'Places'}@{lists / 'places.sha256'}", labelled=False)) == 30
+
+
+def test_svhn_as_torchvision_keeps_it(root, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
+    file = tmp_path / "test_32x32.mat"
+    savemat(file, {"X": images, "y": np.arange(20)[:, None] % 10 + 1})
+    data = DataSet("svhn", ("svhn",), SVHN.archives).find(tmp_path)
+    with pytest.raises(UsageError, match="cannot be opened: Dataset not found or corrupted"):
+        open_dataset(data)  # torchvision compares the file's MD5
+    digest = hashlib.md5(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(torchvision.datasets.SVHN.split_list, "test", ["", file.name, digest])
+    source = open_dataset(data)
+    assert source.labels.tolist() == [*range(1, 10), 0] * 2 and source.classes == tuple("0123456789")
+    assert np.array_equal(np.asarray(source.image(3)), images[..., 3])
+    listed = write_image_list(source, choose_seeded(source, 5, 0), tmp_path / "svhn.sha256")
+    assert len(open_dataset(f"{data}@{listed}")) == 5 and listed.read_text().splitlines()[0][66:].isdecimal()
 
 
 class Pixels(ReaderImages):

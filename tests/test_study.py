@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from small import write_images
 
+from ssod_edge.checkpoint import LAST
 from ssod_edge.cli import main
-from ssod_edge.errors import TrainingError, UsageError
-from ssod_edge.study import EVALUATION, STUDY, TABLE, markdown, parse_grid, summarise
+from ssod_edge.errors import TrainingError, UsageError, VerificationError
+from ssod_edge.spec import SPEC_NAME, load_spec
+from ssod_edge.study import EVALUATION, STUDY, TABLE, _exported, markdown, parse_grid, summarise
 
 TINY = ["--backbone", "test_efficientnet", "--size", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
 
@@ -37,11 +42,20 @@ def test_a_grid_has_every_setting_with_the_first_seed_first():
         (["gamma=0.9", "gamma=0.8"], "0", "a setting of its own"),
         ([], "0,x", "expected --seeds"),
         ([], "1,1", "expected --seeds"),
+        ([], "0, 0", "expected --seeds"),
+        ([], "\u00b2", "expected --seeds"),
+        ([], "0,", "expected --seeds"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_named(vary, seeds, message):
     with pytest.raises(UsageError, match=message):
         parse_grid(vary, seeds)
+
+
+def test_the_folder_of_a_run_is_one_folder():
+    one, other = parse_grid(["weights=/a/b.pth,/a%2Fb.pth"], "0")
+    assert one.name == "weights=%2Fa%2Fb.pth-seed=0" != other.name and "/" not in other.name
+    assert one.label == "weights=/a/b.pth"
 
 
 def test_means_and_deviations_over_seeds():
@@ -125,6 +139,135 @@ def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monke
     monkeypatch.setattr("ssod_edge.study.export_run", lambda *_, **__: pytest.fail("an export is not made again"))
     again = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.5")
     assert again.exit_code == 0 and json.loads((out / STUDY).read_text())["summary"] == record["summary"]
+
+
+CALIBRATED = ("--calib-fraction", "0.5", "--seeds", "0")
+
+
+def edit_export(run: Path, **changes) -> None:
+    path = run / "export" / SPEC_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_export_that_is_lost_or_another_is_made_again(data, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+    assert one_cell(data, out, *CALIBRATED, "--score", "msp").exit_code == 0
+    run = out / "seed=0"
+    (row,) = json.loads((out / STUDY).read_text())["runs"]
+    assert row["default_score"] == "msp" and row["mean"]["shipped"] == row["mean"]["msp"] != row["mean"]["energy"]
+    # An evaluation of another export's score is made again.
+    edit_export(run, choice={"known": "x"})
+    kept = json.loads((run / EVALUATION).read_text())
+    (run / EVALUATION).write_text(json.dumps({**kept, "shipped": ["energy", None]}))
+    assert one_cell(data, out, *CALIBRATED, "--score", "auto").exit_code == 0, "auto has chosen it before"
+    assert json.loads((run / EVALUATION).read_text())["shipped"] == ["msp", None]
+
+    monkeypatch.setattr("ssod_edge.study.export_run", lambda *_, score, **__: f"{score} made again")
+    assert load_spec(run / "export") == _exported(run, "auto")
+    assert _exported(run, "msp") == "msp made again", "the one there was chosen by auto"
+    edit_export(run, choice={})
+    assert load_spec(run / "export") == _exported(run, "msp")
+    assert [_exported(run, score) for score in ("auto", "energy")] == ["auto made again", "energy made again"]
+    edit_export(run, source={"checkpoint_sha256": "0" * 64})
+    assert _exported(run, "msp") == "msp made again"
+    shutil.rmtree(run / "export")
+    assert _exported(run, "msp") == "msp made again"
+
+
+def test_a_shipped_score_that_was_not_evaluated_is_an_error(data, tmp_path, monkeypatch):
+    exported = SimpleNamespace(score_name="msp", detector={}, choice={})
+    monkeypatch.setattr("ssod_edge.study.export_run", lambda *_, **__: exported)
+    result = one_cell(data, tmp_path / "study", *CALIBRATED, "--score", "msp")
+    assert result.exit_code == 1 and "the score 'msp' of the export of" in result.stderr
+    assert "| as given" not in result.stdout and "failed: as given, seed 0: the score 'msp'" in result.stdout
+
+
+def test_a_score_without_ood_images_leaves_accuracy(data, tmp_path, monkeypatch):
+    exported = SimpleNamespace(score_name="energy", detector={}, choice={})
+    monkeypatch.setattr("ssod_edge.study.export_run", lambda *_, **__: exported)
+    out = tmp_path / "study"
+    result = CliRunner().invoke(main, ["study", str(data), "-o", str(out), *TINY, *CALIBRATED, "--score", "energy"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("| settings | seeds | accuracy |\n")
+
+
+def one_cell(data, out, *more):
+    return CliRunner().invoke(main, ["study", str(data), "-o", str(out), "--ood", f"same={data}", *TINY, *more])
+
+
+def test_settings_that_do_not_work_are_failures_of_their_runs(data, tmp_path):
+    out = tmp_path / "study"
+    more = ("--vary", "batch_size=4000,8", "--vary", "gamma=0.3,0.9", "--ood", f"x={data}", *TINY[:6], *TINY[8:])
+    result = CliRunner().invoke(main, ["study", str(data), "-o", str(out), "--seeds", "0", *more])
+    assert result.exit_code == 1 and "| batch_size=8 gamma=0.9 | 1 |" in result.stdout, result.output
+    failed = {row["settings"]: row["error"] for row in json.loads((out / STUDY).read_text())["failed"]}
+    assert len(failed) == 3 and "fewer than one batch" in failed["batch_size=4000 gamma=0.9"]
+    assert "gamma must satisfy" in failed["batch_size=8 gamma=0.3"]
+
+
+def test_a_score_that_the_settings_do_not_train_costs_no_training(data, tmp_path, monkeypatch):
+    def fail(data, out, options):
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr("ssod_edge.study.start_run", fail)
+    result = study(data, tmp_path / "study", "--seeds", "0", "--score", "energy+ssod")
+    assert result.exit_code == 1 and "failed: method=ssod, seed 0: the loss is nan" in result.stdout
+    assert "failed: method=ce, seed 0: --score energy+ssod needs the OOD row" in result.stdout
+
+
+def test_an_export_that_fails_is_the_failure_of_its_run(data, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise VerificationError("nothing is released")
+
+    monkeypatch.setattr("ssod_edge.study.export_run", fail)
+    result = one_cell(data, tmp_path / "study", "--seeds", "0", "--score", "msp")
+    assert result.exit_code == 1 and "failed: as given, seed 0: nothing is released" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ood", "x=/nonexistent"], "'/nonexistent' does not exist"),
+        (["--id", "/nonexistent"], "'/nonexistent' does not exist"),
+        (["--id", "OTHER"], "are not the model's"),
+        (["--baselines", "Nobody"], "there is no baseline 'nobody'"),
+        (["--fit-images", "20"], "name them with --baselines"),
+        (["--baselines", "KNN", "--fit-images", "2"], "--fit-images 2 is fewer than one image for each of the 7"),
+        (["--gamma", "0.3"], "gamma must satisfy"),
+        (["--weights", "/nonexistent.pth"], "'/nonexistent.pth' does not exist"),
+    ],
+)
+def test_what_cannot_work_is_found_before_training(data, tmp_path, monkeypatch, more, message):
+    monkeypatch.setattr("ssod_edge.study.start_run", lambda *_: pytest.fail("nothing is trained"))
+    for name in "ab":
+        (tmp_path / "other" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "other" / name / "0.png")
+    result = one_cell(
+        data, tmp_path / "study", *(str(tmp_path / "other") if part == "OTHER" else part for part in more)
+    )
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "study").exists()
+
+
+def test_settings_that_train_in_no_run_end_the_study_with_a_usage_error(data, tmp_path):
+    result = one_cell(data, tmp_path / "study", "--batch-size", "4000", "--seeds", "0")
+    assert result.exit_code == 2 and "fewer than one batch" in result.stderr
+    assert one_cell(data, tmp_path / "study", "--seeds", "0").exit_code == 0, "nothing was trained with other options"
+
+
+def test_an_interrupted_first_run_fixes_the_options(data, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+
+    def interrupt(data, folder, options):
+        (folder / options["name"]).mkdir()
+        (folder / options["name"] / LAST).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssod_edge.study.start_run", interrupt)
+    assert study(data, out, "--lr", "0.5").exit_code == 130
+    assert json.loads((out / STUDY).read_text())["options"]["lr"] == 0.5
+    other = study(data, out, "--lr", "0.001")
+    assert other.exit_code == 2 and "holds a study with other options" in other.stderr
 
 
 def test_options_that_contradict_the_grid_are_refused(data, tmp_path):
