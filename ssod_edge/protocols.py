@@ -34,7 +34,8 @@ class DataSet:
     Attributes:
         name: in tables, and of its list.
         places: below ROOT, each a folder or, with .tar, an archive of one; upper and lower case do not matter.
-        archives: (file or folder below ROOT, what `open_dataset` takes with "{root}"): how torchvision keeps it.
+        archives: (file or folder below ROOT, what `open_dataset` takes, with "{root}" for the folder that it lies in):
+            how torchvision keeps it.
     """
 
     name: str
@@ -43,14 +44,15 @@ class DataSet:
 
     def find(self, root: Path) -> str | None:
         """What `open_dataset` takes, or None."""
+        for path, data in self.archives:  # first: one may lie in the folder that is a place
+            found = _find(root, path)
+            if found is not None:
+                return data.format(root=found.parent)
         for place in self.places:
             for path in (place, f"{place}.tar"):
                 found = _find(root, path)
                 if found is not None:
                     return str(found)
-        for path, data in self.archives:
-            if _find(root, path) is not None:
-                return data.format(root=root)
         return None
 
     @property
@@ -77,7 +79,9 @@ CIFAR10_TRAIN = DataSet(
 CIFAR10 = DataSet("cifar10", ("cifar10/test", "cifar10-test"), ((_CIFAR_ARCHIVE, "torch/cifar10:{root}:test"),))
 IMAGENET_TRAIN = DataSet("imagenet-train", ("imagenet/train", "imagenet-train"))
 IMAGENET = DataSet("imagenet", ("imagenet/val", "imagenet-val"))
-SVHN = DataSet("svhn", ("svhn",), (("test_32x32.mat", "torch/svhn:{root}:test"),))
+SVHN = DataSet(
+    "svhn", ("svhn",), tuple((f"{place}test_32x32.mat", "torch/svhn:{root}:test") for place in ("", "svhn/"))
+)
 LSUN = DataSet("lsun", ("lsun", "lsun_c"))
 ISUN = DataSet("isun", ("isun",))
 TEXTURES = DataSet("textures", ("textures", "texture", "dtd/images", "dtd"))

@@ -153,6 +153,15 @@ def test_every_missing_data_set_is_named_at_once(tmp_path):
     assert "lsun: lsun/, lsun.tar" in result.stderr and "svhn:" not in result.stderr
 
 
+@pytest.mark.parametrize("place", ["", "SVHN"])
+def test_svhn_is_found_as_torchvision_keeps_it(tmp_path, place):
+    assert TABLES["cifar10"].unknown[0].find(tmp_path) is None
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    (folder / "test_32x32.mat").touch()
+    assert TABLES["cifar10"].unknown[0].find(tmp_path) == f"torch/svhn:{folder}:test"
+
+
 def test_a_list_is_what_sha256sum_reads(root, tmp_path):
     source = open_dataset(str(root / "SVHN"))
     file = write_image_list(source, choose_seeded(source, 20, 0), tmp_path / "svhn.sha256")
