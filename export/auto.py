@@ -77,11 +77,10 @@ def choose(
         say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
     known = candidates.scores(logits, id_logit, features)
     pairs = {kind: (known, candidates.scores(*run_eager(model, pseudo_ood(half, kinds=(kind,))))) for kind in kinds}
-    right, wrong = ((logits.argmax(1) == labels) == is_right for is_right in (True, False))
-    wrong &= labels >= 0
+    right = logits.argmax(1) == labels
+    wrong = ~right & (labels >= 0)
     if wrong.sum() >= LEAST_MISTAKES and right.any():
-        parts = ({name: scores[part] for name, scores in known.items()} for part in (right, wrong))
-        pairs[MISTAKEN] = cast(tuple[Any, Any], tuple(parts))
+        pairs[MISTAKEN] = _part(known, right), _part(known, wrong)
     network = multiply_adds(model)
     rows = {name: {**_figures(name, pairs), "cost": candidates.multiply_adds(name) / network} for name in known}
     allowed = [name for name in rows if rows[name]["cost"] <= MOST_COST]
@@ -116,6 +115,10 @@ def _fit_all(data: FitData, features: Array, logits: Array, say: Say) -> dict[st
             continue
         fitted[name] = detector
     return fitted
+
+
+def _part(scores: dict[str, Array], chosen: NDArray[np.bool_]) -> dict[str, Array]:
+    return {name: values[chosen] for name, values in scores.items()}
 
 
 def _figures(name: str, pairs: dict[str, tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, Any]:
