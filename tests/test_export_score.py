@@ -279,30 +279,31 @@ def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> Non
 
 @pytest.mark.parametrize("score", ["auto", "energy+rmd", "msp"])
 def test_an_export_keeps_the_score_of_the_one_that_is_there(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str
+    run: Path, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str
 ) -> None:
     lines: list[str] = []
+    source = replace(from_run(run), model=tiny)
     place = tmp_path / "export"
     options = ExportOptions(("fp32",), ("onnxruntime",), score=score)
-    first = export_source(from_run(run), place, options)
+    first = export_source(source, place, options)
     monkeypatch.setattr("ssod_edge.export.score.fit_data", lambda *given: pytest.fail("it was fitted again"))
-    again = export_source(from_run(run), place, ExportOptions(("fp32",), ("openvino",)), lines.append)
+    again = export_source(source, place, ExportOptions(("fp32",), ("openvino",)), lines.append)
     assert {artifact.name for artifact in again.artifacts} == {"onnx-fp32", "openvino-fp32"}
     assert replace(again, artifacts=()) == replace(first, artifacts=())
     assert len({artifact.threshold.n for artifact in again.artifacts if artifact.threshold}) == 1
     assert any(f"score {first.score_name}, as in the export that is there" in line for line in lines)
     # Other weights have no part in it.
-    other = replace(from_run(run), facts={**from_run(run).facts, "checkpoint_sha256": "0" * 64})
+    other = replace(source, facts={**source.facts, "checkpoint_sha256": "0" * 64})
     assert ship_score(other, None, lines.append, (place, again)).name == "energy"
 
 
-def test_a_score_of_other_images_is_made_anew(run: Path, tmp_path: Path) -> None:
+def test_a_score_of_other_images_is_made_anew(run: Path, tiny, tmp_path: Path) -> None:
     write_images(tmp_path / "more", 200)
     place, lines = tmp_path / "export", []
-    images = from_dataset(str(tmp_path / "more"))
-    source = replace(from_run(run), training=None, calibration=images)
-    export_source(source, place, ExportOptions(("fp32",), ("onnxruntime",), score="rmd"))
-    again = export_source(from_run(run), place, ExportOptions(("fp32",), ("onnxruntime",)), lines.append)
+    source = replace(from_run(run), model=tiny)
+    elsewhere = replace(source, training=None, calibration=from_dataset(str(tmp_path / "more")))
+    export_source(elsewhere, place, ExportOptions(("fp32",), ("onnxruntime",), score="rmd"))
+    again = export_source(source, place, ExportOptions(("fp32",), ("onnxruntime",)), lines.append)
     assert again.score_name == "rmd" and "train split" in again.detector["data"]
     assert any("of other images: it is made anew" in line for line in lines)
 
