@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class Plan:
     measure_s: float = 10.0
     measure_queries: int = 1024
     repeats: int = 3
-    pair_s: float = 5.0
+    pair_s: float = 10.0
 
     def __post_init__(self) -> None:
         for field in ("warmup_s", "warmup_queries", "measure_s", "pair_s"):
@@ -108,23 +108,32 @@ def interleave(backends: Sequence[T], repeats: int) -> Iterator[tuple[int, T]]:
             yield repeat, backend
 
 
-def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], seconds: float, block: int = 10
-) -> tuple[float, float]:
-    """Medians in ms of two calls that take turns in short blocks, in the order A B B A.
+class Turns(NamedTuple):
+    """Two calls that took turns: the median of each in ms, and the median over the rounds of first / second."""
 
-    Differences of one per cent are smaller than the drift between two measurements that follow each other; blocks of
-    some milliseconds in this order see the same machine.
+    first_ms: float
+    second_ms: float
+    ratio: float
+
+
+def alternate(first: Callable[[], Any], second: Callable[[], Any], seconds: float, block: int = 10) -> Turns:
+    """Time two calls that take turns in short blocks, in the order A B B A.
+
+    Differences of one per cent are smaller than the drift between two measurements that follow each other, and a
+    shared machine may be half again as slow for some seconds. A round of some tens of milliseconds sees one machine, so
+    the ratio is taken in each round.
 
     Args:
         first, second: what to time.
         seconds: how long, at least; at least two rounds are run.
         block: timed calls in each block.
     """
-    times: tuple[list[int], list[int]] = ([], [])
+    times: tuple[list[list[int]], list[list[int]]] = ([], [])
     calls = (first, second)
-    start, rounds = time.monotonic(), 0
-    while rounds < 2 or time.monotonic() - start < seconds:
+    start = time.monotonic()
+    while len(times[0]) < 2 or time.monotonic() - start < seconds:
+        for turns in times:
+            turns.append([])
         for which in (0, 1, 1, 0):
             call = calls[which]
             for _ in range(LEAD_IN):
@@ -132,9 +141,10 @@ def alternate(
             for _ in range(block):
                 began = time.perf_counter_ns()
                 call()
-                times[which].append(time.perf_counter_ns() - began)
-        rounds += 1
-    return float(np.median(times[0])) / 1e6, float(np.median(times[1])) / 1e6
+                times[which][-1].append(time.perf_counter_ns() - began)
+    medians = [np.median(turns, axis=1) for turns in times]
+    ratio = float(np.median(medians[0] / medians[1]))
+    return Turns(float(np.median(times[0])) / 1e6, float(np.median(times[1])) / 1e6, ratio)
 
 
 def quantile(values: npt.NDArray[Any], share: float) -> float:

@@ -13,7 +13,7 @@ from ssod_edge.bench.accuracy import Collected, ImageSet, accuracy_figures, coll
 from ssod_edge.bench.backends import EAGER, Backend, Backends
 from ssod_edge.bench.environment import describe_state
 from ssod_edge.bench.images import BenchImages, query_images
-from ssod_edge.bench.latency import QUICK, Plan, Samples, alternate, interleave, measure
+from ssod_edge.bench.latency import QUICK, Plan, Samples, Turns, alternate, interleave, measure
 from ssod_edge.bench.memory import measure_rss
 from ssod_edge.bench.plain import Pair
 from ssod_edge.bench.power import PowerMeter
@@ -102,7 +102,7 @@ class Measurement:
                     self.backends.named(name).fail(error)
 
     def _measure_cost(self) -> None:
-        """The fused graph over the plain one, per engine: the ratio of medians that were taken in turns."""
+        """The fused graph over the plain one, per engine: the ratio of times that were taken in turns."""
         with self.bar.steps("cost of unknown", len(self.backends.pairs)) as step:
             for pair in self.backends.pairs:
                 step(pair.engine, 1)
@@ -119,8 +119,8 @@ class Measurement:
         for query in queries:
             query()
         first, second = (query.compute for query in queries)
-        medians = [alternate(first, second, self.plan.pair_s) for _ in range(self.plan.repeats)]
-        return cost_figures(pair.fused, pair.plain, self.options.batch, medians)
+        repeats = [alternate(first, second, self.plan.pair_s) for _ in range(self.plan.repeats)]
+        return cost_figures(pair.fused, pair.plain, self.options.batch, repeats)
 
     def _collect_outputs(self) -> None:
         with self.bar.steps("accuracy", sum(len(images.indices) for images in self.images.sets)) as step:
@@ -225,25 +225,24 @@ class Measurement:
         }
 
 
-def cost_figures(fused: str, plain: str, batch: int, medians: list[tuple[float, float]]) -> dict[str, Any]:
+def cost_figures(fused: str, plain: str, batch: int, repeats: list[Turns]) -> dict[str, Any]:
     """One engine's entry of `cost_of_unknown`.
 
     Args:
         fused, plain: names of the artifacts.
         batch: images per run.
-        medians: (fused, plain) in ms of each repeat of `latency.alternate`.
+        repeats: of `latency.alternate`, the fused graph first.
 
     Returns:
-        `ratio`: the median over the repeats of fused / plain; `repeats`: the ratio of each; `fused_ms`, `plain_ms`:
-        medians over the repeats.
+        `ratio`: fused / plain, the median of the repeats; `repeats`: each of them; `fused_ms`, `plain_ms`: medians.
     """
-    ratios = [round(one / other, 5) for one, other in medians]
+    ratios = [round(turns.ratio, 5) for turns in repeats]
     return {
         "fused": fused,
         "plain": plain,
         "batch": batch,
-        "fused_ms": round(float(np.median([one for one, _ in medians])), 5),
-        "plain_ms": round(float(np.median([other for _, other in medians])), 5),
+        "fused_ms": round(float(np.median([turns.first_ms for turns in repeats])), 5),
+        "plain_ms": round(float(np.median([turns.second_ms for turns in repeats])), 5),
         "ratio": float(np.median(ratios)),
         "repeats": ratios,
     }

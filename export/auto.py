@@ -14,9 +14,9 @@ from torch import nn
 from ssod_edge.config import DEFAULT_SCORE, DETECTORS, SCORES, DetectorName
 from ssod_edge.detectors import Detector, FitData, fit
 from ssod_edge.errors import UsageError
-from ssod_edge.export.graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.pseudo_ood import KINDS, TAUGHT, pseudo_ood
 from ssod_edge.export.reference import run_eager
+from ssod_edge.export.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source, model_labels
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier

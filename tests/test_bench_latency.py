@@ -17,6 +17,7 @@ from ssod_edge.bench.latency import (
     QUICK,
     STAGES,
     Plan,
+    Turns,
     alternate,
     interleave,
     measure,
@@ -136,20 +137,36 @@ def test_backends_take_turns() -> None:
 
 def test_a_pair_alternates_in_short_blocks() -> None:
     calls: list[str] = []
-    medians = alternate(lambda: calls.append("a"), lambda: calls.append("b"), seconds=0, block=4)
+    turns = alternate(lambda: calls.append("a"), lambda: calls.append("b"), seconds=0, block=4)
     block = LEAD_IN + 4
     assert "".join(calls) == ("a" * block + "b" * 2 * block + "a" * block) * 2
-    assert all(0 < median < 1 for median in medians)
+    assert 0 < turns.first_ms < 1 and 0 < turns.second_ms < 1
 
 
 def test_a_pair_tells_a_slower_one() -> None:
-    slow, quick = alternate(lambda: time.sleep(0.004), lambda: time.sleep(0.001), seconds=0)
-    assert 1.5 < slow / quick < 6
+    turns = alternate(lambda: time.sleep(0.004), lambda: time.sleep(0.001), seconds=0)
+    assert 1.5 < turns.ratio < 6 and 1.5 < turns.first_ms / turns.second_ms < 6
+
+
+def test_a_machine_that_slows_down_moves_both_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0, 0
+
+    def work(nanoseconds: int) -> None:
+        nonlocal now, calls
+        # From about the middle on, and within a round, the machine is three times as slow.
+        now, calls = now + nanoseconds * (3 if calls > 29 * (LEAD_IN + 10) else 1), calls + 1
+
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now / 1e9)
+    turns = alternate(lambda: work(1_020_000), lambda: work(1_000_000), seconds=1.5)
+    assert turns.first_ms / turns.second_ms < 0.8  # one median falls on either side of the border
+    assert turns.ratio == pytest.approx(1.02)
 
 
 def test_cost_is_the_median_of_the_repeats_ratios() -> None:
-    cost = cost_figures("onnx-fp32", "plain-onnx-fp32", 1, [(2.0, 2.0), (4.4, 4.0), (3.03, 3.0)])
-    assert cost["repeats"] == [1.0, 1.1, 1.01]
+    repeats = [Turns(2.0, 2.0, 1.0), Turns(4.4, 4.0, 1.2), Turns(3.03, 3.0, 1.01)]
+    cost = cost_figures("onnx-fp32", "plain-onnx-fp32", 1, repeats)
+    assert cost["repeats"] == [1.0, 1.2, 1.01]
     assert (cost["ratio"], cost["fused_ms"], cost["plain_ms"]) == (1.01, 3.03, 3.0)
 
 

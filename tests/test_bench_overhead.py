@@ -24,6 +24,7 @@ def test_each_engine_is_timed_beside_its_own_benchmark(export: Path, tmp_path: P
     for row in record["rows"]:
         assert row["own_ms"] > 0 and row["runner_ms"] > 0 and len(row["ratios"]) == 2
         assert 0.2 < row["ratio"] < 20  # two shared cores, a tiny network
+        assert 0.2 < row["bare_ratio"] < 20 and len(row["bare_ratios"]) == 2
 
 
 def test_a_benchmark_that_fails_says_why(tmp_path: Path) -> None:

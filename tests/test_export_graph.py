@@ -13,8 +13,9 @@ from small import CLASSES, eager, make_model, random_images, run_onnx
 from ssod_edge.config import SCORES, ScoreName
 from ssod_edge.errors import VerificationError
 from ssod_edge.export.fp16 import to_fp16
-from ssod_edge.export.graph import FusedClassifier, score_of_graph
+from ssod_edge.export.graph import FusedClassifier
 from ssod_edge.export.onnx import check_fused, fused_graph
+from ssod_edge.export.score_graph import score_of_graph
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.scores import ood_scores

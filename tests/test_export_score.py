@@ -26,13 +26,13 @@ from ssod_edge.export.auto import _Candidates, _fit_all, multiply_adds
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
 from ssod_edge.export.fp16 import to_fp16
-from ssod_edge.export.graph import DetectorScore, lost_to_rounding
 from ssod_edge.export.onnx import check_fused, fused_graph, head_rows
 from ssod_edge.export.pseudo_ood import KINDS, pseudo_ood
 from ssod_edge.export.quantize import float_scope
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.run import ExportOptions, export_source
 from ssod_edge.export.score import divide, fit_data, ship_score
+from ssod_edge.export.score_graph import FusedScore, lost_to_rounding
 from ssod_edge.export.source import Calibration, from_dataset, from_run, untrained
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.runtime import open_runner
@@ -92,7 +92,7 @@ def fit_tiny(tiny: SSODClassifier, name: str) -> FittedScore:
     return fit_vim(data, 8) if name == "vim-principal" else fit_score(name, data)
 
 
-SUMS = ("ssod+energy+mahalanobis+rmd", "posterior+scale", "msp+maxlogit+knn+react+vim")
+SUMS = ("ssod+energy+mahalanobis+rmd", "posterior+scale", "msp+maxlogit+knn+react+vim", "ssod+energy")
 GRAPHS = ("vim", "vim-principal", "mahalanobis", "rmd", "knn", "react", "ash", "scale", *SUMS)
 
 
@@ -192,17 +192,24 @@ def test_a_gemm_beside_the_fused_one_is_refused(tiny, fused) -> None:
         check_fused(deep, rows)
 
 
-@pytest.mark.parametrize("name", [*DETECTORS, "vim-principal"])
+def end_of_graph(model: SSODClassifier, score: FittedScore, z: torch.Tensor) -> np.ndarray:
+    """What `FusedScore` gives for features."""
+    fused = FusedScore(score, model.head_weight())
+    logits, id_logit = model.head(z)
+    rows = torch.nn.functional.linear(z, torch.from_numpy(fused.weight), torch.from_numpy(fused.bias))
+    assert rows.shape[1] == score.rows
+    found: np.ndarray = fused(z, logits, logits.softmax(1), id_logit, rows.split(fused.sizes, dim=1)).numpy()
+    return found
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, "vim-principal", *SUMS, "energy+knn+vim+mahalanobis", "ssod+ash+rmd"])
 def test_the_graph_is_exact_for_features_of_any_size(tiny: SSODClassifier, name: str) -> None:
     detector = fit_tiny(tiny, name)
-    logits, _, features = run_eager(tiny, pictures(40, seed=9).numpy())
-    features = features * np.geomspace(0.1, 10, 40, dtype=np.float32)[:, None]
-    z = torch.from_numpy(features)
+    _, _, features = run_eager(tiny, pictures(40, seed=9).numpy())
+    z = torch.from_numpy(features * np.geomspace(0.1, 10, 40, dtype=np.float32)[:, None])
     with torch.no_grad():
-        logits = tiny.head(z)[0]
-        rows = z @ torch.from_numpy(detector.weight).T + torch.from_numpy(detector.bias) if detector.rows else None
-        found = DetectorScore(detector)(z, logits, logits.softmax(1), logits[:, 0], rows).numpy()
-    expected = detector.score(features, logits.numpy())
+        found = end_of_graph(tiny, detector, z)
+        expected = detector.score(z.numpy(), *(part.numpy() for part in tiny.head(z)))
     # A difference of squares loses more, the further out a feature lies along the principal space.
     bound = 1e-3 if name == "vim-principal" else 1e-4
     np.testing.assert_allclose(found, expected, rtol=bound, atol=bound * np.ptp(expected))

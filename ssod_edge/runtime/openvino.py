@@ -71,6 +71,9 @@ class OpenVinoRunner:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
         check_graph(path, spec, outputs, _shapes(compiled))
         self._request: Any = compiled.create_infer_request()
+        self._pixels: Any = np.zeros((0, 3, 0, 0), np.uint8)  # the request's own input, as large as the last batch
+        places = {name: place for place, port in enumerate(compiled.outputs) for name in port.get_names()}
+        self._places = [places[name] for name in outputs]
         self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
@@ -96,9 +99,23 @@ class OpenVinoRunner:
         with self._lock:
             if self._request is None:
                 raise closed_error()
-            # The image is read where it lies; the outputs are small, and copied so that the next run can't change them.
-            values = self._request.infer({"image": images}, share_inputs=True, share_outputs=False)
-        return {name: np.asarray(values[name], np.float32) for name in self._outputs}
+            # Copying the image costs less than naming another place to read it from. The outputs are copied so that
+            # the next run can't change them. OpenVINO's `infer` would do both, in twice the time.
+            if self._pixels.shape != images.shape:
+                self._pixels = self._new_input(images.shape)
+            np.copyto(self._pixels, images)
+            self._request.start_async()
+            self._request.wait()
+            values = [np.array(self._request.get_output_tensor(place).data, np.float32) for place in self._places]
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _new_input(self, shape: tuple[int, ...]) -> Any:
+        """An input of this shape for the request, as an array to write to."""
+        import openvino
+
+        tensor = openvino.Tensor(openvino.Type.u8, openvino.Shape(list(shape)))
+        self._request.set_input_tensor(tensor)
+        return tensor.data
 
 
 @functools.cache
