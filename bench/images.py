@@ -87,7 +87,7 @@ def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | Non
     facts = spec.source
     if not facts.get("splits_hash"):
         return None, "The weights were not trained here, so that there is no recorded validation split."
-    from ssod_edge.sources import read_splits
+    from ssod_edge.splits import read_splits
 
     try:
         source = _open(str(facts["data"]))

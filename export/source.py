@@ -20,7 +20,8 @@ from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageErro
 from ssod_edge.files import same_data, sha256_file
 from ssod_edge.image import preprocess
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, load_weights
-from ssod_edge.sources import ImageSource, open_dataset, read_splits
+from ssod_edge.sources import ImageSource, open_dataset
+from ssod_edge.splits import read_splits
 from ssod_edge.train import load_config
 
 #: Scores that need the OOD row, which only training with the OOD loss gives a meaning.

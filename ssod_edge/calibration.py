@@ -89,7 +89,8 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     if Path(data).is_dir() and not same_data(data, spec.source.get("data")):
         paths = list_images([data])
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
-    from ssod_edge.sources import open_dataset, read_splits
+    from ssod_edge.sources import open_dataset
+    from ssod_edge.splits import read_splits
 
     dataset = open_dataset(data, labelled=False)
     indices: list[int] = list(range(len(dataset)))

@@ -11,8 +11,9 @@ import numpy as np
 
 from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data
-from ssod_edge.sources import ImageSource, Indices, Splits, open_dataset, read_splits
+from ssod_edge.sources import ImageSource, Indices, open_dataset
 from ssod_edge.spec import Spec
+from ssod_edge.splits import Splits, read_splits
 
 #: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
 MIN_CALIB = 19

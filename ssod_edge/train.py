@@ -47,8 +47,9 @@ from ssod_edge.files import make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
-from ssod_edge.sources import ImageSource, Splits, open_dataset, split_dataset
+from ssod_edge.sources import ImageSource, open_dataset
 from ssod_edge.spec import from_json
+from ssod_edge.splits import Splits, split_dataset
 
 #: Losses, as means over the images of an epoch, and counts.
 _LOSSES = ("loss", "ce", "ood", "norm", "outlier")

@@ -15,7 +15,8 @@ from ssod_edge.config import Preprocess
 from ssod_edge.files import write_json
 from ssod_edge.model import SSODClassifier, build_model, normalise
 from ssod_edge.runtime.runner import OUTPUTS
-from ssod_edge.sources import Splits, open_dataset
+from ssod_edge.sources import open_dataset
+from ssod_edge.splits import Splits
 
 SIZE = 64
 CLASSES = tuple("abcdefg")

@@ -26,7 +26,8 @@ from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.evaluate import collect, evaluate
 from ssod_edge.evaluation_data import choose_images
 from ssod_edge.metrics import conformal_threshold, detection_metrics, threshold_metrics
-from ssod_edge.sources import open_dataset, read_splits
+from ssod_edge.sources import open_dataset
+from ssod_edge.splits import read_splits
 
 pytest.importorskip("pytorch_ood", reason="needs pytorch-ood (extra baselines)")
 

@@ -220,7 +220,8 @@ def test_quick_takes_some_images_of_all(export: Path, monkeypatch: pytest.Monkey
 
 def test_the_recorded_split_is_used_only_while_the_data_are_the_same(export: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs the extra train")
-    from ssod_edge.sources import Splits, open_dataset
+    from ssod_edge.sources import open_dataset
+    from ssod_edge.splits import Splits
 
     data = write_colours(tmp_path / "data")
     splits = Splits(np.array([0, 2, 3, 4, 7, 8, 10, 11]), np.array([1, 5, 9]), np.array([6]))

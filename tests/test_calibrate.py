@@ -201,7 +201,8 @@ def test_a_folder_needs_no_torch(export: Path, tmp_path: Path) -> None:
 def test_the_training_data_gives_its_calibration_split_alone(export: Path, tmp_path: Path) -> None:
     """Thresholds fitted to images that were trained on would be too tight."""
     pytest.importorskip("timm")
-    from ssod_edge.sources import Splits, open_dataset
+    from ssod_edge.sources import open_dataset
+    from ssod_edge.splits import Splits
 
     photos = save_photos(tmp_path / "photos", 60)
     dataset = open_dataset(str(photos))

@@ -17,7 +17,8 @@ from ssod_edge.config import Preprocess
 from ssod_edge.data import EvalImages, TrainImages, augment, load_batches
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import load_image, preprocess, via
-from ssod_edge.sources import open_dataset, read_class_list, split_dataset
+from ssod_edge.sources import open_dataset, read_class_list
+from ssod_edge.splits import split_dataset
 
 SETTINGS = Preprocess(input_size=24)
 

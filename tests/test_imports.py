@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ssod_edge.image_lists",
         "ssod_edge.score_sum",
     ),
-    ("ssod_edge.sources", "ssod_edge.distributed", "ssod_edge.evaluation_report"),
+    ("ssod_edge.sources", "ssod_edge.splits", "ssod_edge.distributed", "ssod_edge.evaluation_report"),
     ("ssod_edge.evaluation_data",),
     ("ssod_edge.ops", "ssod_edge.outliers", "ssod_edge.runtime"),
     ("ssod_edge.model",),
