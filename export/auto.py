@@ -20,6 +20,7 @@ from ssod_edge.export.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source, model_labels
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier
+from ssod_edge.progress import image_bar
 from ssod_edge.score_sum import FittedScore, part_scores, spreads, sum_of
 
 Say = Callable[[str], None]
@@ -44,7 +45,7 @@ SHOWN = 15
 
 
 def choose(
-    source: Source, choices: Calibration, data: FitData, say: Say
+    source: Source, choices: Calibration, data: FitData, say: Say, brief: bool = False
 ) -> tuple[str, FittedScore | None, dict[str, Any]]:
     """Fit every candidate, and take the one that does best over the kinds of images that no class describes.
 
@@ -60,6 +61,7 @@ def choose(
         choices: in-distribution images that were not trained on, and that no threshold is fitted to.
         data: what detectors are fitted on.
         say: gets the table.
+        brief: one line instead of it.
 
     Returns:
         the score's name, its state if it has one, and the figures for the spec.
@@ -69,14 +71,20 @@ def choose(
     """
     model = source.model
     images, labels = _read(choices, model)
-    logits, id_logit, features = run_eager(model, images)
-    candidates = _Candidates(model, _fit_all(data, features, logits, say), data)
     half = images[: max(1, len(images) // 2)]
     kinds = [kind for kind in KINDS if TAUGHT.get(kind) not in source.outliers]
     if taught := sorted(set(KINDS) - set(kinds)):
         say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
+    with image_bar("choosing", len(images) + len(kinds) * len(half)) as advance:
+        logits, id_logit, features = run_eager(model, images)
+        advance(len(images))
+        made = {}
+        for kind in kinds:
+            made[kind] = run_eager(model, pseudo_ood(half, kinds=(kind,)))
+            advance(len(half))
+    candidates = _Candidates(model, _fit_all(data, features, logits, say), data)
     known = candidates.scores(logits, id_logit, features)
-    pairs = {kind: (known, candidates.scores(*run_eager(model, pseudo_ood(half, kinds=(kind,))))) for kind in kinds}
+    pairs = {kind: (known, candidates.scores(*outputs)) for kind, outputs in made.items()}
     right = logits.argmax(1) == labels
     wrong = ~right & (labels >= 0)
     if wrong.sum() >= LEAST_MISTAKES and right.any():
@@ -85,7 +93,8 @@ def choose(
     rows = {name: {**_figures(name, pairs), "cost": candidates.multiply_adds(name) / network} for name in known}
     allowed = [name for name in rows if rows[name]["cost"] <= MOST_COST]
     best = max(allowed, key=lambda name: (rows[name]["figure"], -rows[name]["cost"]))
-    for line in _table(rows, best, list(pairs), len(images), choices.description):
+    lines = [_in_brief(rows, best)] if brief else _table(rows, best, list(pairs), len(images), choices.description)
+    for line in lines:
         say(line)
     figures = {
         "known": choices.description,
@@ -201,6 +210,16 @@ def _read(choices: Calibration, model: SSODClassifier) -> tuple[NDArray[np.uint8
         raise UsageError(f"none of the images of {choices.description} can be read")
     images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
     return images, model_labels(labels, choices.source.classes, model.classes)
+
+
+def _in_brief(rows: dict[str, dict[str, Any]], best: str) -> str:
+    def shown(name: str) -> str:
+        return f"AUROC {rows[name]['mean_auroc']:.1%}, FPR {rows[name]['mean_fpr']:.1%}"
+
+    text = f"score {best}: {shown(best)} on images made from held-out ones"
+    if best != DEFAULT_SCORE:
+        text += f" ({DEFAULT_SCORE}: {shown(DEFAULT_SCORE)})"
+    return f"{text}; --score auto shows all {len(rows)} candidates, --score NAME takes another"
 
 
 def _table(rows: dict[str, dict[str, Any]], best: str, kinds: list[str], images: int, known: str) -> list[str]:
