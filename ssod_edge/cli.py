@@ -328,7 +328,7 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
     "--score",
     metavar="NAME|NAME+NAME...|auto",
     help=f"OOD score in the graph: {', '.join(SHIPPED_SCORES)}, or a sum. Default: that of the export "
-    "that is there, else auto, the best on held-out images for at most 1% more multiply-adds.",
+    "that is there, else energy. auto: the best on held-out images for at most 1% more multiply-adds.",
 )
 @click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")
