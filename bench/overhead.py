@@ -82,10 +82,9 @@ def bare_call(engine: str, path: Path, image: dict[str, Any]) -> Callable[[], ob
         options.add_session_config_entry("session.force_spinning_stop", "1")  # else it slows the runner's turns down
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, image)
-    from ssod_edge.runtime.openvino import shared_core
+    from ssod_edge.runtime.openvino import request_config, shared_core
 
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1"}
-    request = shared_core().compile_model(str(path), "CPU", config).create_infer_request()
+    request = shared_core().compile_model(str(path), "CPU", request_config("CPU", "fp32")).create_infer_request()
     request.get_input_tensor().shape = image["image"].shape
     request.get_input_tensor().data[:] = image["image"]
 

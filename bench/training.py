@@ -15,6 +15,7 @@ import click
 import torch
 
 from ssod_edge.bench.environment import describe_environment
+from ssod_edge.bench.latency import interleave
 from ssod_edge.config import LossConfig, resolve_backbone
 from ssod_edge.errors import SsodEdgeError
 from ssod_edge.files import write_json
@@ -26,7 +27,7 @@ from ssod_edge.ops import kernel_in_use
 def compare(backbone: str, size: int, batch: int, classes: int, rounds: int, precision: str = "fp32") -> dict[str, Any]:
     """Time whole optimizer steps (forward, backward, AdamW) of one model: plain cross-entropy, and SSOD.
 
-    Each round times one step of each kind, in alternating order, after one untimed round. SSOD is timed with plain
+    Each round times one step of each kind, after one untimed step of each. SSOD is timed with plain
     PyTorch's sampling ("reference") and, where it was built, with the compiled kernel's ("compiled").
 
     Returns:
@@ -57,12 +58,11 @@ def compare(backbone: str, size: int, batch: int, classes: int, rounds: int, pre
         loss.item()  # waits for the device
         return (time.perf_counter() - started) * 1000
 
+    for name in steps:
+        timed(name)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds + 1):
-        for name in steps if index % 2 else reversed(steps):
-            elapsed = timed(name)
-            if index:
-                times[name].append(elapsed)
+    for _, name in interleave(tuple(steps), rounds):
+        times[name].append(timed(name))
     row: dict[str, Any] = {
         "backbone": resolve_backbone(backbone),
         "input_size": size,

@@ -134,12 +134,6 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    facts = {
-        "run": folder.resolve().name,
-        "checkpoint_sha256": sha256_file(checkpoint),
-        **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
-        "id_accuracy_val": meta.get("val_accuracy"),
-    }
     own = splits and (data is None or same_data(data, meta.get("data")))
     calibration = splits["calib"] if own else from_dataset(str(data))
     source = Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)

@@ -19,7 +19,7 @@ from colour import CLASSES, SIZE, colour_images, colour_outputs, edit_graph, edi
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.runtime import choose_artifact, find_export, open_runner
-from ssod_edge.runtime.openvino import _config
+from ssod_edge.runtime.openvino import request_config
 from ssod_edge.runtime.runner import check_graph
 from ssod_edge.spec import load_spec
 
@@ -62,14 +62,14 @@ def test_reports_what_really_ran(export: Path, name: str) -> None:
 
 def test_openvino_never_picks_bf16_by_itself() -> None:
     for precision in ("fp32", "fp16"):
-        hint = _config("CPU", precision, ["FP32", "FP16", "BF16"], None)["INFERENCE_PRECISION_HINT"]
+        hint = request_config("CPU", precision, ["FP32", "FP16", "BF16"], None)["INFERENCE_PRECISION_HINT"]
         assert hint == "f32", "a 16-bit last layer makes tied scores"
-    assert _config("GPU", "fp16", ["FP32", "FP16"], 3) == {
+    assert request_config("GPU", "fp16", ["FP32", "FP16"], 3) == {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f16",
     }
-    assert _config("GPU", "fp16", ["FP32"], None)["INFERENCE_PRECISION_HINT"] == "f32"
-    assert _config("GPU", "fp32", ["FP32", "FP16"], None)["INFERENCE_PRECISION_HINT"] == "f32"
+    assert request_config("GPU", "fp16", ["FP32"], None)["INFERENCE_PRECISION_HINT"] == "f32"
+    assert request_config("GPU", "fp32", ["FP32", "FP16"], None)["INFERENCE_PRECISION_HINT"] == "f32"
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)

@@ -64,7 +64,7 @@ class OpenVinoRunner:
         self.artifact = artifact
         self._outputs = outputs
         precision = "bf16" if bf16 else artifact.precision
-        config = _config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
+        config = request_config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
             compiled = core.compile_model(str(path), device, config)
         except RuntimeError as error:
@@ -158,8 +158,10 @@ def _runs_int8(compiled: Any) -> bool:
     return False
 
 
-def _config(device: str, precision: str, capabilities: Sequence[str], threads: int | None) -> dict[str, str]:
-    """One request, as fast as it can be, in the precision that the class's docstring promises."""
+def request_config(
+    device: str, precision: str, capabilities: Sequence[str] = (), threads: int | None = None
+) -> dict[str, str]:
+    """One request, as fast as it can be, in the precision that `OpenVinoRunner` promises."""
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if device == "CPU":
         config["NUM_STREAMS"] = "1"
