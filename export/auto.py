@@ -45,7 +45,7 @@ SHOWN = 15
 
 
 def choose(
-    source: Source, choices: Calibration, data: FitData, say: Say
+    source: Source, choices: Calibration, data: FitData, say: Say, brief: bool = False
 ) -> tuple[str, FittedScore | None, dict[str, Any]]:
     """Fit every candidate, and take the one that does best over the kinds of images that no class describes.
 
@@ -61,6 +61,7 @@ def choose(
         choices: in-distribution images that were not trained on, and that no threshold is fitted to.
         data: what detectors are fitted on.
         say: gets the table.
+        brief: one line instead of it.
 
     Returns:
         the score's name, its state if it has one, and the figures for the spec.
@@ -92,7 +93,8 @@ def choose(
     rows = {name: {**_figures(name, pairs), "cost": candidates.multiply_adds(name) / network} for name in known}
     allowed = [name for name in rows if rows[name]["cost"] <= MOST_COST]
     best = max(allowed, key=lambda name: (rows[name]["figure"], -rows[name]["cost"]))
-    for line in _table(rows, best, list(pairs), len(images), choices.description):
+    lines = [_in_brief(rows, best)] if brief else _table(rows, best, list(pairs), len(images), choices.description)
+    for line in lines:
         say(line)
     figures = {
         "known": choices.description,
@@ -208,6 +210,16 @@ def _read(choices: Calibration, model: SSODClassifier) -> tuple[NDArray[np.uint8
         raise UsageError(f"none of the images of {choices.description} can be read")
     images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
     return images, model_labels(labels, choices.source.classes, model.classes)
+
+
+def _in_brief(rows: dict[str, dict[str, Any]], best: str) -> str:
+    def shown(name: str) -> str:
+        return f"AUROC {rows[name]['mean_auroc']:.1%}, FPR {rows[name]['mean_fpr']:.1%}"
+
+    text = f"score {best}: {shown(best)} on images made from held-out ones"
+    if best != DEFAULT_SCORE:
+        text += f" ({DEFAULT_SCORE}: {shown(DEFAULT_SCORE)})"
+    return f"{text}; --score auto shows all {len(rows)} candidates, --score NAME takes another"
 
 
 def _table(rows: dict[str, dict[str, Any]], best: str, kinds: list[str], images: int, known: str) -> list[str]:

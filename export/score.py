@@ -25,7 +25,10 @@ Say = Callable[[str], None]
 FIT_IMAGES = 10_000
 #: Fewer readable ones than this describe no distribution.
 LEAST_IMAGES = 32
-DEFAULT_EVIDENCE = "the default; no study has chosen one for this model"
+#: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
+#: chance chooses.
+LEAST_UNASKED = 200
+DEFAULT_EVIDENCE = "the default for a network that was not trained with made outliers, or has few images to choose by"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def ship_score(source: Source, wanted: str | None, say: Say, earlier: tuple[Path
 
     Args:
         source: what is exported.
-        wanted: of `SHIPPED_SCORES`, a sum of some, "auto", or None for that of `earlier`, else the default.
+        wanted: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
+            if the network was trained with made outliers and its images are at hand, and else takes the default.
         say: gets a line for each step.
         earlier: the export that this one goes beside, its folder and spec.
 
@@ -67,7 +71,7 @@ def ship_score(source: Source, wanted: str | None, say: Say, earlier: tuple[Path
             return kept
         wanted = AUTO_SCORE if earlier[1].choice else earlier[1].score_name
     if wanted is None:
-        return ShippedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE, source)
+        return _unasked(source, say)
     if wanted == AUTO_SCORE and not source.trained:
         say(f"--score auto: untrained weights give nothing to choose by, so the score is {DEFAULT_SCORE}")
         return ShippedScore(DEFAULT_SCORE, "auto: untrained weights give nothing to choose by", source)
@@ -78,15 +82,42 @@ def ship_score(source: Source, wanted: str | None, say: Say, earlier: tuple[Path
             return ShippedScore(wanted, "chosen when exporting", source)
     if not source.trained:
         raise UsageError(f"the score '{wanted}' is fitted on training images, and untrained weights have none")
-    training, choices, source = divide(source, wanted == AUTO_SCORE, say)
+    if wanted == AUTO_SCORE:
+        return _chosen(source, say, brief=False)
+    training, _, source = divide(source, False, say)
+    data = fit_data(source, training, say)
+    detector = fit_score(wanted, data)
+    record = {"data": training.description, "images": len(data.features), "settings": detector.settings}
+    return ShippedScore(wanted, "chosen when exporting", source, detector, record)
+
+
+def _unasked(source: Source, say: Say) -> ShippedScore:
+    """The score of an export that names none, and has none beside it.
+
+    Without made outliers in training nothing is chosen: a network that was taught by its classes alone may give unknown
+    images scores so close to the threshold that the best of them by AUROC does not hold there (docs/detection.md).
+    """
+    images = [0 if part is None else len(part.indices) for part in (source.training, source.choices)]
+    if source.outliers and min(images) >= LEAST_UNASKED:
+        try:
+            return _chosen(source, say, brief=True)
+        except UsageError as error:
+            say(f"no score can be chosen ({error}), so it is {DEFAULT_SCORE}")
+    elif source.outliers:
+        say(
+            f"the score is {DEFAULT_SCORE}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
+            f"choose another, and there are {images[0]} and {images[1]}"
+        )
+    return ShippedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE, source)
+
+
+def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
+    """The score that "auto" chooses."""
+    training, choices, source = divide(source, True, say)
+    assert choices is not None
     data = fit_data(source, training, say)
     record: dict[str, Any] = {"data": training.description, "images": len(data.features)}
-    if wanted != AUTO_SCORE:
-        detector = fit_score(wanted, data)
-        record["settings"] = detector.settings
-        return ShippedScore(wanted, "chosen when exporting", source, detector, record)
-    assert choices is not None
-    chosen, candidate, figures = choose(source, choices, data, say)
+    chosen, candidate, figures = choose(source, choices, data, say, brief)
     for message in choices.unreadable:
         say(f"left out: {message}")
     detector_record = record | {"settings": candidate.settings} if candidate is not None else {}

@@ -254,9 +254,10 @@ def model_labels(labels: NDArray[np.int64], classes: Sequence[str], known: Seque
 def _outliers(folder: Path) -> tuple[str, ...]:
     """The made images of a run's training; none where its settings are gone."""
     try:
-        return load_config(folder).loss.outliers
+        loss = load_config(folder).loss
     except (UsageError, ArtifactError):
         return ()
+    return loss.outliers if loss.trains_row_on_outliers else ()
 
 
 def _run_splits(folder: Path, meta: dict[str, Any]) -> dict[str, Calibration]:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
-from ssod_edge.config import KERNELS, METHODS, OUTLIERS, RECIPES, SHIPPED_SCORES
+from ssod_edge.config import DEFAULT_OUTLIERS, KERNELS, METHODS, OUTLIERS, RECIPES, SHIPPED_SCORES
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
 
 
@@ -95,6 +95,11 @@ def split_names(value: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
+def split_kinds(value: str) -> tuple[str, ...]:
+    """("a, b") -> ("a", "b"), and "none" -> ()."""
+    return () if value.strip() == "none" else split_names(value)
+
+
 def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[Any], Any]:
     """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names.
 
@@ -122,9 +127,10 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[
         click.option("--norm-weight", type=float, help="Weight of the background's norm (lbf). Default: 0.05."),
         click.option(
             "--outliers",
-            callback=lambda _context, _option, value: None if value is None else split_names(value),
-            metavar="KINDS",
-            help=f"Images to make as OOD, comma-separated: {', '.join(OUTLIERS)}. Default: none.",
+            callback=lambda _context, _option, value: None if value is None else split_kinds(value),
+            metavar="KINDS|none",
+            help=f"Images to make as OOD, comma-separated: {', '.join(OUTLIERS)}. Default: "
+            f"{','.join(DEFAULT_OUTLIERS)}; none with --method ce or lbf, or --recipe paper.",
         ),
         click.option("--outlier-share", type=float, help="Made images, as a share of a batch. Default: 0.5."),
         click.option("--outlier-weight", type=float, help="Weight of their loss. Default: 1."),
@@ -327,8 +333,9 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
 @click.option(
     "--score",
     metavar="NAME|NAME+NAME...|auto",
-    help=f"OOD score in the graph: {', '.join(SHIPPED_SCORES)}, or a sum. Default: that of the export "
-    "that is there, else energy. auto: the best on held-out images for at most 1% more multiply-adds.",
+    help=f"OOD score in the graph: {', '.join(SHIPPED_SCORES)}, or a sum; auto: the best on held-out images for at "
+    "most 1% more multiply-adds. Default: that of the export that is there, else auto for a network that was trained "
+    "with made outliers, else energy.",
 )
 @click.option("--tpr", type=float, default=0.95, help="Share of in-distribution images to keep known.")
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -56,6 +57,19 @@ def test_commands_are_listed_in_the_order_of_work() -> None:
         "doctor",
     ]
     assert list(main.list_commands(click.Context(main))) == order
+
+
+@pytest.mark.parametrize(
+    ("given", "outliers"),
+    [([], None), (["--outliers", "none"], ()), (["--outliers", "zoom, blend"], ("zoom", "blend"))],
+)
+def test_outliers_are_a_list_or_none(
+    given: list[str], outliers: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr("ssod_edge.train.start_run", lambda data, out, options: seen.append(options))
+    assert CliRunner().invoke(main, ["train", "photos", *given]).exit_code == 0
+    assert seen[0]["outliers"] == outliers
 
 
 def test_unknown_command_and_option_are_wrong_usage() -> None:

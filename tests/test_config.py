@@ -6,7 +6,17 @@ import json
 
 import pytest
 
-from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict
+from ssod_edge.config import (
+    ALIASES,
+    DEFAULT_OUTLIERS,
+    LossConfig,
+    Preprocess,
+    TrainConfig,
+    from_dict,
+    resolve_backbone,
+    to_dict,
+    train_config,
+)
 from ssod_edge.errors import UsageError
 
 
@@ -69,3 +79,20 @@ def test_missing_values_are_named():
 def test_aliases_are_the_papers_backbones_and_other_names_stay():
     assert resolve_backbone("regnet") == "regnety_008_tv" and len(ALIASES) == 7
     assert resolve_backbone("efficientnet_b0") == "efficientnet_b0"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "outliers"),
+    [
+        ("short", {}, DEFAULT_OUTLIERS),
+        ("scratch", {"method": "both"}, DEFAULT_OUTLIERS),
+        ("short", {"method": "ce"}, ()),
+        ("scratch", {"method": "lbf"}, ()),
+        ("short", {"method": "ce", "outliers": ("rotate",)}, ("rotate",)),
+        ("short", {"outliers": ()}, ()),
+        ("paper", {}, ()),
+    ],
+)
+def test_outliers_are_made_unless_plain_training_or_the_papers_is_asked_for(recipe, loss, outliers):
+    """A user's run learns from them; `--method ce` alone is the plain network that others are compared with."""
+    assert train_config(recipe, {"backbone": "resnet18", "data": "photos", **loss}).loss.outliers == outliers

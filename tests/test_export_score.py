@@ -31,7 +31,7 @@ from ssod_edge.export.pseudo_ood import KINDS, pseudo_ood
 from ssod_edge.export.quantize import float_scope
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.run import ExportOptions, export_source
-from ssod_edge.export.score import divide, fit_data, ship_score
+from ssod_edge.export.score import _halves, divide, fit_data, ship_score
 from ssod_edge.export.score_graph import FusedScore, lost_to_rounding
 from ssod_edge.export.source import Calibration, from_dataset, from_run, untrained
 from ssod_edge.model import SSODClassifier, normalise
@@ -273,6 +273,33 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
     # With nothing allowed, what costs nothing is left.
     monkeypatch.setattr("ssod_edge.export.auto.MOST_COST", 0.0)
     assert not set(score_parts(ship_score(source, "auto", lines.append).name)) & {"vim", "mahalanobis", "rmd", "knn"}
+
+
+def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    source = replace(from_run(run), model=tiny, outliers=("shuffle", "zoom"))
+    few = ship_score(source, None, lines.append)
+    assert (few.name, few.choice) == ("energy", {})
+    assert any("it takes 200 training images and as many held-out ones" in line for line in lines)
+    assert source.calibration is not None
+    choices, calibration = _halves(source.calibration, "validation", "rest")
+    source = replace(source, choices=choices, calibration=calibration)
+    monkeypatch.setattr("ssod_edge.export.score.LEAST_UNASKED", 40)
+    lines.clear()
+    chosen, asked = ship_score(source, None, lines.append), ship_score(source, "auto", lambda line: None)
+    assert (chosen.name, chosen.evidence, chosen.choice) == (asked.name, asked.evidence, asked.choice)
+    assert chosen.source.calibration == calibration  # the images of the thresholds had no say
+    (line,) = (line for line in lines if line.startswith(f"score {chosen.name}: AUROC"))
+    assert "--score auto shows all" in line and not any("<- shipped" in line for line in lines)
+    # A network that was not trained with made outliers.
+    unasked = ship_score(replace(source, outliers=()), None, lines.append)
+    assert (unasked.name, unasked.choice) == ("energy", {})
+    # What cannot be chosen costs no export.
+    monkeypatch.setattr("ssod_edge.export.score.LEAST_IMAGES", 1000)
+    assert ship_score(source, None, lines.append).name == "energy"
+    assert lines[-1].startswith("no score can be chosen") and lines[-1].endswith("so it is energy")
+    with pytest.raises(UsageError, match="at least 1000 images"):
+        ship_score(source, "auto", lines.append)
 
 
 def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> None:
