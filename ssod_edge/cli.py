@@ -119,7 +119,10 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[
         click.option("--lr", type=float, help="Peak learning rate. Default: 2e-3, scratch 0.05, paper 1e-4."),
         click.option("--weight-decay", type=float, help="Default: 0.05, scratch 5e-4, paper 0.01."),
         click.option(
-            "--method", type=click.Choice(METHODS), help="What background teaches: OOD row, norm, both, nothing (ce)."
+            "--method",
+            type=click.Choice(METHODS),
+            help="What background patches teach: the OOD row (ssod, the paper's), the norm (lbf), both, or nothing. "
+            "Default: ce with --outliers; paper ssod.",
         ),
         click.option("--gamma", type=float, help="Confidence from which a patch is ID (Eq. 12). Default: 0.95."),
         click.option("--alpha", type=float, help="Weight of the OOD loss (Eq. 14); 0 leaves it out. Default: 1."),
@@ -130,7 +133,7 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[
             callback=lambda _context, _option, value: None if value is None else split_kinds(value),
             metavar="KINDS|none",
             help=f"Images to make as OOD, comma-separated: {', '.join(OUTLIERS)}. Default: "
-            f"{','.join(DEFAULT_OUTLIERS)}; none with --method ce or lbf, or --recipe paper.",
+            f"{','.join(DEFAULT_OUTLIERS)}; none beside --method or --recipe paper.",
         ),
         click.option("--outlier-share", type=float, help="Made images, as a share of a batch. Default: 0.5."),
         click.option("--outlier-weight", type=float, help="Weight of their loss. Default: 1."),

@@ -268,19 +268,24 @@ DEFAULT_OUTLIERS: tuple[Outlier, ...] = ("shuffle", "zoom", "blend")
 
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    "short": {"loss": {"outliers": DEFAULT_OUTLIERS}},
-    # The OOD loss waits: while next to no patch is labelled ID, LWB gives these few half of it, and MobileNetV3 stops
-    # learning (docs/results.md).
+    # Made images and no patches: until a network is good, most of the patches that Eq. 12 calls OOD are of images it
+    # gets wrong, and they undo what the made ones teach (docs/detection.md).
+    "short": {"loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS}},
+    # With patches, their loss has to wait: while next to none is labelled ID, LWB gives these few half of it, and
+    # MobileNetV3 stops learning (docs/results.md).
     "scratch": {
         "lr": 0.05,
         "batch_size": 64,
         "epochs": 30,
         "weight_decay": 5e-4,
-        "loss": {"warmup_epochs": 10.0, "outliers": DEFAULT_OUTLIERS},
+        "loss": {"method": "ce", "warmup_epochs": 10.0, "outliers": DEFAULT_OUTLIERS},
     },
-    # Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch, 224 px. Epochs are not given there.
+    # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch, 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
 }
+
+#: Settings of `LossConfig` that say how patches are labelled and weighed.
+PATCH_SETTINGS = {"gamma", "alpha", "balance", "norm_weight"}
 
 T = TypeVar("T")
 
@@ -317,10 +322,12 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     """Settings from a recipe and the options given beside it; those that are None are left to the recipe.
 
-    A method that is given and leaves the OOD row untrained ("ce", "lbf") has no outliers but those that are named.
+    A method that is given comes without the recipe's made outliers: it trains what its name says, and outliers that are
+    named beside it.
 
     Raises:
-        UsageError: an unknown recipe or key, or a value out of range.
+        UsageError: an unknown recipe or key, a value out of range, or a setting of patches where none are trained on
+            and no method was given.
     """
     if recipe not in RECIPES:
         raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'")
@@ -328,7 +335,14 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     given = {key: value for key, value in options.items() if value is not None}
     base = dict(RECIPES[recipe])
     asked = {key: given.pop(key) for key in loss_keys & set(given)}
-    if asked.get("method") in ("ce", "lbf"):
-        asked.setdefault("outliers", ())
     loss = {**base.pop("loss", {}), **asked}
-    return from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
+    if "method" in asked:
+        loss["outliers"] = asked.get("outliers", ())
+    config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
+    unused = sorted(PATCH_SETTINGS & set(asked))
+    if unused and "method" not in asked and config.loss.method == "ce":
+        raise UsageError(
+            f"{', '.join(unused)}: a setting of background patches, and recipe '{recipe}' trains on none by itself. "
+            "Add --method ssod (or lbf, both)"
+        )
+    return config

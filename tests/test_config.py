@@ -82,17 +82,27 @@ def test_aliases_are_the_papers_backbones_and_other_names_stay():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "loss", "outliers"),
+    ("recipe", "loss", "method", "outliers"),
     [
-        ("short", {}, DEFAULT_OUTLIERS),
-        ("scratch", {"method": "both"}, DEFAULT_OUTLIERS),
-        ("short", {"method": "ce"}, ()),
-        ("scratch", {"method": "lbf"}, ()),
-        ("short", {"method": "ce", "outliers": ("rotate",)}, ("rotate",)),
-        ("short", {"outliers": ()}, ()),
-        ("paper", {}, ()),
+        ("short", {}, "ce", DEFAULT_OUTLIERS),
+        ("scratch", {"outliers": ("rotate",), "outlier_share": 0.25}, "ce", ("rotate",)),
+        ("scratch", {"method": "both"}, "both", ()),
+        ("short", {"method": "ce"}, "ce", ()),
+        ("short", {"method": "ssod", "outliers": ("rotate",)}, "ssod", ("rotate",)),
+        ("short", {"outliers": ()}, "ce", ()),
+        ("paper", {}, "ssod", ()),
+        ("paper", {"gamma": 0.9}, "ssod", ()),
     ],
 )
-def test_outliers_are_made_unless_plain_training_or_the_papers_is_asked_for(recipe, loss, outliers):
-    """A user's run learns from them; `--method ce` alone is the plain network that others are compared with."""
-    assert train_config(recipe, {"backbone": "resnet18", "data": "photos", **loss}).loss.outliers == outliers
+def test_a_recipe_trains_on_made_images_and_a_method_on_what_its_name_says(recipe, loss, method, outliers):
+    made = train_config(recipe, {"backbone": "resnet18", "data": "photos", **loss}).loss
+    assert (made.method, made.outliers) == (method, outliers)
+
+
+@pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"balance": "dr"}, {"norm_weight": 0.1}])
+def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
+    """Given beside `--method ce`, as in a grid, it stays."""
+    options = {"backbone": "resnet18", "data": "photos", **setting}
+    with pytest.raises(UsageError, match=f"{next(iter(setting))}: a setting of .* 'short' trains on none .* --method ssod"):
+        train_config("short", options)
+    assert train_config("short", {**options, "method": "ce"}).loss.method == "ce"

@@ -197,7 +197,8 @@ def one_cell(data, out, *more):
 
 def test_settings_that_do_not_work_are_failures_of_their_runs(data, tmp_path):
     out = tmp_path / "study"
-    more = ("--vary", "batch_size=4000,8", "--vary", "gamma=0.3,0.9", "--ood", f"x={data}", *TINY[:6], *TINY[8:])
+    grid = ("--vary", "batch_size=4000,8", "--vary", "gamma=0.3,0.9", "--method", "ssod")
+    more = (*grid, "--ood", f"x={data}", *TINY[:6], *TINY[8:])
     result = CliRunner().invoke(main, ["study", str(data), "-o", str(out), "--seeds", "0", *more])
     assert result.exit_code == 1 and "| batch_size=8 gamma=0.9 | 1 |" in result.stdout, result.output
     failed = {row["settings"]: row["error"] for row in json.loads((out / STUDY).read_text())["failed"]}
