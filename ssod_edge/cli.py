@@ -138,7 +138,9 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[
         click.option("--outlier-share", type=float, help="Made images, as a share of a batch. Default: 0.5."),
         click.option("--outlier-weight", type=float, help="Weight of their loss. Default: 1."),
         click.option(
-            "--warmup-epochs", type=float, help="Epochs before the OOD loss. Default: 1, scratch 10, paper 0."
+            "--warmup-epochs",
+            type=float,
+            help="Epochs before the OOD loss. Default: 1, scratch with patches 10, paper 0.",
         ),
         click.option("--half-size-epochs", type=int, help="First epochs, at half the input size. Default: 0."),
         click.option("--crop-scale-min", type=float, help="Smallest random crop, share of the area. Default: 0.5."),

@@ -128,7 +128,7 @@ class LossConfig:
             The OOD row learns to tell them from the training images, on the pooled feature that is read at inference.
         outlier_share: made images of a batch, as a share of its own; in (0, 1].
         outlier_weight: weight of that term.
-        warmup_epochs: epochs of cross-entropy alone, before patch labels mean anything.
+        warmup_epochs: epochs of cross-entropy alone, before any other term; patch labels mean nothing until then.
     """
 
     method: Method = "ssod"
@@ -271,18 +271,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Made images and no patches: until a network is good, most of the patches that Eq. 12 calls OOD are of images it
     # gets wrong, and they undo what the made ones teach (docs/detection.md).
     "short": {"loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS}},
-    # With patches, their loss has to wait: while next to none is labelled ID, LWB gives these few half of it, and
-    # MobileNetV3 stops learning (docs/results.md).
     "scratch": {
         "lr": 0.05,
         "batch_size": 64,
         "epochs": 30,
         "weight_decay": 5e-4,
-        "loss": {"method": "ce", "warmup_epochs": 10.0, "outliers": DEFAULT_OUTLIERS},
+        "loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS},
     },
     # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch, 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
 }
+
+#: Where a method with patches is given: their loss has to wait. While next to no patch is labelled ID, LWB gives these
+#: few half of it, and MobileNetV3 stops learning (docs/results.md).
+PATCH_WARMUP_EPOCHS = {"scratch": 10.0}
 
 #: Settings of `LossConfig` that say how patches are labelled and weighed.
 PATCH_SETTINGS = {"gamma", "alpha", "balance", "norm_weight"}
@@ -338,6 +340,8 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     loss = {**base.pop("loss", {}), **asked}
     if "method" in asked:
         loss["outliers"] = asked.get("outliers", ())
+    if asked.get("method", "ce") != "ce" and recipe in PATCH_WARMUP_EPOCHS:
+        loss.setdefault("warmup_epochs", PATCH_WARMUP_EPOCHS[recipe])
     config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
     unused = sorted(PATCH_SETTINGS & set(asked))
     if unused and "method" not in asked and config.loss.method == "ce":

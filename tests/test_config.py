@@ -97,6 +97,7 @@ def test_aliases_are_the_papers_backbones_and_other_names_stay():
 def test_a_recipe_trains_on_made_images_and_a_method_on_what_its_name_says(recipe, loss, method, outliers):
     made = train_config(recipe, {"backbone": "resnet18", "data": "photos", **loss}).loss
     assert (made.method, made.outliers) == (method, outliers)
+    assert made.warmup_epochs == (0.0 if recipe == "paper" else 10.0 if (recipe, method) == ("scratch", "both") else 1.0)
 
 
 @pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"balance": "dr"}, {"norm_weight": 0.1}])
