@@ -278,7 +278,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4,
         "loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS},
     },
-    # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch, 224 px. Epochs are not given there.
+    # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
+    # 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
 }
 

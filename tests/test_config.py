@@ -97,13 +97,17 @@ def test_aliases_are_the_papers_backbones_and_other_names_stay():
 def test_a_recipe_trains_on_made_images_and_a_method_on_what_its_name_says(recipe, loss, method, outliers):
     made = train_config(recipe, {"backbone": "resnet18", "data": "photos", **loss}).loss
     assert (made.method, made.outliers) == (method, outliers)
-    assert made.warmup_epochs == (0.0 if recipe == "paper" else 10.0 if (recipe, method) == ("scratch", "both") else 1.0)
+    assert made.warmup_epochs == (
+        0.0 if recipe == "paper" else 10.0 if (recipe, method) == ("scratch", "both") else 1.0
+    )
 
 
 @pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"balance": "dr"}, {"norm_weight": 0.1}])
 def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
     """Given beside `--method ce`, as in a grid, it stays."""
     options = {"backbone": "resnet18", "data": "photos", **setting}
-    with pytest.raises(UsageError, match=f"{next(iter(setting))}: a setting of .* 'short' trains on none .* --method ssod"):
+    with pytest.raises(
+        UsageError, match=f"{next(iter(setting))}: a setting of .* 'short' trains on none .* --method ssod"
+    ):
         train_config("short", options)
     assert train_config("short", {**options, "method": "ce"}).loss.method == "ce"
