@@ -46,7 +46,7 @@ class TrainingBar:
             self.task,
             completed=step,
             description=f"epoch {epoch + 1}/{self.epochs}",
-            figures=f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {_patches(figures)}",
+            figures=f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {_unknowns(figures)}",
         )
 
     def epoch_done(self, row: dict[str, Any]) -> None:
@@ -55,16 +55,20 @@ class TrainingBar:
         if self.enabled:
             self.console.print(
                 f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.3f}  acc {row['accuracy']:.1%}  "
-                f"val {row['val_accuracy']:.1%}  {_patches(row)}  {row['images_per_second']:.0f} images/s",
+                f"val {row['val_accuracy']:.1%}  {_unknowns(row)}  {row['images_per_second']:.0f} images/s",
                 highlight=False,
             )
 
 
-def _patches(figures: dict[str, Any]) -> str:
-    return (
-        f"patches ID {figures['id_patches']:.0%} OOD {figures['ood_patches']:.0%} "
-        f"ignored {figures['ignored_patches']:.0%}"
-    )
+def _unknowns(figures: dict[str, Any]) -> str:
+    """What the OOD loss was taken over, where it was: made outliers, patches, or both."""
+    parts = []
+    if figures["outlier_loss"]:
+        parts.append(f"outliers {figures['outlier_loss']:.3f}")
+    shares = [figures[f"{kind}_patches"] for kind in ("id", "ood", "ignored")]
+    if any(shares):
+        parts.append("patches ID {:.0%} OOD {:.0%} ignored {:.0%}".format(*shares))
+    return "  ".join(parts) or "no OOD loss"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, ImageError, Traini
 from ssod_edge.model import build_model
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
+from ssod_edge.progress import TrainingBar
 from ssod_edge.train import _Loop, default_name, epoch_figures, learning_rate, load_config, resume_run, train
 
 
@@ -368,3 +369,19 @@ def test_torchrun_trains_one_run_folder(pictures, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert len(rows(tmp_path / "run")) == 2 and load_model(tmp_path / "run")[1]["epoch"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("meters", "shown"),
+    [
+        ({}, "val 50.0%  no OOD loss  9 images/s"),
+        ({"outlier": 0.5}, "val 50.0%  outliers 0.250  9 images/s"),
+        ({"outlier": 0.5, "n_id": 1.0, "n_ood": 3.0}, "outliers 0.250  patches ID 25% OOD 75% ignored 0%  9 images/s"),
+    ],
+)
+def test_an_epochs_line_says_what_taught_the_ood_row(meters, shown, config, capsys):
+    with TrainingBar(config, steps=1) as bar:
+        bar.epoch_done(
+            epoch_figures({"images": 2.0, **meters}) | {"epoch": 1, "val_accuracy": 0.5, "images_per_second": 9}
+        )
+    assert shown in capsys.readouterr().err
