@@ -132,7 +132,7 @@ def accuracy_figures(
     labels: npt.NDArray[np.int64],
     known: Mapping[str, Mapping[str, Array]],
     unknown: Mapping[str, Mapping[str, Mapping[str, Array]]],
-    reference: str,
+    reference: str | None,
     classes: Sequence[str],
 ) -> dict[str, Any]:
     """One backend's accuracy columns. A figure that cannot be computed is None.
@@ -143,7 +143,8 @@ def accuracy_figures(
         labels: int64 [n], of the ID images; -1 where the model does not know the class.
         known: backend -> outputs on the ID images.
         unknown: OOD set -> backend -> outputs.
-        reference: the backend that the others are compared with; itself, it has no agreement and no flips.
+        reference: the backend that the others are compared with; itself, it has no agreement and no flips. None: no
+            backend has.
         classes: the model's.
 
     Returns:
@@ -157,11 +158,11 @@ def accuracy_figures(
         - deployment: what the threshold means, as `ssod_edge.metrics.deployment_metrics`; None if a label is -1.
     """
     own = known[name]
-    eager = known.get(reference) if name != reference else None
+    compared = known[reference] if reference is not None and name != reference else None
     predicted = own["logits"].argmax(axis=1)
     figures: dict[str, Any] = {
         "top1": float((predicted == labels).mean()),
-        "agreement": None if eager is None else float((predicted == eager["logits"].argmax(axis=1)).mean()),
+        "agreement": None if compared is None else float((predicted == compared["logits"].argmax(axis=1)).mean()),
         "auroc": None,
         "fpr_at_id_tpr95": None,
         "decision_flips": None,
@@ -186,8 +187,8 @@ def accuracy_figures(
     means = ("auroc", "fpr_at_id_tpr95", *(("false_accept",) if threshold is not None else ()))
     for key in means if unknown else ():
         figures[key] = float(np.mean([values[key] for values in figures["ood_sets"].values()]))
-    if threshold is not None and eager is not None:
-        pairs = [(own, eager), *((outputs[name], outputs[reference]) for outputs in unknown.values())]
+    if threshold is not None and reference is not None and compared is not None:
+        pairs = [(own, compared), *((outputs[name], outputs[reference]) for outputs in unknown.values())]
         figures["decision_flips"] = sum(_flips(one, other, threshold.value) for one, other in pairs)
     return figures
 

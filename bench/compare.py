@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ssod_edge.bench.backends import EAGER
+
 #: Smallest relative change of a latency that counts: what a restart of the process alone can do.
 LATENCY_FLOOR = 0.02
 #: The same for memory, which is read once.
@@ -50,12 +52,17 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Compare two records of `ssod_edge.bench.record`.
 
     Latencies move beyond the noise of `noise_of`; memory beyond RSS_FLOOR; accuracy, which is exact, is compared
-    only where both ran on the same images.
+    only where both ran on the same images, and agreement and flips where they are against the same backend.
     """
     notes = _surroundings(old, new)
-    same_images = old["data"] == new["data"]
+    same_images = _without_reference(old["data"]) == _without_reference(new["data"])
     if not same_images:
         notes.append("the images differ, so accuracy is not compared")
+    # Records of earlier releases name no reference: it was always the eager model.
+    references = {record["data"].get("reference", EAGER) for record in (old, new)}
+    same_reference = len(references) == 1
+    if same_images and not same_reference:
+        notes.append("agreement and flips are against different backends, so they are not compared")
     changes: list[Change] = []
     before, after = _rows(old), _rows(new)
     notes += [f"{name} batch {batch} is no longer there" for name, batch in before.keys() - after.keys()]
@@ -64,7 +71,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         one, other = before[key], after[key]
         if one["status"] != other["status"]:
             notes.append(f"{key[0]} was {one['status']} and is {other['status']}")
-        changes += _row_changes(one, other, same_images)
+        changes += _row_changes(one, other, same_images, same_reference)
     return Comparison(tuple(notes), (*changes, *_cost_changes(old, new)))
 
 
@@ -72,7 +79,11 @@ def _rows(record: dict[str, Any]) -> dict[tuple[str, int], Row]:
     return {(row["artifact"], row["batch"]): row for row in record["rows"]}
 
 
-def _row_changes(old: Row, new: Row, same_images: bool) -> list[Change]:
+def _without_reference(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "reference"}
+
+
+def _row_changes(old: Row, new: Row, same_images: bool, same_reference: bool) -> list[Change]:
     name, found = new["artifact"], []
     latencies: list[tuple[str, str, Callable[[Row], float]]] = [
         ("p50 ms", "p50", lambda row: row["latency_ms"]["p50"]),
@@ -85,8 +96,8 @@ def _row_changes(old: Row, new: Row, same_images: bool) -> list[Change]:
             found.append(Change(name, figure, value(old), value(new), noise))
     plain = [("size_mb", EXACT), ("rss_mb", RSS_FLOOR * abs(old["rss_mb"] or 0))]
     if same_images:
-        plain += [(key, EXACT) for key in ("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips")]
-        plain += [(key, EXACT) for key in ("false_accept", "false_reject")]
+        plain += [(key, EXACT) for key in ("top1", "auroc", "fpr_at_id_tpr95", "false_accept", "false_reject")]
+        plain += [(key, EXACT) for key in ("agreement", "decision_flips") if same_reference]
     for key, noise in plain:
         if old[key] is not None and new[key] is not None:
             found.append(Change(name, key, old[key], new[key], noise))

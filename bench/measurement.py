@@ -68,6 +68,7 @@ class Measurement:
         self.cost: dict[str, dict[str, Any] | None] = {pair.engine: None for pair in backends.pairs}
         self.collected: dict[str, Collected] = {}
         self.accuracy: dict[str, dict[str, Any]] = {}
+        self.reference: str | None = None
         self.rss: dict[str, float] = {}
         self.power: dict[str, PowerMeter] = {}
 
@@ -143,9 +144,12 @@ class Measurement:
             if collected.rows
         }
         own = outputs.pop(known.name)
+        # A device has no PyTorch: there the others are compared with the first artifact of the weights as they are.
+        fp32 = [artifact.name for artifact in self.spec.artifacts if artifact.precision == "fp32"]
+        self.reference = next((name for name in (EAGER, *fp32) if name in own), None)
         for name, runner in runners.items():
             threshold, classes = runner.artifact.threshold, self.spec.classes
-            self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, EAGER, classes)
+            self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, self.reference, classes)
 
     def _measure_memory(self) -> None:
         working = self.backends.working()
@@ -222,6 +226,7 @@ class Measurement:
             "ood": entries,
             "protocol": "native" if via is None else f"via{via}",
             "note": self.images.note,
+            "reference": self.reference,
         }
 
 

@@ -194,6 +194,7 @@ def _data(data: dict[str, Any]) -> str:
     unreadable = sum(len(entry["unreadable"]) for entry in sets)
     text = f"accuracy ({data['protocol']}): ID {names[0]}"
     text += f"; OOD {', '.join(names[1:])}" if names[1:] else "; no OOD images (--ood NAME=DATA)"
+    text += f"; agreement and flips against {data['reference']}" if data.get("reference") else ""
     return text + (f"; {unreadable} could not be read" if unreadable else "")
 
 

@@ -277,6 +277,19 @@ def test_bench_of_a_real_export(tiny_run: Path) -> None:
         assert 0.5 < cost["ratio"] < 2
 
 
+def test_without_the_eager_model_the_first_fp32_artifact_is_compared_with(tiny_run: Path, tmp_path: Path) -> None:
+    """As on a device: an export folder alone, without its checkpoint."""
+    shutil.copytree(tiny_run / "export", tmp_path / "export")
+    far = write_colours(tmp_path / "far", n=4)
+    known = str(tiny_run.parent / "data")
+    record = bench(tmp_path / "export", BenchOptions(threads=1, plan=BRIEF, known=known, unknown={"far": str(far)}))
+    assert record["data"]["reference"] == "onnx-fp32"
+    rows = {row["artifact"]: row for row in record["rows"]}
+    assert rows["eager"]["status"] == "missing" and rows["onnx-fp32"]["agreement"] is None
+    assert rows["openvino-fp32"]["agreement"] == 1.0 and rows["openvino-fp32"]["decision_flips"] is not None
+    assert "agreement and flips against onnx-fp32" in shown(print_record, record)
+
+
 def test_plain_classifier_of_a_real_backbone_is_its_graph_up_to_the_softmax(tiny_run: Path) -> None:
     import onnx
 

@@ -202,6 +202,17 @@ def test_accuracy_on_other_images_is_not_compared(golden: dict[str, Any]) -> Non
     assert any("images differ" in note for note in comparison.notes)
 
 
+def test_agreement_with_another_backend_is_not_compared(golden: dict[str, Any]) -> None:
+    """A record that names no reference is of a release that knew only the eager one."""
+    new = copy.deepcopy(golden)
+    new["data"]["reference"] = "eager"
+    row_of(new, "openvino-fp32")["decision_flips"] += 1
+    assert figures_of(new, golden) == {("openvino-fp32", "decision_flips")}
+    new["data"]["reference"] = "onnx-fp32"
+    comparison = compare(golden, new)
+    assert comparison.changes == () and any("against different backends" in note for note in comparison.notes)
+
+
 def test_the_cost_of_unknown_is_compared(golden: dict[str, Any]) -> None:
     new = copy.deepcopy(golden)
     golden["cost_of_unknown"]["openvino"].update(ratio=1.0, repeats=[0.99, 1.0, 1.01])
