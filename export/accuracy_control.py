@@ -64,11 +64,7 @@ def draw_images(calibration: Calibration, model: SSODClassifier, say: Say) -> Ca
     chosen = np.concatenate([order[len(order) - statistics :], order[: min(CONTROL_IMAGES, len(order) - statistics)]])
     batches = list(calibration.batches(model.preprocess, chosen))
     count = sum(len(labels) for _, labels in batches)
-    if count < LEAST_IMAGES:
-        raise UsageError(
-            f"int8 needs at least {LEAST_IMAGES} readable in-distribution images, got {count} of "
-            f"{calibration.description}. Name more with --calib DATA"
-        )
+    check_count(count, calibration)
     images, found = (np.concatenate(part) for part in zip(*batches, strict=True))
     # An unreadable image is missing from its part; the border moves by a few images, and none is in both.
     border = min(statistics, count // 2)
@@ -85,6 +81,15 @@ def draw_images(calibration: Calibration, model: SSODClassifier, say: Say) -> Ca
     return CalibrationImages(
         images[:border], images[border:], None if (control < 0).any() else control, calibration.description
     )
+
+
+def check_count(count: int, calibration: Calibration) -> None:
+    """Raises UsageError if so many images are too few to quantise with."""
+    if count < LEAST_IMAGES:
+        raise UsageError(
+            f"int8 needs at least {LEAST_IMAGES} readable in-distribution images, got {count} of "
+            f"{calibration.description}. Name more with --calib DATA"
+        )
 
 
 @dataclass(frozen=True)

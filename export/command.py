@@ -172,13 +172,19 @@ def plan_options(engines: Sequence[str], batch: str, version_compatible: bool) -
     """How plans are built.
 
     Raises:
-        UsageError: `batch` is not as in `parse_batch`, or version-compatible plans are asked for and none can be made.
+        UsageError: `batch` is not as in `parse_batch`; or it, or version-compatible plans, are asked for and none are
+            made.
     """
+    options = PlanOptions(parse_batch(batch), version_compatible)
+    if options.batch != PlanOptions().batch and not set(engines) & set(PLAN_ENGINES):
+        raise UsageError(
+            f"--batch is for TensorRT's plans, and this makes: {', '.join(engines)}. Others take any number"
+        )
     if version_compatible and "tensorrt" not in engines:
         raise UsageError(
             f"--version-compatible is for the plans of --target tensorrt, and this makes: {', '.join(engines)}"
         )
-    return PlanOptions(parse_batch(batch), version_compatible)
+    return options
 
 
 def choose_source(

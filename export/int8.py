@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
-from ssod_edge.export.accuracy_control import AccuracyControl, Say, draw_images, quantize_controlled
+from ssod_edge.export.accuracy_control import AccuracyControl, Say, check_count, draw_images, quantize_controlled
 from ssod_edge.export.onnx import save_onnx
 from ssod_edge.export.quantize import OnnxQuantizer, OpenVinoQuantizer, Quantizer, infer_onnx, layer_names
 from ssod_edge.export.reference import synthetic_images
@@ -27,12 +27,16 @@ def check_int8(source: Source) -> None:
 
     Raises:
         MissingExtraError: NNCF is not installed.
-        UsageError: trained weights without images.
+        UsageError: trained weights without images, or with too few; how many can be read shows later.
     """
     if find_spec("nncf") is None:
         raise missing_extra("nncf", "exporting int8")
-    if source.trained and _images(source) is None:
+    if not source.trained:
+        return
+    calibration = _images(source)
+    if calibration is None:
         raise UsageError("int8 is quantised with in-distribution images, and there are none. Name some: --calib DATA")
+    check_count(len(calibration.indices), calibration)
 
 
 def int8_artifacts(

@@ -275,6 +275,7 @@ def test_images_that_cannot_be_read_are_named(bundle: Path, tmp_path: Path) -> N
         (["-o", "{}/photos"], 2, "holds other files than an export"),
         (["--from", "{}"], 2, "is not a file. Make one with: ssod-edge package"),
         (["--tpr", "1.5"], 2, "must lie between 0 and 1"),
+        (["--batch", "1,4,8", "--target", "onnx"], 2, "--batch is for TensorRT's plans, and this makes: onnx"),
         (["--version-compatible", "--target", "onnx"], 2, "for the plans of --target tensorrt, and this makes: onnx"),
     ],
 )

@@ -29,6 +29,7 @@ from ssod_edge.export.accuracy_control import (
     rank_nodes,
 )
 from ssod_edge.export.bias_correction import correct_biases
+from ssod_edge.export.int8 import check_int8
 from ssod_edge.export.onnx import fused_graph
 from ssod_edge.export.pseudo_ood import pseudo_ood
 from ssod_edge.export.quantize import (
@@ -40,7 +41,7 @@ from ssod_edge.export.quantize import (
     infer_onnx,
     layer_names,
 )
-from ssod_edge.export.source import from_dataset
+from ssod_edge.export.source import Source, from_dataset
 from ssod_edge.model import SSODClassifier
 from ssod_edge.runtime import choose_artifact, open_runner
 from ssod_edge.spec import load_spec
@@ -336,6 +337,13 @@ def test_too_few_images_are_refused(tmp_path: Path, model: SSODClassifier) -> No
     (tmp_path / "data" / "a" / "000.png").write_bytes(b"broken")
     with pytest.raises(UsageError, match=r"at least 32 readable .* got 31 of .*--calib"):
         draw_images(from_dataset(str(tmp_path / "data")), model, lambda line: None)
+
+
+def test_a_list_that_is_too_short_is_refused_before_any_work(tmp_path: Path, model: SSODClassifier) -> None:
+    write_images(tmp_path / "data", LEAST_IMAGES - 1)
+    few = from_dataset(str(tmp_path / "data"))
+    with pytest.raises(UsageError, match=r"at least 32 readable .* got \d+ of .*--calib"):
+        check_int8(Source(model, trained=True, folder=tmp_path, calibration=few))
 
 
 @pytest.fixture(scope="module")
