@@ -15,6 +15,7 @@ from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.auto import choose
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.source import Calibration, Source, check_score, model_labels
+from ssod_edge.export.staging import without_names
 from ssod_edge.progress import image_bar
 from ssod_edge.score_sum import FittedScore, fit_score, load_shipped
 from ssod_edge.spec import Spec
@@ -132,7 +133,7 @@ def _same_weights(source: Source, spec: Spec) -> bool:
         model.classes,
         model.preprocess,
         source.trained,
-    ) and all(spec.source.get(key) == value for key, value in source.facts.items())
+    ) and all(spec.source.get(key) == value for key, value in without_names(source.facts).items())
 
 
 def _kept(source: Source, place: Path, spec: Spec, say: Say) -> ShippedScore | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from glob import escape
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,11 @@ from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, load_spec
 
 #: Of the range of a reference's logits and scores: a tenth of what verification lets an fp32 artifact differ by.
 REFERENCE_NOISE = 1e-4
+#: Of Linux's fcntl.h and fs.h.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+#: Keys of a spec's `source`: checksums of the weights, and the names that their run and file go by.
+CHECKSUMS = ("checkpoint_sha256", "weights_sha256")
+NAMES = ("run", "weights")
 
 
 @contextmanager
@@ -89,14 +96,27 @@ def earlier_export(place: Path) -> tuple[Path, Spec] | None:
         return None
 
 
+def without_names(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's `source` to compare with another: a run that was copied or renamed holds the same weights.
+
+    Where a checksum says which weights they are, what they are called says nothing.
+    """
+    names = NAMES if any(source.get(key) for key in CHECKSUMS) else ()
+    return {key: value for key, value in source.items() if key not in names}
+
+
 def keep_earlier(place: Path, folder: Path, spec: Spec, say: Callable[[str], None]) -> Spec:
     """Carry over what an earlier export has and this one did not make again; say what is lost."""
     found = earlier_export(place)
     if found is None:
         return spec
     earlier = found[1]
-    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "source")
-    same = identity(earlier) == identity(spec) and _same_reference(place, earlier, folder, spec)
+    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained")
+    same = (
+        identity(earlier) == identity(spec)
+        and without_names(earlier.source) == without_names(spec.source)
+        and _same_reference(place, earlier, folder, spec)
+    )
     made = {artifact.name: artifact for artifact in spec.artifacts}
     for old in earlier.artifacts:
         if old.name in made:
@@ -153,17 +173,31 @@ def _publish(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
+    old = temporary
+    if not _exchange(temporary, folder):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
     for name in _unlisted(old):
         if not (folder / name).exists():
             (old / name).rename(folder / name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that a kill leaves either there, and a reader always finds one.
+
+    False, and nothing is done, where the C library or the file system cannot (Linux's RENAME_EXCHANGE).
+    """
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
 
 
 def _unlisted(folder: Path) -> list[str]:

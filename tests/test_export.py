@@ -202,6 +202,19 @@ def test_artifacts_that_are_not_made_again_are_kept_with_their_thresholds(
         check_files(out, artifact)
 
 
+def test_artifacts_of_a_run_that_was_copied_are_kept_with_their_thresholds(
+    small_run: Path, exported: Path, traced_once: None, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(small_run, tmp_path / "copy"))
+    lines: list[str] = []
+    options = ExportOptions(precisions=("fp32",), engines=("onnxruntime",))
+    spec = export_source(from_run(copy), None, options, say=lines.append)
+    assert [a.name for a in spec.artifacts] == NAMES
+    assert spec.artifacts[1:] == load_spec(exported).artifacts[1:]
+    assert spec.source == {**load_spec(exported).source, "run": "copy"} and spec == load_spec(copy / "export")
+    assert sum(line.startswith("kept ") for line in lines) == 3
+
+
 def test_artifacts_of_another_score_are_removed_and_named(small_run: Path, exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(exported, out)

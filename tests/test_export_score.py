@@ -326,7 +326,9 @@ def test_an_export_keeps_the_score_of_the_one_that_is_there(
     assert replace(again, artifacts=()) == replace(first, artifacts=())
     assert len({artifact.threshold.n for artifact in again.artifacts if artifact.threshold}) == 1
     assert any(f"score {first.score_name}, as in the export that is there" in line for line in lines)
-    # Other weights have no part in it.
+    # The same weights under another name have the same score, other weights have no part in it.
+    renamed = replace(source, facts={**source.facts, "run": "another"})
+    assert ship_score(renamed, None, lines.append, (place, again)).evidence == first.score["evidence"]
     other = replace(source, facts={**source.facts, "checkpoint_sha256": "0" * 64})
     assert ship_score(other, None, lines.append, (place, again)).name == "energy"
 
