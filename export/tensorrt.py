@@ -15,7 +15,16 @@ from ssod_edge.external import external_files
 from ssod_edge.files import sha256_file, write_atomic
 from ssod_edge.progress import PhaseBars
 from ssod_edge.runtime.cuda import Gpu, open_gpu
-from ssod_edge.runtime.trt import CUDA_EXTRAS, TITLES, graph_hash, has_gpu, load_module, make_logger, plan_key
+from ssod_edge.runtime.trt import (
+    CUDA_EXTRAS,
+    TITLES,
+    graph_hash,
+    has_gpu,
+    load_module,
+    make_logger,
+    parse_version,
+    plan_key,
+)
 from ssod_edge.spec import Spec, check_files
 
 INPUT = "image"
@@ -34,8 +43,9 @@ class PlanOptions:
 
     Attributes:
         batch: smallest, usual and largest number of images in a run; the usual one is what TensorRT optimises for.
-        version_compatible: later releases of the same TensorRT, and its lean runtime, open the plan too; it may be
-            slower. TensorRT for RTX has no such plans.
+        version_compatible: later releases of the same major TensorRT, and their lean runtimes, open the plan too,
+            because the lean runtime of this one is in it. That makes it larger, and it may be slower. TensorRT for RTX
+            has no such plans.
     """
 
     batch: tuple[int, int, int] = (1, 1, 8)
@@ -217,8 +227,12 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
         plan = _build(builder, network, config, monitor)
     if plan is None:
         reason = logger.last()
-        short = any(word in reason.lower() for word in ("memory", "bad_alloc"))
-        fix = "Close other programs, or use a smaller --batch or model" if short else "See the reason above"
+        fix = "See the reason above"
+        if any(word in reason.lower() for word in ("memory", "bad_alloc")):
+            fix = "Close other programs, or use a smaller --batch or model"
+        elif "libnvinfer_lean" in reason:
+            package = f"libnvinfer-lean{parse_version(str(module.__version__))[0]}"
+            fix = f"Install the lean runtime that goes into the plan (apt install {package}), or drop --version-compatible"
         raise EngineError(f"{title} cannot build '{onnx_path.name}': {reason}. {fix}.")
     return bytes(memoryview(plan))
 
@@ -233,8 +247,9 @@ def _configure(module: Any, config: Any, options: PlanOptions, capabilities: Seq
         for index, text in enumerate(capabilities):
             config.set_compute_capability(getattr(module.ComputeCapability, f"SM{text.replace('.', '')}"), index)
     elif options.version_compatible:
+        # This puts the lean runtime into the plan. Without it (EXCLUDE_LEAN_RUNTIME) a later TensorRT opens the plan
+        # only with the library of this one beside it. It is code, which the runner allows once it knows the hash.
         config.set_flag(flag.VERSION_COMPATIBLE)
-        config.set_flag(flag.EXCLUDE_LEAN_RUNTIME)  # which would be code that every opener of the plan has to allow
 
 
 def _profile(builder: Any, network: Any, onnx_path: Path, options: PlanOptions) -> Any:

@@ -333,7 +333,9 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
 )
 @click.option("--batch", metavar="MIN,OPT,MAX", default="1,1,8", help="Images per run of a TensorRT plan.")
 @click.option(
-    "--version-compatible", is_flag=True, help="A TensorRT plan that later releases and the lean runtime open."
+    "--version-compatible",
+    is_flag=True,
+    help="A TensorRT plan that later releases of its major version and the lean runtime open; larger, maybe slower.",
 )
 @click.option(
     "--score",

@@ -197,7 +197,7 @@ class FakeDriver(ModuleType):
 
 
 class ByteEngine:
-    """An engine whose plan is JSON: {"batch": [min, max], "size": S, "classes": M}."""
+    """An engine whose plan is JSON: {"batch": [min, max], "size": S, "classes": M, "version": V, "lean_runtime": L}."""
 
     def __init__(self, plan: dict[str, Any], fake: FakeTensorRT) -> None:
         self.fake, self.plan = fake, plan
@@ -325,15 +325,26 @@ class FakeTensorRT(ModuleType):
         class Runtime:
             def __init__(self, logger: Any) -> None:
                 fake.check_context()
+                self.engine_host_code_allowed = False
 
             def deserialize_cuda_engine(self, plan: bytes) -> ByteEngine | None:
                 fake.check_context()
+                fake.log("INFO", "deserialising")
                 try:
-                    return ByteEngine(json.loads(plan), fake)
+                    content = json.loads(plan)
                 except ValueError:
-                    fake.log("INFO", "deserialising")
                     fake.log("ERROR", "Error Code 4: the plan file has a wrong magic tag")
                     return None
+                if content["lean_runtime"]:
+                    if not self.engine_host_code_allowed:
+                        fake.log("ERROR", "Error Code 6: the plan holds host code, which is not allowed")
+                        return None
+                    return ByteEngine(content, fake)
+                assert not self.engine_host_code_allowed, "host code is allowed for a plan that has none"
+                if fake.__name__ == "tensorrt_lean" or content["version"] != fake.__version__:
+                    fake.log("ERROR", "Error Code 6: the plan file is not compatible with this version of TensorRT")
+                    return None
+                return ByteEngine(content, fake)
 
         self.ILogger, self.Runtime = ILogger, Runtime
         if name == "tensorrt_rtx":
@@ -380,11 +391,16 @@ def byte_images(n: int, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray
 
 
 def write_export(folder: Path, engine: str = "tensorrt", batch: tuple[int, int] = (1, 8), **build: Any) -> Path:
-    """An export whose one artifact is a plan for a `ByteEngine`, not verified yet."""
+    """An export whose one artifact is a plan for a `ByteEngine`, not verified yet.
+
+    Args:
+        folder: the export's.
+        engine, batch: of the plan.
+        build: what `Artifact.build` says otherwise; a version-compatible plan has the lean runtime in it.
+    """
     name = f"{engine.replace('_', '-')}-fp32"
     plan = folder / name / "model.plan"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"batch": batch, "size": SIZE, "classes": len(CLASSES)}), encoding="utf-8")
     images, outputs = byte_images(20, seed=9)
     scores = {f"score_{score}": value for score, value in ood_scores(outputs["logits"], outputs["id_logit"]).items()}
     logits = outputs["logits"]
@@ -400,6 +416,9 @@ def write_export(folder: Path, engine: str = "tensorrt", batch: tuple[int, int] 
         "version_compatible": False,
         **build,
     }
+    holds = {"version": values["version"], "lean_runtime": values["version_compatible"]}
+    content = {"batch": batch, "size": SIZE, "classes": len(CLASSES), **holds}
+    plan.write_text(json.dumps(content), encoding="utf-8")
     artifact = Artifact(
         name=name,
         engine=engine,

@@ -15,10 +15,12 @@ from fake_gpu import CLASSES, VERSION, FakeDriver, FakeTensorRT, byte_images, in
 
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError
-from ssod_edge.runtime import choose_artifact, cuda, open_runner, why_not_here
+from ssod_edge.runtime import choose_artifact, cuda, open_runner, trt, why_not_here
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.runtime.trt import parse_version, plan_key
 from ssod_edge.spec import Artifact, load_spec, save_spec
+
+BUILD_AGAIN = "ssod-edge export --target tensorrt (on a device: ssod-edge export --from BUNDLE --target tensorrt)"
 
 
 @pytest.fixture
@@ -141,6 +143,43 @@ def test_close_is_safe_twice_and_while_another_thread_runs(
     assert not driver.memory
 
 
+@pytest.mark.parametrize("moment", ["before its context", "after its context"])
+def test_close_while_another_thread_starts_a_run(
+    tensorrt: FakeTensorRT, driver: FakeDriver, export: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    runner = open_runner(export)
+    images, expected = byte_images(3)
+    running, ended = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        tensorrt.executed = lambda: None
+        running.set()
+        assert ended.wait(20)
+
+    class Lane(trt._Lane):
+        def __init__(self, session: trt.Session) -> None:
+            if moment == "before its context":
+                runner.close()
+            super().__init__(session)
+            runner.close()
+
+    monkeypatch.setattr(trt, "_Lane", Lane)
+    tensorrt.executed = wait
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(runner.infer, {"image": images})
+        assert running.wait(20), "it has the one context that was free"
+        try:
+            if moment == "before its context":
+                with pytest.raises(UsageError, match="closed"):
+                    runner.infer({"image": images})
+            else:
+                check(runner.infer({"image": images}), expected)
+        finally:
+            ended.set()
+        check(first.result(), expected)
+    assert not driver.memory and not driver.stack()
+
+
 def test_a_gpu_that_is_lost_is_an_engine_error_and_closing_is_none(
     driver: FakeDriver, export: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -249,7 +288,7 @@ def test_a_plan_of_another_tensorrt_or_gpu_is_refused(export: Path, build: dict,
     rebuild(export, **build)
     with pytest.raises(EngineError, match=message) as error:
         open_runner(export)
-    assert "ssod-edge export --target tensorrt" in str(error.value) and error.value.exit_code == 3
+    assert BUILD_AGAIN in str(error.value) and error.value.exit_code == 3
 
 
 @pytest.mark.parametrize(
@@ -267,7 +306,8 @@ def test_an_edited_entry_is_refused(
     edit(export, **changes)
     with pytest.raises(ArtifactError, match=message) as error:
         open_runner(export)
-    assert error.value.exit_code == 4
+    again = BUILD_AGAIN.replace("tensorrt", load_spec(export).artifacts[0].engine.replace("_", "-"))
+    assert again in str(error.value) and error.value.exit_code == 4
 
 
 def test_every_field_of_the_key_counts(export: Path) -> None:
@@ -302,11 +342,16 @@ def test_a_damaged_plan_is_not_loaded(tensorrt: FakeTensorRT, export: Path, how:
     assert not tensorrt.loggers, "TensorRT never saw it"
 
 
-def test_a_plan_that_is_swapped_while_it_is_opened(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version_compatible", [False, True])
+def test_a_plan_that_is_swapped_while_it_is_opened(
+    tensorrt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version_compatible: bool
+) -> None:
+    export = write_export(tmp_path / "export", version_compatible=version_compatible)
     monkeypatch.setattr("ssod_edge.runtime.check_files", lambda folder, artifact: folder / artifact.main_file)
     (export / "tensorrt-fp32" / "model.plan").write_bytes(b"another plan")
     with pytest.raises(ArtifactError, match="was changed while it was opened"):
         open_runner(export)
+    assert not tensorrt.loggers, "TensorRT never saw it"
 
 
 def test_a_plan_that_tensorrt_cannot_read(export: Path) -> None:
@@ -317,8 +362,9 @@ def test_a_plan_that_tensorrt_cannot_read(export: Path) -> None:
     edit(export, files={"tensorrt-fp32/model.plan": sha256_file(plan)})
     with pytest.raises(
         EngineError, match=r"cannot open 'model.plan' on 'Orin': Error Code 4: the plan file has a wrong"
-    ):
+    ) as error:
         open_runner(export)
+    assert BUILD_AGAIN in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -335,19 +381,20 @@ def test_a_spec_of_another_graph_is_refused(driver: FakeDriver, export: Path, ch
     assert not driver.memory
 
 
-def test_the_lean_runtime_opens_version_compatible_plans(
-    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_lean"])
+@pytest.mark.parametrize("version", [VERSION, "10.13.0"])
+def test_later_releases_and_the_lean_runtime_open_version_compatible_plans(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str
 ) -> None:
-    lean = FakeTensorRT("tensorrt_lean", "10.13.0", driver.copy, driver.check_context)
-    install(monkeypatch, driver, lean)
-    folder = write_export(tmp_path / "export")
-    with pytest.raises(EngineError, match="--version-compatible"):
-        open_runner(folder)
-    rebuild(folder, version_compatible=True)
+    install(monkeypatch, driver, FakeTensorRT(name, version, driver.copy, driver.check_context))
+    if name == "tensorrt_lean":
+        with pytest.raises(EngineError, match="whole TensorRT.*--target tensorrt --version-compatible"):
+            open_runner(write_export(tmp_path / "other"))
+    folder = write_export(tmp_path / "export", version_compatible=True)
     images, expected = byte_images(2)
     with open_runner(folder) as runner:
         check(runner.infer({"image": images}), expected)
-        assert runner.details["library"] == "tensorrt_lean 10.13.0"
+        assert runner.details["library"] == f"{name} {version}"
     for older in ("11.0.0", "10.14.0"):
         rebuild(folder, version=older)
         with pytest.raises(EngineError, match=f"was built by TensorRT {older}"):

@@ -114,7 +114,10 @@ class TrtRunner:
         if hashlib.sha256(plan).hexdigest() != artifact.files[artifact.main_file]:
             raise ArtifactError(f"'{path}' was changed while it was opened. Open it again, or export the run again.")
         cache = _cache_file(artifact, gpu) if self.engine == "tensorrt_rtx" else None
-        self._session: Session | None = Session(module, plan, path.name, gpu, cache)
+        # A version-compatible plan brings host code, the lean runtime of the TensorRT that built it. It may run because
+        # these bytes are those of the spec; of any other plan none is run.
+        host_code = bool(artifact.build["version_compatible"])
+        self._session: Session | None = Session(module, plan, path.name, gpu, cache, host_code)
         try:
             check_graph(path, spec, OUTPUTS, self._session.shapes)
         except BaseException:
@@ -167,6 +170,8 @@ class Session:
         name: of the plan, for messages.
         gpu: where it runs.
         cache: where TensorRT for RTX keeps the kernels it compiles for this plan; None keeps none.
+        host_code: whether the plan may bring code that TensorRT loads into this process, as a version-compatible one
+            does. Only for bytes that were checked.
 
     Attributes:
         batch: smallest and largest batch of one run.
@@ -177,8 +182,11 @@ class Session:
         EngineError: TensorRT cannot open the plan on this GPU.
     """
 
-    def __init__(self, module: Any, plan: bytes, name: str, gpu: Gpu, cache: Path | None = None) -> None:
+    def __init__(
+        self, module: Any, plan: bytes, name: str, gpu: Gpu, cache: Path | None = None, host_code: bool = False
+    ) -> None:
         self._module, self._gpu, self._name, self._cache = module, gpu, name, cache
+        self._engine_name = module.__name__.removesuffix("_lean")
         self._logger = make_logger(module)
         self._lock = threading.Lock()
         self._free: deque[_Lane] = deque()
@@ -186,11 +194,13 @@ class Session:
         self._closed = False
         with gpu.current():
             self._runtime: Any = module.Runtime(self._logger)
+            if host_code:
+                self._runtime.engine_host_code_allowed = True
             self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise EngineError(
                     f"{module.__name__} {module.__version__} cannot open '{name}' on '{gpu.name}': "
-                    f"{self._logger.last()}. Build it again here with: ssod-edge export"
+                    f"{self._logger.last()}. Build it again here with: {_build_command(self._engine_name)}"
                 )
             self._read_engine()
             # TensorRT for RTX captures by itself, once it has compiled the kernels for a shape.
@@ -232,13 +242,24 @@ class Session:
         return config, kernels
 
     def create_context(self) -> Any:
-        """An execution context with the first optimisation profile. Inside `Gpu.current`."""
-        arguments = () if self._config is None else (self._config,)
-        context = self._engine.create_execution_context(*arguments)
+        """An execution context with the first optimisation profile. Inside `Gpu.current`.
+
+        Raises:
+            UsageError: another thread has closed the session meanwhile.
+            EngineError: there is no memory left for it.
+        """
+        with self._lock:
+            if self._closed:
+                raise closed_error()
+            engine, config = self._engine, self._config
+        # Not under the lock, since this takes long. The names keep both alive where another thread closes from here on:
+        # this run then ends as one that was under way.
+        context = engine.create_execution_context(*(() if config is None else (config,)))
         if context is None:
             raise EngineError(
                 f"TensorRT cannot prepare '{self._name}' on '{self._gpu.name}': {self._logger.last()}. "
-                "Close other programs that use the GPU, or build it for a smaller batch: ssod-edge export --batch"
+                "Close other programs that use the GPU, or build it with a smaller --batch: "
+                f"{_build_command(self._engine_name)}"
             )
         return context
 
@@ -430,7 +451,7 @@ def check_build(artifact: Artifact, path: Path, spec: Spec) -> None:
         ArtifactError: no, or it was edited.
     """
     build = artifact.build
-    again = f"Build it again with: ssod-edge export --target {OPTIONS[artifact.engine]}"
+    again = f"Build it again with: {_build_command(artifact.engine)}"
     if not set(PLAN_FIELDS) <= set(build) or build.get("key") != plan_key(build):
         raise ArtifactError(f"'{path}' is not the plan that its entry in the spec describes (`build`). {again}")
     if (build["engine"], build["precision"]) != (artifact.engine, artifact.precision):
@@ -455,7 +476,7 @@ def check_plan(artifact: Artifact, path: Path, module: Any, gpu: Gpu) -> None:
         EngineError: no; the message says for which, and how to build it here.
     """
     build, title = artifact.build, TITLES[artifact.engine]
-    again = f"Build it here with: ssod-edge export --target {OPTIONS[artifact.engine]}, or choose another engine"
+    again = f"Build it here with: {_build_command(artifact.engine)}, or choose another engine"
     built, here = str(build["version"]), str(module.__version__)
     if not _fits(built, here, build["version_compatible"]):
         raise EngineError(f"'{path}' was built by {title} {built}, and this is {here}. {again}")
@@ -468,8 +489,17 @@ def check_plan(artifact: Artifact, path: Path, module: Any, gpu: Gpu) -> None:
         raise EngineError(f"'{path}' was built for '{build['gpu']}', and this is '{gpu.name}'. {again}")
 
 
+def _build_command(engine: str, options: str = "") -> str:
+    """What builds a plan: from a run, and on a device, which has a bundle and nothing to export a run with."""
+    target = f"--target {OPTIONS[engine]}{options}"
+    return f"ssod-edge export {target} (on a device: ssod-edge export --from BUNDLE {target})"
+
+
 def _fits(built: str, here: str, compatible: bool) -> bool:
-    """A plan runs on the version that built it; a version-compatible one also on later ones of the same major."""
+    """A plan runs on the version that built it; a version-compatible one also on later ones of the same major.
+
+    NVIDIA promises the next major too, without the interfaces that it removed; that is not relied on.
+    """
     if built == here or not compatible:
         return built == here
     old, new = parse_version(built), parse_version(here)
@@ -537,7 +567,7 @@ def _load(artifact: Artifact) -> Any:
         if name == "tensorrt_lean" and not artifact.build["version_compatible"]:
             raise EngineError(
                 f"'{artifact.name}' needs the whole TensorRT, and only its lean runtime is installed. Install "
-                "tensorrt, or build the plan with: ssod-edge export --target tensorrt --version-compatible"
+                f"tensorrt, or build the plan where it is: {_build_command('tensorrt', ' --version-compatible')}"
             )
         return load_module(name)
     raise missing_extra(MODULES[artifact.engine][0], f"running artifact '{artifact.name}'")
