@@ -232,7 +232,7 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
             fix = "Close other programs, or use a smaller --batch or model"
         elif "libnvinfer_lean" in reason:
             package = f"libnvinfer-lean{parse_version(str(module.__version__))[0]}"
-            fix = f"Install the lean runtime that goes into the plan (apt install {package}), or drop --version-compatible"
+            fix = f"Install the lean runtime for the plan (apt install {package}), or drop --version-compatible"
         raise EngineError(f"{title} cannot build '{onnx_path.name}': {reason}. {fix}.")
     return bytes(memoryview(plan))
 
