@@ -112,7 +112,7 @@ def test_accuracy_columns_by_hand() -> None:
 def test_accuracy_without_eager_ood_or_threshold() -> None:
     known = {"plain": {"logits": np.eye(3, dtype=np.float32)}, "int": outputs([0, 1, 2], [1, 2, 3])}
     for name in known:
-        figures = accuracy_figures(name, None, np.array([0, 1, 1]), known, {}, "eager", CLASSES)
+        figures = accuracy_figures(name, None, np.array([0, 1, 1]), known, {}, None, CLASSES)
         assert figures.pop("top1") == pytest.approx(2 / 3)
         assert figures.pop("ood_sets") == {}
         assert set(figures.values()) == {None}

@@ -243,7 +243,7 @@ def test_an_interrupt_changes_nothing(export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("RGB", (1500, 1500), "red").save(folder / "0.png")
-    for index in range(1, 400):
+    for index in range(1, 4000):  # more than are read before a busy machine looks
         (folder / f"{index}.png").hardlink_to(folder / "0.png")
     before = (export / "ssod.json").read_bytes()
     assert interrupt_while_reading(folder, "calibrate", export, "--id", folder) == (130, "interrupted\n")
