@@ -262,9 +262,9 @@ class TrainConfig:
             raise UsageError("--pretrained and --weights exclude each other")
 
 
-#: Kinds of made images that training takes where none are named. Not "rotate": a turned object is still known in some
-#: data, and nothing here can tell.
-DEFAULT_OUTLIERS: tuple[Outlier, ...] = ("shuffle", "zoom", "blend")
+#: Kinds of made images that training takes where none are named. "rotate" finds unknown objects best; where training
+#: images lie in all orientations, it costs next to nothing (docs/detection.md).
+DEFAULT_OUTLIERS = OUTLIERS
 
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {

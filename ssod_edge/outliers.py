@@ -3,8 +3,8 @@
 Patches of a feature map teach it too, but what it reads at inference is the pooled feature of a whole image. Each kind
 keeps what tells a camera's images from others, colours and local texture, and breaks something of the object:
 
-- rotate: by 90, 180 or 270 degrees, which few kinds of objects are photographed at. Not for data without an up side,
-  such as aerial or microscope images.
+- rotate: by 90, 180 or 270 degrees, which few kinds of objects are photographed at. Not where a camera may be turned,
+  and the training images are upright.
 - shuffle: the quadrants change places; the parts remain, the whole does not.
 - zoom: a small crop, blown up; texture without a form.
 - blend: the mean of two images.
