@@ -263,7 +263,7 @@ class TrainConfig:
 
 
 #: Kinds of made images that training takes where none are named. "rotate" finds unknown objects best; where training
-#: images lie in all orientations, it costs next to nothing (docs/detection.md).
+#: images lie in all orientations, it costs little (docs/detection.md).
 DEFAULT_OUTLIERS = OUTLIERS
 
 #: Settings that a recipe changes; an option on the command line wins over them.
