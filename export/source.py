@@ -112,7 +112,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
 
     Args:
         path: a run folder, or a checkpoint file.
-        data: images for the thresholds; None, and the data that it was trained on, take the run's calibration split.
+        data: images for the thresholds; None, and the data that it was trained on, wherever it lies now, take the run's
+            calibration split.
 
     Raises:
         UsageError: there is no checkpoint, or its training data is gone or changed and so has no calibration split.
@@ -122,10 +123,14 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
     model, meta = load_model(path)
     checkpoint = path / BEST if path.is_dir() else path
     folder = checkpoint.parent
+    recorded = data is None or same_data(data, meta.get("data"))
+    named = None if recorded else from_dataset(str(data))
+    # In another place too: images that were trained on would fit the thresholds.
+    moved = named is not None and named.source.fingerprint == meta.get("data_fingerprint")
     try:
-        splits = _run_splits(folder, meta)
+        splits = _run_splits(folder, meta, data if moved else None)
     except UsageError:
-        if data is None:
+        if recorded or moved:
             raise
         splits = {}
     facts = {
@@ -134,8 +139,7 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    own = splits and (data is None or same_data(data, meta.get("data")))
-    calibration = splits["calib"] if own else from_dataset(str(data))
+    calibration = splits["calib"] if recorded or moved else named
     source = Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
     return replace(source, training=splits.get("train"), choices=splits.get("val"), outliers=_outliers(folder))
 
@@ -260,15 +264,15 @@ def _outliers(folder: Path) -> tuple[str, ...]:
     return loss.outliers if loss.trains_row_on_outliers else ()
 
 
-def _run_splits(folder: Path, meta: dict[str, Any]) -> dict[str, Calibration]:
-    """The splits that training recorded: train, val and calib."""
-    data, splits_hash = str(meta.get("data")), str(meta.get("splits_hash"))
+def _run_splits(folder: Path, meta: dict[str, Any], place: str | None) -> dict[str, Calibration]:
+    """The splits that training recorded: train, val and calib; `place` is where its data lies, None: where it lay."""
+    data, splits_hash = str(place or meta.get("data")), str(meta.get("splits_hash"))
     try:
         source = open_dataset(data)
     except UsageError as error:
         raise UsageError(f"the run's calibration images cannot be had ({error}). Name others with --id") from error
     if source.fingerprint != meta.get("data_fingerprint"):
-        raise UsageError(f"the data set '{data}' changed since training. Name images with --id")
+        raise UsageError(f"the data set '{data}' changed since training. Name other images with --id")
     splits = read_splits(folder, source, splits_hash)
     parts = {"train": splits.train, "val": splits.val, "calib": splits.calib}
     return {

@@ -84,9 +84,23 @@ def _line(before: Artifact, after: Artifact) -> str:
     )
 
 
+def _trained_on(data: str, spec: Spec, export: Path) -> bool:
+    """Whether a folder holds the images of the training, wherever they lie now."""
+    if same_data(data, spec.source.get("data")):
+        return True
+    if not (export.resolve().parent / "splits.json").is_file():
+        return False  # a device: it has no PyTorch to open a data set with, and no splits to keep to
+    from ssod_edge.sources import open_dataset
+
+    try:
+        return open_dataset(data, labelled=False).fingerprint == spec.source.get("data_fingerprint")
+    except (UsageError, MissingExtraError):
+        return False
+
+
 def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
     """How to draw the images, and what they are, for the record."""
-    if Path(data).is_dir() and not same_data(data, spec.source.get("data")):
+    if Path(data).is_dir() and not _trained_on(data, spec, export):
         paths = list_images([data])
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
     from ssod_edge.sources import open_dataset

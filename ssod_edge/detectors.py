@@ -280,6 +280,8 @@ def fit_rmd(data: FitData) -> Detector:
     S^-1 = L' L and L B L' = V diag(t) V', A = diag(sqrt(t / (1 + t))) V' L. So 2 C - 1 rows do instead of 2 D.
     """
     groups = _Groups(data)
+    if len(groups.shares) < 2:
+        raise UsageError("the training features are all of one class: its distance is that to all images, and no score")
     scaled = (groups.offsets * np.sqrt(groups.shares)[:, None]) @ groups.whitening.T  # L B L' = scaled' scaled
     _, singular, directions = np.linalg.svd(scaled, full_matrices=False)
     t = np.square(singular)

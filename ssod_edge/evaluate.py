@@ -174,7 +174,7 @@ def evaluate(
     source, indices = id_images(run, meta, id_data, model.classes)
     warn_of_used_images(source, id_data, meta, spec)
     if ood_data is None:
-        ood_data = DEMO_OOD if str(meta["data"]).startswith("demo") else {}
+        ood_data = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
     # Every set is opened before the first image is run: a wrong name shows at once.
     sets: dict[str, ImageSet] = {"id": (source, indices)}
     sets |= {name: (open_dataset(data, labelled=False), None) for name, data in ood_data.items()}
@@ -353,8 +353,8 @@ def run_eval(
         check_output(Path(pictures) / "roc.png")
     outputs: dict[str, Outputs] = {}
     report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, keep=outputs, **options)
+    written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
-    written = [write_json(report_file, report)]
     try:
         written.append(save_histograms(raw, report["default_score"], png))
     except MissingExtraError as error:

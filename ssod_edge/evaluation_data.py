@@ -116,10 +116,10 @@ def warn_of_used_images(source: ImageSource, id_data: str | None, meta: Mapping[
                 "with --id for figures that no choice has seen",
                 err=True,
             )
-    elif same_data(id_data, meta.get("data")):
+    elif same_data(id_data, meta.get("data")) or source.fingerprint == meta.get("data_fingerprint"):
         click.echo(
-            f"warning: the network was trained on '{id_data}', so that these are not figures for new images. Leave "
-            "--id out for the run's validation split, or name other images",
+            f"warning: the network was trained on '{id_data}', or on images of the same names, so that these are not "
+            "figures for new images. Leave --id out for the run's validation split, or name other images",
             err=True,
         )
     elif spec is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Report = Mapping[str, Any]
@@ -18,9 +19,9 @@ def print_report(report: Report) -> None:
     """The report of `ssod_edge.evaluate.evaluate` as tables; figures in percent, the best score first."""
     console = Console()
     console.print(
-        f"{report['run']}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
+        f"{escape(report['run'])}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
         f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
-        f"of {report['id_data']}",
+        f"of {escape(report['id_data'])}",
         highlight=False,
     )
     names = sorted(report["mean"], key=lambda name: -report["mean"][name]["auroc"])
@@ -37,7 +38,7 @@ def print_report(report: Report) -> None:
         console.print(
             f"The network itself: {setup['network_ms_per_image']:.3g} ms an image ({setup['device']}, batches of "
             f"{setup['batch_size']}). + is a detector of {setup['library']}"
-            + (f", fitted on {setup['fit_data']}" if setup["fit_data"] else ""),
+            + (f", fitted on {escape(setup['fit_data'])}" if setup["fit_data"] else ""),
             highlight=False,
             soft_wrap=True,
         )
@@ -53,7 +54,7 @@ def _detection(report: Report, names: list[str]) -> Table:
     """A row for each score, a column for each OOD set."""
     table = _table("AUROC % (FPR % at 95% ID accepted), larger AUROC is better", "score")
     for ood in report["ood_data"]:
-        table.add_column(ood, justify="right")
+        table.add_column(escape(ood), justify="right")
     table.add_column("mean", justify="right")
     rows = {(row["ood"], row["score"]): row for row in report["results"]}
     for name in names:
@@ -67,7 +68,7 @@ def _deployment(report: Report, names: list[str]) -> Table:
     threshold = report["deployment"][names[0]]["threshold"]
     title = f"At the threshold for {threshold['target_tpr']:.0%} of {threshold['n']} calibration images, %"
     table = _table(title, "score")
-    for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {ood}" for ood in report["ood_data"])):
+    for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {escape(ood)}" for ood in report["ood_data"])):
         table.add_column(title, justify="right")
     if report["ood_data"]:
         table.add_column("OSCR mean", justify="right")

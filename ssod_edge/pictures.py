@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ssod_edge.errors import missing_extra
 from ssod_edge.files import write_atomic
 from ssod_edge.metrics import risk_coverage
+from ssod_edge.runtime.report import printable
 
 Floats = npt.NDArray[np.floating[Any]]
 #: {"id": {score: [n]}, OOD set: {score: [n]}}, larger = more OOD.
@@ -60,6 +61,7 @@ def _save(figure: Any, path: str | Path) -> Path:
 
     for text in figure.findobj(Text):  # a name with two dollar signs is no formula
         text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
         return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))

@@ -240,12 +240,13 @@ def run_reproduce(
 def _settings(table: Table, grid: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Of all runs: the paper's, the table's, and over them those that are given."""
     given = {key: value for key, value in options.items() if value is not None}
-    if "backbone" in given and "backbone" in {item.partition("=")[0] for item in grid}:
+    varied = {item.partition("=")[0].strip().replace("-", "_") for item in grid}
+    if "backbone" in given and "backbone" in varied:
         raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
-    settings = {"recipe": "paper", **table.options, **given}
-    if given.get("weights"):
-        settings.pop("pretrained", None)
-    return settings
+    own = {key: value for key, value in table.options.items() if key not in varied}
+    if given.get("weights") or "weights" in varied:
+        own.pop("pretrained", None)
+    return {"recipe": "paper", **own, **given}
 
 
 def _find_all(table: Table, root: Path) -> dict[str, str]:
@@ -285,22 +286,23 @@ def markdown(table: Table, runs: Sequence[Mapping[str, Any]]) -> str:
         runs: reports of `ssod_edge.evaluate.evaluate`, with `settings` and `seed`.
     """
     sets = [data.name for data in table.unknown]
-    head = ["settings", "score", "ID accuracy", *(f"{name} F / A" for name in sets), "average F / A"]
+    head = ["settings", "seeds", "score", "ID accuracy", *(f"{name} F / A" for name in sets), "average F / A"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label in dict.fromkeys(run["settings"] for run in runs):
         group = [run for run in runs if run["settings"] == label]
         accuracy = 100 * statistics.fmean(run["id_accuracy"] for run in group)
         unread = () if group[0]["ood_row_trained"] else ("ssod", "posterior")
+        # One that failed in a seed is left out: its mean would be over other runs than the line says.
         for score in (score for score in group[0]["mean"] if score not in unread):
-            figures = {name: _figures(group, name, score) for name in sets}
-            lines.append(_line(label, score, accuracy, figures))
+            if all(score in run["mean"] for run in group):
+                figures = {name: _figures(group, name, score) for name in sets}
+                lines.append(_line(label, str(len(group)), score, accuracy, figures))
         if label in table.published:
-            lines.append(_line(label, "paper", table.accuracy.get(label), table.published[label]))
+            lines.append(_line(label, "", "paper", table.accuracy.get(label), table.published[label]))
     first = runs[0] if runs else None
-    seeds = len({run["seed"] for run in runs})
-    kind = f"protocol {first['protocol']}, {first['input_size']} px, " if first else ""
+    kind = f"protocol {first['protocol']}, {first['input_size']} px; " if first else ""
     return (
-        f"Table {table.number} ({kind}{seeds} seed(s); F: share of OOD images accepted where 95% of the ID images are, "
+        f"Table {table.number} ({kind}F: share of OOD images accepted where 95% of the ID images are, "
         "A: AUROC; percent)\n\n" + "\n".join(lines) + "\n"
     )
 
@@ -311,8 +313,8 @@ def _figures(group: Sequence[Mapping[str, Any]], ood: str, score: str) -> Figure
     return fpr, auroc
 
 
-def _line(label: str, score: str, accuracy: float | None, figures: Mapping[str, Figures]) -> str:
+def _line(label: str, seeds: str, score: str, accuracy: float | None, figures: Mapping[str, Figures]) -> str:
     means = [statistics.fmean(column) for column in zip(*figures.values(), strict=True)]
-    cells = [label, score, "" if accuracy is None else f"{accuracy:.2f}"]
+    cells = [label, seeds, score, "" if accuracy is None else f"{accuracy:.2f}"]
     cells += [f"{fpr:.2f} / {auroc:.2f}" for fpr, auroc in (*figures.values(), tuple(means))]
     return "| " + " | ".join(cells) + " |"

@@ -16,7 +16,7 @@ import torch
 from ssod_edge.baseline_recipes import parse_names
 from ssod_edge.baselines import check_library
 from ssod_edge.checkpoint import BEST, LAST, export_of, load_checkpoint
-from ssod_edge.config import AUTO_SCORE, LossConfig, TrainConfig, score_parts
+from ssod_edge.config import AUTO_SCORE, LossConfig, TrainConfig, score_parts, to_dict
 from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluate import evaluate
 from ssod_edge.evaluation_data import check_classes, check_fit_images, parse_named_data
@@ -33,6 +33,8 @@ STUDY, TABLE = "study.json", "study.md"
 EVALUATION = "study-eval.json"
 #: Settings that are the study's own to make, or one value of which would not do.
 _FIXED = {"data", "name", "seed", "loss", "preprocess"}
+#: Settings that may differ between a run and the same run begun now: where it lies, and what it ran on.
+_OF_THE_MACHINE = {"name", "data", "workers", "kernel", "precision", "compile"}
 
 
 @dataclass(frozen=True)
@@ -267,11 +269,25 @@ def _cell_options(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> Path:
     """The finished run of a cell: as it lies there, gone on with, or trained now."""
-    run = folder / cell.name
+    run, options = folder / cell.name, _cell_options(cell, given)
     if not (run / LAST).exists():
-        return start_run(data, folder, _cell_options(cell, given))
+        return start_run(data, folder, options)
+    config = load_config(run)
+    _check_same_settings(run, to_dict(config), to_dict(run_config(data, options)))
     epoch = load_checkpoint(run / LAST)[1]["progress"]["epoch"]
-    return resume_run(run) if epoch < load_config(run).epochs else run
+    return resume_run(run) if epoch < config.epochs else run
+
+
+def _check_same_settings(run: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UsageError if a run was not trained as its options mean now: a default has changed since."""
+    found, wanted = ({**config, **config["loss"], "loss": None} for config in (found, wanted))
+    changed = [key for key in wanted if key not in _OF_THE_MACHINE and found.get(key) != wanted[key]]
+    if changed:
+        raise UsageError(
+            f"'{run}' was trained with other settings, perhaps by an earlier version: {changed[0]} was "
+            f"{found.get(changed[0])} and is {wanted[changed[0]]} now. Choose another folder with -o, or name the "
+            "setting as it was"
+        )
 
 
 def _exported(run: Path, score: str) -> Spec:
@@ -296,11 +312,16 @@ def _evaluated(run: Path, asked: dict[str, Any], export: Spec | None) -> dict[st
     """The report of `evaluate`, from the last time if it was asked the same of the same weights and the same score."""
     path = run / EVALUATION
     shipped = [export.score_name, export.detector.get("sha256")] if export is not None else None
-    record = {"asked": asked, "epoch": load_checkpoint(run / BEST)[1]["epoch"], "shipped": shipped}
-    if path.exists():
+    meta = load_checkpoint(run / BEST)[1]
+    named = [asked["id_data"] or meta["data"], *asked["ood_data"].values()]
+    images = [open_dataset(data, labelled=False).fingerprint for data in named]
+    record = {"asked": asked, "weights": meta["tensors_sha256"], "images": images, "shipped": shipped}
+    try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if {"shipped": None, **stored, "report": None} == {**record, "report": None}:
-            return dict(stored["report"])
+    except (OSError, ValueError):  # none yet, or a damaged one: it is made again
+        stored = {}
+    if {**stored, "report": None} == {**record, "report": None}:
+        return dict(stored["report"])
     arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
     report, _ = evaluate(run, bootstrap=0, **arguments)
     if export is not None:

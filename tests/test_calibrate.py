@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,6 +224,9 @@ def test_the_training_data_gives_its_calibration_split_alone(export: Path, tmp_p
     with Predictor(open_runner(export, artifact="onnx-fp32")) as predictor:
         verdicts = predictor.predict_many(dataset.image(i) for i in calib)
         assert max(v.ood_score for v in verdicts) >= artifact.threshold.value
+    shutil.copytree(photos, tmp_path / "copy")
+    code, _, err = run(export, "--id", tmp_path / "copy", "--artifact", "onnx-fp32")
+    assert (code, err) == (0, "") and load_spec(export).artifact("onnx-fp32").threshold.n == 30
     (Path(dataset.source(0)) if Path(dataset.source(0)).is_absolute() else photos / dataset.source(0)).write_bytes(b"")
     code, _, err = run(export, "--id", photos, "--artifact", "onnx-fp32")
     assert code == 1 and "left out" in err

@@ -207,3 +207,10 @@ def test_wrong_input_is_refused(data: FitData, tmp_path) -> None:
         replace(data, labels=data.labels[1:])
     with pytest.raises(UsageError, match="do not vary"):
         fit("rmd", replace(data, features=np.ones_like(data.features)))
+
+
+def test_rmd_needs_two_classes(data: FitData) -> None:
+    one = replace(data, labels=np.zeros_like(data.labels))
+    with pytest.raises(UsageError, match="all of one class"):
+        fit("rmd", one)
+    assert fit("mahalanobis", one).numbers["quadratic"]

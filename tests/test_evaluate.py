@@ -19,7 +19,7 @@ from ssod_edge.checkpoint import BEST, load_checkpoint, load_model, save_checkpo
 from ssod_edge.cli import main
 from ssod_edge.config import SCORES, LossConfig, Preprocess, TrainConfig
 from ssod_edge.errors import UsageError
-from ssod_edge.evaluate import collect, evaluate, parse_named_data
+from ssod_edge.evaluate import collect, evaluate, parse_named_data, run_eval
 from ssod_edge.evaluation_data import warn_of_used_images
 from ssod_edge.evaluation_report import print_report
 from ssod_edge.export.run import export_run
@@ -167,15 +167,17 @@ def test_id_images_that_are_not_new_get_a_warning(place, tmp_path, capsys):
         detector={"sha256": "", "data": f"'x', fingerprint {fingerprint}, half that fits the detector"},
         choice={"known": "'y', val split 0123456789ab"},
     )  # fmt: skip
+    moved = Path(shutil.copytree(place / "data", tmp_path / "moved"))
     cases: list[tuple[str | None, Spec | None, str]] = [
         (None, None, ""),
         (None, spec, "note: 'rmd' was chosen by these validation images"),
         (str(place / "run" / ".." / "data"), None, "warning: the network was trained on"),
         (str(place / "test"), None, ""),
+        (str(moved), None, "warning: the network was trained on"),
         (str(place / "test"), spec, "warning: 'rmd' was fitted to or chosen by a part of"),
     ]
     for data, shipped, expected in cases:
-        warn_of_used_images(source, data, meta, shipped)
+        warn_of_used_images(open_dataset(data) if data == str(moved) else source, data, meta, shipped)
         assert capsys.readouterr().err.startswith(expected) if expected else not capsys.readouterr().err
     evaluate(run, str(place / "data"), {"grey": str(place / "grey")}, bootstrap=0)
     assert "warning: the network was trained on" in capsys.readouterr().err
@@ -235,6 +237,30 @@ def test_the_command_prints_a_table_and_writes_json_and_png(place):
         assert png.width > 300 and len(png.convert("RGB").getcolors(1 << 24)) > 5
     missing = CliRunner().invoke(main, ["eval", str(place / "nothing")])
     assert missing.exit_code == 2 and "error: " in missing.stderr
+
+
+def test_a_run_on_data_whose_name_begins_with_demo_is_not_the_demo(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "data", tmp_path / "demos")
+    monkeypatch.chdir(tmp_path)
+    report, _ = evaluate(copy_run(place, tmp_path / "run", data="demos"), bootstrap=0)
+    assert report["results"] == [] and report["ood_data"] == {}
+
+
+def test_names_are_printed_as_they_are_and_the_report_is_there_before(place, tmp_path, monkeypatch, capsys):
+    run = copy_run(place, tmp_path / "run[new]")
+    options = {"bootstrap": 0, "id_data": str(place / "test")}
+    grey = (f"[/a]={place / 'grey'}",)
+    run_eval(str(run), "", None, grey, None, None, str(tmp_path / "eval.png"), **options)
+    out = capsys.readouterr().out
+    assert out.startswith("run[new]  (") and "[/a]" in out
+
+    def closed(report):
+        assert json.loads((tmp_path / "report.json").read_text()) == report
+        raise BrokenPipeError
+
+    monkeypatch.setattr("ssod_edge.evaluate.print_report", closed)
+    with pytest.raises(BrokenPipeError):
+        run_eval(str(run), "", None, grey, None, str(tmp_path / "report.json"), str(tmp_path / "eval.png"), **options)
 
 
 def test_a_broken_ood_image_is_named(place, tmp_path):

@@ -146,3 +146,20 @@ def test_untrained_weights_are_exported_loudly_and_refused_by_predict(tmp_path: 
     with open_runner(folder, engine="eager", allow_untrained=True) as runner:
         expected = runner.infer({"image": random_images(1, size=32).numpy()})["logits"]
     np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+def test_the_training_data_in_another_place_gives_the_images_that_were_held_out(
+    small_run: Path, small_model: SSODClassifier, tmp_path: Path
+) -> None:
+    shutil.copytree(small_run.parent / "data", tmp_path / "data")
+    write_run(tmp_path / "run", small_model, str(tmp_path / "data"))
+    own = from_run(tmp_path / "run").calibration
+    (tmp_path / "data").rename(tmp_path / "moved")
+    found = from_run(tmp_path / "run", str(tmp_path / "moved"))
+    assert own is not None and found.calibration is not None and found.training is not None
+    np.testing.assert_array_equal(found.calibration.indices, own.indices)
+    assert "moved', calib split" in found.calibration.description
+    shutil.copytree(tmp_path / "moved", tmp_path / "others")
+    (tmp_path / "others" / "a" / "000.png").unlink()
+    others = from_run(tmp_path / "run", str(tmp_path / "others")).calibration
+    assert others is not None and len(others.indices) == len(others.source)

@@ -32,6 +32,7 @@ from ssod_edge.runtime.drift import (
     Reference,
     advance,
     coarse,
+    fits,
     log_evidence,
     new_state,
     reference,
@@ -435,3 +436,15 @@ def test_reference_is_what_the_spec_says() -> None:
         np.diff(np.concatenate([[0], np.searchsorted(np.sort(ID_SCORES), bins.edges, side="right"), [2000]])) / 2000
     )
     np.testing.assert_allclose(bins.id_shares[40:-40], shares[40:-40], atol=0.02)
+
+
+def test_a_state_that_saw_one_thing_for_ever_still_fits() -> None:
+    """Its fading counts approach the memory from below, and rounding takes them over it."""
+    threshold = conformal_threshold(ID_SCORES)
+    bins = reference(threshold)
+    state, scores = new_state(len(bins.gaps)), np.linspace(1, 9, 5) + max(ID_SCORES.max(), threshold.value)
+    for start in range(0, 20_000, 500):
+        for offset in range(0, 500, 5):
+            state = advance(state, scores.tolist(), threshold.value, bins, start + offset)
+        assert fits(state, len(bins.gaps))
+    assert state.recent_unknown == pytest.approx(500)

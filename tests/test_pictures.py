@@ -103,3 +103,9 @@ def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"ssod-edge\[report\]"):
         pictures.save_histograms(RAW, "score0", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_no_utf8_is_drawn_with_a_replacement(tmp_path, figures):
+    raw = {"id": RAW["id"], "caf\udce9": RAW["near"]}
+    pictures.save_histograms(raw, SCORES[0], tmp_path / "histograms.png")
+    check(tmp_path / "histograms.png")

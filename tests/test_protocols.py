@@ -320,5 +320,18 @@ def test_means_over_seeds():
          "results": [{"ood": "places", "score": "ssod", "fpr_at_id_tpr95": fpr, "auroc": 1 - fpr}]}
         for seed, accuracy, fpr in ((0, 0.9, 0.1), (1, 0.8, 0.2))
     ]  # fmt: skip
-    assert "| balance=dr | ssod | 85.00 | 15.00 / 85.00 | 15.00 / 85.00 |" in markdown(table, runs)
-    assert "2 seed(s)" in markdown(table, runs)
+    assert "| balance=dr | 2 | ssod | 85.00 | 15.00 / 85.00 | 15.00 / 85.00 |" in markdown(table, runs)
+    for part in (0, 1):  # a detector that failed in the other seed
+        runs[part]["mean"]["KNN"] = {}
+        runs[part]["results"].append({"ood": "places", "score": "KNN", "fpr_at_id_tpr95": 0.3, "auroc": 0.7})
+        assert ("KNN" in markdown(table, runs)) == bool(part)
+
+
+@pytest.mark.parametrize(("table", "vary"), [("cifar10", "size=40,48"), ("imagenet", "weights={0},{1}")])
+def test_what_the_grid_varies_is_not_also_the_tables(table, vary, root, tmp_path):
+    files = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for file in files:
+        file.touch()
+    tiny = [part for part in TINY if table != "cifar10" or part not in ("--size", "40")]
+    result = run(table, root, tmp_path / "out", "--vary", vary.format(*files), "--check", tiny=tiny)
+    assert result.exit_code == 0 and "2 runs" in result.stdout, result.output

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from small import write_images
 
-from ssod_edge.checkpoint import LAST
+from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.errors import TrainingError, UsageError, VerificationError
 from ssod_edge.spec import SPEC_NAME, load_spec
@@ -279,3 +279,39 @@ def test_options_that_contradict_the_grid_are_refused(data, tmp_path):
     result = study(data, tmp_path / "study", "--score", "energy+best")
     assert result.exit_code == 2 and "got 'best'" in result.stderr
     assert not (tmp_path / "study").exists()
+
+
+def test_a_run_that_an_earlier_default_trained_is_not_mixed_with_new_ones(data, tmp_path):
+    out = tmp_path / "study"
+    assert one_cell(data, out, "--seeds", "0").exit_code == 0
+    (run,) = (path.parent for path in out.glob("*/config.json"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "workers": 9, "lr": config["lr"] / 2}))
+    result = one_cell(data, out, "--seeds", "0")
+    assert result.exit_code == 2 and "was trained with other settings" in result.output and "lr was" in result.output
+    (run / "config.json").write_text(json.dumps({**config, "workers": 9}))
+    assert one_cell(data, out, "--seeds", "0").exit_code == 0
+
+
+def test_an_evaluation_of_other_images_or_weights_is_made_again(data, tmp_path, monkeypatch):
+    from ssod_edge import study as module
+
+    evaluated = []
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda *args, **kw: evaluated.append(args) or evaluate(*args, **kw))
+    out, grey = tmp_path / "study", tmp_path / "grey"
+    write_images(grey)
+    options = ("--seeds", "0", "--ood", f"grey={grey}")
+    assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 1
+    assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 1
+    next(grey.rglob("*.png")).unlink()
+    assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 2
+    (best,) = out.glob(f"*/{BEST}")
+    tensors, meta = load_checkpoint(best)
+    name = next(name for name in tensors if name.endswith("bias"))
+    own = ("schema_version", "tensors_sha256")
+    changed = {**tensors, name: tensors[name] + 1}
+    save_checkpoint(best, changed, {key: value for key, value in meta.items() if key not in own})
+    assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 3
+    (best.parent / EVALUATION).write_text("{")
+    assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 4

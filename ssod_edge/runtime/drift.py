@@ -136,7 +136,8 @@ def fits(state: DriftState, bins: int) -> bool:
         and min(state.counts) >= 0
         and sum(state.counts) == state.images
         and all(abs(value) <= -_NO_STAKE for value in (*state.log_stakes, state.peak))
-        and all(0 <= weight <= MEMORY[-1] for weight in weights)
+        # What fades by 1 / memory an image approaches the memory, and rounding takes it a little over.
+        and all(0 <= weight <= MEMORY[-1] * (1 + 1e-6) for weight in weights)
     )
 
 
