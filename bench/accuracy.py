@@ -195,10 +195,3 @@ def accuracy_figures(
 
 def _flips(one: Mapping[str, Array], other: Mapping[str, Array], threshold: float) -> int:
     return int(np.count_nonzero((one["ood_score"] <= threshold) != (other["ood_score"] <= threshold)))
-
-
-def match_classes(classes: Sequence[str], labels: npt.NDArray[np.int64], known: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Labels of a data set in the model's numbering: by class name; -1 for a class that the model does not know."""
-    index = {name: position for position, name in enumerate(known)}
-    table = np.array([index.get(name, -1) for name in classes], np.int64)
-    return table[labels]

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ssod_edge.bench.accuracy import ImageSet, match_classes
+from ssod_edge.bench.accuracy import ImageSet
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
 from ssod_edge.runtime.verify import load_reference
+from ssod_edge.sources import model_labels
 from ssod_edge.spec import Spec
 
 #: Images of each set that a quick bench takes, evenly spread.
@@ -64,7 +65,7 @@ def choose_images(
 def named_set(data: str, spec: Spec) -> ImageSet:
     """The ID images of a data set: those of classes that the model knows, whatever their order."""
     source = _open(data)
-    labels = match_classes(source.classes, source.labels, spec.classes)
+    labels = model_labels(source.labels, source.classes, spec.classes)
     indices = np.flatnonzero(labels >= 0)
     if len(indices) == 0:
         raise UsageError(

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.pseudo_ood import pseudo_ood
 from ssod_edge.export.quantize import Images, Infer, Quantizer
-from ssod_edge.export.source import Calibration, model_labels
+from ssod_edge.export.source import Calibration
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier
+from ssod_edge.sources import model_labels
 
 #: Images that the ranges of the activations come from: what NNCF takes by default, and more change nothing.
 STATISTICS_IMAGES = 300

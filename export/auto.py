@@ -17,11 +17,12 @@ from ssod_edge.errors import UsageError
 from ssod_edge.export.pseudo_ood import KINDS, TAUGHT, pseudo_ood
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.score_graph import MOST_ROUNDING, lost_to_rounding
-from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source, model_labels
+from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier
 from ssod_edge.progress import image_bar
 from ssod_edge.score_sum import FittedScore, part_scores, spreads, sum_of
+from ssod_edge.sources import model_labels
 
 Say = Callable[[str], None]
 Array = NDArray[np.float32]

@@ -14,10 +14,11 @@ from ssod_edge.detectors import FitData
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.auto import choose
 from ssod_edge.export.reference import run_eager
-from ssod_edge.export.source import Calibration, Source, check_score, model_labels
+from ssod_edge.export.source import Calibration, Source, check_score
 from ssod_edge.export.staging import without_names
 from ssod_edge.progress import image_bar
 from ssod_edge.score_sum import FittedScore, fit_score, load_shipped
+from ssod_edge.sources import model_labels
 from ssod_edge.spec import Spec
 
 Say = Callable[[str], None]

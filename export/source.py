@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -246,13 +246,6 @@ def imagenet_classes() -> tuple[str, ...]:
     info = ImageNetInfo("imagenet-1k")
     names = (info.index_to_description(index).split(",")[0].replace(" ", "_") for index in range(info.num_classes()))
     return tuple(f"{info.index_to_label_name(index)}_{name}" for index, name in enumerate(names))
-
-
-def model_labels(labels: NDArray[np.int64], classes: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
-    """Labels in the model's numbering, by class name; -1 where there is none."""
-    numbers = {name: number for number, name in enumerate(known)}
-    table = np.array([*(numbers.get(name, -1) for name in classes), -1], np.int64)
-    return table[labels]
 
 
 def _outliers(folder: Path) -> tuple[str, ...]:

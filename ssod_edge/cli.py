@@ -184,6 +184,7 @@ def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str,
     """Train a classifier that knows when to say "unknown".
 
     DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
+    DATA@LIST has only the classes that a text file names, one a line.
     Several processes: torchrun --nproc-per-node N -m ssod_edge train DATA ...
     """
     if (data is None) == (resume is None):
@@ -290,7 +291,7 @@ def reproduce(
 def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...], **options: Any) -> None:
     """Measure ID accuracy, and every score against every OOD set.
 
-    RUN is a run folder or a checkpoint. DATA as in train; NAME=DATA@LIST keeps the classes of a list.
+    RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too.
     """
     from ssod_edge.evaluate import run_eval
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from ssod_edge.pictures import save_evaluation, save_histograms
 from ssod_edge.progress import image_bar
 from ssod_edge.score_sum import FittedScore, load_shipped
 from ssod_edge.scores import ood_scores
-from ssod_edge.sources import ImageSource, Indices, open_dataset
+from ssod_edge.sources import ImageSource, Indices, model_labels, open_dataset
 from ssod_edge.spec import Spec
 
 #: Score or detector -> [N], larger = more OOD.
@@ -159,7 +159,7 @@ def evaluate(
         {"id": {score: values}, NAME: {score: values}}.
 
     Raises:
-        UsageError: data that cannot be opened, or whose classes are not the model's; no such baseline.
+        UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
         ArtifactError: a checkpoint that cannot be read.
         MissingExtraError: baselines without pytorch-ood.
     """
@@ -274,7 +274,10 @@ def _read(
     failed = peers.failed if peers else set()
     kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, (_, scores) in found.items()}
     data = f"calibration split of {calibration[0].name}" if calibration else ""
-    return Found({name: outputs for name, (outputs, _) in found.items()}, kept, calibration_scores, data)
+    outputs = {name: outputs for name, (outputs, _) in found.items()}
+    labels = model_labels(outputs["id"].labels, sets["id"][0].classes, model.classes)
+    outputs["id"] = replace(outputs["id"], labels=labels)
+    return Found(outputs, kept, calibration_scores, data)
 
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -76,11 +76,11 @@ def id_images(
 
 
 def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
-    """Raises UsageError unless ID images have the model's classes."""
-    if found != classes:
+    """Raises UsageError unless the model knows every class of the ID images; it may know more."""
+    if unknown := [name for name in found if name not in set(classes)]:
         raise UsageError(
-            f"the classes of '{id_data}' ({', '.join(found[:4])}, ...) are not the model's "
-            f"({', '.join(classes[:4])}, ...)"
+            f"the class '{unknown[0]}' of '{id_data}' is none of the model's ({', '.join(classes[:4])}, ...). Give "
+            "images of known classes; a list keeps some of a data set's (DATA@LIST)"
         )
 
 

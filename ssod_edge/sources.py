@@ -63,7 +63,7 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     Args:
         name: an ImageFolder directory; a .tar file in that layout; "demo" or "demo:SPLIT"; "torch/NAME:ROOT"
             (torchvision, training part; "torch/NAME:ROOT:test" for the test part); "hfds/NAME" or
-            "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm. "NAME@LIST" keeps the
+            "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm. "NAME@LIST" has only the
             classes that LIST names: a text file, or a list that ships here ("imagenet-objects"); with LIST.sha256 the
             images that a list of `ssod_edge.image_lists` names, unchanged.
         labelled: False accepts images without classes (an OOD set).
@@ -84,8 +84,14 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
         return source
     if chosen.endswith(IMAGE_LIST_SUFFIX):
         return ListedImages(source, *find_listed(source, chosen), f"{name}@{chosen}")
-    indices = np.flatnonzero(np.isin(source.labels, read_class_list(chosen, source.classes)))
-    return ChosenImages(source, indices, f"{name}@{chosen}")
+    return ListedClasses(source, read_class_list(chosen, source.classes), f"{name}@{chosen}")
+
+
+def model_labels(labels: Indices, classes: Sequence[str], known: Sequence[str]) -> Indices:
+    """Labels of a data set (-1 for none) in a model's numbering, by class name; -1 for a class it does not know."""
+    numbers = {name: number for number, name in enumerate(known)}
+    table = np.array([*(numbers.get(name, -1) for name in classes), -1], np.int64)
+    return table[labels]
 
 
 def _split_list(name: str) -> tuple[str, str | None]:
@@ -200,6 +206,16 @@ class ChosenImages:
 
     def source(self, index: int) -> str:
         return self._source.source(int(self._indices[index]))
+
+
+class ListedClasses(ChosenImages):
+    """The images of some classes of a source, which has no others: labels count the chosen ones, in its order."""
+
+    def __init__(self, source: ImageSource, chosen: Sequence[int], name: str):
+        kept = np.unique(chosen)
+        super().__init__(source, np.flatnonzero(np.isin(source.labels, kept)), name)
+        self.classes = tuple(source.classes[label] for label in kept)
+        self.labels = np.searchsorted(kept, self.labels).astype(np.int64)
 
 
 class ListedImages(ChosenImages):

@@ -12,7 +12,7 @@ import pytest
 from colour import CLASSES, SIZE, colour_images, edit_graph, edit_spec, write_colours
 from PIL import Image
 
-from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, collect, match_classes
+from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, collect
 from ssod_edge.bench.images import BenchImages, choose_images, query_images
 from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
 from ssod_edge.errors import ArtifactError, UsageError
@@ -164,11 +164,6 @@ def test_output_that_is_not_finite_is_an_error_of_that_backend(export: Path) -> 
         found = collect({"good": good, "bad": bad}, photo_set(40), good.spec.preprocess)
     assert list(found.outputs) == ["good"]
     assert "the output of 'bad' is not finite" in str(found.errors["bad"])
-
-
-def test_classes_are_matched_by_name() -> None:
-    labels = np.array([0, 1, 2, 0])
-    assert match_classes(("blue", "cat", "red"), labels, ("red", "blue")).tolist() == [1, -1, 0, 1]
 
 
 def test_without_data_the_reference_is_timed(export: Path) -> None:

@@ -17,7 +17,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.data import EvalImages, TrainImages, augment, load_batches
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.image import load_image, preprocess, via
-from ssod_edge.sources import open_dataset, read_class_list
+from ssod_edge.sources import model_labels, open_dataset, read_class_list
 from ssod_edge.splits import split_dataset
 
 SETTINGS = Preprocess(input_size=24)
@@ -152,11 +152,11 @@ def test_hidden_files_and_folders_are_no_images(folder):
         open_dataset(str(folder), labelled=False)
 
 
-def test_chosen_classes_keep_labels_and_names(folder, tmp_path):
+def test_a_class_list_leaves_a_data_set_of_those_classes(folder, tmp_path):
     names = tmp_path / "some.txt"
     names.write_text("# two of them\n2\nclass0  # by name\n\n")
     source, chosen = open_dataset(str(folder)), open_dataset(f"{folder}@{names}")
-    assert len(chosen) == 24 and set(chosen.labels.tolist()) == {0, 2} and chosen.classes == source.classes
+    assert chosen.classes == ("class0", "class2") and chosen.labels.tolist() == 12 * [0] + 12 * [1]
     assert np.array_equal(np.asarray(chosen.image(12)), np.asarray(source.image(24)))
     assert chosen.source(12) == source.source(24) and chosen.fingerprint != source.fingerprint
     names.write_text("7\n")
@@ -165,6 +165,11 @@ def test_chosen_classes_keep_labels_and_names(folder, tmp_path):
     for missing in ("nothing", ""):
         with pytest.raises(UsageError, match="one of: imagenet-objects"):
             open_dataset(f"{folder}@{missing}")
+
+
+def test_labels_are_numbered_as_the_model_does_by_class_name():
+    labels = np.array([0, 1, 2, 0, -1])
+    assert model_labels(labels, ("blue", "cat", "red"), ("red", "blue")).tolist() == [1, -1, 0, 1, -1]
 
 
 def test_a_class_name_wins_over_an_index(tmp_path):

@@ -115,7 +115,7 @@ def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
 
 def test_other_classes_missing_data_and_a_checkpoint_without_splits_are_refused(place, tmp_path):
     write_folder(tmp_path / "four", classes=4, per_class=2)
-    with pytest.raises(UsageError, match="are not the model's"):
+    with pytest.raises(UsageError, match="is none of the model's"):
         evaluate(place / "run", str(tmp_path / "four"))
     with pytest.raises(UsageError, match="does not exist"):
         evaluate(place / "run", str(place / "test"), {"none": str(tmp_path / "none")})
@@ -132,6 +132,24 @@ def copy_run(place, target, **meta):
         tensors, before = load_checkpoint(target / BEST)
         save_checkpoint(target / BEST, tensors, {**before, **meta})
     return target
+
+
+def test_id_images_of_some_of_the_models_classes_are_matched_by_name(place, tmp_path, capsys):
+    (tmp_path / "some.txt").write_text("class1\nclass2\n")
+    (tmp_path / "other.txt").write_text("class0\n")
+    _, every = evaluate(place / "run", str(place / "test"), bootstrap=0)
+    keep: dict = {}
+    report, some = evaluate(
+        place / "run",
+        f"{place / 'test'}@{tmp_path / 'some.txt'}",
+        {"other": f"{place / 'test'}@{tmp_path / 'other.txt'}"},
+        bootstrap=0,
+        keep=keep,
+    )
+    assert np.array_equal(some["id"]["energy"], every["id"]["energy"][5:]) and report["n_id"] == 10
+    assert keep["id"].labels.tolist() == 5 * [1] + 5 * [2] and report["classes"] == ["class0", "class1", "class2"]
+    assert np.array_equal(some["other"]["energy"], every["id"]["energy"][:5])
+    assert "holds images" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("val", [[0], [10**6], [-1], ["a"], 3, [[0, 1]]])

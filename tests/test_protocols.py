@@ -103,7 +103,7 @@ def test_tables_of_the_ablations(table, vary, paper, root, tmp_path):
         (["--weights", "/nonexistent.pth"], "'/nonexistent.pth' does not exist"),
         (["--baselines", "Nobody"], "there is no baseline 'nobody'"),
         (["--root", "EMPTY"], "holds no images"),
-        (["--root", "OTHER"], "are not the model's"),
+        (["--root", "OTHER"], "is none of the model's"),
     ],
 )
 def test_a_check_finds_what_training_would_refuse_before_a_list_is_made(root, tmp_path, more, message):

@@ -230,7 +230,7 @@ def test_an_export_that_fails_is_the_failure_of_its_run(data, tmp_path, monkeypa
     [
         (["--ood", "x=/nonexistent"], "'/nonexistent' does not exist"),
         (["--id", "/nonexistent"], "'/nonexistent' does not exist"),
-        (["--id", "OTHER"], "are not the model's"),
+        (["--id", "OTHER"], "is none of the model's"),
         (["--baselines", "Nobody"], "there is no baseline 'nobody'"),
         (["--fit-images", "20"], "name them with --baselines"),
         (["--baselines", "KNN", "--fit-images", "2"], "--fit-images 2 is fewer than one image for each of the 7"),

@@ -60,6 +60,13 @@ def test_a_run_learns_and_records_what_it_did(config, tmp_path):
     assert load_config(run) == config
 
 
+def test_a_class_list_trains_on_those_classes_alone(config, tmp_path):
+    (tmp_path / "known.txt").write_text("class0\nclass2\n")
+    data = f"{config.data}@{tmp_path / 'known.txt'}"
+    run = train(replace(config, data=data, epochs=1, half_size_epochs=0, loss=LossConfig(method="ce")), tmp_path)
+    assert load_model(run)[0].classes == ("class0", "class2") and rows(run)[0]["val_accuracy"] >= 0.5
+
+
 def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.5, 0.4])  # the warm-up epoch has the highest
     monkeypatch.setattr("ssod_edge.train.collect", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies)))
