@@ -38,9 +38,10 @@ NOT_CHOSEN = ("ash", "scale")
 MISTAKEN = "mistaken"
 #: Fewer of them say nothing.
 LEAST_MISTAKES = 20
-#: Parts of the sums that are candidates: one score of each family, two to `MOST_PARTS` of them together.
+#: Parts of the sums that are candidates: one score of each family, two or more of them together.
 PARTS = ("ssod", "energy", "knn", "vim", "mahalanobis", "rmd")
-MOST_PARTS = 4
+#: Candidates whose figure is this near to the best are level: of 2,000 images, a difference of a point is noise.
+LEVEL = 0.01
 #: Rows of the table that is printed; the spec has all of them.
 SHOWN = 15
 
@@ -55,7 +56,8 @@ def choose(
 
     Candidates are the scores of the logits, the detectors, and the sums of `PARTS`; those that read the OOD row only if
     it was trained. Kinds that the network was trained to reject (`train --outliers`) have no say. A candidate that adds
-    more than `MOST_COST` to the network's multiply-adds is measured and not taken. Of equals the cheapest wins.
+    more than `MOST_COST` to the network's multiply-adds is measured and not taken. Of those that are level
+    (`LEVEL`) the sum of most parts wins: what one part does not see in images that nobody made, another may.
 
     Args:
         source: a trained model.
@@ -92,8 +94,7 @@ def choose(
         pairs[MISTAKEN] = _part(known, right), _part(known, wrong)
     network = multiply_adds(model)
     rows = {name: {**_figures(name, pairs), "cost": candidates.multiply_adds(name) / network} for name in known}
-    allowed = [name for name in rows if rows[name]["cost"] <= MOST_COST]
-    best = max(allowed, key=lambda name: (rows[name]["figure"], -rows[name]["cost"]))
+    best = _best(rows)
     lines = [_in_brief(rows, best)] if brief else _table(rows, best, list(pairs), len(images), choices.description)
     for line in lines:
         say(line)
@@ -104,6 +105,7 @@ def choose(
         "mistaken": int(wrong.sum()),
         "cost": "multiply-adds over those of the network",
         "most_cost": MOST_COST,
+        "level": LEVEL,
         "candidates": rows,
     }
     return best, candidates.state(best), figures
@@ -148,6 +150,16 @@ def _figures(name: str, pairs: dict[str, tuple[dict[str, Array], dict[str, Array
     }
 
 
+def _best(rows: dict[str, dict[str, Any]]) -> str:
+    """The candidate to take, by its `figure`, its `cost` and the parts in its name."""
+    allowed = {name: row for name, row in rows.items() if row["cost"] <= MOST_COST}
+    level = max(row["figure"] for row in allowed.values()) - LEVEL
+    return max(
+        (name for name, row in allowed.items() if row["figure"] >= level),
+        key=lambda name: (name.count("+"), allowed[name]["figure"], -allowed[name]["cost"]),
+    )
+
+
 class _Candidates:
     """Every score that may be chosen. Attributes: names, the default first, because it wins where all are equal."""
 
@@ -160,7 +172,7 @@ class _Candidates:
         parts = [name for name in PARTS if name in self.singles and self.spread[name] > 0]
         self.sums = {
             "+".join(names): names
-            for count in range(2, MOST_PARTS + 1)
+            for count in range(2, len(parts) + 1)
             for names in itertools.combinations(parts, count)
         }
         self.names = (*self.singles, *self.sums)
