@@ -121,10 +121,12 @@ def save_histograms(raw: RawScores, score: str, path: str | Path) -> Path:
     values = np.concatenate([raw[name][score] for name in raw])
     low, high = (float(end) for end in np.quantile(values, [0.001, 0.999]))
     bins = np.linspace(low, high if high > low else low + 1, 50).tolist()
+    # What lies outside is drawn at the ends; in float64, because a bin's edge in float32 may lie outside as well.
+    inside = {name: np.clip(raw[name][score].astype(np.float64), bins[0], bins[-1]) for name in raw}
     for axes, name in zip(panels, names or ["id"], strict=True):
-        axes.hist(raw["id"][score], bins, density=True, alpha=0.65, color=ORANGE, label="ID")
+        axes.hist(inside["id"], bins, density=True, alpha=0.65, color=ORANGE, label="ID")
         if name != "id":
-            axes.hist(raw[name][score], bins, density=True, alpha=0.55, color=BLUE, label=name)
+            axes.hist(inside[name], bins, density=True, alpha=0.55, color=BLUE, label=name)
         axes.set_xlabel(f"{score} (larger: more likely OOD)")
         axes.set_ylabel("density")
         axes.legend()
@@ -266,6 +268,8 @@ def _tsne(features: Floats) -> Floats:
         from sklearn.manifold import TSNE
     except ImportError:
         raise missing_extra("sklearn", "the picture of the features") from None
+    if not np.ptp(features, axis=0).any():
+        return np.zeros((len(features), 2))  # all alike: neighbours of distance 0 crash scikit-learn
     dimensions = min(50, *features.shape)
     reduced = PCA(dimensions, svd_solver="full").fit_transform(features)
     perplexity = min(30.0, max(1.0, (len(features) - 1) / 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -62,6 +63,14 @@ def test_histograms_of_a_constant_score(tmp_path):
     check(pictures.save_histograms(raw, "ssod", tmp_path / "x.png"))
 
 
+def test_a_set_of_one_image_beyond_the_others_is_drawn(tmp_path, figures):
+    raw = {"id": {"ssod": np.arange(9, dtype=np.float32)}, "x": {"ssod": np.array([20], np.float32)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.save_histograms(raw, "ssod", tmp_path / "x.png")
+    assert figures[0].axes[0].patches[-1].get_height() > 0, "its bar is the last"
+
+
 def test_the_curves_are_those_of_the_metrics(tmp_path, figures):
     raw = {name: {"energy": RAW[name]["score0"]} for name in ("id", "far")}
     pictures.save_roc(raw, {("far", "energy"): AUROC["far", "score0"]}, tmp_path / "roc.png")
@@ -96,6 +105,16 @@ def test_features_are_drawn_alike_twice_and_no_more_than_the_limit(tmp_path, fig
     assert len(points[0]) == 30 + 15 + 9
     np.testing.assert_array_equal(points[0], points[1])
     check(tmp_path / "0.png")
+
+
+def test_features_that_are_all_alike_are_one_point(tmp_path, figures):
+    pytest.importorskip("sklearn", reason="needs the extra 'train'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.save_features(
+            {"id": np.ones((8, 3)), "x": np.ones((8, 3))}, np.arange(8) % 2, "ab", tmp_path / "x.png"
+        )
+    assert not np.concatenate([c.get_offsets() for c in figures[0].axes[0].collections]).any()
 
 
 def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
