@@ -175,8 +175,8 @@ def build_model(
 
     Raises:
         UsageError: no such backbone, one whose head cannot act on patches (the message says why), or published
-            weights that cannot be downloaded.
-        ArtifactError: the weights file is missing, unreadable or of another model.
+            weights that cannot be downloaded; no such weights file.
+        ArtifactError: the weights file is unreadable or of another model.
     """
     name = resolve_backbone(backbone)
     if len(classes) < 2:
@@ -205,7 +205,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a timm state dict, or the backbone of a checkpoint of ssod-edge, without unpickling objects.
 
     Raises:
-        ArtifactError: missing or unreadable file, or keys that do not fit beyond the classifier.
+        UsageError: there is no such file.
+        ArtifactError: an unreadable file, or keys that do not fit beyond the classifier.
     """
     state = _read_state(Path(path))
     if any(name.startswith(_OWN) for name in state):
@@ -225,8 +226,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise UsageError(f"weights '{path}' are a folder. Give a file, of a run its best.safetensors")
     if not path.is_file():
-        raise ArtifactError(f"weights file '{path}' does not exist")
+        raise UsageError(f"weights file '{path}' does not exist")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

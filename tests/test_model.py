@@ -180,8 +180,10 @@ def test_weights_of_another_model_or_no_weights_are_refused(tmp_path):
         torch.save(other, path)
         with pytest.raises(ArtifactError, match="cannot be read as weights"):
             build_model("test_efficientnet", CLASSES, Preprocess(64), weights=path)
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path / "none.pth")
+    with pytest.raises(UsageError, match=r"are a folder. Give a file, of a run its best.safetensors"):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path)
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
