@@ -236,6 +236,8 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
     """
     try:
         record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
     except FileNotFoundError:
         record = None
     except (OSError, ValueError) as error:
@@ -320,7 +322,7 @@ def _evaluated(run: Path, asked: dict[str, Any], export: Spec | None) -> dict[st
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or a damaged one: it is made again
         stored = {}
-    if {**stored, "report": None} == {**record, "report": None}:
+    if isinstance(stored, dict) and {**stored, "report": None} == {**record, "report": None}:
         return dict(stored["report"])
     arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
     report, _ = evaluate(run, bootstrap=0, **arguments)

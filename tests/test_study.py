@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.errors import TrainingError, UsageError, VerificationError
 from ssod_edge.spec import SPEC_NAME, load_spec
-from ssod_edge.study import EVALUATION, STUDY, TABLE, _exported, markdown, parse_grid, summarise
+from ssod_edge.study import EVALUATION, STUDY, TABLE, _exported, markdown, parse_grid, plan_study, summarise
 
 TINY = ["--backbone", "test_efficientnet", "--size", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
 
@@ -271,6 +272,20 @@ def test_an_interrupted_first_run_fixes_the_options(data, tmp_path, monkeypatch)
     assert other.exit_code == 2 and "holds a study with other options" in other.stderr
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]"])
+def test_a_damaged_record_is_named(data, tmp_path, damaged):
+    (tmp_path / STUDY).write_text(damaged)
+    result = study(data, tmp_path)
+    assert result.exit_code == 4 and "is damaged" in result.stderr and "remove it" in result.stderr
+
+
+def test_the_example_of_the_help_can_be_run(data):
+    text = CliRunner().invoke(main, ["study", "--help"]).stdout.partition("Options:")[0]
+    example = re.findall(r"--vary\s+(\S+=[^\s.]+)", text)
+    cells, _ = plan_study(str(data), example, "0", {"backbone": "test_efficientnet", "size": 40})
+    assert len(example) == 2 and len(cells) == 4
+
+
 def test_options_that_contradict_the_grid_are_refused(data, tmp_path):
     result = study(data, tmp_path / "study", "--method", "both")
     assert result.exit_code == 2 and "method cannot be given both" in result.stderr
@@ -313,5 +328,6 @@ def test_an_evaluation_of_other_images_or_weights_is_made_again(data, tmp_path, 
     changed = {**tensors, name: tensors[name] + 1}
     save_checkpoint(best, changed, {key: value for key, value in meta.items() if key not in own})
     assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 3
-    (best.parent / EVALUATION).write_text("{")
-    assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 4
+    for number, damaged in enumerate(("{", "[]"), 4):
+        (best.parent / EVALUATION).write_text(damaged)
+        assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == number
