@@ -96,8 +96,13 @@ def split_names(value: str) -> tuple[str, ...]:
 
 
 def split_kinds(value: str) -> tuple[str, ...]:
-    """("a, b") -> ("a", "b"), and "none" -> ()."""
-    return () if value.strip() == "none" else split_names(value)
+    """("a, b") -> ("a", "b"), and "none" -> (). Nothing at all is refused: it would train without any."""
+    if value.strip() == "none":
+        return ()
+    names = split_names(value)
+    if not names:
+        raise click.BadParameter(f"no kind in '{value}'; give some of {', '.join(OUTLIERS)}, or none")
+    return names
 
 
 def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[Any], Any]:
@@ -229,7 +234,7 @@ def study(
 ) -> None:  # fmt: skip
     """Train and evaluate a grid of settings, and show means and deviations over seeds.
 
-    A setting is an option of train, with any of its values: --vary gamma=0.9,0.95 --vary outliers=none,rotate+zoom.
+    A setting is an option of train, with any of its values: --vary method=ce,ssod --vary outliers=none,rotate+zoom.
     What is done is not done again: run the same command once more after an interruption, or with more seeds.
     """
     from ssod_edge.study import run_study

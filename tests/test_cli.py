@@ -72,6 +72,12 @@ def test_outliers_are_a_list_or_none(
     assert seen[0]["outliers"] == outliers
 
 
+@pytest.mark.parametrize("empty", ["", " ", ","])
+def test_outliers_that_name_nothing_are_refused(empty: str) -> None:
+    result = CliRunner().invoke(main, ["train", "photos", "--outliers", empty])
+    assert result.exit_code == 2 and "give some of rotate, shuffle, zoom, blend, or none" in result.stderr
+
+
 def test_unknown_command_and_option_are_wrong_usage() -> None:
     assert CliRunner().invoke(main, ["no-such-command"]).exit_code == 2
     assert CliRunner().invoke(main, ["doctor", "--no-such-option"]).exit_code == 2
