@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ssod_edge.config import DEFAULT_SCORE, DETECTORS, SCORES, DetectorName
+from ssod_edge.config import DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, SCORES, DetectorName
 from ssod_edge.detectors import Detector, FitData, fit
 from ssod_edge.errors import UsageError
 from ssod_edge.export.pseudo_ood import KINDS, TAUGHT, pseudo_ood
 from ssod_edge.export.reference import run_eager
 from ssod_edge.export.score_graph import MOST_ROUNDING, lost_to_rounding
-from ssod_edge.export.source import NEED_OOD_ROW, Calibration, Source
+from ssod_edge.export.source import Calibration, Source
 from ssod_edge.metrics import detection_metrics
 from ssod_edge.model import SSODClassifier
 from ssod_edge.progress import image_bar

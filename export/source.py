@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ssod_edge.checkpoint import BEST, is_checkpoint, load_model, model_meta, model_tensors, save_checkpoint
-from ssod_edge.config import Preprocess, resolve_backbone
+from ssod_edge.config import NEED_OOD_ROW, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
 from ssod_edge.files import same_data, sha256_file
 from ssod_edge.image import preprocess
@@ -24,8 +24,6 @@ from ssod_edge.sources import ImageSource, open_dataset
 from ssod_edge.splits import read_splits
 from ssod_edge.train import load_config
 
-#: Scores that need the OOD row, which only training with the OOD loss gives a meaning.
-NEED_OOD_ROW = ("ssod", "posterior")
 UNTRAINED_CLASSES = 1000
 BATCH = 32
 

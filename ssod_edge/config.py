@@ -36,6 +36,8 @@ OUTLIERS: tuple[str, ...] = get_args(Outlier)
 KERNELS: tuple[str, ...] = get_args(Kernel)
 #: Scores of the logits and the ID logit alone.
 SCORES: tuple[str, ...] = get_args(ScoreName)
+#: Those that need the OOD row, which only training with the OOD loss gives a meaning.
+NEED_OOD_ROW = ("ssod", "posterior")
 #: Scores with a state that is fitted on training features, see `ssod_edge.detectors`.
 DETECTORS: tuple[str, ...] = get_args(DetectorName)
 #: Everything that an export can ship, alone or as parts of a sum ("energy+rmd").

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ssod_edge.config import NEED_OOD_ROW
 from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.image_lists import choose_seeded, find_listed, write_image_list
@@ -291,7 +292,7 @@ def markdown(table: Table, runs: Sequence[Mapping[str, Any]]) -> str:
     for label in dict.fromkeys(run["settings"] for run in runs):
         group = [run for run in runs if run["settings"] == label]
         accuracy = 100 * statistics.fmean(run["id_accuracy"] for run in group)
-        unread = () if group[0]["ood_row_trained"] else ("ssod", "posterior")
+        unread = () if group[0]["ood_row_trained"] else NEED_OOD_ROW
         # One that failed in a seed is left out: its mean would be over other runs than the line says.
         for score in (score for score in group[0]["mean"] if score not in unread):
             if all(score in run["mean"] for run in group):

@@ -16,7 +16,7 @@ import torch
 from ssod_edge.baseline_recipes import parse_names
 from ssod_edge.baselines import check_library
 from ssod_edge.checkpoint import BEST, LAST, export_of, load_checkpoint
-from ssod_edge.config import AUTO_SCORE, LossConfig, TrainConfig, score_parts, to_dict
+from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, LossConfig, TrainConfig, score_parts, to_dict
 from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluate import evaluate
 from ssod_edge.evaluation_data import check_classes, check_fit_images, parse_named_data
@@ -348,7 +348,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for label in dict.fromkeys(row["settings"] for row in rows):
         group = [row for row in rows if row["settings"] == label]
-        scores = [name for name in group[0]["mean"] if all(name in row["mean"] for row in group)]
+        unread = () if all(row["ood_row_trained"] for row in group) else NEED_OOD_ROW
+        scores = [name for name in group[0]["mean"] if all(name in row["mean"] for row in group) and name not in unread]
         table.append(
             {
                 "settings": label,
@@ -375,13 +376,16 @@ def _write(folder: Path, study: dict[str, Any], rows: list[dict[str, Any]], fail
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:
-    """The table: accuracy, and the AUROC of each score as a mean over OOD sets, in percent, with deviations."""
+    """The table in percent: accuracy, and each score's AUROC (and FPR), a mean over OOD sets, with deviations."""
     scores = list(dict.fromkeys(name for row in summary for name in row["auroc"]))
     lines = ["| " + " | ".join(["settings", "seeds", "accuracy", *scores]) + " |", "|---" * (3 + len(scores)) + "|"]
     for row in summary:
         cells = [row["settings"], str(len(row["seeds"])), _percent(row["accuracy"])]
-        cells += [_percent(row["auroc"].get(name)) for name in scores]
+        for name in scores:
+            fpr = row["fpr_at_id_tpr95"].get(name)
+            cells.append(_percent(row["auroc"].get(name)) + (f" ({100 * fpr['mean']:.1f})" if fpr else ""))
         lines.append("| " + " | ".join(cells) + " |")
+    lines.append("\nIn percent: accuracy, and AUROC as a mean over OOD sets; in brackets FPR at 95% of ID accepted.")
     lines += [f"\nfailed: {row['settings']}, seed {row['seed']}: {row['error']}" for row in failed]
     return "\n".join(lines) + "\n"
 

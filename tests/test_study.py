@@ -60,17 +60,19 @@ def test_the_folder_of_a_run_is_one_folder():
 
 
 def test_means_and_deviations_over_seeds():
-    def row(settings, seed, accuracy, auroc):
+    def row(settings, seed, accuracy, auroc, row_trained=False):
         figures = {"auroc": auroc, "fpr_at_id_tpr95": 1 - auroc}
-        return {"settings": settings, "seed": seed, "id_accuracy": accuracy, "mean": {"msp": figures}}
+        found = {"mean": {"msp": figures, "ssod": figures}, "ood_row_trained": row_trained}
+        return {"settings": settings, "seed": seed, "id_accuracy": accuracy, **found}
 
-    rows = [row("b", 0, 0.8, 0.7), row("a", 0, 0.5, 0.5), row("b", 1, 0.9, 0.9)]
+    rows = [row("b", 0, 0.8, 0.7), row("a", 0, 0.5, 0.5, row_trained=True), row("b", 1, 0.9, 0.9)]
     first, second = summarise(rows)
     assert (first["settings"], first["seeds"]) == ("b", [0, 1])
     assert first["accuracy"] == {"mean": pytest.approx(0.85), "sd": pytest.approx(0.0707, abs=1e-4)}
     assert first["auroc"]["msp"]["mean"] == pytest.approx(0.8) and second["auroc"]["msp"]["sd"] is None
     table = markdown([first, second], [{"settings": "c", "seed": 2, "error": "nan"}])
-    assert "| b | 2 | 85.0 ± 7.1 | 80.0 ± 14.1 |" in table and "| a | 1 | 50.0 | 50.0 |" in table
+    assert "| b | 2 | 85.0 ± 7.1 | 80.0 ± 14.1 (20.0) |  |" in table  # no `ssod` of a row that was not trained
+    assert "| a | 1 | 50.0 | 50.0 (50.0) | 50.0 (50.0) |" in table
     assert "failed: c, seed 2: nan" in table
 
 
