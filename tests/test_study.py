@@ -243,7 +243,7 @@ def test_an_export_that_fails_is_the_failure_of_its_run(data, tmp_path, monkeypa
 )
 def test_what_cannot_work_is_found_before_training(data, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr("ssod_edge.study.start_run", lambda *_: pytest.fail("nothing is trained"))
-    for name in "ab":
+    for name in "az":
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "other" / name / "0.png")
     result = one_cell(
