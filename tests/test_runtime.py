@@ -452,7 +452,7 @@ def test_eager_runs_the_checkpoint(run_folder: Path) -> None:
 
 
 def test_eager_beside_an_export(make_export: MakeExport, run_folder: Path) -> None:
-    """The export's score, the eager scores' own threshold, and only the checkpoint that was exported."""
+    """The export's score, the threshold of its fp32 artifact, and only the checkpoint that was exported."""
     from ssod_edge.checkpoint import BEST
     from ssod_edge.files import sha256_file
 
@@ -464,7 +464,11 @@ def test_eager_beside_an_export(make_export: MakeExport, run_folder: Path) -> No
         with open_runner(folder, engine="eager") as runner:
             assert runner.spec == load_spec(export)
             assert runner.artifact.files == {BEST: digest}
-            threshold = runner.artifact.threshold
+            assert runner.artifact.threshold == load_spec(export).artifact("onnx-fp32").threshold is not None
+    fp16 = [replace(artifact, precision="fp16") for artifact in load_spec(export).artifacts]
+    edit_spec(export, lambda spec: replace(spec, artifacts=tuple(fp16)))
+    with open_runner(export, engine="eager") as runner:
+        threshold = runner.artifact.threshold
     with np.load(export / "reference.npz") as reference:
         scores = np.sort(reference["score_energy"])
     assert threshold is not None and threshold.value == pytest.approx(scores[38]), "the 39th of 40: ceil(41 * 0.95)"

@@ -26,8 +26,9 @@ class EagerRunner:
     """`ssod_edge.runtime.Runner` on a run's best checkpoint, in fp32 on the CPU.
 
     With an export beside it, the checkpoint must be the exported one; the score is the export's, with the state of its
-    detector if it has one, and the threshold is fitted to the eager scores in `reference.npz`. Without an export the
-    score is the default and there is no threshold.
+    detector if it has one, and the threshold is that of an fp32 artifact, whose scores were verified to be these, or,
+    where there is none, fitted to the eager scores in `reference.npz`. Without an export the score is the default and
+    there is no threshold.
 
     Args:
         folder: a run folder, its export folder, or a checkpoint file.
@@ -125,9 +126,12 @@ def _spec(model: SSODClassifier, trained: bool) -> Spec:
 
 
 def _threshold(spec: Spec, export: Path) -> Threshold | None:
-    """The eager model's own threshold, for the target of the export's artifacts."""
-    fitted = next((a.threshold for a in spec.artifacts if a.threshold is not None), None)
-    if not spec.trained or fitted is None:
+    """That of the artifact that computes what PyTorch does: it comes from all calibration images."""
+    found = {a.precision: a.threshold for a in spec.artifacts if a.threshold is not None}
+    if not spec.trained or not found:
         return None
+    if "fp32" in found:
+        return found["fp32"]
+    target = next(iter(found.values())).target_tpr
     scores = np.asarray(load_reference(export, spec)[f"score_{spec.score_name}"])
-    return conformal_threshold(scores, fitted.target_tpr, "eager scores of reference.npz")
+    return conformal_threshold(scores, target, "eager scores of reference.npz")
