@@ -45,7 +45,13 @@ def print_report(report: Report) -> None:
         for name, cost in report["baselines"].items():
             if cost["error"]:
                 console.print(f"{name} failed: {cost['error']}", markup=False, highlight=False, soft_wrap=True)
-    console.print("* the score that the run's export ships; without an export, what it would ship by default")
+    console.print(
+        f"* {report['default_score']}: the score that the run's export ships; without an export, what it would ship "
+        "by default",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     if names and not report["ood_row_trained"]:
         console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")
 
@@ -129,8 +135,10 @@ def _table(title: str, first: str) -> Table:
 
 
 def _marked(report: Report, name: str) -> str:
-    mark = " *" if name == report["default_score"] else " +" if name in report.get("baselines", {}) else ""
-    return name + mark
+    """A score's name in a table. A sum is "shipped": its own name would leave no room for the figures."""
+    if name == report["default_score"]:
+        return "shipped *" if "+" in name else f"{name} *"
+    return f"{name} +" if name in report.get("baselines", {}) else name
 
 
 def _both(row: Mapping[str, float]) -> str:
