@@ -255,4 +255,5 @@ def _table(rows: dict[str, dict[str, Any]], best: str, kinds: list[str], images:
         lines.append(f"{name:<{width}} {' '.join(cells)} {row['cost']:7.2%}{note}")
     if len(rows) > len(lines) - 2:
         lines.append(f"{len(rows) - len(lines) + 2} sums below these are in the spec")
+    lines.append(f"shipped: the sum of most parts among those within {100 * LEVEL:.0f} point of the best")
     return lines
