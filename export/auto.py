@@ -161,7 +161,7 @@ def _best(rows: dict[str, dict[str, Any]]) -> str:
 
 
 class _Candidates:
-    """Every score that may be chosen. Attributes: names, the default first, because it wins where all are equal."""
+    """Every score that may be chosen. Attributes: names, the default first: of single scores that are equal it wins."""
 
     def __init__(self, model: SSODClassifier, detectors: dict[str, Detector], data: FitData) -> None:
         free = sorted(SCORES, key=lambda name: name != DEFAULT_SCORE)
@@ -255,5 +255,5 @@ def _table(rows: dict[str, dict[str, Any]], best: str, kinds: list[str], images:
         lines.append(f"{name:<{width}} {' '.join(cells)} {row['cost']:7.2%}{note}")
     if len(rows) > len(lines) - 2:
         lines.append(f"{len(rows) - len(lines) + 2} sums below these are in the spec")
-    lines.append(f"shipped: the sum of most parts among those within {100 * LEVEL:.0f} point of the best")
+    lines.append(f"shipped: of those within {100 * LEVEL:.0f} point of the best, the one of most parts")
     return lines

@@ -77,7 +77,8 @@ def id_images(
 
 def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
     """Raises UsageError unless the model knows every class of the ID images; it may know more."""
-    if unknown := [name for name in found if name not in set(classes)]:
+    known = set(classes)
+    if unknown := [name for name in found if name not in known]:
         raise UsageError(
             f"the class '{unknown[0]}' of '{id_data}' is none of the model's ({', '.join(classes[:4])}, ...). Give "
             "images of known classes; a list keeps some of a data set's (DATA@LIST)"

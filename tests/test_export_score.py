@@ -262,7 +262,7 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
     best = max(row["figure"] for row in rows.values() if row["cost"] <= 0.01)
     assert rows[shipped.name]["figure"] >= best - 0.01 and rows[shipped.name]["cost"] <= 0.01
     assert any(f"{shipped.name} " in line and "<- shipped" in line for line in lines)
-    assert lines[-1].startswith("shipped: the sum of most parts among those within 1 point")
+    assert lines[-1].startswith("shipped: of those within 1 point of the best, the one of most parts")
     singles = {name for name in rows if "+" not in name}
     assert singles == {"energy", "ssod", "msp", "maxlogit", "posterior", *DETECTORS} - {"ash", "scale"}
     assert len(rows) - len(singles) == 2**6 - 1 - 6 and "ssod+energy+mahalanobis+rmd" in rows
