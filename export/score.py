@@ -184,10 +184,12 @@ def divide(source: Source, auto: bool, say: Say) -> tuple[Calibration, Calibrati
         say(f"note: the score is chosen on {len(choices.indices)} images of {choices.description}")
     for part, what in ((training, "fit a detector"), (choices, "choose a score") if auto else (training, "")):
         if part is None or len(part.indices) < LEAST_IMAGES:
-            raise UsageError(
-                f"it takes at least {LEAST_IMAGES} images to {what}, got {0 if part is None else len(part.indices)}. "
-                "Name more with --id DATA"
+            found = 0 if part is None else len(part.indices)
+            own = found and part is source.training  # not taken from --id
+            fix = (
+                "Train on more, or ship a score without a state (--score energy)" if own else "Name more with --id DATA"
             )
+            raise UsageError(f"it takes at least {LEAST_IMAGES} images to {what}, got {found}. {fix}")
     return training, choices, replace(source, calibration=calibration)
 
 

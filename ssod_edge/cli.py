@@ -235,7 +235,8 @@ def study(
     """Train and evaluate a grid of settings, and show means and deviations over seeds.
 
     A setting is an option of train, with any of its values: --vary method=ce,ssod --vary outliers=none,rotate+zoom.
-    What is done is not done again: run the same command once more after an interruption, or with more seeds.
+    What is done is not done again: run the same command once more after an interruption, or with more seeds. Processes
+    of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES.
     """
     from ssod_edge.study import run_study
 

@@ -55,6 +55,10 @@ class UsageError(SsodEdgeError, ValueError):
     exit_code = EXIT_USAGE
 
 
+class BusyError(UsageError):
+    """Another process is at work on the same thing."""
+
+
 class MissingExtraError(SsodEdgeError, ImportError):
     """An optional package is needed; the message names the command that installs it."""
 

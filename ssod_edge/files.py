@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.errors import OutputError, UsageError
+from ssod_edge.errors import BusyError, OutputError, UsageError
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -55,6 +55,52 @@ def exclusive(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+@contextmanager
+def claim(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file while a piece of work lasts. It is gone afterwards, and one left by a kill holds nobody up.
+
+    Where its folder is read-only, or the file system has no locks, the block is entered at once. Processes that were
+    forked inside the block do not hold the lock; a process that has it may take it again.
+
+    Args:
+        path: of the lock file, in a folder that exists.
+        what: the work, for the error: "the run 'x' is being trained".
+        wait: until nobody else holds it, instead of raising.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    handle = _lock(path, what, wait)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                path.unlink()
+            os.close(handle)
+
+
+def _lock(path: Path, what: str, wait: bool) -> int | None:
+    """Descriptor of the locked file; None where there are no locks."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BusyError(f"{what} by another process. Wait for it, or stop it") from None
+            return None
+        os.close(handle)  # whoever held it has removed the file since: there is another, or none
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:

@@ -17,12 +17,12 @@ from ssod_edge.baseline_recipes import parse_names
 from ssod_edge.baselines import check_library
 from ssod_edge.checkpoint import BEST, LAST, export_of, load_checkpoint
 from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, LossConfig, TrainConfig, score_parts, to_dict
-from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, SsodEdgeError, UsageError
+from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluate import evaluate
 from ssod_edge.evaluation_data import check_classes, check_fit_images, parse_named_data
 from ssod_edge.export.engines import check_engines
 from ssod_edge.export.run import ExportOptions, export_run
-from ssod_edge.files import make_directory, write_atomic, write_json
+from ssod_edge.files import claim, make_directory, write_atomic, write_json
 from ssod_edge.sources import open_dataset
 from ssod_edge.spec import Spec
 from ssod_edge.train import load_config, resume_run, run_config, start_run
@@ -150,22 +150,31 @@ def run_study(
     if score is not None:
         asked["score"] = score
     _record_study(folder, {"data": data, "options": json.loads(json.dumps(given)), "evaluation": asked})
-    rows, failed, errors = [], [], []
-    for number, cell in enumerate(cells, 1):
-        click.echo(f"[{number} of {len(cells)}] {cell.name}", err=True)
-        try:
-            rows.append({"settings": cell.label, "seed": cell.seed, **_finished(cell, data, folder, given, asked)})
-        except (MissingExtraError, OutputError):
-            raise  # the next run would meet it too
-        except (SsodEdgeError, MemoryError, torch.OutOfMemoryError) as error:
-            click.echo(f"failed: {error}", err=True)
-            errors.append(error)
-            failed.append({"settings": cell.label, "seed": cell.seed, "error": str(error) or type(error).__name__})
-        _write(folder, {"data": data, "options": given, "evaluation": asked}, rows, failed)
-    if not rows and all(isinstance(error, UsageError) for error in errors):
-        raise errors[0]
+    rows: dict[Cell, dict[str, Any]] = {}
+    errors: dict[Cell, Exception] = {}
+    todo = cells
+    for again in (False, True):  # what other processes are at is looked at once more when all else is done
+        busy = []
+        for cell in todo:
+            click.echo(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}", err=True)
+            try:
+                with claim(folder / f".{cell.name}.lock", f"'{cell.name}' is being worked on", wait=again):
+                    rows[cell] = _finished(cell, data, folder, given, asked)
+            except (MissingExtraError, OutputError):
+                raise  # the next run would meet it too
+            except (SsodEdgeError, MemoryError, torch.OutOfMemoryError) as error:
+                if isinstance(error, BusyError) and not again:
+                    click.echo("another process is at it: going on with the next", err=True)
+                    busy.append(cell)
+                    continue
+                click.echo(f"failed: {error}", err=True)
+                errors[cell] = error
+            _write(folder, {"data": data, "options": given, "evaluation": asked}, cells, rows, errors)
+        todo = busy
+    if not rows and all(isinstance(error, UsageError) for error in errors.values()):
+        raise next(iter(errors.values()))
     click.echo((folder / TABLE).read_text(encoding="utf-8"))
-    return not failed
+    return not errors
 
 
 def plan_study(
@@ -368,7 +377,18 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def _write(folder: Path, study: dict[str, Any], rows: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
+def _write(
+    folder: Path, study: dict[str, Any], cells: Sequence[Cell], found: Mapping[Cell, dict[str, Any]],
+    errors: Mapping[Cell, Exception],
+) -> None:  # fmt: skip
+    """The record and the table of what there is so far, in the order of the grid."""
+    keys = {cell: {"settings": cell.label, "seed": cell.seed} for cell in cells}
+    rows = [{**key, **found[cell]} for cell, key in keys.items() if cell in found]
+    failed = [
+        {**key, "error": str(errors[cell]) or type(errors[cell]).__name__}
+        for cell, key in keys.items()
+        if cell in errors
+    ]
     summary = summarise(rows)
     write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
     text = markdown(summary, failed)

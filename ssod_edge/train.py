@@ -40,10 +40,10 @@ from ssod_edge.checkpoint import (
 from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
 from ssod_edge.data import TrainImages, load_batches
 from ssod_edge.distributed import is_main, rank, start_processes, world_size
-from ssod_edge.errors import ArtifactError, TrainingError, UsageError
+from ssod_edge.errors import ArtifactError, BusyError, TrainingError, UsageError
 from ssod_edge.evaluate import collect
 from ssod_edge.evaluation_data import MIN_CALIB
-from ssod_edge.files import make_directory, write_atomic, write_json
+from ssod_edge.files import claim, make_directory, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
@@ -80,6 +80,7 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
 
     Raises:
         UsageError: data or settings that cannot be trained on; a run of that name exists already.
+        BusyError: another process is training the run.
         TrainingError: the loss is not finite; the last good checkpoint is kept.
         OutputError: the run folder cannot be written.
     """
@@ -94,11 +95,15 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     device = start_processes()
     is_new = is_main() and not run.exists()
     try:
-        loop = _start(config, run, resume, device, save_minutes)
-        if loop.progress.epoch >= config.epochs:
-            _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
-        loop.run_epochs()
-        _warn_of_untrained_row(config, loop.model)
+        with contextlib.ExitStack() as held:
+            loop = _start(config, run, resume, device, save_minutes, held)
+            if loop.progress.epoch >= config.epochs:
+                _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
+            loop.run_epochs()
+            _warn_of_untrained_row(config, loop.model)
+    except BusyError:
+        is_new = False  # what lies there is the other process's
+        raise
     except KeyboardInterrupt:
         if (run / LAST).exists():
             _say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
@@ -111,8 +116,10 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     return run
 
 
-def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float) -> _Loop:
-    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder."""
+def _start(
+    config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float, held: contextlib.ExitStack
+) -> _Loop:
+    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder, locked in `held`."""
     try:
         source = open_dataset(config.data)
     except UsageError as error:
@@ -131,10 +138,12 @@ def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, s
     model.to(device, memory_format=torch.channels_last)
     optimizer = _optimizer(model, config)
     progress = _Progress()
+    if is_main():
+        make_directory(run)
+        held.enter_context(claim(run / ".lock", f"the run '{run}' is being trained"))
     if restored:
         progress = _restore(run, model, optimizer, source, splits)
     elif is_main():
-        make_directory(run)
         write_json(run / "config.json", to_dict(config))
         write_json(run / "splits.json", _splits_record(source, splits))
         if len(splits.calib) < MIN_CALIB:

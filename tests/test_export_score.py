@@ -424,8 +424,11 @@ def test_images_are_divided_so_that_none_has_two_uses(run: Path) -> None:
     with pytest.raises(UsageError, match="Name some: --id DATA"):
         divide(replace(source, calibration=None), False, lines.append)
     few = Calibration(images.source, images.indices[:40], "few")
-    with pytest.raises(UsageError, match="at least 32 images to fit a detector, got 20"):
+    with pytest.raises(UsageError, match="at least 32 images to fit a detector, got 20. Name more with --id DATA"):
         divide(replace(source, calibration=few), False, lines.append)
+    own = replace(few, indices=images.indices[:20])
+    with pytest.raises(UsageError, match="got 20. Train on more, or ship a score without a state"):
+        divide(replace(source, training=own), False, lines.append)
 
 
 def test_multiply_adds_are_counted(tiny: SSODClassifier) -> None:

@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+from locks import holding
 
-from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import make_directory, sha256_file, write_atomic, write_json
+from ssod_edge.errors import BusyError, OutputError, UsageError
+from ssod_edge.files import claim, make_directory, sha256_file, write_atomic, write_json
 
 
 def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_path):
@@ -119,3 +121,39 @@ def test_the_hash_is_that_of_all_bytes(tmp_path, size):
     content = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "file").write_bytes(content[:size])
     assert sha256_file(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_work_is_claimed_by_one_process_until_it_ends_or_is_killed(tmp_path):
+    path = tmp_path / ".lock"
+    with holding(path) as process:
+        message = "^the work is being done by another process. Wait for it, or stop it$"
+        with pytest.raises(BusyError, match=message), claim(path, "the work is being done"):
+            pytest.fail("it is held")
+        process.kill()
+        process.wait()
+        assert path.exists(), "a kill leaves the file"
+        with claim(path, "the work is being done"), claim(path, "the work is being done"):
+            pass
+    assert not path.exists()
+
+
+def test_a_claim_can_wait(tmp_path):
+    path = tmp_path / ".lock"
+    with holding(path, until=tmp_path / "done"):
+        timer = threading.Timer(0.5, (tmp_path / "done").touch)
+        timer.start()
+        with claim(path, "the work is being done", wait=True):
+            assert (tmp_path / "done").exists() and path.exists(), "the lock is that of a file that is there"
+    assert not path.exists()
+
+
+def test_where_there_are_no_locks_work_is_not_held_up(tmp_path, monkeypatch):
+    with claim(tmp_path / "nothing" / ".lock", "the work is being done"):
+        pass
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("ssod_edge.files.fcntl.lockf", refuse)
+    with claim(tmp_path / ".lock", "the work is being done"):
+        pass

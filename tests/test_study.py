@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from locks import holding
 from PIL import Image
 from small import write_images
 
@@ -113,6 +114,23 @@ def test_a_study_trains_evaluates_and_does_nothing_twice(data, tmp_path, monkeyp
     assert [row["seeds"] for row in record["summary"]] == [[0, 1], [0, 1]]
     other = study(data, out, "--seeds", "0", "--lr", "0.1")
     assert other.exit_code == 2 and "holds a study with other options" in other.stderr
+
+
+def test_two_processes_share_a_grid(data, tmp_path, monkeypatch):
+    from ssod_edge import study as module
+
+    order = []
+    start = module.start_run
+    monkeypatch.setattr(module, "start_run", lambda *args: order.append(args[2]["method"]) or start(*args))
+    out = tmp_path / "study"
+    out.mkdir()
+    with holding(out / ".method=ce-seed=0.lock", until=out / "method=ssod-seed=0" / EVALUATION):
+        result = study(data, out, "--seeds", "0")
+    assert result.exit_code == 0, result.output
+    assert order == ["ssod", "ce"] and "another process is at it: going on with the next" in result.stderr
+    record = json.loads((out / STUDY).read_text())
+    assert [row["settings"] for row in record["summary"]] == ["method=ce", "method=ssod"], "in the order of the grid"
+    assert not list(out.glob(".*"))
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path, monkeypatch):

@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from locks import holding
 from pictures import write_folder
 
 from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
-from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, ImageError, TrainingError, UsageError
+from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.model import build_model
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
@@ -63,8 +64,22 @@ def test_a_run_learns_and_records_what_it_did(config, tmp_path):
 def test_a_class_list_trains_on_those_classes_alone(config, tmp_path):
     (tmp_path / "known.txt").write_text("class0\nclass2\n")
     data = f"{config.data}@{tmp_path / 'known.txt'}"
-    run = train(replace(config, data=data, epochs=1, half_size_epochs=0, loss=LossConfig(method="ce")), tmp_path)
-    assert load_model(run)[0].classes == ("class0", "class2") and rows(run)[0]["val_accuracy"] >= 0.5
+    run = train(replace(config, data=data, loss=LossConfig(method="ce")), tmp_path)
+    assert load_model(run)[0].classes == ("class0", "class2") and rows(run)[-1]["val_accuracy"] == 1.0
+
+
+def test_a_run_is_trained_by_one_process(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with holding(run / ".lock"):
+        with pytest.raises(BusyError, match=f"the run '{run}' is being trained by another process"):
+            train(config, tmp_path)
+        assert [path.name for path in run.iterdir()] == [".lock"], "what the other made is left alone"
+    train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    assert not (run / ".lock").exists()
+    with holding(run / ".lock"), pytest.raises(BusyError):
+        resume_run(run)
+    assert (run / "last.safetensors").exists()
 
 
 def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
