@@ -21,7 +21,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ssod_edge.export.onnx import check_fused
 
+#: Where the fp32 end of a graph begins; the norms where a class token is read and nothing is pooled.
 POOLING_OPS = ("ReduceMean", "GlobalAveragePool", "ReduceMax", "GlobalMaxPool", "AveragePool")
+NORM_OPS = ("LayerNormalization",)
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 #: From this magnitude on a layer stays in fp32: half of fp16's range, because the images that a device meets reach
@@ -155,29 +157,30 @@ def kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
     nodes = graph.graph.node
     before = {value.name for value in graph.graph.input}
     for node in nodes:  # in topological order
-        if before.intersection(node.input) and node.op_type != "Conv":
+        if before.intersection(node.input) and node.op_type not in ("Conv", "Shape"):
             before.update(node.output)
-    after = _last_pooling({output: node for node in nodes for output in node.output}, head)
+    producer = {output: node for node in nodes for output in node.output}
+    after = _last(POOLING_OPS, producer, head) or _last(NORM_OPS, producer, head) or set(head.output)
     for node in nodes:
         if after.intersection(node.input):
             after.update(node.output)
     return before | after
 
 
-def _last_pooling(producer: dict[str, NodeProto], head: NodeProto) -> set[str]:
-    """Outputs of the global pooling nodes that feed the head; the head's own output if none does."""
+def _last(ops: Sequence[str], producer: dict[str, NodeProto], head: NodeProto) -> set[str]:
+    """Outputs of the last nodes of some kinds before the head; none unless every way to the head has one."""
     found: set[str] = set()
     pending = [head.input[0]]
     while pending:
         node = producer.get(pending.pop())
         if node is None:
-            return set(head.output)
-        if node.op_type in POOLING_OPS:
+            return set()
+        if node.op_type in ops:
             found.update(node.output)
         else:
             pending.extend(name for name in node.input if name in producer)
             if not any(name in producer for name in node.input):
-                return set(head.output)
+                return set()
     return found
 
 

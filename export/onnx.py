@@ -100,7 +100,8 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
         raise VerificationError(
             f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
         )
-    own = [node for name, node in _linear_behind(producer, outputs).items() if name not in found]
+    behind_score = _linear_behind(producer, outputs, features=head.input[0])  # KNN's norm reads these by itself
+    own = [node for name, node in behind_score.items() if name not in found]
     if len(own) > 1 or any(not _made_of(producer, node.input[0], head.input[0]) for node in own):
         raise VerificationError(
             f"the score may have one Gemm of its own, on the features that the classes are read from, found {len(own)}"
@@ -108,10 +109,12 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
     return head
 
 
-def _linear_behind(producer: dict[str, onnx.NodeProto], names: list[str]) -> dict[str, onnx.NodeProto]:
-    """The last linear layers on the way to these values, by the name of their output."""
+def _linear_behind(
+    producer: dict[str, onnx.NodeProto], names: list[str], features: str = ""
+) -> dict[str, onnx.NodeProto]:
+    """The last linear layers on the way to these values, but none behind the features, by the name of their output."""
     found: dict[str, onnx.NodeProto] = {}
-    pending, seen = list(names), set()
+    pending, seen = list(names), {features}
     while pending:
         name = pending.pop()
         if name in seen or name not in producer:

@@ -178,7 +178,11 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Callable[[
 
 @main.command()
 @click.argument("data", required=False)
-@click.option("--backbone", default="mobilenetv3", help="An alias of the paper's Table 6, or any timm CNN.")
+@click.option(
+    "--backbone",
+    default="mobilenetv3",
+    help="An alias of the paper's Table 6, or a model of timm with one linear classifier.",
+)
 @click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: the backbone's.")
 @click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
 @click.option("-o", "--out", default="runs", help="Folder of runs.")
@@ -216,7 +220,11 @@ def _given(ctx: click.Context, besides: tuple[str, ...]) -> list[str]:
 
 @main.command()
 @click.argument("data")
-@click.option("--backbone", default="mobilenetv3", help="An alias of the paper's Table 6, or any timm CNN.")
+@click.option(
+    "--backbone",
+    default="mobilenetv3",
+    help="An alias of the paper's Table 6, or a model of timm with one linear classifier.",
+)
 @click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: the backbone's.")
 @click.option("-o", "--out", required=True, help="Folder of the study; its runs lie in it.")
 @click.option("--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; repeatable: a grid.")

@@ -170,6 +170,11 @@ class LossConfig:
         return self.method in ("lbf", "both") and self.norm_weight > 0
 
     @property
+    def labels_patches(self) -> bool:
+        """Whether a term of the loss is over patches."""
+        return self.trains_row_on_patches or self.shrinks_background
+
+    @property
     def trains_row_on_outliers(self) -> bool:
         """Whether images that were made teach the OOD row."""
         return bool(self.outliers) and self.outlier_weight > 0

@@ -71,9 +71,11 @@ def explain(
 
     Raises:
         ImageError: the image cannot be read, or the model's output for it is not finite.
-        UsageError: gamma out of range, or no such class.
+        UsageError: gamma out of range, no such class, or a backbone without patches.
     """
     check_gamma(gamma)
+    if model.no_patches:
+        raise UsageError(f"'{model.backbone_name}' has no patches to explain: {model.no_patches}")
     target = None if class_name is None else _class_index(model, class_name)
     pixels = preprocess(load_image(image), model.preprocess)
     device = next(model.parameters()).device

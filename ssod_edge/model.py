@@ -1,4 +1,4 @@
-"""A timm CNN whose last linear layer has one more row: the OOD head."""
+"""A timm model whose last linear layer has one more row: the OOD head."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 
 _OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
+_CHOOSE = "Choose another; most of timm's have one linear classifier on pooled features"
 _POOLS = ("SelectAdaptivePool2d", "FastAdaptiveAvgPool2d", "AdaptiveAvgPool2d")
 
 
@@ -29,6 +30,7 @@ class SSODClassifier(nn.Module):
         classes: the M class names.
         preprocess: what the input image goes through; mean and std are applied by `normalise`.
         backbone_name: timm's name.
+        no_patches: why `patch_features` has no meaning for this backbone; empty where it has one.
     """
 
     def __init__(self, backbone: nn.Module, backbone_name: str, classes: tuple[str, ...], preprocess: Preprocess):
@@ -37,11 +39,20 @@ class SSODClassifier(nn.Module):
         self.backbone_name = backbone_name
         self.classes = tuple(classes)
         self.preprocess = preprocess
+        classifier: object = cast(Any, backbone).get_classifier()
+        if not isinstance(classifier, nn.Linear):
+            kind = type(classifier).__name__
+            raise UsageError(f"backbone '{backbone_name}' ends in {kind}, not in one nn.Linear. {_CHOOSE}")
         self.ood = nn.Linear(self.classifier.in_features, 1)
         # A zero row makes s = 0 for every image: undecided until the OOD loss moves it.
         nn.init.zeros_(self.ood.weight)
         nn.init.zeros_(self.ood.bias)
-        _check_backbone(self)
+        self.no_patches = _check_backbone(self)
+
+    @property
+    def fixed_input_size(self) -> bool:
+        """Whether the backbone takes images of `preprocess.input_size` alone, as one with position embeddings does."""
+        return bool(cast(Any, self.backbone).default_cfg.get("fixed_input_size"))
 
     @property
     def classifier(self) -> nn.Linear:
@@ -149,11 +160,11 @@ def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained
 
 
 def _check_name(name: str, given: str) -> None:
-    if timm.is_model(name):
+    if timm.is_model(name) and timm.get_pretrained_cfg(name) is not None:  # None: a name of timm's past
         return
     close = [*difflib.get_close_matches(given, ALIASES), *difflib.get_close_matches(given, timm.list_models(), 5)]
     hint = f"Similar: {', '.join(list(dict.fromkeys(close))[:5])}" if close else f"Give one of {', '.join(ALIASES)}"
-    raise UsageError(f"unknown backbone '{given}'. {hint}, or another CNN of timm (timm.list_models() names them)")
+    raise UsageError(f"unknown backbone '{given}'. {hint}, or another model of timm (timm.list_models() names them)")
 
 
 def build_model(
@@ -166,7 +177,7 @@ def build_model(
     """Make a classifier from a timm backbone.
 
     Args:
-        backbone: an alias of `ssod_edge.config.ALIASES` or any timm CNN with one linear classifier.
+        backbone: an alias of `ssod_edge.config.ALIASES` or any timm model with one linear classifier.
         classes: class names, in label order.
         preprocess: stored with the model.
         pretrained: load timm's published weights.
@@ -174,7 +185,7 @@ def build_model(
             so is a classifier of another width.
 
     Raises:
-        UsageError: no such backbone, one whose head cannot act on patches (the message says why), or published
+        UsageError: no such backbone, one whose classifier is not one linear layer (the message says why), or published
             weights that cannot be downloaded; no such weights file.
         ArtifactError: the weights file is unreadable or of another model.
     """
@@ -182,8 +193,12 @@ def build_model(
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}")
     _check_name(name, backbone)
+    size: dict[str, int] = {}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg.fixed_input_size and cfg.input_size[-1] != preprocess.input_size:
+        size = {"img_size": preprocess.input_size}
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes))
+        model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **size)
     except Exception as error:  # a download fails in many ways
         if pretrained:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -248,32 +263,58 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], state)
 
 
-def _check_backbone(model: SSODClassifier) -> None:
-    """Refuse a backbone whose head is not one linear layer on features that each patch has too."""
-    name, backbone = model.backbone_name, cast(Any, model.backbone)
-    classifier = backbone.get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        raise UsageError(f"backbone '{name}' ends in {type(classifier).__name__}, not in one nn.Linear; choose a CNN")
+def _check_backbone(model: SSODClassifier) -> str:
+    """Why this backbone has no patches; empty if it has.
+
+    Raises:
+        UsageError: the classifier is not one linear layer on `features` and nothing after it, or the backbone has one
+            input size and not this one.
+    """
+    backbone, read = cast(Any, model.backbone), []
+    size = model.preprocess.input_size
+    if not model.fixed_input_size:
+        size = (backbone.default_cfg.get("input_size") or (3, 224, 224))[-1]
+    image = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+    hook = model.classifier.register_forward_hook(lambda _, given, out: read.append((given[0], out)))
     was_training = backbone.training
     backbone.eval()
     try:
-        size = (backbone.default_cfg.get("input_size") or (3, 224, 224))[-1]
         with torch.no_grad():
-            feature_map = backbone.forward_features(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))
-            reason = _patch_mismatch(model, feature_map)
-    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-        reason = f"its head cannot act on one patch ({str(error).splitlines()[0]})"
+            try:
+                feature_map = backbone.forward_features(image)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(
+                    f"backbone '{model.backbone_name}' does not run at {size} px ({reason}). Choose another --size"
+                ) from error
+            logits, z = backbone.forward_head(feature_map), backbone.forward_head(feature_map, pre_logits=True)
+            # A norm on the way, or the mean of two classifiers, would be missing from the fused layer.
+            if len(read) != 1 or not (torch.equal(read[0][0], z) and torch.equal(read[0][1], logits)):
+                raise UsageError(
+                    f"backbone '{model.backbone_name}' is not supported: its head is more than one linear layer on its "
+                    f"features {list(z.shape)}. {_CHOOSE}"
+                )
+            return _patch_mismatch(model, feature_map)
     finally:
+        hook.remove()
         backbone.train(was_training)
-    if reason:
-        raise UsageError(f"backbone '{name}' is not supported: {reason}. Choose a CNN with a pooled linear classifier")
 
 
 def _patch_mismatch(model: SSODClassifier, feature_map: Tensor) -> str:
     """Why the head on an unpooled 1x1 map differs from the pooled head on it; empty if it does not."""
+    try:
+        return _patch_difference(model, feature_map)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        return f"its head cannot act on one patch ({str(error).splitlines()[0]})"
+
+
+def _patch_difference(model: SSODClassifier, feature_map: Tensor) -> str:
     if feature_map.dim() != 4:
         return f"its features have shape {list(feature_map.shape)}, not [N, C, H, W]"
-    if model.patch_features(feature_map).shape[1:3] != feature_map.shape[2:]:
+    unpooled = unpooled_head(model.backbone).forward_head(feature_map, pre_logits=True)
+    if unpooled.dim() != 4:
+        return f"its head gives {list(unpooled.shape)} on a map that is not pooled"
+    if unpooled.shape[2:] != feature_map.shape[2:]:
         return "its head mixes neighbouring patches"
     patch = feature_map[:, :, :1, :1]
     pooled = cast(Any, model.backbone).forward_head(patch, pre_logits=True)

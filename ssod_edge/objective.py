@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod_edge.config import LossConfig
+from ssod_edge.errors import UsageError
 from ssod_edge.model import SSODClassifier, normalise
 from ssod_edge.ops import background_norm, ssod_loss
 from ssod_edge.outliers import make_outliers
@@ -20,6 +21,12 @@ class TrainStep(nn.Module):
 
     def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel: str = "auto"):
         super().__init__()
+        if config.labels_patches and model.no_patches:
+            raise UsageError(
+                f"--method {config.method} labels the patches of a feature map, and '{model.backbone_name}' has none: "
+                f"{model.no_patches}. Train with made outliers (--method ce --outliers rotate,shuffle,zoom,blend), or "
+                "choose a CNN"
+            )
         self.model = model
         self.config = config
         self.kernel = kernel
@@ -32,7 +39,7 @@ class TrainStep(nn.Module):
         if outliers:
             made = make_outliers(image, config.outliers, max(1, round(config.outlier_share * n)))
             image = torch.cat([image, made])
-        patches = n if warm and (config.trains_row_on_patches or config.shrinks_background) else 0
+        patches = n if warm and config.labels_patches else 0
         x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             pooled, z = self.model.forward_train(x, patches)

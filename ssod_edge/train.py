@@ -133,6 +133,8 @@ def _start(
     torch.manual_seed(config.seed)
     pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
     model = build_model(config.backbone, source.classes, config.preprocess, pretrained, weights)
+    if config.half_size_epochs and model.fixed_input_size:
+        raise UsageError(f"'{config.backbone}' takes images of one size alone: give --half-size-epochs 0")
     if config.sync_bn and device.type == "cuda":
         model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     model.to(device, memory_format=torch.channels_last)

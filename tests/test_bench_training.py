@@ -25,4 +25,4 @@ def test_both_kinds_of_step_are_timed_and_recorded(tmp_path):
 
 def test_a_backbone_that_does_not_fit_ends_with_its_exit_code():
     result = CliRunner().invoke(main, ["--backbone", "test_vit", "--rounds", "1"])
-    assert result.exit_code == 2 and "not supported" in result.stderr
+    assert result.exit_code == 2 and "has none: its features have shape" in result.stderr

@@ -212,3 +212,8 @@ def test_names_are_no_formulas_and_large_maps_have_no_figures(tmp_path):
     )
     pictures.save_patches(patches, r"$\alpha$ $x^{", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_a_backbone_without_patches_has_none_to_explain():
+    with pytest.raises(UsageError, match="'test_vit' has no patches to explain: its features have shape"):
+        explain(make_model("test_vit"), array(), gamma=0.6)

@@ -82,3 +82,21 @@ def test_other_families_keep_the_form(backbone: str) -> None:
         outputs = run_onnx(proto, images)
         for name, value in expected.items():
             np.testing.assert_allclose(outputs[name], value, rtol=0, atol=tolerance)
+
+
+def test_of_a_transformer_the_blocks_become_fp16_and_the_last_norm_does_not() -> None:
+    model = make_model("test_vit", size=64)
+    graph = fused_graph(model, "posterior", trained=False)
+    half, report = to_fp16(graph, len(CLASSES) + 1)
+    nodes = {node.output[0]: node for node in half.graph.node}
+    inferred = onnx.shape_inference.infer_shapes(half).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+    norms = [kinds[name] for name, node in nodes.items() if node.op_type == "LayerNormalization"]
+    assert norms == [onnx.TensorProto.FLOAT16] * (len(norms) - 1) + [onnx.TensorProto.FLOAT] and len(norms) > 2
+    trunk = sum(p.numel() for p in model.backbone.parameters()) - sum(p.numel() for p in model.classifier.parameters())
+    last = 2 * model.classifier.in_features  # weight and bias of that norm
+    assert report.weights == pytest.approx(trunk - last, rel=0.02), "constants are halved too"
+    images = random_images(5, seed=3)
+    expected = eager(model, images)
+    for proto, tolerance in ((graph, 1e-3), (half, 0.05)):
+        np.testing.assert_allclose(run_onnx(proto, images)["logits"], expected["logits"], rtol=0, atol=tolerance)

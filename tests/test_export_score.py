@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import helper
-from small import CLASSES, random_images, run_onnx, write_images, write_run
+from small import CLASSES, make_model, random_images, run_onnx, write_images, write_run
 from torch import Tensor, nn
 
 from ssod_edge.bench.plain import cut_plain
@@ -497,3 +497,14 @@ def test_a_detector_that_cannot_be_fitted_is_no_candidate() -> None:
     data, held_out = replace(collapsed(10), labels=np.arange(400)), collapsed(10, seed=2)  # an image a class
     assert set(_fit_all(data, held_out.features, held_out.logits, lines.append)) == {"vim", "knn", "react"}
     assert sum("no candidate" in line and "do not vary within their classes" in line for line in lines) == 2
+
+
+def test_a_transformer_ships_a_detector(tmp_path: Path) -> None:
+    """Its blocks are linear layers too, and KNN's norm reads the features without one."""
+    write_images(tmp_path / "data", 168)
+    write_run(tmp_path / "run", make_model("test_vit"), str(tmp_path / "data"))
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "run"), "--fp32", "--fp16", "--score", "knn"])
+    assert result.exit_code == 0, result.output
+    spec = load_spec(tmp_path / "run" / "export")
+    assert spec.score_name == "knn" and {artifact.precision for artifact in spec.artifacts} == {"fp32", "fp16"}
+    assert all(artifact.threshold for artifact in spec.artifacts)

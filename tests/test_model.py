@@ -1,14 +1,17 @@
-"""The model: any timm CNN, one more row, patches through its own head."""
+"""The model: most of timm, one more row, patches through its own head."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import timm
 import torch
 
-from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
+from ssod_edge.config import ALIASES, LossConfig, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.model import backbone_preprocess, build_model, normalise
+from ssod_edge.objective import TrainStep
 
 CLASSES = ("cat", "dog", "horse")
 
@@ -118,9 +121,10 @@ def test_the_first_images_alone_give_patches():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("test_vit", "not \\[N, C, H, W\\]"),
-        ("vgg11", "mixes neighbouring patches"),
-        ("test_mambaout", "cannot act on one patch"),
+        ("efficientvit_m0", "its head is more than one linear layer on its features \\[1, 192\\]"),  # a norm
+        ("dla46x_c", "ends in Conv2d, not in one nn.Linear. Choose another"),
+        ("levit_128s", "ends in tuple, not in one nn.Linear"),  # two classifiers
+        ("adv_inception_v3", "unknown backbone 'adv_inception_v3'. Similar: inception_v3"),  # a name of timm's past
         ("mobilenetv33", "unknown backbone 'mobilenetv33'. Similar: mobilenetv3, mobilenet"),
         ("resnet", "unknown backbone 'resnet'. Similar: resnet\\d+, resnet\\d+, resnet\\d+"),
         ("zzz", "unknown backbone 'zzz'. Give one of mobilenetv3, regnet"),
@@ -129,6 +133,35 @@ def test_the_first_images_alone_give_patches():
 def test_backbones_that_do_not_fit_are_refused_with_the_reason(name, reason):
     with pytest.raises(UsageError, match=reason):
         build_model(name, CLASSES, Preprocess())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("test_vit", r"shape \[1, 17, 64\], not \[N, C, H, W\]"),
+        ("vgg11", "mixes neighbouring patches"),
+        ("test_mambaout", "on a map that is not pooled"),
+        ("swin_tiny_patch4_window7_224", "at one patch for a classifier of 768"),
+    ],
+)
+def test_a_backbone_without_patches_has_all_but_them(name, reason):
+    model = build_model(name, CLASSES, Preprocess(64)).eval()
+    assert re.search(reason, model.no_patches) and not small_model().no_patches
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, s = model(x)
+        torch.testing.assert_close(logits, model.backbone(x), rtol=1e-4, atol=1e-5)
+    assert s.shape == (2,)
+    assert model.fixed_input_size == (name not in ("vgg11", "test_mambaout"))
+    with pytest.raises(UsageError, match="--method ssod labels the patches of a feature map, and"):
+        TrainStep(model, LossConfig())
+
+
+def test_a_size_that_a_transformer_cannot_have_is_named():
+    with pytest.raises(
+        UsageError, match=r"'test_vit' does not run at 40 px \(.*divisible by patch size.*another --size"
+    ):
+        build_model("test_vit", CLASSES, Preprocess(40))
 
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3", "test_efficientnet", "test_resnet"])

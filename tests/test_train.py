@@ -68,6 +68,18 @@ def test_a_class_list_trains_on_those_classes_alone(config, tmp_path):
     assert load_model(run)[0].classes == ("class0", "class2") and rows(run)[-1]["val_accuracy"] == 1.0
 
 
+def test_a_transformer_trains_with_made_images_at_its_one_size(config, tmp_path):
+    loss = LossConfig(method="ce", outliers=("rotate", "blend"), warmup_epochs=0)
+    vit = replace(config, backbone="test_vit", epochs=1, half_size_epochs=0, loss=loss, preprocess=Preprocess(48))
+    model, _ = load_model(train(vit, tmp_path))
+    assert model.no_patches and model.fixed_input_size and (model.ood.weight != 0).any()
+    with pytest.raises(UsageError, match="'test_vit' takes images of one size alone: give --half-size-epochs 0"):
+        train(replace(vit, epochs=2, half_size_epochs=1), tmp_path / "other")
+    with pytest.raises(UsageError, match="--method ssod labels the patches"):
+        train(replace(vit, loss=LossConfig()), tmp_path / "other")
+    assert not (tmp_path / "other" / "run").exists()
+
+
 def test_a_run_is_trained_by_one_process(config, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
