@@ -67,14 +67,12 @@ def measure(families: list[str], largest: float) -> Iterator[dict[str, Any]]:
             continue
         try:
             source = _source(name)
-        except UsageError as error:
-            yield {**row, "status": "refused", "reason": str(error)}
-            continue
-        row["input_size"], row["no_patches"] = source.model.preprocess.input_size, source.model.no_patches
-        try:
+            row["input_size"], row["no_patches"] = source.model.preprocess.input_size, source.model.no_patches
             yield {**row, "status": "fits", "artifacts": _artifacts(source)}
         except SsodEdgeError as error:
-            yield {**row, "status": "not exported", "reason": str(error)}
+            yield {**row, "status": "not exported" if "no_patches" in row else "refused", "reason": str(error)}
+        except Exception as error:  # what a user would meet as a traceback
+            yield {**row, "status": "crashed", "reason": f"{type(error).__name__}: {error}"}
 
 
 def _source(name: str) -> Source:

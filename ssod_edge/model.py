@@ -50,11 +50,6 @@ class SSODClassifier(nn.Module):
         self.no_patches = _check_backbone(self)
 
     @property
-    def fixed_input_size(self) -> bool:
-        """Whether the backbone takes images of `preprocess.input_size` alone, as one with position embeddings does."""
-        return bool(cast(Any, self.backbone).default_cfg.get("fixed_input_size"))
-
-    @property
     def classifier(self) -> nn.Linear:
         """The backbone's last layer, `nn.Linear` [M, D]."""
         return cast(nn.Linear, cast(Any, self.backbone).get_classifier())
@@ -263,30 +258,48 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], state)
 
 
+def check_size(model: SSODClassifier, size: int, fix: str) -> Tensor:
+    """The feature map of one image of this size; the backbone is as before.
+
+    Args:
+        size: in pixels.
+        fix: what to do about a backbone that does not run at it, for the error.
+
+    Raises:
+        UsageError: it does not.
+    """
+    backbone = cast(Any, model.backbone)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            image = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+            return cast(Tensor, backbone.forward_features(image.to(next(model.parameters()).device)))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"backbone '{model.backbone_name}' does not run at {size} px ({reason}). {fix}") from error
+    finally:
+        backbone.train(was_training)
+
+
 def _check_backbone(model: SSODClassifier) -> str:
     """Why this backbone has no patches; empty if it has.
 
     Raises:
-        UsageError: the classifier is not one linear layer on `features` and nothing after it, or the backbone has one
-            input size and not this one.
+        UsageError: the classifier is not one linear layer on `features` and nothing after it, or the backbone does not
+            run at the input size.
     """
     backbone, read = cast(Any, model.backbone), []
     size = model.preprocess.input_size
-    if not model.fixed_input_size:
-        size = (backbone.default_cfg.get("input_size") or (3, 224, 224))[-1]
-    image = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+    feature_map = check_size(model, size, "Choose another --size")
+    usual = (backbone.default_cfg.get("input_size") or (3, 224, 224))[-1]
+    if usual != size and not backbone.default_cfg.get("fixed_input_size"):
+        feature_map = check_size(model, usual, "Choose another")  # a map of one patch would hide that a head mixes them
     hook = model.classifier.register_forward_hook(lambda _, given, out: read.append((given[0], out)))
     was_training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
-            try:
-                feature_map = backbone.forward_features(image)
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise UsageError(
-                    f"backbone '{model.backbone_name}' does not run at {size} px ({reason}). Choose another --size"
-                ) from error
             logits, z = backbone.forward_head(feature_map), backbone.forward_head(feature_map, pre_logits=True)
             # A norm on the way, or the mean of two classifiers, would be missing from the fused layer.
             if len(read) != 1 or not (torch.equal(read[0][0], z) and torch.equal(read[0][1], logits)):

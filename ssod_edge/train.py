@@ -44,7 +44,7 @@ from ssod_edge.errors import ArtifactError, BusyError, TrainingError, UsageError
 from ssod_edge.evaluate import collect
 from ssod_edge.evaluation_data import MIN_CALIB
 from ssod_edge.files import claim, make_directory, write_atomic, write_json
-from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model
+from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, check_size
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.sources import ImageSource, open_dataset
@@ -133,8 +133,8 @@ def _start(
     torch.manual_seed(config.seed)
     pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
     model = build_model(config.backbone, source.classes, config.preprocess, pretrained, weights)
-    if config.half_size_epochs and model.fixed_input_size:
-        raise UsageError(f"'{config.backbone}' takes images of one size alone: give --half-size-epochs 0")
+    if config.half_size_epochs:
+        check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
     if config.sync_bn and device.type == "cuda":
         model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     model.to(device, memory_format=torch.channels_last)

@@ -152,16 +152,19 @@ def test_a_backbone_without_patches_has_all_but_them(name, reason):
         logits, s = model(x)
         torch.testing.assert_close(logits, model.backbone(x), rtol=1e-4, atol=1e-5)
     assert s.shape == (2,)
-    assert model.fixed_input_size == (name not in ("vgg11", "test_mambaout"))
     with pytest.raises(UsageError, match="--method ssod labels the patches of a feature map, and"):
         TrainStep(model, LossConfig())
 
 
-def test_a_size_that_a_transformer_cannot_have_is_named():
+def test_a_size_that_a_backbone_cannot_have_is_named():
     with pytest.raises(
         UsageError, match=r"'test_vit' does not run at 40 px \(.*divisible by patch size.*another --size"
     ):
         build_model("test_vit", CLASSES, Preprocess(40))
+    with pytest.raises(
+        UsageError, match="'halonet_h1' does not run at 128 px \\(AssertionError\\). Choose another --size"
+    ):
+        build_model("halonet_h1", CLASSES, Preprocess(128))
 
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3", "test_efficientnet", "test_resnet"])
