@@ -57,7 +57,10 @@ class Network:
     def feature_map(self, x: Tensor) -> Tensor:
         """[N, C, H, W], contiguous: RankFeat takes a view of it."""
         backbone: Any = self.model.backbone
-        return backbone.forward_features(x).contiguous()
+        maps: Tensor = backbone.forward_features(x)
+        if maps.dim() != 4:
+            raise UsageError(f"it needs a feature map [N, C, H, W], and this backbone's is {list(maps.shape)}")
+        return maps.contiguous()
 
     def logits_of_map(self, maps: Tensor) -> Tensor:
         backbone: Any = self.model.backbone

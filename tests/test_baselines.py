@@ -228,6 +228,14 @@ def test_rank_feat_takes_the_first_singular_vector_out_of_the_map():
     np.testing.assert_allclose(found, -logsumexp(logits_of(model, rest.astype(np.float32))), rtol=1e-3, atol=1e-3)
 
 
+def test_rank_feat_needs_a_map(monkeypatch):
+    model = Tiny().eval()
+    monkeypatch.setattr(model.backbone, "forward_features", lambda x: x.flatten(2).mT)
+    peers = Baselines(["RankFeat"], model, 8)
+    peers.watch(torch.rand(2, WIDTH, 4, 4))
+    assert peers.all[0].error == "it needs a feature map [N, C, H, W], and this backbone's is [2, 16, 40]"
+
+
 def test_a_detector_that_cannot_work_says_why_and_leaves_the_others_alone():
     model = Tiny().eval()
     peers = Baselines(["MaxLogit", "KNN", "SHE", "MCM"], model, 8)
