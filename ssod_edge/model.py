@@ -228,9 +228,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     wrong = sorted(k for k in own.keys() - head_keys if k not in state or state[k].shape != own[k].shape)
     extra = sorted(state.keys() - own.keys())
     if wrong or extra:
+        one_size = cast(Any, model).default_cfg.get("fixed_input_size")
         raise ArtifactError(
             f"'{path}' holds weights of another model: {len(wrong)} missing or of another shape "
             f"({', '.join(wrong[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
+            + (", or of this one at another --size" if one_size and not extra else "")
         )
     model.load_state_dict(state, strict=False)
 

@@ -222,6 +222,14 @@ def test_weights_of_another_model_or_no_weights_are_refused(tmp_path):
         build_model("test_efficientnet", CLASSES, Preprocess(64), weights=tmp_path)
 
 
+def test_weights_of_a_transformer_are_those_of_its_size(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(small_model("test_vit").backbone.state_dict(), path)
+    assert build_model("test_vit", CLASSES, Preprocess(64), weights=path)
+    with pytest.raises(ArtifactError, match=r"\(pos_embed\).*, or of this one at another --size"):
+        build_model("test_vit", CLASSES, Preprocess(96), weights=path)
+
+
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
