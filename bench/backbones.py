@@ -39,7 +39,7 @@ def smallest(family: str) -> tuple[str, int]:
         try:
             with torch.device("meta"):
                 sizes[name] = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        except (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError):
+        except Exception:
             continue  # it cannot be built without memory, or needs another package
     if not sizes:
         raise UsageError(f"timm has no family '{family}' with a model that can be built")
@@ -96,9 +96,13 @@ def _artifacts(source: Source) -> dict[str, float]:
 @click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
 def main(families: tuple[str, ...], largest: float, json_file: str | None) -> None:
     """Build and export the smallest model of each family of timm, or of those named."""
-    rows = []
+    called = ["python", "-m", "ssod_edge.bench.backbones", *sys.argv[1:]]
+    rows: list[dict[str, Any]] = []
+    record = {"command": called, "environment": describe_environment(None), "timm": timm.__version__, "rows": rows}
     for row in measure(list(families or timm.list_modules()), largest):
         rows.append(row)
+        if json_file:
+            write_json(Path(json_file), record)
         said = row.get("reason") or ", ".join(f"{name} {error:.1e}" for name, error in row["artifacts"].items())
         patches = "" if row["status"] != "fits" else "  " if row["no_patches"] else "* "
         click.echo(f"{row['family']:24} {row.get('backbone', ''):32} {row['status']:12} {patches}{said}")
@@ -106,10 +110,6 @@ def main(families: tuple[str, ...], largest: float, json_file: str | None) -> No
     click.echo(
         f"{dict(found)}; *: `--method ssod` and `explain` too. Figures: relative error of the logits against PyTorch."
     )
-    if json_file:
-        called = ["python", "-m", "ssod_edge.bench.backbones", *sys.argv[1:]]
-        record = {"command": called, "environment": describe_environment(None), "timm": timm.__version__, "rows": rows}
-        write_json(Path(json_file), record)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ssod_edge.export.onnx import check_fused
+from ssod_edge.export.onnx import LINEAR_OPS, check_fused
 
 #: Where the fp32 end of a graph begins; the norms where a class token is read and nothing is pooled.
 POOLING_OPS = ("ReduceMean", "GlobalAveragePool", "ReduceMax", "GlobalMaxPool", "AveragePool")
@@ -153,11 +153,11 @@ def _spared(graph: ModelProto, overflowing: dict[str, float]) -> set[str]:
 
 
 def kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
-    """What stays fp32: values before the first convolutions, and from the last global pooling on."""
+    """What stays fp32: values before the first layers with weights, and from the last global pooling on."""
     nodes = graph.graph.node
     before = {value.name for value in graph.graph.input}
     for node in nodes:  # in topological order
-        if before.intersection(node.input) and node.op_type not in ("Conv", "Shape"):
+        if before.intersection(node.input) and node.op_type not in (*LINEAR_OPS, "Conv", "Shape"):
             before.update(node.output)
     producer = {output: node for node in nodes for output in node.output}
     after = _last(POOLING_OPS, producer, head) or _last(NORM_OPS, producer, head) or set(head.output)

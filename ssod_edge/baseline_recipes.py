@@ -57,9 +57,9 @@ class Network:
     def feature_map(self, x: Tensor) -> Tensor:
         """[N, C, H, W], contiguous: RankFeat takes a view of it."""
         backbone: Any = self.model.backbone
-        maps: Tensor = backbone.forward_features(x)
-        if maps.dim() != 4:
-            raise UsageError(f"it needs a feature map [N, C, H, W], and this backbone's is {list(maps.shape)}")
+        maps = backbone.forward_features(x)
+        if not isinstance(maps, Tensor) or maps.dim() != 4 or getattr(backbone, "output_fmt", "NCHW") != "NCHW":
+            raise UsageError("it needs a feature map [N, C, H, W], and this backbone has none")
         return maps.contiguous()
 
     def logits_of_map(self, maps: Tensor) -> Tensor:

@@ -57,25 +57,35 @@ def exclusive(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
+#: Lock files that this process holds: the system's locks are the process's, so it would not keep itself out.
+_claimed: set[Path] = set()
+
+
 @contextmanager
 def claim(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file while a piece of work lasts. It is gone afterwards, and one left by a kill holds nobody up.
 
     Where its folder is read-only, or the file system has no locks, the block is entered at once. Processes that were
-    forked inside the block do not hold the lock; a process that has it may take it again.
+    forked inside the block do not hold the lock.
 
     Args:
-        path: of the lock file, in a folder that exists.
+        path: of the lock file; its folder is made.
         what: the work, for the error: "the run 'x' is being trained".
-        wait: until nobody else holds it, instead of raising.
+        wait: until no other process holds it, instead of raising.
 
     Raises:
-        BusyError: another process holds it.
+        BusyError: another process, or an outer block of this one, holds it.
+        OutputError: the folder cannot be made.
     """
+    path = path.resolve()
+    if path in _claimed:
+        raise BusyError(f"{what} by this process already")
     handle = _lock(path, what, wait)
+    _claimed.add(path)
     try:
         yield
     finally:
+        _claimed.discard(path)
         if handle is not None:
             with suppress(OSError):
                 path.unlink()
@@ -85,8 +95,11 @@ def claim(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 def _lock(path: Path, what: str, wait: bool) -> int | None:
     """Descriptor of the locked file; None where there are no locks."""
     while True:
+        make_directory(path.parent)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the folder was removed this instant
         except OSError:
             return None
         try:
@@ -99,6 +112,8 @@ def _lock(path: Path, what: str, wait: bool) -> int | None:
             os.close(handle)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BusyError(f"{what} by another process. Wait for it, or stop it") from None
+            with suppress(OSError):
+                path.unlink()
             return None
         os.close(handle)  # whoever held it has removed the file since: there is another, or none
 

@@ -155,8 +155,12 @@ def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained
 
 
 def _check_name(name: str, given: str) -> None:
-    if timm.is_model(name) and timm.get_pretrained_cfg(name) is not None:  # None: a name of timm's past
-        return
+    try:
+        if timm.is_model(name) and timm.get_pretrained_cfg(name) is not None:  # None: a name of timm's past
+            return
+    except RuntimeError:  # a tag that it has no weights of
+        known = ", ".join(timm.list_pretrained(name.partition(".")[0])) or "none"
+        raise UsageError(f"timm has no weights '{given}'; of this model it has: {known}") from None
     close = [*difflib.get_close_matches(given, ALIASES), *difflib.get_close_matches(given, timm.list_models(), 5)]
     hint = f"Similar: {', '.join(list(dict.fromkeys(close))[:5])}" if close else f"Give one of {', '.join(ALIASES)}"
     raise UsageError(f"unknown backbone '{given}'. {hint}, or another model of timm (timm.list_models() names them)")
@@ -194,7 +198,9 @@ def build_model(
         size = {"img_size": preprocess.input_size}
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **size)
-    except Exception as error:  # a download fails in many ways
+    except Exception as error:  # a download fails in many ways, and each family has its own rules for sizes
+        if size and not (pretrained and _can_be_built(name, size)):
+            raise _wrong_size(name, preprocess.input_size, error, "Choose another --size") from error
         if pretrained:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
@@ -209,6 +215,14 @@ def build_model(
     if weights is not None:
         load_weights(model, weights)
     return SSODClassifier(model, name, classes, preprocess)
+
+
+def _can_be_built(name: str, size: dict[str, int]) -> bool:
+    try:
+        timm.create_model(name, **size)
+    except Exception:
+        return False
+    return True
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -278,10 +292,14 @@ def check_size(model: SSODClassifier, size: int, fix: str) -> Tensor:
             image = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
             return cast(Tensor, backbone.forward_features(image.to(next(model.parameters()).device)))
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"backbone '{model.backbone_name}' does not run at {size} px ({reason}). {fix}") from error
+        raise _wrong_size(model.backbone_name, size, error, fix) from error
     finally:
         backbone.train(was_training)
+
+
+def _wrong_size(name: str, size: int, error: Exception, fix: str) -> UsageError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return UsageError(f"backbone '{name}' does not run at {size} px ({reason}). {fix}")
 
 
 def _check_backbone(model: SSODClassifier) -> str:

@@ -22,7 +22,7 @@ from ssod_edge.evaluate import evaluate
 from ssod_edge.evaluation_data import check_classes, check_fit_images, parse_named_data
 from ssod_edge.export.engines import check_engines
 from ssod_edge.export.run import ExportOptions, export_run
-from ssod_edge.files import claim, make_directory, write_atomic, write_json
+from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json
 from ssod_edge.sources import open_dataset
 from ssod_edge.spec import Spec
 from ssod_edge.train import load_config, resume_run, run_config, start_run
@@ -156,7 +156,8 @@ def run_study(
     for again in (False, True):  # what other processes are at is looked at once more when all else is done
         busy = []
         for cell in todo:
-            click.echo(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}", err=True)
+            waiting = ": waiting for the process that is at it" if again else ""
+            click.echo(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}{waiting}", err=True)
             try:
                 with claim(folder / f".{cell.name}.lock", f"'{cell.name}' is being worked on", wait=again):
                     rows[cell] = _finished(cell, data, folder, given, asked)
@@ -381,18 +382,32 @@ def _write(
     folder: Path, study: dict[str, Any], cells: Sequence[Cell], found: Mapping[Cell, dict[str, Any]],
     errors: Mapping[Cell, Exception],
 ) -> None:  # fmt: skip
-    """The record and the table of what there is so far, in the order of the grid."""
+    """The record and the table of what there is so far, in the order of the grid, by this process and by others."""
     keys = {cell: {"settings": cell.label, "seed": cell.seed} for cell in cells}
-    rows = [{**key, **found[cell]} for cell, key in keys.items() if cell in found]
-    failed = [
-        {**key, "error": str(errors[cell]) or type(errors[cell]).__name__}
-        for cell, key in keys.items()
-        if cell in errors
-    ]
-    summary = summarise(rows)
-    write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
-    text = markdown(summary, failed)
-    write_atomic(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with exclusive(folder):
+        rows = _rows_of_others(
+            folder, study, [keys[cell] for cell in cells if cell not in found and cell not in errors]
+        )
+        rows += [{**keys[cell], **row} for cell, row in found.items()]
+        order = list(keys.values())
+        rows.sort(key=lambda row: order.index({"settings": row["settings"], "seed": row["seed"]}))
+        failed = [
+            {**keys[cell], "error": str(errors[cell]) or type(errors[cell]).__name__}
+            for cell in cells
+            if cell in errors
+        ]
+        summary = summarise(rows)
+        write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
+        text = markdown(summary, failed)
+        write_atomic(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the record has of runs that this process has not come to yet, if it is of the same study."""
+    record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    if any(record.get(key) != json.loads(json.dumps(value)) for key, value in study.items()):
+        return []
+    return [row for row in record["runs"] if {"settings": row["settings"], "seed": row["seed"]} in cells]
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:

@@ -40,10 +40,10 @@ from ssod_edge.checkpoint import (
 from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
 from ssod_edge.data import TrainImages, load_batches
 from ssod_edge.distributed import is_main, rank, start_processes, world_size
-from ssod_edge.errors import ArtifactError, BusyError, TrainingError, UsageError
+from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.evaluate import collect
 from ssod_edge.evaluation_data import MIN_CALIB
-from ssod_edge.files import claim, make_directory, write_atomic, write_json
+from ssod_edge.files import claim, write_atomic, write_json
 from ssod_edge.model import SSODClassifier, backbone_preprocess, build_model, check_size
 from ssod_edge.objective import TrainStep
 from ssod_edge.ops import kernel_in_use
@@ -90,36 +90,46 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     run = Path(out) / name
     if resume:
         config = load_config(run)
-    elif (run / LAST).exists():
-        raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
     device = start_processes()
-    is_new = is_main() and not run.exists()
     try:
-        with contextlib.ExitStack() as held:
-            loop = _start(config, run, resume, device, save_minutes, held)
+        with _claimed(run):
+            if not resume and (run / LAST).exists():
+                raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
+            loop = _start(config, run, resume, device, save_minutes)
             if loop.progress.epoch >= config.epochs:
                 _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
             loop.run_epochs()
             _warn_of_untrained_row(config, loop.model)
-    except BusyError:
-        is_new = False  # what lies there is the other process's
-        raise
     except KeyboardInterrupt:
         if (run / LAST).exists():
             _say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
         raise
     finally:
-        if is_new and run.is_dir() and not any((run / kept).exists() for kept in (BEST, LAST)):
-            shutil.rmtree(run, ignore_errors=True)  # a start that failed: there is nothing to evaluate or resume
         if dist.is_initialized():
             dist.destroy_process_group()
     return run
 
 
-def _start(
-    config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float, held: contextlib.ExitStack
-) -> _Loop:
-    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder, locked in `held`."""
+@contextlib.contextmanager
+def _claimed(run: Path) -> Iterator[None]:
+    """Be the one process, with those of its `torchrun`, that trains a run; a start that failed leaves no folder."""
+    if not is_main():
+        yield
+        return
+    is_new, out_is_new = not run.exists(), not run.parent.exists()
+    with claim(run / ".lock", f"the run '{run}' is being trained"):
+        try:
+            yield
+        finally:
+            if is_new and not any((run / kept).exists() for kept in (BEST, LAST)):
+                shutil.rmtree(run, ignore_errors=True)  # there is nothing to evaluate or resume
+                with contextlib.suppress(OSError):
+                    if out_is_new:
+                        run.parent.rmdir()
+
+
+def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float) -> _Loop:
+    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder."""
     try:
         source = open_dataset(config.data)
     except UsageError as error:
@@ -140,9 +150,6 @@ def _start(
     model.to(device, memory_format=torch.channels_last)
     optimizer = _optimizer(model, config)
     progress = _Progress()
-    if is_main():
-        make_directory(run)
-        held.enter_context(claim(run / ".lock", f"the run '{run}' is being trained"))
     if restored:
         progress = _restore(run, model, optimizer, source, splits)
     elif is_main():

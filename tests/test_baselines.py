@@ -233,7 +233,7 @@ def test_rank_feat_needs_a_map(monkeypatch):
     monkeypatch.setattr(model.backbone, "forward_features", lambda x: x.flatten(2).mT)
     peers = Baselines(["RankFeat"], model, 8)
     peers.watch(torch.rand(2, WIDTH, 4, 4))
-    assert peers.all[0].error == "it needs a feature map [N, C, H, W], and this backbone's is [2, 16, 40]"
+    assert peers.all[0].error == "it needs a feature map [N, C, H, W], and this backbone has none"
 
 
 def test_a_detector_that_cannot_work_says_why_and_leaves_the_others_alone():

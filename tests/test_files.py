@@ -132,8 +132,10 @@ def test_work_is_claimed_by_one_process_until_it_ends_or_is_killed(tmp_path):
         process.kill()
         process.wait()
         assert path.exists(), "a kill leaves the file"
-        with claim(path, "the work is being done"), claim(path, "the work is being done"):
-            pass
+        with claim(path, "the work is being done"):
+            with pytest.raises(BusyError, match="by this process already"), claim(path, "the work is being done"):
+                pytest.fail("it is held")
+            assert path.exists()
     assert not path.exists()
 
 
@@ -148,12 +150,10 @@ def test_a_claim_can_wait(tmp_path):
 
 
 def test_where_there_are_no_locks_work_is_not_held_up(tmp_path, monkeypatch):
-    with claim(tmp_path / "nothing" / ".lock", "the work is being done"):
-        pass
-
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("ssod_edge.files.fcntl.lockf", refuse)
-    with claim(tmp_path / ".lock", "the work is being done"):
-        pass
+    with claim(tmp_path / "new" / ".lock", "the work is being done"):
+        assert (tmp_path / "new").is_dir()
+    assert not list((tmp_path / "new").iterdir())

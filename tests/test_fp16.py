@@ -269,3 +269,15 @@ def test_a_graph_of_another_form_is_refused() -> None:
 def test_report_of_nothing() -> None:
     empty = np.empty(0, np.float32)
     assert HalfReport().including(empty, empty.astype(np.float16)) == HalfReport()
+
+
+def test_fp16_begins_at_a_linear_layer_too() -> None:
+    full = graph()
+    full.graph.node.insert(3, helper.make_node("MatMul", ["normal", "embed"], ["embedded"]))
+    full.graph.node[4].input[0] = "embedded"
+    full.graph.initializer.append(numpy_helper.from_array(np.eye(8, dtype=np.float32), "embed"))
+    half, _ = to_fp16(full, ROWS)
+    onnx.checker.check_model(half, full_check=True)
+    found = types(half)
+    assert found["normal"] == TensorProto.FLOAT and found["embedded"] == found["embed_fp16"] == TensorProto.FLOAT16
+    np.testing.assert_allclose(run(half, images())["logits"], run(full, images())["logits"], rtol=0, atol=0.1)

@@ -127,6 +127,7 @@ def test_the_first_images_alone_give_patches():
         ("adv_inception_v3", "unknown backbone 'adv_inception_v3'. Similar: inception_v3"),  # a name of timm's past
         ("mobilenetv33", "unknown backbone 'mobilenetv33'. Similar: mobilenetv3, mobilenet"),
         ("resnet", "unknown backbone 'resnet'. Similar: resnet\\d+, resnet\\d+, resnet\\d+"),
+        ("resnet18.bogus", "timm has no weights 'resnet18.bogus'; of this model it has: resnet18\\.a1_in1k, "),
         ("zzz", "unknown backbone 'zzz'. Give one of mobilenetv3, regnet"),
     ],
 )
@@ -165,6 +166,9 @@ def test_a_size_that_a_backbone_cannot_have_is_named():
         UsageError, match="'halonet_h1' does not run at 128 px \\(AssertionError\\). Choose another --size"
     ):
         build_model("halonet_h1", CLASSES, Preprocess(128))
+    for pretrained in (False, True):
+        with pytest.raises(UsageError, match=r"'nest_tiny' does not run at 40 px \(.*\). Choose another --size"):
+            build_model("nest_tiny", CLASSES, Preprocess(40), pretrained=pretrained)
 
 
 @pytest.mark.parametrize("backbone", ["mobilenetv3", "test_efficientnet", "test_resnet"])

@@ -133,6 +133,28 @@ def test_two_processes_share_a_grid(data, tmp_path, monkeypatch):
     assert not list(out.glob(".*"))
 
 
+def test_the_table_keeps_the_runs_that_a_process_has_not_come_to_yet(data, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+    assert study(data, out, "--seeds", "0").exit_code == 0
+    rows = json.loads((out / STUDY).read_text())["runs"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssod_edge.study._evaluated", interrupt)
+    (out / "method=ce-seed=0" / BEST).unlink()
+    assert study(data, out, "--seeds", "0").exit_code == 130
+    monkeypatch.undo()
+    assert json.loads((out / STUDY).read_text())["runs"] == rows
+    result = study(data, out, "--seeds", "0")  # the first run is broken now
+    record = json.loads((out / STUDY).read_text())
+    assert result.exit_code == 1 and record["runs"] == rows[1:] and len(record["failed"]) == 1
+    other = CliRunner().invoke(
+        main, ["study", str(data), "-o", str(out), "--vary", "method=ce,ssod", "--ood", f"else={data}", *TINY]
+    )
+    assert other.exit_code == 1 and json.loads((out / STUDY).read_text())["runs"][0]["results"][0]["ood"] == "else"
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path, monkeypatch):
     from ssod_edge import study as module
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from locks import holding
 from pictures import write_folder
 
+import ssod_edge.train
 from ssod_edge.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
@@ -92,6 +93,21 @@ def test_a_run_is_trained_by_one_process(config, tmp_path):
     with holding(run / ".lock"), pytest.raises(BusyError):
         resume_run(run)
     assert (run / "last.safetensors").exists()
+
+
+def test_a_start_that_fails_leaves_the_run_of_another_alone(config, tmp_path, monkeypatch):
+    """The other process began, and finished, while this one was on its way to the lock."""
+    run, claim = tmp_path / "run", ssod_edge.train.claim
+
+    def late(*args):
+        monkeypatch.setattr(ssod_edge.train, "claim", claim)
+        train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+        return claim(*args)
+
+    monkeypatch.setattr(ssod_edge.train, "claim", late)
+    with pytest.raises(UsageError, match="exists already"):
+        train(replace(config, seed=7), tmp_path)
+    assert load_config(run).seed == 0 and (run / LAST).exists() and (run / "splits.json").exists()
 
 
 def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
@@ -200,6 +216,10 @@ def test_a_start_that_fails_leaves_no_folder(config, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ImageError, match="36 of 36 images"):
         train(replace(config, data=str(folder)), tmp_path / "runs")
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, batch_size=64), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
     with pytest.raises(UsageError, match="fewer than one batch"):
         train(replace(config, batch_size=64), tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
