@@ -153,10 +153,16 @@ def _spared(graph: ModelProto, overflowing: dict[str, float]) -> set[str]:
 
 
 def kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
-    """What stays fp32: values before the first layers with weights, and from the last global pooling on."""
+    """What stays fp32: values before the first layers with weights, those from the last global pooling on, and those
+    that are computed of weights alone, such as standardised ones: an engine does that once, when it loads the graph.
+    """
     nodes = graph.graph.node
-    before = {value.name for value in graph.graph.input}
+    constant = {tensor.name for tensor in graph.graph.initializer} | {""}
     for node in nodes:  # in topological order
+        if node.input and constant.issuperset(node.input):
+            constant.update(node.output)
+    before = {value.name for value in graph.graph.input}
+    for node in nodes:
         if before.intersection(node.input) and node.op_type not in (*LINEAR_OPS, "Conv", "Shape"):
             before.update(node.output)
     producer = {output: node for node in nodes for output in node.output}
@@ -164,7 +170,8 @@ def kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
     for node in nodes:
         if after.intersection(node.input):
             after.update(node.output)
-    return before | after
+    computed = {name for node in nodes for name in node.output}
+    return before | after | (constant & computed)
 
 
 def _last(ops: Sequence[str], producer: dict[str, NodeProto], head: NodeProto) -> set[str]:
@@ -254,7 +261,7 @@ def _fold_batch_norms(graph: ModelProto) -> None:
     arrays = {tensor.name: tensor for tensor in inner.initializer}
     nodes: list[NodeProto] = []
     for node in inner.node:
-        if node.op_type != "BatchNormalization":
+        if node.op_type != "BatchNormalization" or not arrays.keys() >= set(node.input[1:5]):
             nodes.append(node)
             continue
         scale, bias, mean, variance = (numpy_helper.to_array(arrays[n]).astype(np.float64) for n in node.input[1:5])

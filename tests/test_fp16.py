@@ -281,3 +281,25 @@ def test_fp16_begins_at_a_linear_layer_too() -> None:
     found = types(half)
     assert found["normal"] == TensorProto.FLOAT and found["embedded"] == found["embed_fp16"] == TensorProto.FLOAT16
     np.testing.assert_allclose(run(half, images())["logits"], run(full, images())["logits"], rtol=0, atol=0.1)
+
+
+def test_weights_that_the_graph_computes_stay_fp32_until_they_are_used() -> None:
+    """Standardised weights, as of a BiT or an NFNet: the exporter writes a batch norm of the weights."""
+    full = graph()
+    nodes = full.graph.node
+    nodes.insert(0, helper.make_node("ReduceMean", ["k1", "axes"], ["k1_mean"], keepdims=1))
+    nodes.insert(1, helper.make_node("Sub", ["k1", "k1_mean"], ["k1_centred"]))
+    nodes.insert(2, helper.make_node("ReduceMean", ["k1", "all"], ["k1_means"], keepdims=0))
+    nodes.insert(
+        3, helper.make_node("BatchNormalization", ["k1_centred", *["three"] * 2, "k1_means", "three"], ["k1s"])
+    )
+    full.graph.initializer.append(numpy_helper.from_array(np.array([0, 2, 3]), "all"))
+    full.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "three"))
+    (first,) = (node for node in nodes if node.output[0] == "c0")
+    first.input[1] = "k1s"
+    half, _ = to_fp16(full, ROWS, images())
+    onnx.checker.check_model(half, full_check=True)
+    found = types(half)
+    assert found["k1"] == found["k1_centred"] == found["k1s"] == TensorProto.FLOAT
+    assert found["c0"] == found["k2_fp16"] == TensorProto.FLOAT16
+    np.testing.assert_allclose(run(half, images())["logits"], run(full, images())["logits"], rtol=0, atol=0.1)
