@@ -30,7 +30,7 @@ test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
 plans: $(STAMP) ## build real plans of every backbone with TensorRT for RTX, no GPU needed
-	$(BIN)/python -m ssod_edge.export.plans
+	$(BIN)/python -m ssod_edge.bench.tools.plans
 
 cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a release, no GPU needed (ARCHS="87 90a")
 	$(BIN)/python scripts/cuda.py $(ARCHS)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.config import Preprocess
+from ssod_edge.data.pixels import preprocess, via
+from ssod_edge.detect.metrics import deployment_metrics, detection_metrics
 from ssod_edge.errors import EngineError, ImageError
-from ssod_edge.image import preprocess, via
-from ssod_edge.metrics import deployment_metrics, detection_metrics
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.spec import Threshold
 
@@ -21,7 +21,7 @@ BATCH = 32
 
 
 class Images(Protocol):
-    """What an image set is drawn from; `ssod_edge.sources.ImageSource` is one."""
+    """What an image set is drawn from; `ssod_edge.data.sources.ImageSource` is one."""
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image: ...
@@ -155,7 +155,7 @@ def accuracy_figures(
         - false_reject: share of ID images unknown at `threshold`.
         - false_accept: share of OOD images known at `threshold`, mean over the OOD sets.
         - ood_sets: OOD set -> {auroc, fpr_at_id_tpr95, n_ood}, with a threshold also false_accept.
-        - deployment: what the threshold means, as `ssod_edge.metrics.deployment_metrics`; None if a label is -1.
+        - deployment: what the threshold means, as `ssod_edge.detect.metrics.deployment_metrics`; None if a label is -1.
     """
     own = known[name]
     compared = known[reference] if reference is not None and name != reference else None

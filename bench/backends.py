@@ -11,7 +11,7 @@ from types import TracebackType
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime import Runner, is_installed, open_runner
+from ssod_edge.runtime.open import Runner, is_installed, open_runner
 from ssod_edge.spec import Artifact, Spec, check_files, load_spec
 
 EAGER = "eager"
@@ -131,7 +131,7 @@ def _bf16(export: Path, spec: Spec) -> list[Backend]:
     backends = [replace(_fused(export, artifact), name=BF16) for artifact in artifacts]
     for backend in backends:
         if is_installed("openvino"):
-            from ssod_edge.runtime.openvino import cpu_capabilities
+            from ssod_edge.runtime.engines.openvino import cpu_capabilities
 
             has = cpu_capabilities()
             if "BF16" not in has:
@@ -140,7 +140,7 @@ def _bf16(export: Path, spec: Spec) -> list[Backend]:
 
 
 def _open_bf16(export: Path, threads: int | None) -> Runner:
-    from ssod_edge.runtime.openvino import OpenVinoRunner
+    from ssod_edge.runtime.engines.openvino import OpenVinoRunner
 
     spec = load_spec(export)
     artifact = spec.artifact(BF16_SOURCE)

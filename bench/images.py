@@ -11,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet
+from ssod_edge.data.sources import model_labels
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
 from ssod_edge.runtime.verify import load_reference
-from ssod_edge.sources import model_labels
 from ssod_edge.spec import Spec
 
 #: Images of each set that a quick bench takes, evenly spread.
@@ -41,7 +41,7 @@ def choose_images(
     Args:
         export: the export folder; the run's folder is the one above.
         spec: its spec.
-        known: ID data (`ssod_edge.sources.open_dataset`); None takes the run's recorded validation split.
+        known: ID data (`ssod_edge.data.sources.open_dataset`); None takes the run's recorded validation split.
         unknown: name -> OOD data.
         via: see `ImageSet.via`.
         quick: at most QUICK_IMAGES of each set.
@@ -88,7 +88,7 @@ def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | Non
     facts = spec.source
     if not facts.get("splits_hash"):
         return None, "The weights were not trained here, so that there is no recorded validation split."
-    from ssod_edge.splits import read_splits
+    from ssod_edge.data.splits import read_splits
 
     try:
         source = _open(str(facts["data"]))
@@ -130,7 +130,7 @@ def query_images(images: BenchImages, export: Path, spec: Spec, count: int) -> t
 
 
 def _open(data: str, labelled: bool = True) -> Any:
-    from ssod_edge.sources import open_dataset
+    from ssod_edge.data.sources import open_dataset
 
     return open_dataset(data, labelled=labelled)
 

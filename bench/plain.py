@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import ArtifactError, missing_extra
-from ssod_edge.export.openvino import save_ir
+from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime import Runner
+from ssod_edge.runtime.open import Runner
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.spec import Artifact, Spec, check_files, load_spec, save_spec
 
@@ -96,10 +96,10 @@ def open_plain(folder: Path, threads: int | None = None) -> Runner:
     (artifact,) = spec.artifacts
     path = check_files(folder, artifact)
     if artifact.engine == "openvino":
-        from ssod_edge.runtime.openvino import OpenVinoRunner
+        from ssod_edge.runtime.engines.openvino import OpenVinoRunner
 
         return OpenVinoRunner(spec, artifact, path, threads=threads, outputs=PLAIN_OUTPUTS)
-    from ssod_edge.runtime.onnxruntime import OnnxRunner
+    from ssod_edge.runtime.engines.onnxruntime import OnnxRunner
 
     return OnnxRunner(spec, artifact, path, threads=threads, outputs=PLAIN_OUTPUTS)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ssod_edge.data.pixels import load_image, preprocess
 from ssod_edge.errors import UsageError
-from ssod_edge.image import load_image, preprocess
 from ssod_edge.runtime.predict import Predictor
 from ssod_edge.runtime.runner import Array, Runner
 

@@ -24,7 +24,7 @@ from ssod_edge.bench.report import markdown, print_comparison, print_record
 from ssod_edge.config import resolve_backbone
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, ArtifactError, UsageError
 from ssod_edge.files import check_output
-from ssod_edge.runtime import find_export
+from ssod_edge.runtime.open import find_export
 from ssod_edge.spec import SPEC_NAME, load_spec
 
 Report = Callable[[dict[str, Any]], None]

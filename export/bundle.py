@@ -15,7 +15,7 @@ from typing import Any
 
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
 from ssod_edge.files import check_output, sha256_file, write_atomic
-from ssod_edge.runtime import find_export
+from ssod_edge.runtime.open import find_export
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
 
 README_NAME = "README.md"

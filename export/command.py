@@ -19,13 +19,13 @@ from rich.text import Text
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import default_folder, deploy
-from ssod_edge.export.engines import CPU_TARGETS, DEFAULT_PRECISIONS, check_engines
-from ssod_edge.export.tensorrt import PlanOptions, parse_batch, runs_here
-from ssod_edge.runtime import PLAN_ENGINES, is_installed
+from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, check_engines
+from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
+from ssod_edge.runtime.open import PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
 
 if TYPE_CHECKING:
-    from ssod_edge.export.source import Source
+    from ssod_edge.export.graph.source import Source
 
 UNTRAINED_WARNING = (
     "WARNING: there is no trained run of '{backbone}' under '{runs}': exporting UNTRAINED weights. They show how fast "
@@ -65,7 +65,7 @@ def run_export(
         runs: folder of runs.
         out: the export folder; None is `export` inside the run folder.
         backbone: an alias or a timm name.
-        weights, pretrained: export these instead of a run; see `ssod_edge.export.source.from_weights`.
+        weights, pretrained: export these instead of a run; see `ssod_edge.export.graph.source.from_weights`.
         data: in-distribution images for the thresholds; None takes the run's calibration split.
         classes: file of class names for `weights` and `pretrained`.
         size: input size in pixels, of weights that were not trained here.
@@ -74,9 +74,9 @@ def run_export(
         score, tpr, max_drop: see `ExportOptions`.
         calib: in-distribution images to quantise with; None takes those of the thresholds.
         batch: "MIN,OPT,MAX" of TensorRT's plans.
-        version_compatible: see `ssod_edge.export.tensorrt.PlanOptions`.
+        version_compatible: see `ssod_edge.export.engines.tensorrt.PlanOptions`.
     """
-    from ssod_edge.export.run import ExportOptions, export_source
+    from ssod_edge.export.graph.build import ExportOptions, export_source
 
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -88,7 +88,7 @@ def run_export(
     check_engines(options.engines)
     source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
     if calib is not None:
-        from ssod_edge.export.source import from_dataset
+        from ssod_edge.export.graph.source import from_dataset
 
         source = replace(source, int8=from_dataset(calib))
     if not source.trained:
@@ -202,8 +202,8 @@ def choose_source(
     Raises:
         UsageError: they contradict each other, or there is nothing to export.
     """
-    from ssod_edge.checkpoint import find_run
-    from ssod_edge.export.source import from_run, from_weights, untrained
+    from ssod_edge.export.graph.source import from_run, from_weights, untrained
+    from ssod_edge.training.checkpoint import find_run
 
     if weights or pretrained:
         if run or not backbone or (weights and pretrained):

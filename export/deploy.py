@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ssod_edge.data.inputs import list_images
+from ssod_edge.detect.metrics import check_target_tpr
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.bundle import BENCH_NAME, check_bundle, unpack
-from ssod_edge.export.engines import CPU_TARGETS, PRECISIONS, check_engines, make_artifact
-from ssod_edge.export.staging import earlier_export, keep_earlier, staged, that_run_here
-from ssod_edge.export.tensorrt import PlanOptions
+from ssod_edge.export.engines.artifact import CPU_TARGETS, PRECISIONS, check_engines, make_artifact
+from ssod_edge.export.engines.tensorrt import PlanOptions
+from ssod_edge.export.release import earlier_export, keep_earlier, staged, that_run_here
 from ssod_edge.files import exclusive, same_data
-from ssod_edge.metrics import check_target_tpr
-from ssod_edge.runtime import Runner, open_runner
 from ssod_edge.runtime.calibrate import fit_threshold, trained_on
-from ssod_edge.runtime.inputs import list_images
+from ssod_edge.runtime.open import Runner, open_runner
 from ssod_edge.runtime.verify import Verification, check_passed, load_reference, verify_runner
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, save_spec
 
@@ -58,7 +58,7 @@ def deploy(
         bundle: what `ssod_edge.export.bundle.write_bundle` wrote.
         out: the export folder; None is `default_folder(bundle)`. Artifacts of an earlier export of the same model that
             are not made again are kept.
-        engines: of `ssod_edge.export.engines.TARGETS`.
+        engines: of `ssod_edge.export.engines.artifact.TARGETS`.
         precisions: of `PRECISIONS`; none given makes all that the bundle holds.
         data: a folder of in-distribution images, on whose scores every artifact's threshold is fitted.
         target_tpr: share of those images that must stay known, in (0, 1).

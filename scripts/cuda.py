@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ssod_edge.bench.gpu import resource_table, resources
+from ssod_edge.bench.tools.gpu import resource_table, resources
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ step export "$run" --fp32 --fp16
 step eval "$run" --id demo:test --ood near=demo:near --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/eval.json"
 step bench "$run" --quick --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/bench.json"
 
-python -c "from ssod_edge.demo import write_demo_images; write_demo_images('$run/images')"
+python -c "from ssod_edge.data.demo import write_demo_images; write_demo_images('$run/images')"
 step predict "$run" "$run/images"
 
 python scripts/demo_summary.py "$run" "$SECONDS"

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import ssod_edge
-from ssod_edge.demo import CLASSES
-from ssod_edge.sources import open_dataset
+from ssod_edge.data.demo import CLASSES
+from ssod_edge.data.sources import open_dataset
 
 SETS = {
     "demo:test": "known:\ndigits 0 to 7",

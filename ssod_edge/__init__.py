@@ -30,7 +30,7 @@ def open(folder: str | os.PathLike[str], engine: str = "auto", **options: Any) -
     Raises:
         UsageError, ArtifactError, MissingExtraError, EngineError, VerificationError: see `open_runner`.
     """
-    from ssod_edge.runtime import open_runner
+    from ssod_edge.runtime.open import open_runner
     from ssod_edge.runtime.predict import Predictor
 
     return Predictor(open_runner(folder, engine=engine, **options))

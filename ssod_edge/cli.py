@@ -202,7 +202,7 @@ def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str,
         raise click.UsageError(
             f"{', '.join(given)} cannot be given with --resume: a run goes on with its own settings and folder"
         )
-    from ssod_edge.train import resume_run, start_run
+    from ssod_edge.training.loop import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))
     click.echo(run)
@@ -246,7 +246,7 @@ def study(
     What is done is not done again: run the same command once more after an interruption, or with more seeds. Processes
     of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES.
     """
-    from ssod_edge.study import run_study
+    from ssod_edge.studies.study import run_study
 
     if not run_study(data, out, vary, seeds, id_data, ood, via_size, baselines, fit_images, options, score):
         sys.exit(EXIT_SOME_FAILED)
@@ -277,7 +277,7 @@ def reproduce(
     Tables: imagenet (1), cifar10 (2), hard (3), alpha (4), balance (5), backbones (6). Settings are the paper's
     (--recipe paper), and options of train win over them. Run the same command again to go on after an interruption.
     """
-    from ssod_edge.protocols import run_reproduce
+    from ssod_edge.studies.protocols import run_reproduce
 
     if not run_reproduce(
         table, root, out, lists, images, vary, seeds, via_size, baselines, fit_images, check, options
@@ -307,7 +307,7 @@ def eval(run: str | None, backbone: str | None, runs: str, ood: tuple[str, ...],
 
     RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too.
     """
-    from ssod_edge.evaluate import run_eval
+    from ssod_edge.evaluation.evaluate import run_eval
 
     run_eval(run, runs, backbone, ood, **options)
 
@@ -325,7 +325,7 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
 
     RUN is a run folder or a checkpoint, IMAGE as in predict. Each image becomes a PNG.
     """
-    from ssod_edge.explain import run_explain
+    from ssod_edge.evaluation.explain import run_explain
 
     ctx.exit(run_explain(arguments, **options))
 
@@ -478,8 +478,8 @@ def predict(
     'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
     (rtsp://, http:// ...) or --camera gives a verdict a frame.
     """
+    from ssod_edge.runtime.field.stream import is_stream, run_stream
     from ssod_edge.runtime.report import run_predict
-    from ssod_edge.runtime.stream import is_stream, run_stream
 
     if not images and camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
@@ -498,7 +498,7 @@ def predict(
 @click.pass_context
 def monitor(ctx: click.Context, file: str, as_json: bool) -> None:
     """Show what a file of predict --monitor has counted, and whether the input has drifted."""
-    from ssod_edge.runtime.summary import run_monitor
+    from ssod_edge.runtime.field.summary import run_monitor
 
     ctx.exit(run_monitor(file, as_json))
 
@@ -515,7 +515,7 @@ def calibrate(ctx: click.Context, folder: str, data: str, tpr: float, artifact: 
     DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
     also a .tar file, demo, torch/... or hfds/...
     """
-    from ssod_edge.calibration import run_calibrate
+    from ssod_edge.runtime.calibration import run_calibrate
 
     ctx.exit(run_calibrate(folder, data, tpr, artifact))
 

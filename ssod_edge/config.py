@@ -38,7 +38,7 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 #: Those that need the OOD row, which only training with the OOD loss gives a meaning.
 NEED_OOD_ROW = ("ssod", "posterior")
-#: Scores with a state that is fitted on training features, see `ssod_edge.detectors`.
+#: Scores with a state that is fitted on training features, see `ssod_edge.detect.detectors`.
 DETECTORS: tuple[str, ...] = get_args(DetectorName)
 #: Everything that an export can ship, alone or as parts of a sum ("energy+rmd").
 SHIPPED_SCORES = (*SCORES, *DETECTORS)
@@ -126,8 +126,9 @@ class LossConfig:
         alpha: weight of the OOD loss (Table 4). 0 leaves it out.
         balance: "lwb", "lw" or "dr" (Table 5).
         norm_weight: weight of the mean L2 norm of background features, where the method has it.
-        outliers: kinds of images that are made from training images and no class describes (`ssod_edge.outliers`).
-            The OOD row learns to tell them from the training images, on the pooled feature that is read at inference.
+        outliers: kinds of images that are made from training images and no class describes
+            (`ssod_edge.training.made_images`). The OOD row learns to tell them from the training images, on the pooled
+            feature that is read at inference.
         outlier_share: made images of a batch, as a share of its own; in (0, 1].
         outlier_weight: weight of that term.
         warmup_epochs: epochs of cross-entropy alone, before any other term; patch labels mean nothing until then.
@@ -196,7 +197,7 @@ class TrainConfig:
 
     Attributes:
         backbone: timm model name (aliases resolved).
-        data: what `ssod_edge.sources.open_dataset` takes.
+        data: what `ssod_edge.data.sources.open_dataset` takes.
         recipe: "short" (AdamW, a warm-up and a cosine), "scratch" (the same schedule with SGD, which gets a network
             without pretrained weights further in few epochs) or "paper" (AdamW at 1e-4, halved every 30 epochs).
         epochs, batch_size, lr, weight_decay: the optimizer's. batch_size is per process.

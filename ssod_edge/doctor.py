@@ -16,7 +16,7 @@ from ssod_edge import __version__
 from ssod_edge.bench.environment import describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
 from ssod_edge.probe import BUILDER, PROBES
-from ssod_edge.runtime import PLAN_ENGINES
+from ssod_edge.runtime.open import PLAN_ENGINES
 
 Status = Literal["ok", "failed", "missing"]
 

@@ -153,8 +153,8 @@ def probe_tensorrt_rtx() -> Iterator[Outcome]:
 def _plan(tensorrt: Any) -> Iterator[Outcome]:
     """Build a plan, and run it on the GPU as the runner does."""
     from ssod_edge.errors import SsodEdgeError
-    from ssod_edge.runtime.cuda import open_gpu
-    from ssod_edge.runtime.trt import CUDA_EXTRAS, Session
+    from ssod_edge.runtime.engines.cuda import open_gpu
+    from ssod_edge.runtime.engines.tensorrt import CUDA_EXTRAS, Session
 
     def build(capability: str | None) -> bytes:
         builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ssod_edge.config import Preprocess, has_state
 from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.external import external_files
+from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file, write_json
 
 SCHEMA_VERSION = 3
@@ -31,8 +31,8 @@ class Threshold:
         n: images the quantile was taken from.
         data: which images (split name and hash, or the user's data set).
         fitted_tpr: share of those n images that are known at `value`.
-        id_quantiles: of those n scores, ascending, at the ranks of `ssod_edge.metrics.quantile_ranks`: what a monitor
-            compares with. Empty in specs of earlier releases.
+        id_quantiles: of those n scores, ascending, at the ranks of `ssod_edge.detect.metrics.quantile_ranks`:
+            what a monitor compares with. Empty in specs of earlier releases.
     """
 
     value: float

@@ -15,7 +15,7 @@ from ssod_edge.spec import Spec
 if TYPE_CHECKING:
     import onnx
 
-    from ssod_edge.model import SSODClassifier
+    from ssod_edge.training.model import SSODClassifier
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def small_model() -> SSODClassifier:
 @pytest.fixture(scope="session")
 def small_graph(small_model: SSODClassifier) -> onnx.ModelProto:
     """Its fused ONNX graph. Tracing it takes seconds; do not change it."""
-    from ssod_edge.export.onnx import fused_graph
+    from ssod_edge.export.graph.onnx import fused_graph
 
     return fused_graph(small_model, "energy", trained=True)
 

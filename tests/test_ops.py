@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ssod_edge import ops
 from ssod_edge.config import BALANCES, SCORES
+from ssod_edge.detect.scores import ood_scores
 from ssod_edge.errors import UsageError
 from ssod_edge.ops import kernel_in_use, ood_score, patch_sample, ssod_loss
-from ssod_edge.scores import ood_scores
 
 
 @pytest.fixture(autouse=True, params=["compiled", "reference"])

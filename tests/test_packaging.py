@@ -20,6 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from places import ROOT
 
 import ssod_edge
 from ssod_edge.doctor import DISTRIBUTIONS
@@ -30,7 +31,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 LOCAL = ("build", "dist", "runs", "__pycache__", "*.egg-info", "*.so", ".*")
 
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools>=77; install the extra 'dev'")

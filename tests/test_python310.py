@@ -40,7 +40,7 @@ def installed(tmp_path: Path) -> dict[str, str]:
 
 def test_every_torch_free_module_loads(python310: str, installed: dict[str, str], tmp_path: Path) -> None:
     names = sorted(name for name in MODULES if not needs_torch(name) and name != "ssod_edge.__main__")
-    assert "ssod_edge.export.tensorrt" in names
+    assert "ssod_edge.export.engines.tensorrt" in names
     code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)\nprint('loaded')"
     command = [python310, "-c", code]
     done = subprocess.run(command, env=installed, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ssod_edge.data.pixels import ImageSource
+from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.errors import UsageError
-from ssod_edge.image import ImageSource
-from ssod_edge.metrics import conformal_threshold
 from ssod_edge.runtime.predict import Predictor
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import check_passed, record, verify_runner

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ssod_edge.data.pixels import ImageSource, load_image, preprocess
 from ssod_edge.errors import ImageError, UsageError
-from ssod_edge.image import ImageSource, load_image, preprocess
 from ssod_edge.runtime.runner import Array, Runner
 
 Pixels = npt.NDArray[np.uint8]

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
+from ssod_edge.data.inputs import list_images
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
-from ssod_edge.runtime import open_runner
-from ssod_edge.runtime.inputs import list_images
-from ssod_edge.runtime.monitor import Monitor
+from ssod_edge.runtime.field.monitor import Monitor
+from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Prediction, Predictor
 from ssod_edge.runtime.runner import Runner
 
@@ -27,10 +27,10 @@ def run_predict(
 
     Args:
         folder: an export folder, or the run folder that holds it.
-        images: see `ssod_edge.runtime.inputs.list_images`.
+        images: see `ssod_edge.data.inputs.list_images`.
         as_json: one JSON object a line, as soon as it is known.
         batch: images per run of the engine.
-        monitor: a file of `ssod_edge.runtime.monitor.Monitor`, which takes every verdict.
+        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes every verdict.
         options: of `ssod_edge.runtime.open_runner`.
     """
     if sys.stdout is None:

@@ -71,7 +71,9 @@ def check_images(inputs: Mapping[str, Array], size: int) -> Array:
     images = inputs["image"]
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         got = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-        raise UsageError(f"image must be a numpy array of uint8, got {got}. Make it with ssod_edge.image.preprocess")
+        raise UsageError(
+            f"image must be a numpy array of uint8, got {got}. Make it with ssod_edge.data.pixels.preprocess"
+        )
     if images.ndim != 4 or images.shape[1:] != (3, size, size) or images.shape[0] < 1:
         raise UsageError(f"image must have shape [N, 3, {size}, {size}] with N >= 1, got {list(images.shape)}")
     return np.ascontiguousarray(images)

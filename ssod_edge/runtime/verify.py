@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.config import has_state
+from ssod_edge.detect.scores import probabilities
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
 from ssod_edge.files import exclusive
 from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
-from ssod_edge.scores import probabilities
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_hash, load_spec, save_spec
 
 BATCH = 32

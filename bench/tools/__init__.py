@@ -1,0 +1,1 @@
+"""Measurements of their own, each run with python -m ssod_edge.bench.tools.NAME."""

@@ -1,0 +1,177 @@
+"""What `predict`'s inference stage costs beyond the engine itself: the runner against the engine's own benchmark.
+
+python -m ssod_edge.bench.tools.overhead EXPORT --json bench/results/overhead.json
+
+OpenVINO's own is `benchmark_app`, which its package brings; ONNX Runtime's is its session in a bare loop. Their turns
+last seconds, in which a shared machine drifts by more than the runner costs; so the runner is also timed in turns of
+some milliseconds with the engine's bare call, in one process and on memory that is already in place.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ssod_edge.bench.environment import describe_environment
+from ssod_edge.bench.latency import alternate
+from ssod_edge.errors import EngineError, SsodEdgeError, UsageError
+from ssod_edge.files import write_json
+from ssod_edge.runtime.open import Runner, find_export, open_runner
+from ssod_edge.spec import load_spec
+
+#: (median, minimum) in ms. Other work on the machine moves the first, and the second says what is not its doing.
+Times = tuple[float, float]
+
+
+def time_calls(call: Callable[[], object], seconds: float) -> Times:
+    """Times of calls one after another for this long, after a tenth of it untimed."""
+    end = time.perf_counter() + seconds / 10
+    while time.perf_counter() < end:
+        call()
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1000, min(times) * 1000
+
+
+def benchmark_app(path: Path, size: int, seconds: float) -> Times:
+    """The latency that OpenVINO's own tool measures: one synchronous request, one stream, fp32.
+
+    Raises:
+        EngineError: it fails, or does not print it.
+    """
+    tool = "from openvino.tools.benchmark.main import main; main()"
+    command = [sys.executable, "-c", tool, "-m", str(path), "-d", "CPU", "-api", "sync"]
+    command += ["-hint", "none", "-nstreams", "1", "-infer_precision", "f32", "-data_shape", f"[1,3,{size},{size}]"]
+    done = subprocess.run(
+        [*command, "-inference_only", "true", "-t", str(round(seconds))], capture_output=True, text=True, check=False
+    )
+    found = [re.search(rf"{name}:\s+([\d.]+) (ms|us)", done.stdout) for name in ("Median", "Min")]
+    if done.returncode or None in found:
+        raise EngineError(f"benchmark_app failed ({done.returncode}): {(done.stderr or done.stdout)[-500:]}")
+    median, least = (float(m[1]) / (1000 if m[2] == "us" else 1) for m in found if m)
+    return median, least
+
+
+def bare_session(path: Path, image: dict[str, Any], seconds: float) -> Times:
+    """ONNX Runtime's session alone. It goes at the end: its idle threads spin for a while."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return time_calls(lambda: session.run(None, image), seconds)
+
+
+def bare_call(engine: str, path: Path, image: dict[str, Any]) -> Callable[[], object]:
+    """One run of the engine, with nothing made, checked or copied around it."""
+    if engine == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else it slows the runner's turns down
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, image)
+    from ssod_edge.runtime.engines.openvino import request_config, shared_core
+
+    request = shared_core().compile_model(str(path), "CPU", request_config("CPU", "fp32")).create_infer_request()
+    request.get_input_tensor().shape = image["image"].shape
+    request.get_input_tensor().data[:] = image["image"]
+
+    def run() -> None:
+        request.start_async()
+        request.wait()
+
+    return run
+
+
+def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[str, Any]:
+    """Time both by turns, each for `seconds`, in each round.
+
+    Returns:
+        medians over the rounds in ms: `own_ms` of the engine's benchmark and `runner_ms`, both medians of their turn,
+        the `ratio` of each round's, and `ratio_of_minima`, of the fastest calls of all rounds. `bare_ratio` is that of
+        the runner to `bare_call`, of as many repeats, `bare_ratios`.
+    """
+    artifact, size = runner.artifact, runner.spec.preprocess.input_size
+    path = folder / artifact.main_file
+    image = {"image": np.random.default_rng(0).integers(0, 256, (1, 3, size, size), np.uint8)}
+    if artifact.engine == "openvino":
+        own: Callable[[], Times] = lambda: benchmark_app(path, size, max(1.0, seconds))  # noqa: E731
+    elif artifact.engine == "onnxruntime":
+        own = lambda: bare_session(path, image, seconds)  # noqa: E731
+    else:
+        raise UsageError(f"engine must be openvino or onnxruntime, got '{artifact.engine}'")
+    pairs = []
+    for index in range(rounds):
+        if index % 2:
+            first, second = time_calls(lambda: runner.infer(image), seconds), own()
+            pairs.append((second, first))
+        else:
+            pairs.append((own(), time_calls(lambda: runner.infer(image), seconds)))
+    ratios = [ours[0] / own_times[0] for own_times, ours in pairs]
+    bare = bare_call(artifact.engine, path, image)
+    bare_ratios = [alternate(lambda: runner.infer(image), bare, seconds).ratio for _ in range(rounds)]
+    return {
+        "artifact": artifact.name,
+        "engine": artifact.engine,
+        "rounds": rounds,
+        "seconds": seconds,
+        "own_ms": statistics.median(own_times[0] for own_times, _ in pairs),
+        "runner_ms": statistics.median(ours[0] for _, ours in pairs),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "bare_ratio": statistics.median(bare_ratios),
+        "bare_ratios": bare_ratios,
+        "ratio_of_minima": min(ours[1] for _, ours in pairs) / min(own_times[1] for own_times, _ in pairs),
+    }
+
+
+@click.command()
+@click.argument("export")
+@click.option("--artifact", "artifacts", multiple=True, help="Default: every artifact of OpenVINO and ONNX Runtime.")
+@click.option("--seconds", default=5.0, show_default=True, help="Each turn.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
+def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, json_file: str | None) -> None:
+    """Compare the runners of an export with their engines' own benchmarks, at batch 1."""
+    try:
+        if rounds < 1 or not 0 < seconds < float("inf"):
+            raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
+        folder = find_export(export)
+        names = artifacts or _names(folder)
+        if not names:
+            raise UsageError(f"'{folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")
+        rows = []
+        for name in names:
+            with open_runner(folder, artifact=name, allow_untrained=True) as runner:
+                row = compare(folder, runner, seconds, rounds)
+            rows.append(row)
+            click.echo(
+                f"{name}: runner {row['runner_ms']:.3f} ms, own {row['own_ms']:.3f} ms, ratio {row['ratio']:.3f}, "
+                f"of the fastest calls {row['ratio_of_minima']:.3f}, to the bare call {row['bare_ratio']:.3f}"
+            )
+        if json_file:
+            command = ["python", "-m", "ssod_edge.bench.tools.overhead", *sys.argv[1:]]
+            write_json(Path(json_file), {"command": command, "environment": describe_environment(None), "rows": rows})
+    except SsodEdgeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _names(folder: Path) -> list[str]:
+    return [a.name for a in load_spec(folder).artifacts if a.engine in ("openvino", "onnxruntime")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""TensorRT plans from an ONNX file: TensorRT 10 and 11, and TensorRT for RTX, which builds without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssod_edge.errors import ArtifactError, EngineError, SsodEdgeError, UsageError, VerificationError
+from ssod_edge.external_data import external_files
+from ssod_edge.files import sha256_file, write_atomic
+from ssod_edge.runtime.engines.cuda import Gpu, open_gpu
+from ssod_edge.runtime.engines.tensorrt import (
+    CUDA_EXTRAS,
+    TITLES,
+    graph_hash,
+    has_gpu,
+    load_module,
+    make_logger,
+    parse_version,
+    plan_key,
+)
+from ssod_edge.spec import Spec, check_files
+from ssod_edge.terminal import PhaseBars
+
+INPUT = "image"
+PLAN_NAME = "model.plan"
+#: TensorRT for RTX has no fp32 matrix product for Turing (7.5), and the last layer of every graph is one.
+OLDEST_CAPABILITY = 80
+
+
+#: Images in one run of a plan. A builder accepts any number, and reserves memory for it when the plan is opened.
+MOST_IMAGES = 4096
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How plans are built.
+
+    Attributes:
+        batch: smallest, usual and largest number of images in a run; the usual one is what TensorRT optimises for.
+        version_compatible: later releases of the same major TensorRT, and their lean runtimes, open the plan too,
+            because the lean runtime of this one is in it. That makes it larger, and it may be slower. TensorRT for RTX
+            has no such plans.
+    """
+
+    batch: tuple[int, int, int] = (1, 1, 8)
+    version_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        low, usual, high = self.batch
+        if not 1 <= low <= usual <= high:
+            raise UsageError(
+                f"batch must be MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, got {','.join(map(str, self.batch))}"
+            )
+        if high > MOST_IMAGES:
+            raise UsageError(f"a plan for {high} images in a run is more than any device holds: at most {MOST_IMAGES}")
+
+
+def parse_batch(text: str) -> tuple[int, int, int]:
+    """ "1,4,8" -> (1, 4, 8), and "4" -> (4, 4, 4).
+
+    Raises:
+        UsageError: not one or three whole numbers.
+    """
+    parts = text.split(",")
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 3
+    if len(numbers) != 3:
+        raise UsageError(f"batch must be one number of images, or MIN,OPT,MAX such as 1,1,8, got '{text}'")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def runs_here(engine: str) -> bool:
+    """Whether a plan that is built here can run here: there is a GPU, and this engine has code for it."""
+    try:
+        return _target(engine)[1] is not None
+    except SsodEdgeError:
+        return False
+
+
+def check_builder(engine: str) -> None:
+    """Find out before the work whether plans can be built here.
+
+    Raises:
+        MissingExtraError, EngineError: see `save_plan`.
+    """
+    _target(engine)
+
+
+def _target(engine: str) -> tuple[Any, Gpu | None, list[str]]:
+    """The module, the GPU that is here, and the compute capabilities that a plan is built for."""
+    module = load_module(engine)
+    gpu = open_gpu(extra=CUDA_EXTRAS[engine]) if engine == "tensorrt" or has_gpu() else None
+    return module, gpu, _capabilities(module, gpu)
+
+
+def save_plan(
+    engine: str,
+    precision: str,
+    onnx_path: Path,
+    folder: Path,
+    options: PlanOptions,
+    earlier: tuple[Path, Spec] | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Build the plan of a graph, or copy it from an earlier export that has the same one.
+
+    Args:
+        engine: "tensorrt", for the GPU that is here, or "tensorrt_rtx", for the GPU that is here or, where none is, for
+            every one from Ampere on.
+        precision: of the graph, for the record; the graph alone decides what is computed in.
+        onnx_path: the graph.
+        folder: gets `model.plan`.
+        options: see `PlanOptions`.
+        earlier: an export's folder and spec.
+
+    Returns:
+        the plan's path and what `Artifact.build` records of it (`PLAN_FIELDS` of
+        `ssod_edge.runtime.engines.tensorrt` and their `key`).
+
+    Raises:
+        MissingExtraError: the engine, or for "tensorrt" pycuda, is not installed.
+        EngineError: it is too old, has no GPU or no code for the one that is here, or runs out of memory.
+        VerificationError: it cannot parse the graph.
+        ArtifactError: the ONNX file is cut short, or its external data is missing or outside its folder.
+        OutputError: the plan cannot be written.
+    """
+    module, gpu, capabilities = _target(engine)
+    build: dict[str, Any] = {
+        "onnx_sha256": _graph_hash(onnx_path),
+        "engine": engine,
+        "version": str(module.__version__),
+        "gpu": gpu.name if gpu is not None and engine == "tensorrt" else None,
+        "compute_capabilities": capabilities,
+        "precision": precision,
+        "batch": list(options.batch),
+        "version_compatible": options.version_compatible and engine == "tensorrt",
+    }
+    build["key"] = plan_key(build)
+    path = folder / PLAN_NAME
+    if earlier is not None and (copied := _copy_earlier(*earlier, build["key"], path)):
+        return copied, build
+    plan = build_plan(module, onnx_path, options, capabilities)
+    return write_atomic(path, lambda temporary: temporary.write_bytes(plan)), build
+
+
+def _copy_earlier(place: Path, spec: Spec, key: str, path: Path) -> Path | None:
+    """The plan of the same key, if an earlier export has it whole."""
+    for artifact in spec.artifacts:
+        if artifact.build.get("key") == key:
+            with suppress(ArtifactError, OSError):
+                found = check_files(place, artifact)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return Path(shutil.copyfile(found, path))
+    return None
+
+
+def _graph_hash(onnx_path: Path) -> str:
+    """`graph_hash` of an ONNX file and its external data."""
+    return graph_hash({path.as_posix(): sha256_file(path) for path in (onnx_path, *external_files(onnx_path))})
+
+
+def _capabilities(module: Any, gpu: Gpu | None) -> list[str]:
+    """The compute capabilities that a plan is built for, e.g. ["8.7"].
+
+    Raises:
+        EngineError: TensorRT for RTX has no code for the GPU that is here.
+    """
+    names = getattr(getattr(module, "ComputeCapability", None), "__members__", None)
+    if module.__name__ == "tensorrt":
+        assert gpu is not None
+        return [gpu.compute_capability]
+    numbers = sorted(int(name[2:]) for name in names or () if name.startswith("SM"))
+    known = [f"{number // 10}.{number % 10}" for number in numbers if number >= OLDEST_CAPABILITY]
+    if gpu is None:
+        return known
+    if gpu.compute_capability not in known:
+        raise EngineError(
+            f"{TITLES['tensorrt_rtx']} {module.__version__} has no code for '{gpu.name}' (compute capability "
+            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for "
+            "other GPUs on this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
+        )
+    return [gpu.compute_capability]
+
+
+def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities: Sequence[str] = ()) -> bytes:
+    """Parse and build; nothing is written.
+
+    Args:
+        module: tensorrt or tensorrt_rtx.
+        onnx_path: the graph, with the input `image` [N, 3, S, S].
+        options: see `PlanOptions`.
+        capabilities: that TensorRT for RTX builds for.
+
+    Raises:
+        VerificationError: the graph cannot be parsed, or has no such input.
+        EngineError: TensorRT builds nothing.
+    """
+    title = f"{'TensorRT' if module.__name__ == 'tensorrt' else TITLES['tensorrt_rtx']} {module.__version__}"
+    logger = make_logger(module)
+    try:
+        builder = module.Builder(logger)
+    except Exception as error:  # without a driver the binding raises TypeError: the C++ factory gave nothing
+        raise EngineError(
+            f"{title} cannot start its builder: {logger.last()}. It needs a GPU and its driver; ssod-edge doctor "
+            "shows what there is."
+        ) from error
+    # TensorRT 11 has only strongly typed networks; there the flag changes nothing.
+    flags = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flags is None else 1 << int(flags))
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_path)):
+        raise VerificationError(f"{title} cannot parse '{onnx_path.name}': {_parser_error(parser, logger)}")
+    config = builder.create_builder_config()
+    _configure(module, config, options, capabilities)
+    config.add_optimization_profile(_profile(builder, network, onnx_path, options))
+    with PhaseBars(f"building for {title}") as bars:
+        monitor = _make_monitor(module, bars)
+        config.progress_monitor = monitor
+        plan = _build(builder, network, config, monitor)
+    if plan is None:
+        reason = logger.last()
+        fix = "See the reason above"
+        if any(word in reason.lower() for word in ("memory", "bad_alloc")):
+            fix = "Close other programs, or use a smaller --batch or model"
+        elif "libnvinfer_lean" in reason:
+            package = f"libnvinfer-lean{parse_version(str(module.__version__))[0]}"
+            fix = f"Install the lean runtime for the plan (apt install {package}), or drop --version-compatible"
+        raise EngineError(f"{title} cannot build '{onnx_path.name}': {reason}. {fix}.")
+    return bytes(memoryview(plan))
+
+
+def _configure(module: Any, config: Any, options: PlanOptions, capabilities: Sequence[str]) -> None:
+    """Exact fp32, the GPUs of a plan that is built ahead of time, and who may open it."""
+    flag = module.BuilderFlag
+    if hasattr(flag, "TF32"):
+        config.clear_flag(flag.TF32)  # on by default: 10 bits of mantissa in what is called fp32
+    if module.__name__ == "tensorrt_rtx":
+        config.num_compute_capabilities = len(capabilities)
+        for index, text in enumerate(capabilities):
+            config.set_compute_capability(getattr(module.ComputeCapability, f"SM{text.replace('.', '')}"), index)
+    elif options.version_compatible:
+        # This puts the lean runtime into the plan. Without it (EXCLUDE_LEAN_RUNTIME) a later TensorRT opens the plan
+        # only with the library of this one beside it. It is code, which the runner allows once it knows the hash.
+        config.set_flag(flag.VERSION_COMPATIBLE)
+
+
+def _profile(builder: Any, network: Any, onnx_path: Path, options: PlanOptions) -> Any:
+    """The optimisation profile: the batch of `image` is dynamic."""
+    inputs = {network.get_input(index).name: network.get_input(index) for index in range(network.num_inputs)}
+    shape = tuple(inputs[INPUT].shape) if set(inputs) == {INPUT} else ()
+    if len(shape) != 4 or shape[0] != -1 or min(shape[1:]) < 1:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()) or "none"
+        raise VerificationError(
+            f"'{onnx_path.name}' must have one input, image [N, 3, S, S] with a dynamic N (-1), and has: {found}. "
+            "Export it with ssod-edge export."
+        )
+    profile = builder.create_optimization_profile()
+    profile.set_shape(INPUT, *((n, *shape[1:]) for n in options.batch))
+    return profile
+
+
+def _parser_error(parser: Any, logger: Any) -> str:
+    """The first of the parser's errors: which node, which op, why."""
+    if parser.num_errors == 0:
+        return str(logger.last())
+    error = parser.get_error(0)
+    name, op = _text(error, "node_name"), _text(error, "node_operator")
+    where = f"node '{name}' ({op}): " if op else ""
+    others = f" ({parser.num_errors - 1} more errors)" if parser.num_errors > 1 else ""
+    return f"{where}{' '.join(str(error.desc()).split())}{others}"
+
+
+def _text(error: Any, attribute: str) -> str:
+    value = getattr(error, attribute, None)
+    return str(value() if value is not None else "")
+
+
+def _build(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
+    """Build on a thread of its own: an interrupt must not reach Python in the middle of TensorRT's code.
+
+    Returns:
+        the serialised network, or None.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="build") as pool:
+        pool.submit(int).result()  # a thread that an interrupt meets while it starts is not waited for
+        try:
+            return pool.submit(builder.build_serialized_network, network, config).result()
+        except BaseException:
+            monitor.cancelled = True  # it ends at its next step, and the pool waits for that
+            raise
+
+
+def _make_monitor(module: Any, bars: PhaseBars) -> Any:
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+        """Shows the builder's phases; `cancelled` ends the build."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cancelled = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            bars.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            bars.advance(phase_name)
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            bars.finish(phase_name)
+
+    return Monitor()

@@ -1,0 +1,267 @@
+"""A whole export: make every artifact, fit its threshold, prove its numbers, then release all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssod_edge.config import AUTO_SCORE, score_parts
+from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold
+from ssod_edge.detect.sums import save_score
+from ssod_edge.errors import UsageError, VerificationError
+from ssod_edge.export.engines.artifact import (
+    CPU_TARGETS,
+    DEFAULT_PRECISIONS,
+    PRECISIONS,
+    TARGETS,
+    check_engines,
+    make_artifact,
+)
+from ssod_edge.export.engines.tensorrt import PlanOptions
+from ssod_edge.export.graph.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
+from ssod_edge.export.graph.onnx import fused_graph, head_rows, save_onnx
+from ssod_edge.export.graph.reference import IMAGES, synthetic_images, write_reference
+from ssod_edge.export.graph.score import ShippedScore, ship_score
+from ssod_edge.export.graph.source import Source, check_run_folder, from_run, save_run
+from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
+from ssod_edge.export.release import earlier_export, keep_earlier, staged, that_run_here
+from ssod_edge.files import exclusive, sha256_file
+from ssod_edge.runtime.open import Runner, open_runner
+from ssod_edge.runtime.verify import check_passed, verify_runner
+from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec, save_spec
+from ssod_edge.terminal import image_bar
+
+#: Packages whose versions say how a graph came about.
+MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
+#: Images in a reference that has to do without real ones.
+SYNTHETIC_IMAGES = 32
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make.
+
+    Attributes:
+        precisions: of `PRECISIONS`; "int8" is not made unless it is named.
+        engines: of `TARGETS`.
+        target_tpr: share of in-distribution images that must stay known, in (0, 1).
+        score: the OOD score that the graph computes, or "auto"; None takes that of an earlier export of the same
+            weights in the same place, else the default.
+        max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
+        plans: how TensorRT's plans are built.
+    """
+
+    precisions: tuple[str, ...] = DEFAULT_PRECISIONS
+    engines: tuple[str, ...] = CPU_TARGETS
+    target_tpr: float = 0.95
+    score: str | None = None
+    max_drop: float = 1.0
+    plans: PlanOptions = field(default_factory=PlanOptions)
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
+            if not given or not set(given) <= set(known):
+                raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        if self.score not in (None, AUTO_SCORE):
+            score_parts(str(self.score))
+        check_target_tpr(self.target_tpr)
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    precisions: Sequence[str] = DEFAULT_PRECISIONS,
+    engines: Sequence[str] = CPU_TARGETS,
+    target_tpr: float = 0.95,
+    score: str | None = None,
+) -> Spec:
+    """Export a trained run; see `export_source`.
+
+    Args:
+        run: a run folder, or a checkpoint file.
+        out: the export folder; None is `export` inside the run folder.
+        precisions, engines, target_tpr, score: see `ExportOptions`.
+    """
+    options = ExportOptions(tuple(precisions), tuple(engines), target_tpr, score)
+    return export_source(from_run(run), out, options)
+
+
+def export_source(
+    source: Source, out: str | Path | None = None, options: ExportOptions | None = None, say: Say = lambda line: None
+) -> Spec:
+    """Make, calibrate and verify every artifact, then put the whole folder in its place by a rename.
+
+    Artifacts of an earlier export in that place that are not made again are kept, if they are of the same model.
+
+    Args:
+        source: what to export.
+        out: the export folder; None is `export` in the source's run folder, which is made if need be.
+        options: what to make.
+        say: gets a line for each step.
+
+    Returns:
+        the spec that was written.
+
+    Raises:
+        UsageError: the backbone cannot be exported, or there are too few images for `target_tpr`.
+        MissingExtraError: an engine that was asked for is not installed.
+        VerificationError: an artifact drifted beyond its tolerance; nothing is released.
+        OutputError: the folder cannot be written. In every case an earlier export is unchanged.
+    """
+    options = options or ExportOptions()
+    check_engines(options.engines)
+    if "int8" in options.precisions:
+        check_int8(source)
+    if out is None:
+        check_run_folder(source)
+    place = Path(out) if out is not None else source.folder / "export"
+    shipped = ship_score(source, options.score, say, earlier_export(place))
+    source = shipped.source
+    with ExitStack() as publishing, staged(place) as folder:
+        spec = _build(shipped, folder, options, say, place)
+        spec = _prove(source, folder, spec, options.target_tpr, say)
+        if out is None and source.checkpoint is None:
+            spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
+        # Another process may be exporting to the same place: what it has published by now is kept too.
+        publishing.enter_context(exclusive(place.resolve().parent))
+        spec = keep_earlier(place, folder, spec, say)
+        save_spec(spec, folder)
+    return spec
+
+
+def _build(shipped: ShippedScore, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
+    """Write every artifact, the reference and the detector; the spec has neither thresholds nor figures yet."""
+    source, detector = shipped.source, shipped.detector
+    make = partial(make_artifact, plans=options.plans, earlier=earlier_export(place))
+    images, labels = _reference_images(source)
+    reference = write_reference(folder / REFERENCE_NAME, source.model, images, labels, detector)
+    state = shipped.record
+    if detector is not None:
+        state = {"sha256": sha256_file(save_score(detector, folder / DETECTOR_NAME)), **state}
+    say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {shipped.name}")
+    fp32 = fused_graph(source.model, shipped.name, source.trained, detector)
+    rows = head_rows(source.model, detector)
+    artifacts: list[Artifact] = []
+    for precision in options.precisions:
+        graph, build = fp32, {}
+        path = folder / f"model-{precision}.onnx"
+        if precision == "int8":
+            more = int8_artifacts(source, fp32, rows, options.engines, options.max_drop, path, MADE_WITH, make, say)
+            artifacts += more
+            continue
+        if precision == "fp16":
+            graph, report = to_fp16(fp32, rows, images)
+            build = _overflow_record(report)
+            for line in _half_lines(report):
+                say(line)
+        save_onnx(graph, path)
+        made = [make(engine, precision, path, folder, MADE_WITH) for engine in options.engines]
+        artifacts += [replace(artifact, build={**artifact.build, **build}) for artifact in made]
+        if "onnxruntime" not in options.engines:
+            path.unlink()
+    spec = Spec(
+        backbone=source.model.backbone_name,
+        classes=source.model.classes,
+        preprocess=source.model.preprocess,
+        score={"name": shipped.name, "evidence": shipped.evidence},
+        trained=source.trained,
+        reference_sha256=sha256_file(reference),
+        source=source.facts,
+        detector=state,
+        choice=shipped.choice,
+        artifacts=tuple(sorted(artifacts, key=lambda artifact: TARGETS.index(artifact.engine))),
+    )
+    save_spec(spec, folder)
+    return spec
+
+
+def _reference_images(source: Source) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The reference's images and labels: calibration images, or noise where there are none."""
+    settings, calibration = source.model.preprocess, source.calibration
+    if calibration is None:
+        images = synthetic_images(SYNTHETIC_IMAGES, settings.input_size)
+        return images, np.full(len(images), -1, np.int64)
+    order = np.random.default_rng(0).permutation(calibration.indices)
+    batches = list(calibration.batches(settings, np.sort(order[:IMAGES])))
+    if not batches:
+        raise UsageError(f"none of the images of {calibration.description} can be read")
+    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return images, labels
+
+
+def _overflow_record(report: HalfReport) -> dict[str, Any]:
+    """What the spec says about overflow: the range that was measured, and the nodes that stay fp32 because of it.
+
+    None stands for infinity, which JSON has not.
+    """
+    finite = {node: value if np.isfinite(value) else None for node, value in report.overflowing.items()}
+    largest = report.largest if np.isfinite(report.largest) else None
+    return {"overflow": {"images": report.images, "largest": largest, "limit": OVERFLOW_LIMIT, "fp32_nodes": finite}}
+
+
+def _half_lines(report: HalfReport) -> list[str]:
+    limit = f"{OVERFLOW_LIMIT:.0f}, half of fp16's range"
+    return [_weights_line(report)] + [
+        f"fp16: node '{name}' reaches {largest:.3g} on {report.images} images: beyond {limit}, so it stays in fp32"
+        for name, largest in report.overflowing.items()
+    ]
+
+
+def _weights_line(report: HalfReport) -> str:
+    line = f"fp16: {report.weights} weights, largest error {report.max_abs_error:.2g}"
+    for count, what in ((report.clipped, "clipped to 65504"), (report.flushed, "rounded to 0")):
+        line += f", {count} {what}" if count else ""
+    return line
+
+
+def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say) -> Spec:
+    """Fit each artifact's threshold on its own scores, verify it at that threshold, and write both down."""
+    with ExitStack() as stack:
+        runners = [
+            stack.enter_context(open_runner(folder, artifact=a.name, allow_untrained=True, verify=False))
+            for a in that_run_here(spec, say)
+        ]
+        if runners and source.trained and source.calibration is not None:
+            _fit_thresholds(source, runners, target_tpr, say)
+        failures: list[str] = []
+        for runner in runners:
+            verification = verify_runner(runner, folder)
+            try:
+                check_passed(runner.artifact, verification)
+            except VerificationError as error:
+                failures.append(str(error))
+            spec = spec.with_artifact(replace(runner.artifact, verification=verification.to_dict()))
+    if failures:
+        raise VerificationError("nothing is released: " + "\n".join(failures))
+    save_spec(spec, folder)
+    return spec
+
+
+def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float, say: Say) -> None:
+    """One pass over the calibration images, which every runner sees; each runner's artifact gets its threshold."""
+    calibration = source.calibration
+    assert calibration is not None
+    say(f"fitting thresholds on {len(calibration.indices)} images of {calibration.description}")
+    scores: list[list[np.ndarray]] = [[] for _ in runners]
+    with image_bar("calibrating", len(calibration.indices)) as advance:
+        for images, _ in calibration.batches(source.model.preprocess):
+            for runner, found in zip(runners, scores, strict=True):
+                found.append(runner.infer({"image": images})["ood_score"])
+            advance(len(images))
+    for message in calibration.unreadable:
+        say(f"left out: {message}")
+    for runner, found in zip(runners, scores, strict=True):
+        values = np.concatenate(found) if found else np.empty(0, np.float32)
+        threshold = conformal_threshold(values, target_tpr, calibration.description)
+        runner.artifact = replace(runner.artifact, threshold=threshold)

@@ -1,0 +1,66 @@
+"""The graph that is exported: uint8 image in, everything an application needs out."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ssod_edge.config import DETECTORS, SCORES, Preprocess
+from ssod_edge.detect.sums import FittedScore
+from ssod_edge.errors import UsageError
+from ssod_edge.export.graph.score_graph import FusedScore, linear, score_of_graph
+from ssod_edge.training.model import SSODClassifier, normalise
+
+
+class FusedClassifier(nn.Module):
+    """Normalise, backbone, and one linear layer that gives classes, ID logit and a detector's rows together.
+
+    Args:
+        model: in evaluation mode; its weights are shared, the last layer's are copied into one of M + 1 + K rows.
+        score: which OOD score the graph computes.
+        detector: the state of the score's name, whose K rows follow the ID logit's; None for a score of the logits.
+    """
+
+    def __init__(self, model: SSODClassifier, score: str, detector: FittedScore | None = None):
+        super().__init__()
+        if score not in SCORES if detector is None else score != detector.name:
+            known = f"one of {', '.join(SCORES)}, or of {', '.join(DETECTORS)} or a sum with its fitted state"
+            raise UsageError(f"score must be {known}, got '{score}'")
+        self.trunk = _Trunk(model)
+        weight, bias = model.head_weight()
+        self.score, self.sizes = score, [len(weight) - 1, 1]
+        self.fitted = None if detector is None else FusedScore(detector, (weight, bias))
+        if self.fitted is not None:
+            self.sizes += self.fitted.sizes
+            weight = torch.cat([weight, torch.from_numpy(self.fitted.weight)])
+            bias = torch.cat([bias, torch.from_numpy(self.fitted.bias)])
+        self.head = linear(weight, bias)
+        self.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], id_logit [N], ood_score [N], all fp32."""
+        features = self.trunk(image)
+        logits, row, *rows = self.head(features).split(self.sizes, dim=1)
+        probs, id_logit = torch.softmax(logits, dim=1), row.squeeze(1)
+        if self.fitted is None:
+            score = score_of_graph(self.score, logits, probs, id_logit)
+        else:
+            score = self.fitted(features, logits, probs, id_logit, rows)
+        return logits, probs, id_logit, score
+
+
+class _Trunk(nn.Module):
+    """uint8 [N, 3, S, S] -> pooled features z [N, D] in fp32."""
+
+    def __init__(self, model: SSODClassifier):
+        super().__init__()
+        self.backbone = model.backbone
+        self.preprocess: Preprocess = model.preprocess
+
+    def forward(self, image: Tensor) -> Tensor:
+        # The normalisation is not folded into the first convolution: its zero padding stands for the mean colour.
+        backbone = cast(Any, self.backbone)
+        x = normalise(image, self.preprocess)
+        return cast(Tensor, backbone.forward_head(backbone.forward_features(x), pre_logits=True)).float()

@@ -1,0 +1,230 @@
+"""The end of the fused graph: a fitted score, a detector's or a sum's, in few operations.
+
+An operation on a few hundred numbers costs an engine microseconds, however little it computes (docs/results.md). So
+factors and the OOD row, which are linear, are folded into rows of the Gemm; squares that differ in sign are added at
+once; and the energy, which ViM holds too, is computed once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssod_edge.detect.detectors import TINY, Array, Detector
+from ssod_edge.detect.sums import FittedScore
+from ssod_edge.ops import ood_score
+from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
+
+#: A detector whose rounding takes more of verification's tolerance than this is not shipped: an engine adds its own.
+MOST_ROUNDING = 0.5
+
+
+class FusedScore(nn.Module):
+    """What `Detector.score` and `ScoreSum.score` compute, from what the fused Gemm gives.
+
+    Args:
+        score: a detector, or a sum with the states of its parts.
+        head: weight [M+1, D] and bias [M+1] of the Gemm, the OOD row last.
+
+    Attributes:
+        weight, bias: float32 [K, D] and [K], the rows that it adds to the Gemm; K = `score.rows`.
+        sizes: how these rows are cut into the blocks that `forward` reads, in their order.
+    """
+
+    def __init__(self, score: FittedScore, head: tuple[Tensor, Tensor]):
+        super().__init__()
+        parts: dict[str, Detector] = {score.name: score} if isinstance(score, Detector) else score.detectors
+        scales: dict[str, float] = {score.name: 1.0} if isinstance(score, Detector) else score.scales
+        free = {name: scale for name, scale in scales.items() if name not in parts}
+        distances = {name: scales[name] for name in scales if name in ("mahalanobis", "rmd")}
+        terms: list[_Term] = []
+        if distances:
+            terms.append(_squares([(parts[name], scale) for name, scale in distances.items()]))
+            lowest = [_Lowest(parts[name], scale) for name, scale in distances.items()]
+            if "ssod" in free:
+                lowest[0].add_row(-free.pop("ssod"), *head)
+            terms += lowest
+        if "vim" in parts:
+            terms.append(_residual(parts["vim"], scales["vim"]))
+            free["energy"] = free.get("energy", 0.0) + scales["vim"]
+        if "knn" in parts:
+            terms.append(_Cosine(parts["knn"], scales["knn"]))
+        terms += [_Shaped(parts[name], scales[name]) for name in parts if name in ("react", "ash", "scale")]
+        self.terms, self.free = nn.ModuleList(terms), free
+        none = np.zeros((0, head[0].shape[1]), np.float32)
+        self.weight = np.concatenate([none, *(term.weight for term in terms)])
+        self.bias = np.concatenate([none[:, 0], *(term.bias for term in terms)])
+        self.sizes = [len(term.bias) for term in terms if len(term.bias)]
+
+    def forward(
+        self, features: Tensor, logits: Tensor, probs: Tensor, id_logit: Tensor, rows: Sequence[Tensor]
+    ) -> Tensor:
+        """features [N, D], logits and probs [N, M], id_logit [N], rows by `sizes` -> ood_score [N], all fp32."""
+        blocks = iter(rows)
+        found = [term(features, logits, next(blocks) if len(cast(_Term, term).bias) else None) for term in self.terms]
+        for name, scale in self.free.items():
+            found.append(_times(scale, score_of_graph(name, logits, probs, id_logit)))
+        return functools.reduce(torch.add, found)
+
+
+class _Term(nn.Module):
+    """A part of a score. Attributes: the rows it adds to the Gemm, weight [K, D] and bias [K], K = 0 for none."""
+
+    def __init__(self, weight: Array, bias: Array):
+        super().__init__()
+        self.weight, self.bias = weight.astype(np.float32), bias.astype(np.float32)
+
+    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
+        """[N, D], [N, M] and [N, K] -> [N]."""
+        raise NotImplementedError
+
+
+class _Squares(_Term):
+    """sum of factors * y^2 over its rows y and, with a center, z - center before them; with `root` its root."""
+
+    def __init__(self, weight: Array, bias: Array, factors: Array, center: Array, root: bool = False):
+        super().__init__(weight, bias)
+        self.centered, self.root, self.plain = bool(center.size), root, bool((factors == 1).all())
+        self.register_buffer("center", torch.from_numpy(np.array(center)))
+        self.register_buffer("factors", torch.from_numpy(factors.astype(np.float32)))
+
+    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
+        y = cast(Tensor, rows)
+        if self.centered:
+            y = torch.cat([features - cast(Tensor, self.center), y], dim=1)
+        total = (y * y if self.plain else y * cast(Tensor, self.factors) * y).sum(dim=1)
+        return total.clamp(min=0).sqrt() if self.root else total
+
+
+def _squares(distances: list[tuple[Detector, float]]) -> _Squares:
+    """The quadratic rows of Mahalanobis distances, each distance times its factor."""
+    weights, biases, factors, center = [], [], [], np.zeros(0, np.float32)
+    for detector, scale in distances:
+        rows = int(detector.numbers["quadratic"])
+        weights.append(detector.weight[:rows])
+        biases.append(detector.bias[:rows])
+        sign = -scale if detector.center.size else scale
+        factors.append(np.full(rows, sign))
+        if detector.center.size:
+            center = detector.center
+            factors.insert(0, np.full(len(center), scale * detector.numbers["scale"]))
+    return _Squares(np.concatenate(weights), np.concatenate(biases), np.concatenate(factors), center)
+
+
+def _residual(vim: Detector, scale: float) -> _Squares:
+    """ViM without its energy."""
+    factor = (scale * vim.numbers["alpha"]) ** 2
+    if not vim.center.size:
+        return _Squares(vim.weight, vim.bias, np.full(len(vim.bias), factor), vim.center, root=True)
+    factors = np.repeat([factor, -factor], [len(vim.center), len(vim.bias)])
+    return _Squares(vim.weight, vim.bias, factors, vim.center, root=True)
+
+
+class _Lowest(_Term):
+    """The class rows of a Mahalanobis distance, times a factor."""
+
+    def __init__(self, distance: Detector, scale: float):
+        rows = int(distance.numbers["quadratic"])
+        super().__init__(scale * distance.weight[rows:], scale * distance.bias[rows:])
+
+    def add_row(self, scale: float, weight: Tensor, bias: Tensor) -> None:
+        """Add the last row of a linear layer: it is the same for all classes, so that the minimum moves by it."""
+        self.weight = self.weight + np.float32(scale) * weight[-1].detach().numpy()
+        self.bias = self.bias + np.float32(scale) * bias[-1].detach().numpy()
+
+    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
+        return cast(Tensor, rows).amin(dim=1)
+
+
+class _Cosine(_Term):
+    def __init__(self, knn: Detector, scale: float):
+        super().__init__(-scale * knn.weight, -scale * knn.bias)
+        self.scale = scale
+
+    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
+        norm = torch.linalg.vector_norm(features, dim=1).clamp(min=TINY)
+        return self.scale + cast(Tensor, rows).amin(dim=1) / norm
+
+
+class _Shaped(_Term):
+    """The energy of changed features (ReAct, ASH, SCALE), times a factor.
+
+    Their rows read changed features, and the classes those of the plain ones: no row can serve both.
+    """
+
+    def __init__(self, detector: Detector, scale: float):
+        super().__init__(np.zeros((0, detector.weight.shape[1]), np.float32), np.zeros(0, np.float32))
+        self.name, self.numbers, self.scale = detector.name, dict(detector.numbers), scale
+        self.register_buffer("classes", torch.from_numpy(np.array(detector.bias)))
+        self.own = None
+        if len(detector.weight):
+            self.own = linear(torch.from_numpy(detector.weight), torch.zeros(len(detector.weight)))
+
+    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
+        bias = cast(Tensor, self.classes)
+        if self.name == "react":
+            return _times(
+                self.scale, _energy(cast(nn.Linear, self.own)(features.clamp(max=self.numbers["clip"])) + bias)
+            )
+        # k is fixed, so that TopK has a shape that every engine knows when it builds.
+        kth = features.topk(int(self.numbers["k"]), dim=1).values[:, -1:]
+        kept = torch.where(features >= kth, features, torch.zeros_like(features))
+        factor = (features.relu().sum(dim=1, keepdim=True) / kept.relu().sum(dim=1, keepdim=True).clamp(min=TINY)).exp()
+        product = logits - bias if self.own is None else self.own(kept)
+        return _times(self.scale, _energy(factor * product + bias))
+
+
+def lost_to_rounding(detector: Detector, features: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
+    """The largest error of a detector in fp32, in units of what verification allows.
+
+    Behind a network whose features hardly vary within their classes, some are small differences of large numbers.
+
+    Args:
+        features: [n, D], of images that the detector was not fitted on.
+        logits: [n, M].
+    """
+    exact, z, x = detector.score(features, logits), torch.from_numpy(features), torch.from_numpy(logits)
+    with torch.no_grad():
+        fused = FusedScore(detector, (torch.zeros(1, z.shape[1]), torch.zeros(1)))
+        rows = F.linear(z, torch.from_numpy(fused.weight), torch.from_numpy(fused.bias)).split(fused.sizes, dim=1)
+        found = fused(z, x, torch.softmax(x, dim=1), x[:, 0], rows).numpy()
+    tolerance = score_tolerance(detector.name, exact, TOLERANCES["fp32"].logit)
+    return float(np.abs(found - exact).max()) / tolerance if tolerance > 0 else 0.0
+
+
+def score_of_graph(name: str, logits: Tensor, probs: Tensor, id_logit: Tensor) -> Tensor:
+    """`ssod_edge.ops.ood_score` in as few operations.
+
+    max log_softmax is the logarithm of the largest probability, which is at least 1/M and has been computed anyway.
+    msp has no such short cut: 1 - max(probs) is a difference that vanishes when the network is sure.
+    """
+    if name == "energy":
+        return probs.amax(dim=1).log() - logits.amax(dim=1)
+    if name == "posterior":
+        return F.softplus(-id_logit) - probs.amax(dim=1).log()
+    return ood_score(name, logits, id_logit)
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer of copies of these, [K, D] and [K]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
+
+
+def _energy(logits: Tensor) -> Tensor:
+    """-logsumexp, without overflow in any engine."""
+    return torch.softmax(logits, dim=1).amax(dim=1).log() - logits.amax(dim=1)
+
+
+def _times(scale: float, score: Tensor) -> Tensor:
+    return score if scale == 1 else scale * score

@@ -1,0 +1,133 @@
+"""The int8 artifacts of an export: quantised with real images, controlled on others, and described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.export.graph.onnx import save_onnx
+from ssod_edge.export.graph.reference import synthetic_images
+from ssod_edge.export.graph.source import Calibration, Source
+from ssod_edge.export.int8.accuracy_control import AccuracyControl, Say, check_count, draw_images, quantize_controlled
+from ssod_edge.export.int8.quantize import OnnxQuantizer, OpenVinoQuantizer, Quantizer, infer_onnx, layer_names
+from ssod_edge.spec import Artifact
+
+#: Images that untrained weights are quantised with: their int8 graph is for latency alone.
+SYNTHETIC_IMAGES = 32
+
+
+def check_int8(source: Source) -> None:
+    """Before any work: can this source be quantised here?
+
+    Raises:
+        MissingExtraError: NNCF is not installed.
+        UsageError: trained weights without images, or with too few; how many can be read shows later.
+    """
+    if find_spec("nncf") is None:
+        raise missing_extra("nncf", "exporting int8")
+    if not source.trained:
+        return
+    calibration = _images(source)
+    if calibration is None:
+        raise UsageError("int8 is quantised with in-distribution images, and there are none. Name some: --calib DATA")
+    check_count(len(calibration.indices), calibration)
+
+
+def int8_artifacts(
+    source: Source,
+    fp32: onnx.ModelProto,
+    rows: int,
+    engines: Sequence[str],
+    max_drop: float,
+    path: Path,
+    made_with: Sequence[str],
+    make: Callable[..., Artifact],
+    say: Say,
+) -> list[Artifact]:
+    """Quantise and control: once for OpenVINO, and once for all engines that read ONNX.
+
+    Args:
+        source: what is exported.
+        fp32: its fused graph.
+        rows: of its final Gemm.
+        engines: of `ssod_edge.export.engines.artifact.TARGETS`.
+        max_drop: see `AccuracyControl`.
+        path: of `model-int8.onnx` in the export folder; it stays there if an engine runs it as it is.
+        made_with: packages whose versions are recorded.
+        make: `ssod_edge.export.engines.artifact.make_artifact`, with what is the same for all.
+        say: gets a line for each step.
+
+    Raises:
+        UsageError: too few images.
+        VerificationError: int8 costs more than `max_drop`.
+    """
+    made_with = (*made_with, "nncf")
+    calibration = _images(source)
+    if not source.trained or calibration is None:
+        images = synthetic_images(SYNTHETIC_IMAGES, source.model.preprocess.input_size)
+        data: dict[str, Any] = {"data": "seeded noise: untrained weights, for latency alone", "images": len(images)}
+        control = None
+    else:
+        drawn = draw_images(calibration, source.model, say)
+        images, data = drawn.statistics, {"data": drawn.description, "images": len(drawn.statistics)}
+        say(f"quantising with {len(images)} images of {drawn.description}, checking on {len(drawn.control)} others")
+        control = AccuracyControl(drawn, infer_onnx(fp32), max_drop)
+    artifacts = []
+    if "openvino" in engines:
+        ir, build = _quantize(OpenVinoQuantizer(fp32, rows, images), control, fp32, data, say)
+        made = make("openvino", "int8", path, path.parent, made_with, ir)
+        artifacts.append(replace(made, build={**made.build, **build}))
+    others = [engine for engine in engines if engine != "openvino"]
+    if others:
+        graph, build = _quantize(OnnxQuantizer(fp32, rows, images), control, fp32, data, say)
+        save_onnx(graph, path)
+        for engine in others:
+            made = make(engine, "int8", path, path.parent, made_with)
+            artifacts.append(replace(made, build={**made.build, **build}))
+        if "onnxruntime" not in engines:
+            path.unlink()
+    return artifacts
+
+
+def _images(source: Source) -> Calibration | None:
+    return source.int8 or source.calibration
+
+
+def _quantize(
+    quantizer: Quantizer, control: AccuracyControl | None, fp32: onnx.ModelProto, data: dict[str, Any], say: Say
+) -> tuple[Any, dict[str, Any]]:
+    """The int8 model, and the artifact's `build`."""
+    excluded: tuple[str, ...] = ()
+    evidence = None
+    if control is None:
+        model = quantizer.quantize()
+    else:
+        model, excluded, figures = quantize_controlled(quantizer, control, say)
+        evidence = control.record(figures)
+        say(f"int8 ({quantizer.preset}): {control.describe(figures)}")
+    layers, names = quantizer.layers(model), layer_names(fp32)
+    quantised = sum(layers.values())
+    if not quantised:
+        raise VerificationError(f"int8 ({quantizer.preset}): no layer of this network is quantised")
+    say(f"int8 ({quantizer.preset}): {quantised} of {len(layers)} layers are int8" + _named(names, excluded))
+    kept = [name for name, is_int8 in layers.items() if not is_int8]
+    reasons = dict.fromkeys(quantizer.scope, "an fp32 end") | dict.fromkeys(excluded, "accuracy")
+    build = {
+        "calibration": data,
+        "preset": quantizer.preset,
+        "bias_correction": "full",
+        "accuracy_control": evidence,
+        "int8_layers": quantised,
+        "float_layers": {names[name]: reasons.get(name, "the quantiser's choice") for name in (*excluded, *kept)},
+    }
+    return model, build
+
+
+def _named(names: dict[str, str], excluded: Sequence[str]) -> str:
+    return f"; in floating point for accuracy: {', '.join(names[name] for name in excluded)}" if excluded else ""

@@ -1,0 +1,305 @@
+"""Evaluation of a trained model: ID accuracy, and every score against every OOD set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.data.sources import ImageSource, Indices, model_labels, open_dataset
+from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
+from ssod_edge.detect.scores import ood_scores
+from ssod_edge.detect.sums import FittedScore, load_shipped
+from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
+from ssod_edge.evaluation.baseline_recipes import parse_names
+from ssod_edge.evaluation.baselines import Baselines, library_version
+from ssod_edge.evaluation.images import (
+    baseline_images,
+    calibration_images,
+    id_images,
+    parse_named_data,
+    warn_of_known_images,
+    warn_of_used_images,
+)
+from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
+from ssod_edge.evaluation.report import print_report
+from ssod_edge.files import check_output, write_json
+from ssod_edge.spec import Spec
+from ssod_edge.terminal import image_bar
+from ssod_edge.training.checkpoint import export_of, find_run, load_model
+from ssod_edge.training.model import SSODClassifier
+from ssod_edge.training.outputs import Outputs, collect
+
+#: Score or detector -> [N], larger = more OOD.
+Scores = dict[str, NDArray[np.floating[Any]]]
+#: Images, and which of them; None for all.
+ImageSet = tuple[ImageSource, Indices | None]
+
+#: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
+DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
+
+
+def evaluate(
+    run: str | Path,
+    id_data: str | None = None,
+    ood_data: Mapping[str, str] | None = None,
+    via_size: int | None = None,
+    bootstrap: int = 1000,
+    batch_size: int = 64,
+    workers: int = 1,
+    baselines: str | None = None,
+    fit_images: int | None = None,
+    keep: dict[str, Outputs] | None = None,
+) -> tuple[dict[str, Any], dict[str, Scores]]:
+    """Evaluate a run or checkpoint file.
+
+    Args:
+        run: run folder or checkpoint.
+        id_data: ID images, labelled with the model's classes; None: the run's validation split.
+        ood_data: name -> OOD images; None: those of the demo, if the run was trained on it.
+        via_size: every image is first resized to this many pixels ("via32"); None is protocol "native".
+        bootstrap: resamples of the confidence intervals.
+        baselines: "all" or "NAME[,NAME...]": detectors of pytorch-ood to run beside the built-in scores.
+        fit_images: how many training images they are fitted on; None: the whole training split.
+        keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
+
+    A score with a state that the run's export ships is evaluated beside the others.
+
+    Returns:
+        The JSON face: `id_accuracy`, `default_score` (what the export ships), `ood_row_trained`, `results` (a row for
+        each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
+        `deployment_metrics` at the threshold of the run's calibration split; None without one), with baselines also
+        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and the raw scores,
+        {"id": {score: values}, NAME: {score: values}}.
+
+    Raises:
+        UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
+        ArtifactError: a checkpoint that cannot be read.
+        MissingExtraError: baselines without pytorch-ood.
+    """
+    names = parse_names(baselines) if baselines is not None else ()
+    if fit_images is not None and not names:
+        raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
+    model, meta = load_model(run)
+    if torch.cuda.is_available():
+        model.cuda()
+    peers = Baselines(names, model, batch_size) if names else None
+    spec, state = _shipped(run, model)
+    source, indices = id_images(run, meta, id_data, model.classes)
+    warn_of_used_images(source, id_data, meta, spec)
+    if ood_data is None:
+        ood_data = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
+    # Every set is opened before the first image is run: a wrong name shows at once.
+    sets: dict[str, ImageSet] = {"id": (source, indices)}
+    sets |= {name: (open_dataset(data, labelled=False), None) for name, data in ood_data.items()}
+    warn_of_known_images(ood_data, {name: item[0] for name, item in sets.items()}, source, meta)
+    fit = baseline_images(run, meta, peers.to_fit, fit_images) if peers and peers.to_fit else None
+    calibration = calibration_images(run, meta)
+    found = _read(model, sets, fit, calibration, peers, state, Reading(via_size, batch_size, workers))
+    if keep is not None:
+        keep |= found.outputs
+    report = {
+        "run": Path(run).name,
+        "backbone": model.backbone_name,
+        "classes": list(model.classes),
+        "epoch": meta["epoch"],
+        "input_size": model.preprocess.input_size,
+        "protocol": _protocol(via_size),
+        "id_data": source.name if id_data else f"{source.name} (validation split)",
+        "ood_data": dict(ood_data),
+        "default_score": spec.score_name if spec else DEFAULT_SCORE,
+        "ood_row_trained": bool(model.ood.weight.any()),
+        **_figures(found, _protocol(via_size), bootstrap, model.classes),
+    }
+    if peers:
+        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit, batch_size)}
+    return report, found.scores
+
+
+def _shipped(run: str | Path, model: SSODClassifier) -> tuple[Spec | None, FittedScore | None]:
+    """The run's export and the state of its score; None where there is no export of this checkpoint."""
+    try:
+        found = export_of(run)
+        return (None, None) if found is None else (found[0], load_shipped(*found, model.classifier.in_features))
+    except ArtifactError as error:
+        click.echo(f"the score of the export is left out: {error}", err=True)
+        return None, None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How every image set of an evaluation is read; the fields are those of `collect`."""
+
+    via_size: int | None
+    batch_size: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation has read.
+
+    Attributes:
+        outputs: "id" and each OOD set -> what the model says of its images.
+        scores: likewise -> its scores.
+        calibration: scores of the calibration images; empty without any.
+        calibration_data: which images those are.
+    """
+
+    outputs: dict[str, Outputs]
+    scores: dict[str, Scores]
+    calibration: Scores
+    calibration_data: str
+
+    @property
+    def id(self) -> Outputs:
+        """On the ID images."""
+        return self.outputs["id"]
+
+
+def _read(
+    model: SSODClassifier,
+    sets: Mapping[str, ImageSet],
+    fit: ImageSet | None,
+    calibration: ImageSet | None,
+    peers: Baselines | None,
+    state: FittedScore | None,
+    reading: Reading,
+) -> Found:
+    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all."""
+    total = sum(
+        len(s if chosen is None else chosen) for s, chosen in (*sets.values(), *filter(None, (fit, calibration)))
+    )
+    with image_bar("evaluating", total) as advance:
+        options: dict[str, Any] = {**asdict(reading), "advance": advance}
+        if peers and fit:
+            outputs = collect(model, *fit, **options)
+            peers.fit(outputs.features, outputs.logits, outputs.labels)
+
+        def score(images: ImageSet) -> tuple[Outputs, Scores]:
+            outputs = collect(model, *images, **options, watch=peers.watch if peers else None)
+            scores: Scores = {str(name): s for name, s in ood_scores(outputs.logits, outputs.id_logit).items()}
+            if state is not None:
+                scores[state.name] = state.score(outputs.features, outputs.logits, outputs.id_logit)
+            return outputs, scores | (peers.scores(outputs.features, outputs.logits) if peers else {})
+
+        calibration_scores = score(calibration)[1] if calibration else {}
+        found = {name: score(images) for name, images in sets.items()}
+    failed = peers.failed if peers else set()
+    kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, (_, scores) in found.items()}
+    data = f"calibration split of {calibration[0].name}" if calibration else ""
+    outputs = {name: outputs for name, (outputs, _) in found.items()}
+    labels = model_labels(outputs["id"].labels, sets["id"][0].classes, model.classes)
+    outputs["id"] = replace(outputs["id"], labels=labels)
+    return Found(outputs, kept, calibration_scores, data)
+
+
+def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The part of the report that is computed."""
+    known = found.scores["id"]
+    unknown = {name: scores for name, scores in found.scores.items() if name != "id"}
+    results = [
+        {"ood": name, "score": score, "protocol": protocol, **detection_metrics(known[score], values, bootstrap)}
+        for name, scores in unknown.items()
+        for score, values in scores.items()
+    ]
+    return {
+        "n_id": len(found.id.labels),
+        "id_accuracy": found.id.accuracy,
+        "results": results,
+        "mean": _means(results),
+        "deployment": _deployment(found, unknown, classes),
+    }
+
+
+def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str, ...]) -> dict[str, Any] | None:
+    """Score -> what it does at its threshold; None without calibration images."""
+    if not found.calibration:
+        return None
+    deployed = {}
+    for score, known in found.scores["id"].items():
+        threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
+        ood = {name: scores[score] for name, scores in unknown.items()}
+        deployed[score] = deployment_metrics(known, ood, threshold, found.id.correct, found.id.labels, classes)
+    return deployed
+
+
+def _setup(outputs: Outputs, fit: ImageSet | None, batch_size: int) -> dict[str, Any]:
+    """What the costs of the baselines are to be read against."""
+    return {
+        "library": library_version(),
+        "fit_data": None if fit is None or fit[1] is None else f"{len(fit[1])} training images of {fit[0].name}",
+        "network_ms_per_image": outputs.ms_per_image,
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Score -> unweighted mean over the OOD sets."""
+    means: dict[str, dict[str, float]] = {}
+    for score in dict.fromkeys(row["score"] for row in results):
+        rows = [row for row in results if row["score"] == score]
+        keys = ("auroc", "fpr_at_id_tpr95", "fpr_at_ood_tpr95")
+        means[score] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
+    return means
+
+
+def run_eval(
+    run: str | None,
+    runs: str,
+    backbone: str | None,
+    ood: tuple[str, ...],
+    via_size: int | None,
+    json_file: str | None,
+    png_file: str | None,
+    pictures: str | None = None,
+    **options: Any,
+) -> None:
+    """The command `eval`: evaluate, print the table, write JSON and pictures."""
+    if run and backbone:
+        raise UsageError("give a run, or --backbone for the newest run of it, not both")
+    folder = Path(run) if run else find_run(runs, backbone)
+    target = folder if folder.is_dir() else folder.parent
+    protocol = _protocol(via_size)
+    report_file = Path(json_file or target / f"eval-{protocol}.json")
+    png = Path(png_file or target / f"eval-{protocol}.png")
+    _check_outputs(report_file, png)
+    if pictures:
+        check_output(Path(pictures) / "roc.png")
+    outputs: dict[str, Outputs] = {}
+    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, keep=outputs, **options)
+    written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
+    print_report(report)
+    try:
+        written.append(save_histograms(raw, report["default_score"], png))
+    except MissingExtraError as error:
+        if png_file:
+            raise
+        click.echo(f"no histograms: {error}", err=True)
+    if pictures:
+        auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
+        known, features = outputs["id"], {name: part.features for name, part in outputs.items()}
+        correct = known.logits.argmax(axis=1) == known.labels
+        written += save_evaluation(raw, auroc, correct, features, known.labels, report["classes"], pictures)
+    click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+
+
+def _protocol(via_size: int | None) -> str:
+    return f"via{via_size}" if via_size else "native"
+
+
+def _check_outputs(report_file: Path, png: Path) -> None:
+    """Find files that cannot be written before hours of evaluation and not after."""
+    check_output(report_file)
+    check_output(png)
+    if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
+        raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")

@@ -1,0 +1,233 @@
+"""The `explain` command: which patches of an image the classifier takes for known things, and which for background."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ssod_edge.config import LossConfig, check_gamma
+from ssod_edge.data.inputs import list_images
+from ssod_edge.data.pixels import ImageSource, load_image, preprocess
+from ssod_edge.detect.scores import ood_scores
+from ssod_edge.detect.sums import FittedScore, load_shipped
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
+from ssod_edge.evaluation.pictures import PatchMap, save_patches
+from ssod_edge.files import check_output
+from ssod_edge.ops import patch_sample
+from ssod_edge.runtime.report import printable, standard_input
+from ssod_edge.training.checkpoint import export_of, find_run, load_model
+from ssod_edge.training.model import SSODClassifier, normalise
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model says of an image and of its patches.
+
+    Attributes:
+        patches: for the class that was asked for, or the predicted one.
+        class_name, confidence: the predicted class, and its softmax probability.
+        scores: score -> value, larger = more OOD.
+    """
+
+    patches: PatchMap
+    class_name: str
+    confidence: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The threshold of the export beside a run: `known = score <= threshold`; and the score's state, if it has one."""
+
+    score: str
+    threshold: float
+    state: FittedScore | None = None
+
+
+@torch.no_grad()
+def explain(
+    model: SSODClassifier,
+    image: ImageSource,
+    gamma: float = 0.95,
+    class_name: str | None = None,
+    state: FittedScore | None = None,
+) -> Explanation:
+    """Label each patch of an image's feature map as training would (Eq. 12), by its confidence on one class.
+
+    Args:
+        model: in eval mode.
+        image: what `ssod_edge.data.pixels.load_image` takes.
+        gamma: confidence from which a patch is ID; below 1 - gamma it is OOD.
+        class_name: one of the model's; None takes the predicted class of the whole image.
+        state: of a score that is named beside those of the logits.
+
+    Raises:
+        ImageError: the image cannot be read, or the model's output for it is not finite.
+        UsageError: gamma out of range, no such class, or a backbone without patches.
+    """
+    check_gamma(gamma)
+    if model.no_patches:
+        raise UsageError(f"'{model.backbone_name}' has no patches to explain: {model.no_patches}")
+    target = None if class_name is None else _class_index(model, class_name)
+    pixels = preprocess(load_image(image), model.preprocess)
+    device = next(model.parameters()).device
+    x = normalise(torch.from_numpy(pixels[None]).to(device), model.preprocess)
+    feature_map = model.backbone.forward_features(x)
+    pooled = model.backbone.forward_head(feature_map, pre_logits=True)
+    logits, id_logit = model.head(pooled)
+    if not (logits.isfinite().all() and id_logit.isfinite().all()):
+        raise ImageError("the model's output for it is not finite")
+    probs = logits.softmax(dim=1)[0]
+    predicted = int(probs.argmax())
+    shown = predicted if target is None else target
+    z = model.patch_features(feature_map)
+    shape = z.shape[1:3]
+    weight, bias = model.head_weight()
+    labels = torch.tensor([shown], device=device)
+    confidence, label = patch_sample(z, weight[:-1].contiguous(), bias[:-1].contiguous(), labels, gamma)
+    s = F.linear(z.float(), model.ood.weight.float(), model.ood.bias.float())
+    patches = PatchMap(
+        image=pixels,
+        confidence=confidence.view(shape).cpu().numpy(),
+        label=label.view(shape).cpu().numpy(),
+        id_logit=s.view(shape).cpu().numpy(),
+        gamma=gamma,
+        class_name=model.classes[shown],
+    )
+    outputs = logits.cpu().numpy(), id_logit.cpu().numpy()
+    named = {str(name): float(value[0]) for name, value in ood_scores(*outputs).items()}
+    if state is not None:
+        named[state.name] = float(state.score(pooled.float().cpu().numpy(), *outputs)[0])
+    return Explanation(patches, model.classes[predicted], float(probs[predicted]), named)
+
+
+def run_explain(
+    arguments: Sequence[str],
+    backbone: str | None = None,
+    runs: str = "runs",
+    out: str | None = None,
+    gamma: float | None = None,
+    class_name: str | None = None,
+) -> int:
+    """Write one PNG for each image; returns the exit code: 1 if some images could not be read.
+
+    Args:
+        arguments: the run folder or checkpoint, unless `backbone` says which, and the images: see
+            `ssod_edge.data.inputs.list_images`.
+        backbone: take the newest run of it under `runs`.
+        out: a .png file for a single image, or a folder; None is the folder `explain` beside the checkpoint.
+        gamma, class_name: as for `explain`; None takes the run's gamma.
+
+    Raises:
+        UsageError: no run, no image, no such class, or one file for several images.
+        ArtifactError: a checkpoint that cannot be read.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the pictures cannot be written.
+    """
+    run = find_run(runs, backbone) if backbone else Path(arguments[0])
+    no_images: dict[str, str] = {}
+    images = list_images(arguments if backbone else arguments[1:], standard_input(), no_images)
+    model, _ = load_model(run)
+    gamma = _gamma_of(run) if gamma is None else gamma
+    check_gamma(gamma)
+    if class_name is not None:
+        _class_index(model, class_name)
+    verdict = export_verdict(run, model.classifier.in_features)
+    targets = _targets(images, out, run if run.is_dir() else run.parent)
+    failed = False
+    for image, target in zip(images, targets, strict=True):
+        try:
+            if image in no_images:
+                raise ImageError(no_images[image])
+            explanation = explain(model, image, gamma, class_name, verdict.state if verdict else None)
+        except ImageError as error:
+            failed = True
+            click.echo(f"error: {printable(str(error))}", err=True)
+            continue
+        title = _title(Path(image).name, explanation, verdict)
+        click.echo(save_patches(explanation.patches, title, target))
+    return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def export_verdict(run: Path, width: int) -> Verdict | None:
+    """The fp32 threshold of the export in a run folder, if it is of this very checkpoint.
+
+    Args:
+        width: of the model's features.
+    """
+    try:
+        found = export_of(run)
+        if found is None:
+            return None
+        spec, export = found
+        state = load_shipped(spec, export, width)
+    except SsodEdgeError as error:
+        click.echo(f"no verdict: {printable(str(error))}", err=True)
+        return None
+    fitted = [artifact.threshold for artifact in spec.artifacts if artifact.precision == "fp32" and artifact.threshold]
+    return Verdict(spec.score_name, fitted[0].value, state) if fitted else None
+
+
+def _class_index(model: SSODClassifier, name: str) -> int:
+    if name in model.classes:
+        return model.classes.index(name)
+    close = difflib.get_close_matches(name, model.classes, 3) or model.classes[:5]
+    raise UsageError(f"the model has no class '{name}'; give one of its {len(model.classes)}: {', '.join(close)}, ...")
+
+
+def _gamma_of(run: Path) -> float:
+    """The gamma that a run was trained with; the default where it is not recorded."""
+    folder = run if run.is_dir() else run.parent
+    try:
+        gamma = json.loads((folder / "config.json").read_text(encoding="utf-8"))["loss"]["gamma"]
+        return float(gamma)
+    except (OSError, ValueError, KeyError, TypeError):
+        return LossConfig().gamma
+
+
+def _targets(images: Sequence[str], out: str | None, folder: Path) -> list[Path]:
+    """A PNG for each image; images of the same name are numbered."""
+    if out is not None and Path(out).suffix.lower() == ".png" and not Path(out).is_dir():
+        if len(images) > 1:
+            raise UsageError(f"'{out}' is one file, and there are {len(images)} images; give a folder")
+        return [check_output(out)]
+    if out == "-":
+        check_output(out)  # raises: pictures are files
+    place = folder / "explain" if out is None else Path(out)
+    taken: set[str] = set()
+    targets = []
+    for image in images:
+        stem, number = Path(image).stem or "image", 1
+        name = stem
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        targets.append(place / f"{name}.png")
+    check_output(targets[0])
+    return targets
+
+
+def _title(name: str, explanation: Explanation, verdict: Verdict | None) -> str:
+    scores = "  ".join(f"{score} {value:.2f}" for score, value in explanation.scores.items())
+    lines = [f"{_plain(name)}: '{_plain(explanation.class_name)}', {explanation.confidence:.1%}"]
+    lines.append(f"OOD scores (larger: more likely OOD): {scores}")
+    if verdict is not None:
+        score = explanation.scores[verdict.score]
+        word, sign = ("KNOWN", "<=") if np.float32(score) <= verdict.threshold else ("UNKNOWN", ">")
+        lines.append(f"{word}: {verdict.score} {score:.3f} {sign} threshold {verdict.threshold:.3f}")
+    return "\n".join(lines)
+
+
+def _plain(text: str, most: int = 60) -> str:
+    """For a title: printable, and of a bounded length."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"

@@ -1,0 +1,178 @@
+"""The images of an evaluation: which ones a run may be judged on, fitted on and calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ssod_edge.data.sources import ImageSource, Indices, open_dataset
+from ssod_edge.data.splits import MIN_CALIB, Splits, read_splits
+from ssod_edge.errors import UsageError
+from ssod_edge.files import same_data
+from ssod_edge.spec import Spec
+
+
+def recorded_data(run: str | Path, meta: Mapping[str, Any], fix: str) -> tuple[ImageSource, Splits]:
+    """The data that a run was trained on, and its splits.
+
+    Args:
+        fix: what the user can do where they cannot be had, as the end of the message.
+    """
+    data = meta.get("data")
+    if data is None:
+        raise UsageError(f"'{run}' records no training data, so it has no splits; {fix}")
+    try:
+        source = open_dataset(str(data))
+    except UsageError as error:
+        raise UsageError(
+            f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "
+            f"go there, or {fix}"
+        ) from error
+    if source.fingerprint != meta["data_fingerprint"]:
+        raise UsageError(f"the data set '{data}' changed since training; {fix}")
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    return source, read_splits(folder, source, meta["splits_hash"], fix)
+
+
+def calibration_images(run: str | Path, meta: Mapping[str, Any]) -> tuple[ImageSource, Indices] | None:
+    """The run's calibration split; None, and a line that says why, where it has none that can be read."""
+    try:
+        source, splits = recorded_data(run, meta, "there are no thresholds without them")
+        if len(splits.calib) < MIN_CALIB:
+            raise UsageError(
+                f"the calibration split has {len(splits.calib)} images, and a 95% threshold needs {MIN_CALIB}. "
+                "Train with a larger --calib-fraction"
+            )
+    except UsageError as error:
+        click.echo(f"no figures at a threshold: {error}", err=True)
+        return None
+    return source, splits.calib
+
+
+def baseline_images(
+    run: str | Path, meta: Mapping[str, Any], names: list[str], fit_images: int | None
+) -> tuple[ImageSource, Indices]:
+    """Training images for the baselines that are fitted."""
+    source, splits = recorded_data(run, meta, f"leave out the baselines that are fitted on it: {', '.join(names)}")
+    return source, choose_images(source.labels, splits.train, fit_images)
+
+
+def id_images(
+    run: str | Path, meta: dict[str, Any], id_data: str | None, classes: tuple[str, ...]
+) -> tuple[ImageSource, Indices | None]:
+    if id_data is None:
+        source, splits = recorded_data(run, meta, "name the ID images with --id")
+        return source, splits.val
+    source = open_dataset(id_data)
+    check_classes(id_data, source.classes, classes)
+    return source, None
+
+
+def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Raises UsageError unless the model knows every class of the ID images; it may know more."""
+    known = set(classes)
+    if unknown := [name for name in found if name not in known]:
+        raise UsageError(
+            f"the class '{unknown[0]}' of '{id_data}' is none of the model's ({', '.join(classes[:4])}, ...). Give "
+            "images of known classes; a list keeps some of a data set's (DATA@LIST)"
+        )
+
+
+def warn_of_known_images(
+    ood_data: Mapping[str, str], ood_sources: Mapping[str, ImageSource], source: ImageSource, meta: Mapping[str, Any]
+) -> None:
+    """Say so where an OOD set is the ID or the training data: its figures would mean nothing."""
+    known = {source.name: source.fingerprint, str(meta.get("data")): meta.get("data_fingerprint")}
+    for name, data in ood_data.items():
+        for id_data, fingerprint in known.items():
+            if ood_sources[name].fingerprint == fingerprint or _overlap(data, id_data):
+                click.echo(
+                    f"warning: the OOD set '{name}' ({data}) holds images of the in-distribution data '{id_data}'; "
+                    "its figures mean nothing. Name images of other things",
+                    err=True,
+                )
+                break
+
+
+def warn_of_used_images(source: ImageSource, id_data: str | None, meta: Mapping[str, Any], spec: Spec | None) -> None:
+    """Say so where the ID images are not new to the network, or to the score that its export ships.
+
+    Args:
+        source: the ID images.
+        id_data: how the user named them; None where they are the run's validation split.
+        meta: of the checkpoint.
+        spec: of its export, if there is one.
+    """
+    if id_data is None:
+        if spec is not None and spec.choice:
+            click.echo(
+                f"note: '{spec.score_name}' was chosen by these validation images (export --score auto); name others "
+                "with --id for figures that no choice has seen",
+                err=True,
+            )
+    elif same_data(id_data, meta.get("data")) or source.fingerprint == meta.get("data_fingerprint"):
+        click.echo(
+            f"warning: the network was trained on '{id_data}', or on images of the same names, so that these are not "
+            "figures for new images. Leave --id out for the run's validation split, or name other images",
+            err=True,
+        )
+    elif spec is not None:
+        used = (str(spec.detector.get("data", "")), str(spec.choice.get("known", "")))
+        if any(source.fingerprint[:12] in description for description in used):
+            click.echo(
+                f"warning: '{spec.score_name}' was fitted to or chosen by a part of '{id_data}'; name other images",
+                err=True,
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two folders are the same, or one lies in the other."""
+    a, b = Path(one).resolve(), Path(other).resolve()
+    return a.is_dir() and b.is_dir() and (a.is_relative_to(b) or b.is_relative_to(a))
+
+
+def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
+    """("NAME=DATA", ...) -> {NAME: DATA}.
+
+    Raises:
+        UsageError: no "=", an empty part, a name given twice, or the name "id".
+    """
+    named: dict[str, str] = {}
+    for item in items:
+        name, equals, data = item.partition("=")
+        if not (name and equals and data) or name in named or name == "id":
+            raise UsageError(f"expected --ood NAME=DATA with a name of its own (not 'id'), got '{item}'")
+        named[name] = data
+    return named
+
+
+def choose_images(labels: Indices, indices: Indices, n: int | None, seed: int = 0) -> Indices:
+    """n of the training images, seeded, as evenly over the classes as they allow; None takes all.
+
+    Args:
+        labels: int64, of the whole data set.
+        indices: int64, its training split.
+
+    Raises:
+        UsageError: fewer than one image a class.
+    """
+    if n is None or n >= len(indices):
+        return indices
+    rng, classes = np.random.default_rng(seed), np.unique(labels[indices])
+    check_fit_images(n, len(classes))
+    shuffled = rng.permutation(indices)
+    turn = np.empty(len(shuffled), np.int64)  # the how manieth of its class each one is
+    for label in classes:
+        members = labels[shuffled] == label
+        turn[members] = np.arange(members.sum())
+    return np.sort(shuffled[np.argsort(turn, kind="stable")[:n]])
+
+
+def check_fit_images(n: int, classes: int) -> None:
+    """Raises UsageError for fewer than one image a class."""
+    if n < classes:
+        raise UsageError(f"--fit-images {n} is fewer than one image for each of the {classes} classes")

@@ -1,0 +1,153 @@
+"""The terminal's view of an evaluation: what is told apart, what shipping it means, and what the peers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Report = Mapping[str, Any]
+
+_HARDEST = 3  # classes that the last line names
+
+
+def print_report(report: Report) -> None:
+    """The report of `ssod_edge.evaluation.evaluate.evaluate` as tables; figures in percent, the best score first."""
+    console = Console()
+    console.print(
+        f"{escape(report['run'])}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
+        f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
+        f"of {escape(report['id_data'])}",
+        highlight=False,
+    )
+    names = sorted(report["mean"], key=lambda name: -report["mean"][name]["auroc"])
+    if names:
+        console.print(_detection(report, names))
+    else:
+        console.print("No OOD set was given; add some with --ood NAME=DATA")
+    if report["deployment"]:
+        console.print(_deployment(report, names or list(report["deployment"])))
+        console.print(_shipped(report), markup=False, highlight=False, soft_wrap=True)
+    if "baselines" in report:
+        console.print(_costs(report, names))
+        setup = report["baselines_setup"]
+        console.print(
+            f"The network itself: {setup['network_ms_per_image']:.3g} ms an image ({setup['device']}, batches of "
+            f"{setup['batch_size']}). + is a detector of {setup['library']}"
+            + (f", fitted on {escape(setup['fit_data'])}" if setup["fit_data"] else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+        for name, cost in report["baselines"].items():
+            if cost["error"]:
+                console.print(f"{name} failed: {cost['error']}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"* {report['default_score']}: the score that the run's export ships; without an export, what it would ship "
+        "by default",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if names and not report["ood_row_trained"]:
+        console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")
+
+
+def _detection(report: Report, names: list[str]) -> Table:
+    """A row for each score, a column for each OOD set."""
+    table = _table("AUROC % (FPR % at 95% ID accepted), larger AUROC is better", "score")
+    for ood in report["ood_data"]:
+        table.add_column(escape(ood), justify="right")
+    table.add_column("mean", justify="right")
+    rows = {(row["ood"], row["score"]): row for row in report["results"]}
+    for name in names:
+        cells = [*(rows[ood, name] for ood in report["ood_data"]), report["mean"][name]]
+        table.add_row(_marked(report, name), *(_both(row) for row in cells))
+    return table
+
+
+def _deployment(report: Report, names: list[str]) -> Table:
+    """What each score does at its own threshold, without the intervals."""
+    threshold = report["deployment"][names[0]]["threshold"]
+    title = f"At the threshold for {threshold['target_tpr']:.0%} of {threshold['n']} calibration images, %"
+    table = _table(title, "score")
+    for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {escape(ood)}" for ood in report["ood_data"])):
+        table.add_column(title, justify="right")
+    if report["ood_data"]:
+        table.add_column("OSCR mean", justify="right")
+    for name in names:
+        row = report["deployment"][name]
+        sets = list(row["ood"].values())
+        cells = [*(row[key] for key in ("id_tpr", "selective_accuracy", "aurc", "augrc"))]
+        cells += [found["false_accept"] for found in sets]
+        if sets:
+            cells.append(sum(found["oscr"] for found in sets) / len(sets))
+        table.add_row(_marked(report, name), *map(_percent, cells))
+    return table
+
+
+def _shipped(report: Report) -> str:
+    """The default score's rates with their intervals, and the classes that it rejects most."""
+    name = report["default_score"]
+    row = report["deployment"][name]
+    rates = [("ID", row["id_tpr"], row["id_tpr_ci"])]
+    rates += [(ood, found["false_accept"], found["false_accept_ci"]) for ood, found in row["ood"].items()]
+    accepted = ", ".join(f"{_interval(rate, ci)} of {images}" for images, rate, ci in rates)
+    found = row["rejected_by_class"]
+    worst = sorted((c for c in found if found[c]["n"]), key=lambda c: -found[c]["rate"])[:_HARDEST]
+    rejected = ", ".join(f"{c} {_interval(found[c]['rate'], found[c]['ci'])}" for c in worst)
+    return f"{name} accepts {accepted}; it rejects most of the classes {rejected}"
+
+
+def _costs(report: Report, names: list[str]) -> Table:
+    """What each detector of the library costs, beside what it brings."""
+    table = _table("What the detectors cost", "detector")
+    for title in ("AUROC %", "FPR % at 95% ID", "FPR % at 95% OOD", "ms an image", "network again", "MB", "fitted on"):
+        table.add_column(title, justify="right")
+    costs = report["baselines"]
+    working = [name for name in costs if not costs[name]["error"]]
+    for name in sorted(working, key=lambda name: names.index(name) if name in names else 0):
+        mean = report["mean"].get(name, {})
+        cost = costs[name]
+        passes = [
+            f"{cost[key]} {way}" for key, way in (("forward_passes", "fw"), ("backward_passes", "bw")) if cost[key]
+        ]
+        carried = " kept" if cost["stored_images"] else ""
+        table.add_row(
+            f"{name} +",
+            *(_percent(mean.get(key)) for key in ("auroc", "fpr_at_id_tpr95", "fpr_at_ood_tpr95")),
+            f"{cost['ms_per_image']:.3f}",
+            ", ".join(passes) or "-",
+            f"{cost['state_mb']:.2f}",
+            f"{cost['fit_images']}{carried}" if cost["fit_images"] else "-",
+        )
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    """Without lines between its columns, so that eight of them fit on 80 characters."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _marked(report: Report, name: str) -> str:
+    """A score's name in a table. A sum is "shipped": its own name would leave no room for the figures."""
+    if name == report["default_score"]:
+        return "shipped *" if "+" in name else f"{name} *"
+    return f"{name} +" if name in report.get("baselines", {}) else name
+
+
+def _both(row: Mapping[str, float]) -> str:
+    return f"{100 * row['auroc']:.1f} ({100 * row['fpr_at_id_tpr95']:.1f})"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(value: float, ci: tuple[float, float]) -> str:
+    return f"{100 * value:.1f}% ({100 * ci[0]:.1f}-{100 * ci[1]:.1f})"

@@ -1,0 +1,1 @@
+"""What runs for long: videos and cameras, and the watch over their scores."""

@@ -1,0 +1,276 @@
+"""What a model meets in the field: a file of fixed size with counts of its OOD scores, and whether they drifted.
+
+No image, name or time of an image is kept. Several processes may write to one file, and a kill leaves it whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
+from ssod_edge.files import check_output, exclusive, write_json
+from ssod_edge.runtime.field.drift import (
+    CALM,
+    MEMORY,
+    DriftState,
+    Reference,
+    advance,
+    fits,
+    new_state,
+    reference,
+)
+from ssod_edge.runtime.predict import Prediction, Predictor
+from ssod_edge.spec import Artifact, Spec, Threshold, from_json
+
+SCHEMA_VERSION = 1
+#: Scores wait in memory for this long at most before they are written, so a kill loses no more. Seldom enough for an SD
+#: card.
+FLUSH_S = 5.0
+#: And no more than this many of them.
+_FLUSH_IMAGES = 4096
+
+
+@dataclass(frozen=True)
+class Record:
+    """The file.
+
+    Attributes:
+        schema_version: of this format.
+        artifact, backbone, score: what made the scores.
+        identity: hash of the artifact's files, score and threshold: scores of another one cannot be added.
+        threshold: with the ID quantiles that are compared with.
+        images: with a score.
+        unknown: of these, above the threshold.
+        failed: images that could not be read.
+        lowest, highest: scores; None before the first image.
+        histogram: counts in the bins of `ssod_edge.runtime.field.drift.Reference.edges`. Those of several files of one
+            artifact may be added up.
+        drift: the test.
+    """
+
+    schema_version: int
+    artifact: str
+    backbone: str
+    score: str
+    identity: str
+    threshold: Threshold
+    images: int
+    unknown: int
+    failed: int
+    lowest: float | None
+    highest: float | None
+    histogram: tuple[int, ...]
+    drift: DriftState
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.unknown, self.failed, *self.histogram) < 0 or sum(self.histogram) != self.images:
+            raise UsageError("its counts do not add up")
+
+
+class Monitor:
+    """Adds verdicts to a monitor file. A context manager; use it from one thread at a time::
+
+        with ssod_edge.open("runs/demo") as model, Monitor("drift.json", model) as monitor:
+            verdict = monitor.add(model.predict("photo.jpg"))
+            if monitor.drifted: ...
+
+    Args:
+        path: the file; made if it is not there, else gone on with.
+        model: whose verdicts they are.
+        say: takes one line at each change between drifted and not, and the first problem with the file after it was
+            opened, which is then not raised: verdicts matter more. None says nothing, and raises.
+
+    Attributes:
+        drifted: as of the last scores that were written, at most `FLUSH_S` seconds ago.
+        problem: the error that `say` was told of; None while all is well.
+
+    Raises:
+        UsageError: the artifact has no ID quantiles to compare with, or the file is another artifact's.
+        ArtifactError: the file is damaged.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], model: Predictor, say: Callable[[str], Any] | None = None) -> None:
+        self._path = check_output(path)
+        if self._path.exists() and not self._path.is_file():
+            raise UsageError(f"'{path}' is no regular file, and a monitor file is read as well as written")
+        self._empty = _new_record(model.runner.spec, model.runner.artifact)
+        self._bins = reference(self._empty.threshold)
+        self._say = say
+        self._scores: list[float] = []
+        self._failed = 0
+        self._flushed = time.monotonic()
+        self.problem: SsodEdgeError | None = None
+        self.drifted = self._merge().drift.drifted
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    def add(self, verdict: Prediction) -> Prediction:
+        """Count a verdict, and hand it on; one with an error counts as failed."""
+        self.add_score(verdict.ood_score)
+        return verdict
+
+    def add_score(self, ood_score: float | None) -> None:
+        """Count the OOD score of one image; None is an image that failed.
+
+        Raises:
+            UsageError: a score that is not finite.
+        """
+        if ood_score is not None and not math.isfinite(ood_score):
+            raise UsageError(f"an OOD score must be finite, got {ood_score}")
+        if ood_score is None:
+            self._failed += 1
+        else:
+            self._scores.append(ood_score)
+        if len(self._scores) >= _FLUSH_IMAGES or time.monotonic() - self._flushed >= FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been added. What cannot be written is lost, so that memory stays bounded."""
+        try:
+            if self._scores or self._failed:
+                self._tell(self._merge())
+        except SsodEdgeError as error:
+            if self._say is None:
+                raise
+            if self.problem is None:
+                self._say(f"error: {error} The verdicts go on without the monitor.")
+            self.problem = error
+        finally:
+            self._scores, self._failed, self._flushed = [], 0, time.monotonic()
+
+    def _merge(self) -> Record:
+        """Add the waiting scores to what the file holds by now, while no other process does."""
+        try:
+            with exclusive(Path(os.path.realpath(self._path)).parent):
+                record = self._empty
+                if self._path.exists():
+                    record = read_monitor(self._path)
+                    if record.identity != self._empty.identity:
+                        raise UsageError(_of_another(self._path, record))
+                record = _add(record, self._scores, self._failed, self._bins)
+                write_json(self._path, asdict(record))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write '{self._path}': {error.strerror or error}. Choose another place."
+            ) from error
+        return record
+
+    def _tell(self, record: Record) -> None:
+        changed = record.drift.drifted != self.drifted
+        self.drifted = record.drift.drifted
+        if changed and self._say is not None:
+            self._say(_change(record, self._path))
+
+
+def read_monitor(path: str | os.PathLike[str]) -> Record:
+    """Read a monitor file.
+
+    Raises:
+        UsageError: there is none.
+        ArtifactError: damaged, no monitor file, or of a newer release.
+    """
+    fix = "Give another name, or delete it to start over."
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"'{path}' does not exist. Make one with: ssod-edge predict ... --monitor FILE") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' cannot be read as a monitor file ({error}). {fix}") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise ArtifactError(f"'{path}' was written by a newer release. Update with: pip install -U ssod-edge")
+    try:
+        record: Record = from_json(Record, values)
+        bins = reference(record.threshold) if record.threshold.id_quantiles else None
+        if bins is None or len(record.histogram) != len(bins.id_shares) or not fits(record.drift, len(bins.gaps)):
+            raise UsageError("its bins are not those of its threshold")
+    except UsageError as error:
+        raise ArtifactError(f"'{path}' is damaged or no monitor file ({error}). {fix}") from error
+    return record
+
+
+def identity(spec: Spec, artifact: Artifact) -> str:
+    """Hash of what decides an artifact's scores and what they are compared with."""
+    threshold = artifact.threshold
+    facts = [sorted(artifact.files.values()), spec.score_name, threshold and asdict(threshold)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _new_record(spec: Spec, artifact: Artifact) -> Record:
+    threshold = artifact.threshold
+    if threshold is None or not threshold.id_quantiles:
+        why = "has no threshold" if threshold is None else "was given its threshold by an earlier release"
+        raise UsageError(
+            f"{artifact.name} {why}, so there are no in-distribution scores to compare with. Fit them with: "
+            "ssod-edge calibrate DIR --id DATA"
+        )
+    bins = reference(threshold)
+    return Record(
+        schema_version=SCHEMA_VERSION,
+        artifact=artifact.name,
+        backbone=spec.backbone,
+        score=spec.score_name,
+        identity=identity(spec, artifact),
+        threshold=threshold,
+        images=0,
+        unknown=0,
+        failed=0,
+        lowest=None,
+        highest=None,
+        histogram=(0,) * len(bins.id_shares),
+        drift=new_state(len(bins.gaps)),
+    )
+
+
+def _add(record: Record, scores: list[float], failed: int, bins: Reference) -> Record:
+    if not scores:
+        return replace(record, failed=record.failed + failed)
+    values, limit = np.array(scores), record.threshold.value
+    hits = np.bincount(np.searchsorted(bins.edges, values), minlength=len(record.histogram))
+    known = [score for score in (record.lowest, record.highest) if score is not None]
+    return replace(
+        record,
+        images=record.images + len(scores),
+        unknown=record.unknown + int((values > limit).sum()),
+        failed=record.failed + failed,
+        lowest=min([*known, *scores]),
+        highest=max([*known, *scores]),
+        histogram=tuple((np.array(record.histogram) + hits).tolist()),
+        drift=advance(record.drift, scores, limit, bins, record.images),
+    )
+
+
+def _of_another(path: Path, record: Record) -> str:
+    return (
+        f"'{path}' holds scores of another artifact ({record.artifact} of {record.backbone}, score {record.score}), or "
+        "of this one before it was exported or calibrated again. Give another name, or delete it to start over"
+    )
+
+
+def _change(record: Record, path: Path) -> str:
+    if not record.drift.drifted:
+        return f"drift: over; {CALM} images brought no further evidence of it"
+    recent = record.drift.recent_unknown / sum(record.drift.recent[-1])
+    return (
+        f"drift: the scores are no longer those of in-distribution images, as of image {record.drift.alarm_at}; "
+        f"{recent:.1%} of the last {min(record.images, MEMORY[-1])} or so are unknown, "
+        f"{1 - record.threshold.target_tpr:.1%} would be usual. See: ssod-edge monitor {path}"
+    )

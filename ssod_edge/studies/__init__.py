@@ -1,0 +1,1 @@
+"""Many runs at once: grids of settings, and the tables of the paper."""

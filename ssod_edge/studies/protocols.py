@@ -1,0 +1,321 @@
+"""The paper's tables as commands: which images, where they are expected, what is trained, what the paper reports."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssod_edge.config import NEED_OOD_ROW
+from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_list
+from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, ReaderImages, open_dataset
+from ssod_edge.errors import UsageError
+from ssod_edge.files import make_directory, write_atomic
+from ssod_edge.studies.study import STUDY, check_evaluation, plan_study, run_study
+from ssod_edge.terminal import image_bar
+
+#: Appendix A.3: images of each set, "randomly selected"; all of them where there are fewer.
+IMAGES = 10_000
+#: In OUT: the lists of the images that were used, one a data set.
+LISTS = "lists"
+
+#: (FPR at 95% ID TPR, AUROC), in percent.
+Figures = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, and where below ROOT it may lie.
+
+    Attributes:
+        name: in tables, and of its list.
+        places: below ROOT, each a folder or, with .tar, an archive of one; upper and lower case do not matter.
+        archives: (file or folder below ROOT, what `open_dataset` takes, with "{root}" for the folder that it lies in):
+            how torchvision keeps it.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    archives: tuple[tuple[str, str], ...] = ()
+
+    def find(self, root: Path) -> str | None:
+        """What `open_dataset` takes, or None."""
+        for path, data in self.archives:  # first: one may lie in the folder that is a place
+            found = _find(root, path)
+            if found is not None:
+                return data.format(root=found.parent)
+        for place in self.places:
+            for path in (place, f"{place}.tar"):
+                found = _find(root, path)
+                if found is not None:
+                    return str(found)
+        return None
+
+    @property
+    def expected(self) -> str:
+        """Its places in words."""
+        return " or ".join([f"{self.places[0]}/, {self.places[0]}.tar", *(path for path, _ in self.archives)])
+
+
+def _find(root: Path, path: str) -> Path | None:
+    for part in path.split("/"):
+        if not root.is_dir():
+            return None
+        match = sorted(entry for entry in root.iterdir() if entry.name.lower() == part.lower())
+        if not match:
+            return None
+        root = match[0]
+    return root
+
+
+_CIFAR_ARCHIVE = "cifar-10-batches-py"
+CIFAR10_TRAIN = DataSet(
+    "cifar10-train", ("cifar10/train", "cifar10-train"), ((_CIFAR_ARCHIVE, "torch/cifar10:{root}"),)
+)
+CIFAR10 = DataSet("cifar10", ("cifar10/test", "cifar10-test"), ((_CIFAR_ARCHIVE, "torch/cifar10:{root}:test"),))
+IMAGENET_TRAIN = DataSet("imagenet-train", ("imagenet/train", "imagenet-train"))
+IMAGENET = DataSet("imagenet", ("imagenet/val", "imagenet-val"))
+SVHN = DataSet(
+    "svhn", ("svhn",), tuple((f"{place}test_32x32.mat", "torch/svhn:{root}:test") for place in ("", "svhn/"))
+)
+LSUN = DataSet("lsun", ("lsun", "lsun_c"))
+ISUN = DataSet("isun", ("isun",))
+TEXTURES = DataSet("textures", ("textures", "texture", "dtd/images", "dtd"))
+PLACES = DataSet("places", ("places", "places365"))
+INATURALIST = DataSet("inaturalist", ("inaturalist",))
+SUN = DataSet("sun", ("sun",))
+IMAGENET_O = DataSet("imagenet-o", ("imagenet-o", "imagenet_o"))
+OPENIMAGE_O = DataSet("openimage-o", ("openimage-o", "openimage_o"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the paper.
+
+    Attributes:
+        number: of the table.
+        train, known, unknown: training data, ID test images, OOD sets.
+        vary: the grid, as `ssod_edge.studies.study.parse_grid` takes it.
+        options: of `train`, beside the recipe of Appendix A.4.
+        published: settings of a cell -> OOD set -> what the paper reports for SSOD's score there.
+        accuracy: settings of a cell -> ID accuracy in percent, where the paper has it.
+    """
+
+    number: int
+    train: DataSet
+    known: DataSet
+    unknown: tuple[DataSet, ...]
+    vary: tuple[str, ...]
+    options: Mapping[str, Any]
+    published: Mapping[str, Mapping[str, Figures]]
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+
+_CIFAR: dict[str, Any] = {"backbone": "resnet18", "size": 224}
+_IMAGENET: dict[str, Any] = {"size": 224, "pretrained": True}
+_METHODS = "method=ce,ssod"
+
+
+def _backbones() -> dict[str, dict[str, Figures]]:
+    """Table 6: the seven backbones trained with SSOD."""
+    rows = {
+        "resnet18": ((19.96, 95.21), (46.48, 88.31)),
+        "resnet34": ((15.88, 96.28), (43.44, 87.33)),
+        "resnet50": ((14.80, 96.91), (38.92, 90.78)),
+        "resnet101": ((18.78, 95.56), (42.72, 87.84)),
+        "densenet121": ((21.64, 94.84), (44.88, 85.51)),
+        "regnet": ((16.36, 96.05), (35.80, 89.79)),
+        "mobilenetv3": ((24.76, 94.47), (42.52, 88.38)),
+    }
+    return {
+        f"backbone={name} method=ssod": {"inaturalist": first, "places": second}
+        for name, (first, second) in rows.items()
+    }
+
+
+#: Name of the command's argument -> table. The figures are the paper's rows for SSOD.
+TABLES: dict[str, Table] = {
+    "imagenet": Table(
+        1, IMAGENET_TRAIN, IMAGENET, (INATURALIST, SUN, PLACES, TEXTURES), (_METHODS,),
+        {**_IMAGENET, "backbone": "resnet50"},
+        {"method=ssod": {"inaturalist": (14.80, 96.91), "sun": (28.52, 94.33), "places": (38.92, 90.78),
+                         "textures": (45.32, 87.02)}},
+    ),
+    "cifar10": Table(
+        2, CIFAR10_TRAIN, CIFAR10, (SVHN, LSUN, ISUN, TEXTURES, PLACES), (_METHODS,), _CIFAR,
+        {"method=ssod": {"svhn": (2.12, 99.44), "lsun": (4.42, 99.11), "isun": (10.06, 98.16),
+                         "textures": (1.91, 99.59), "places": (7.44, 98.42)}},
+        {"method=ssod": 94.17, "method=ce": 94.21},
+    ),
+    "hard": Table(
+        3, IMAGENET_TRAIN, IMAGENET, (IMAGENET_O, OPENIMAGE_O), (_METHODS,), {**_IMAGENET, "backbone": "resnet50d"},
+        {"method=ssod": {"imagenet-o": (79.80, 74.43), "openimage-o": (55.41, 89.73)}},
+    ),
+    "alpha": Table(
+        4, CIFAR10_TRAIN, CIFAR10, (PLACES,), ("alpha=0.5,0.7,1.0,1.2,1.5",), _CIFAR,
+        {"alpha=0.5": {"places": (11.64, 97.33)}, "alpha=0.7": {"places": (9.44, 97.74)},
+         "alpha=1.0": {"places": (7.44, 98.42)}, "alpha=1.2": {"places": (8.56, 98.19)},
+         "alpha=1.5": {"places": (10.80, 97.49)}},
+        {"alpha=0.5": 94.25, "alpha=0.7": 94.17, "alpha=1.0": 94.17, "alpha=1.2": 92.53, "alpha=1.5": 91.36},
+    ),
+    "balance": Table(
+        5, CIFAR10_TRAIN, CIFAR10, (PLACES,), ("balance=lw,dr,lwb",), _CIFAR,
+        {"balance=lw": {"places": (10.72, 97.66)}, "balance=dr": {"places": (8.48, 98.05)},
+         "balance=lwb": {"places": (7.44, 98.42)}},
+        {"balance=lw": 93.97, "balance=dr": 94.11, "balance=lwb": 94.17},
+    ),
+    "backbones": Table(
+        6, IMAGENET_TRAIN, IMAGENET, (INATURALIST, PLACES),
+        ("backbone=resnet18,resnet34,resnet50,resnet101,densenet121,regnet,mobilenetv3", _METHODS),
+        _IMAGENET, _backbones(),
+    ),
+}  # fmt: skip
+
+
+def run_reproduce(
+    name: str,
+    root: str,
+    out: str,
+    lists: str | None,
+    images: int,
+    vary: tuple[str, ...],
+    seeds: str,
+    via_size: int | None,
+    baselines: str | None,
+    fit_images: int | None,
+    check: bool,
+    options: Mapping[str, Any],
+) -> bool:
+    """The command `reproduce`: find the data, fix its images, train, evaluate, and print the table.
+
+    Args:
+        name: of `TABLES`.
+        root: folder of the data sets.
+        out: folder of the study.
+        lists: folder of image lists that are there already; None makes them in `out`.
+        images: of each ID and OOD set.
+        vary: another grid than the table's own.
+        check: stop before training.
+        options: of `train`; they win over the table's.
+        The others are those of `ssod_edge.studies.study.run_study`.
+
+    Returns:
+        whether every run has its figures.
+
+    Raises:
+        UsageError: data sets that are not there, all named; data or options that cannot be trained with, before any
+            list is made; a list that does not fit.
+        ImageError: an image cannot be read, or is not the one of its list.
+    """
+    table = TABLES[name]
+    found = _find_all(table, Path(root))
+    grid, training = vary or table.vary, found[table.train.name]
+    cells, settings = plan_study(training, grid, seeds, _settings(table, grid, options))
+    check_evaluation(
+        training,
+        {"id_data": found[table.known.name], "ood_data": {}, "baselines": baselines, "fit_images": fit_images},
+    )
+    folder = make_directory(Path(out))
+    fixed = {data.name: _fix_images(found[data.name], data.name, folder, lists, images)
+             for data in (table.known, *table.unknown)}  # fmt: skip
+    if check:
+        click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
+        return True
+    done = run_study(
+        training, out, grid, seeds, fixed[table.known.name],
+        tuple(f"{data.name}={fixed[data.name]}" for data in table.unknown), via_size, baselines, fit_images,
+        settings,
+    )  # fmt: skip
+    text = markdown(table, json.loads((folder / STUDY).read_text(encoding="utf-8"))["runs"])
+    file = folder / f"table{table.number}.md"
+    write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    click.echo(text)
+    return done
+
+
+def _settings(table: Table, grid: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all runs: the paper's, the table's, and over them those that are given."""
+    given = {key: value for key, value in options.items() if value is not None}
+    varied = {item.partition("=")[0].strip().replace("-", "_") for item in grid}
+    if "backbone" in given and "backbone" in varied:
+        raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
+    own = {key: value for key, value in table.options.items() if key not in varied}
+    if given.get("weights") or "weights" in varied:
+        own.pop("pretrained", None)
+    return {"recipe": "paper", **own, **given}
+
+
+def _find_all(table: Table, root: Path) -> dict[str, str]:
+    """Name -> data of each of a table's data sets."""
+    sets = (table.train, table.known, *table.unknown)
+    found = {data.name: data.find(root) for data in sets}
+    missing = [f"  {data.name}: {data.expected}" for data in sets if found[data.name] is None]
+    if missing:
+        raise UsageError(f"'{root}' lacks data sets of Table {table.number}. Expected below it:\n" + "\n".join(missing))
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def _fix_images(data: str, name: str, out: Path, lists: str | None, images: int) -> str:
+    """What `open_dataset` takes for exactly the images of a list, which is made if there is none."""
+    file = (Path(lists) if lists else make_directory(out / LISTS)) / f"{name}{IMAGE_LIST_SUFFIX}"
+    source = open_dataset(data, labelled=False)
+    if not isinstance(source, ReaderImages):
+        raise UsageError(f"'{data}' is no folder, archive or torchvision data set")
+    if not file.exists():
+        if lists:
+            raise UsageError(f"'{lists}' has no list '{file.name}'. Leave --lists out to make one")
+        chosen = choose_seeded(source, images, seed=0)
+        with image_bar(f"list of {name}", len(chosen)) as advance:
+            write_image_list(source, chosen, file, advance)
+        if len(chosen) < images:
+            click.echo(f"{name}: all {len(chosen)} images; {images} were asked for", err=True)
+    count = len(find_listed(source, str(file))[0])
+    if not lists and count != min(images, len(source)):
+        raise UsageError(f"'{file}' lists {count} images, not the {images} of --images. Choose another folder with -o")
+    return f"{data}@{file}"
+
+
+def markdown(table: Table, runs: Sequence[Mapping[str, Any]]) -> str:
+    """The table in the paper's form: FPR at 95% ID TPR and AUROC, in percent, means over seeds.
+
+    Args:
+        runs: reports of `ssod_edge.evaluation.evaluate.evaluate`, with `settings` and `seed`.
+    """
+    sets = [data.name for data in table.unknown]
+    head = ["settings", "seeds", "score", "ID accuracy", *(f"{name} F / A" for name in sets), "average F / A"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for label in dict.fromkeys(run["settings"] for run in runs):
+        group = [run for run in runs if run["settings"] == label]
+        accuracy = 100 * statistics.fmean(run["id_accuracy"] for run in group)
+        unread = () if group[0]["ood_row_trained"] else NEED_OOD_ROW
+        # One that failed in a seed is left out: its mean would be over other runs than the line says.
+        for score in (score for score in group[0]["mean"] if score not in unread):
+            if all(score in run["mean"] for run in group):
+                figures = {name: _figures(group, name, score) for name in sets}
+                lines.append(_line(label, str(len(group)), score, accuracy, figures))
+        if label in table.published:
+            lines.append(_line(label, "", "paper", table.accuracy.get(label), table.published[label]))
+    first = runs[0] if runs else None
+    kind = f"protocol {first['protocol']}, {first['input_size']} px; " if first else ""
+    return (
+        f"Table {table.number} ({kind}F: share of OOD images accepted where 95% of the ID images are, "
+        "A: AUROC; percent)\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _figures(group: Sequence[Mapping[str, Any]], ood: str, score: str) -> Figures:
+    rows = [row for run in group for row in run["results"] if row["ood"] == ood and row["score"] == score]
+    fpr, auroc = (100 * statistics.fmean(row[key] for row in rows) for key in ("fpr_at_id_tpr95", "auroc"))
+    return fpr, auroc
+
+
+def _line(label: str, seeds: str, score: str, accuracy: float | None, figures: Mapping[str, Figures]) -> str:
+    means = [statistics.fmean(column) for column in zip(*figures.values(), strict=True)]
+    cells = [label, seeds, score, "" if accuracy is None else f"{accuracy:.2f}"]
+    cells += [f"{fpr:.2f} / {auroc:.2f}" for fpr, auroc in (*figures.values(), tuple(means))]
+    return "| " + " | ".join(cells) + " |"

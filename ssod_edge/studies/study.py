@@ -1,0 +1,432 @@
+"""A study: a grid of training runs, each evaluated, and a table with means and deviations over seeds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+import torch
+
+from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, LossConfig, TrainConfig, score_parts, to_dict
+from ssod_edge.data.sources import open_dataset
+from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
+from ssod_edge.evaluation.baseline_recipes import parse_names
+from ssod_edge.evaluation.baselines import check_library
+from ssod_edge.evaluation.evaluate import evaluate
+from ssod_edge.evaluation.images import check_classes, check_fit_images, parse_named_data
+from ssod_edge.export.engines.artifact import check_engines
+from ssod_edge.export.graph.build import ExportOptions, export_run
+from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json
+from ssod_edge.spec import Spec
+from ssod_edge.training.checkpoint import BEST, LAST, export_of, load_checkpoint
+from ssod_edge.training.loop import load_config, resume_run, run_config, start_run
+
+#: In OUT: what was asked for, and what came of it.
+STUDY, TABLE = "study.json", "study.md"
+#: In each run's folder: its evaluation, and what with.
+EVALUATION = "study-eval.json"
+#: Settings that are the study's own to make, or one value of which would not do.
+_FIXED = {"data", "name", "seed", "loss", "preprocess"}
+#: Settings that may differ between a run and the same run begun now: where it lies, and what it ran on.
+_OF_THE_MACHINE = {"name", "data", "workers", "kernel", "precision", "compile"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a grid. Attributes: settings that vary, in order, as they were written; the seed."""
+
+    settings: tuple[tuple[str, str], ...]
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """The settings in words, the same for all seeds."""
+        return " ".join(f"{key}={value}" for key, value in self.settings) or "as given"
+
+    @property
+    def name(self) -> str:
+        """Of its run folder. A slash, as in the path of --weights, is written "%2F"."""
+        name = "-".join([*(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
+        return name.replace("%", "%25").replace("/", "%2F")
+
+
+#: In the table: whichever score each run's export ships.
+SHIPPED = "shipped"
+
+
+def parse_grid(vary: Sequence[str], seeds: str) -> list[Cell]:
+    """("gamma=0.9,0.95", "method=ce,ssod"), "0,1" -> the cells of the grid, seed by seed.
+
+    Whoever stops early has every setting with the first seed. A value that is a list joins its parts with "+"
+    ("outliers=none,rotate+zoom").
+
+    Raises:
+        UsageError: an unknown setting, one given twice, no value, or a value of the wrong type.
+    """
+    axes: dict[str, list[str]] = {}
+    for item in vary:
+        key, _, values = item.partition("=")
+        key = key.strip().replace("-", "_")
+        parts = [value.strip() for value in values.split(",")]
+        if not all(parts) or key in axes or len(set(parts)) < len(parts):
+            raise UsageError(f"expected --vary SETTING=VALUE,VALUE,... with a setting of its own, got '{item}'")
+        for part in parts:
+            convert(key, part)
+        axes[key] = parts
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in seeds.split(",")]
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise UsageError(f"expected --seeds N,N,... with different whole numbers, got '{seeds}'")
+    grid = list(itertools.product(*([(key, value) for value in values] for key, values in axes.items())))
+    return [Cell(settings, number) for number in numbers for settings in grid]
+
+
+def convert(key: str, text: str) -> Any:
+    """The value of a training setting from text.
+
+    Raises:
+        UsageError: no such setting, or a value of the wrong type.
+    """
+    kinds = {**get_type_hints(TrainConfig), **get_type_hints(LossConfig), "size": int}
+    kinds = {name: kind for name, kind in kinds.items() if name not in _FIXED}
+    if key not in kinds:
+        raise UsageError(f"unknown setting '{key}' in --vary. Known: {', '.join(sorted(kinds))}")
+    kind = kinds[key]
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+    except (KeyError, ValueError):
+        raise UsageError(f"--vary {key}: '{text}' is no {kind.__name__}") from None
+    if str(kind).startswith("tuple"):
+        return () if text == "none" else tuple(text.split("+"))
+    return text
+
+
+def run_study(
+    data: str,
+    out: str,
+    vary: Sequence[str],
+    seeds: str,
+    id_data: str | None,
+    ood: tuple[str, ...],
+    via_size: int | None,
+    baselines: str | None,
+    fit_images: int | None,
+    options: Mapping[str, Any],
+    score: str | None = None,
+) -> bool:
+    """The command `study`: train and evaluate what is not done yet, then write the table.
+
+    Args:
+        data: to train on.
+        out: folder of the study; its runs lie in it.
+        vary, seeds: see `parse_grid`.
+        id_data, ood, via_size, baselines, fit_images: as `ssod_edge.evaluation.evaluate.run_eval`.
+        options: of `train`, for all runs.
+        score: each run is exported with it ("auto" chooses one for each) before it is evaluated; None exports nothing.
+
+    Returns:
+        whether every run of the grid has its figures.
+
+    Raises:
+        UsageError: a wrong grid, data that cannot be opened, settings that work in no run, or a folder that holds a
+            study of other settings.
+        MissingExtraError: a package that is needed after training is not installed.
+    """
+    cells, given = plan_study(data, vary, seeds, options)
+    asked = {
+        "id_data": id_data, "ood_data": parse_named_data(ood), "via_size": via_size,
+        "baselines": baselines, "fit_images": fit_images,
+    }  # fmt: skip
+    check_evaluation(data, asked, score)
+    folder = make_directory(Path(out))
+    if score is not None:
+        asked["score"] = score
+    _record_study(folder, {"data": data, "options": json.loads(json.dumps(given)), "evaluation": asked})
+    rows: dict[Cell, dict[str, Any]] = {}
+    errors: dict[Cell, Exception] = {}
+    todo = cells
+    for again in (False, True):  # what other processes are at is looked at once more when all else is done
+        busy = []
+        for cell in todo:
+            waiting = ": waiting for the process that is at it" if again else ""
+            click.echo(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}{waiting}", err=True)
+            try:
+                with claim(folder / f".{cell.name}.lock", f"'{cell.name}' is being worked on", wait=again):
+                    rows[cell] = _finished(cell, data, folder, given, asked)
+            except (MissingExtraError, OutputError):
+                raise  # the next run would meet it too
+            except (SsodEdgeError, MemoryError, torch.OutOfMemoryError) as error:
+                if isinstance(error, BusyError) and not again:
+                    click.echo("another process is at it: going on with the next", err=True)
+                    busy.append(cell)
+                    continue
+                click.echo(f"failed: {error}", err=True)
+                errors[cell] = error
+            _write(folder, {"data": data, "options": given, "evaluation": asked}, cells, rows, errors)
+        todo = busy
+    if not rows and all(isinstance(error, UsageError) for error in errors.values()):
+        raise next(iter(errors.values()))
+    click.echo((folder / TABLE).read_text(encoding="utf-8"))
+    return not errors
+
+
+def plan_study(
+    data: str, vary: Sequence[str], seeds: str, options: Mapping[str, Any]
+) -> tuple[list[Cell], dict[str, Any]]:
+    """The runs of a study and the options they share, before anything is written.
+
+    Args:
+        The arguments are those of `run_study`.
+
+    Raises:
+        UsageError: a wrong grid or data, or options with which no run of the grid can begin.
+    """
+    cells = parse_grid(vary, seeds)
+    given = {key: value for key, value in options.items() if value is not None}
+    if "seed" in given:
+        raise UsageError("a study takes --seeds, not --seed")
+    both = [key for key, _ in cells[0].settings if key in given and key not in ("recipe", "backbone")]
+    if both:
+        raise UsageError(f"{', '.join(both)} cannot be given both with --vary and as an option")
+    open_dataset(data)
+    errors = []
+    for cell in cells:
+        try:
+            weights = run_config(data, _cell_options(cell, given)).weights
+            if weights is not None and not Path(weights).is_file():
+                raise UsageError(f"weights file '{weights}' does not exist")
+        except (UsageError, ArtifactError) as error:  # of some runs alone, it is theirs
+            errors.append(error)
+    if len(errors) == len(cells):
+        raise errors[0]
+    return cells, given
+
+
+def check_evaluation(data: str, asked: Mapping[str, Any], score: str | None = None) -> None:
+    """Find out before hours of training whether the evaluation can be made.
+
+    Args:
+        data: to train on.
+        asked: `id_data`, `ood_data`, `baselines` and `fit_images` as `ssod_edge.evaluation.evaluate.evaluate`.
+        score: to export with, if any.
+
+    Raises:
+        UsageError: data that cannot be opened, other classes than the training data's, no such baseline or score.
+        MissingExtraError: a package for the baselines or the export is not installed.
+    """
+    if score is not None:
+        ExportOptions(score=score)
+        check_engines(("onnxruntime",))
+    classes = open_dataset(data).classes
+    if asked["id_data"] is not None:
+        check_classes(asked["id_data"], open_dataset(asked["id_data"]).classes, classes)
+    for unknown in asked["ood_data"].values():
+        open_dataset(unknown, labelled=False)
+    if asked["baselines"] is not None:
+        parse_names(asked["baselines"])
+        check_library()
+    if asked["fit_images"] is not None:
+        if asked["baselines"] is None:
+            raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
+        check_fit_images(asked["fit_images"], len(classes))
+
+
+def _record_study(folder: Path, asked: dict[str, Any]) -> None:
+    """Write down what is asked for before anything is trained with it, or compare it with what was written.
+
+    Runs that were trained with other settings would stand in one table with these.
+    """
+    try:
+        record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        record = None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{folder / STUDY}' is damaged ({error}); remove it to write it anew") from error
+    changed = [key for key in ("data", "options") if record is not None and record.get(key) != asked[key]]
+    if record is not None and changed and any(folder.glob(f"*/{LAST}")):
+        raise UsageError(
+            f"'{folder}' holds a study with other {' and '.join(changed)}: {record.get(changed[0])}. "
+            "Choose another folder with -o"
+        )
+    if record is None or changed:
+        write_json(folder / STUDY, {**asked, "summary": [], "runs": [], "failed": []})
+
+
+def _finished(cell: Cell, data: str, folder: Path, given: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The report of a cell's run, trained, exported and evaluated as far as it is not done yet."""
+    score = asked.get("score")
+    loss = run_config(data, _cell_options(cell, given)).loss
+    reads_row = score not in (None, AUTO_SCORE) and {"ssod", "posterior"} & set(score_parts(str(score)))
+    if reads_row and not loss.trains_row:
+        raise UsageError(f"--score {score} needs the OOD row, and these settings do not train it")
+    run = _trained(cell, data, folder, given)
+    return _evaluated(run, asked, _exported(run, score) if score is not None else None)
+
+
+def _cell_options(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `start_run` takes for a cell."""
+    options = {"recipe": "short", **given, "size": given.get("size"), "name": cell.name, "seed": cell.seed}
+    return {**options, **{key: convert(key, value) for key, value in cell.settings}}
+
+
+def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> Path:
+    """The finished run of a cell: as it lies there, gone on with, or trained now."""
+    run, options = folder / cell.name, _cell_options(cell, given)
+    if not (run / LAST).exists():
+        return start_run(data, folder, options)
+    config = load_config(run)
+    _check_same_settings(run, to_dict(config), to_dict(run_config(data, options)))
+    epoch = load_checkpoint(run / LAST)[1]["progress"]["epoch"]
+    return resume_run(run) if epoch < config.epochs else run
+
+
+def _check_same_settings(run: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UsageError if a run was not trained as its options mean now: a default has changed since."""
+    found, wanted = ({**config, **config["loss"], "loss": None} for config in (found, wanted))
+    changed = [key for key in wanted if key not in _OF_THE_MACHINE and found.get(key) != wanted[key]]
+    if changed:
+        raise UsageError(
+            f"'{run}' was trained with other settings, perhaps by an earlier version: {changed[0]} was "
+            f"{found.get(changed[0])} and is {wanted[changed[0]]} now. Choose another folder with -o, or name the "
+            "setting as it was"
+        )
+
+
+def _exported(run: Path, score: str) -> Spec:
+    """The export of a run's best weights with a score: as it lies there, or an fp32 ONNX export that is made now."""
+    try:
+        found = export_of(run)
+    except ArtifactError:
+        found = None  # damaged, or of other weights
+    if found is not None and _has_score(found[0], score):
+        return found[0]
+    return export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
+
+
+def _has_score(spec: Spec, score: str) -> bool:
+    """Whether an export was made with this --score."""
+    if score == AUTO_SCORE:
+        return bool(spec.choice)
+    return not spec.choice and set(score_parts(spec.score_name)) == set(score_parts(score))
+
+
+def _evaluated(run: Path, asked: dict[str, Any], export: Spec | None) -> dict[str, Any]:
+    """The report of `evaluate`, from the last time if it was asked the same of the same weights and the same score."""
+    path = run / EVALUATION
+    shipped = [export.score_name, export.detector.get("sha256")] if export is not None else None
+    meta = load_checkpoint(run / BEST)[1]
+    named = [asked["id_data"] or meta["data"], *asked["ood_data"].values()]
+    images = [open_dataset(data, labelled=False).fingerprint for data in named]
+    record = {"asked": asked, "weights": meta["tensors_sha256"], "images": images, "shipped": shipped}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or a damaged one: it is made again
+        stored = {}
+    if isinstance(stored, dict) and {**stored, "report": None} == {**record, "report": None}:
+        return dict(stored["report"])
+    arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
+    report, _ = evaluate(run, bootstrap=0, **arguments)
+    if export is not None:
+        if report["default_score"] != export.score_name:
+            raise ArtifactError(f"the score '{export.score_name}' of the export of '{run}' could not be evaluated")
+        if report["mean"]:  # without OOD sets there is accuracy alone
+            report["mean"][SHIPPED] = report["mean"][export.score_name]
+    write_json(path, {**record, "report": report})
+    return report
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Over seeds: mean and sample standard deviation (None of one seed) of accuracy and of each score's mean AUROC.
+
+    Args:
+        rows: reports of `ssod_edge.evaluation.evaluate.evaluate` with `settings` and `seed`.
+
+    Returns:
+        a row for each setting, in the order in which they came first: `settings`, `seeds`, `accuracy`, and `auroc` and
+        `fpr_at_id_tpr95` by score; each figure is {"mean", "sd"}, in [0, 1].
+    """
+    table = []
+    for label in dict.fromkeys(row["settings"] for row in rows):
+        group = [row for row in rows if row["settings"] == label]
+        unread = () if all(row["ood_row_trained"] for row in group) else NEED_OOD_ROW
+        scores = [name for name in group[0]["mean"] if all(name in row["mean"] for row in group) and name not in unread]
+        table.append(
+            {
+                "settings": label,
+                "seeds": [row["seed"] for row in group],
+                "accuracy": _spread([row["id_accuracy"] for row in group]),
+                **{
+                    key: {name: _spread([row["mean"][name][key] for row in group]) for name in scores}
+                    for key in ("auroc", "fpr_at_id_tpr95")
+                },
+            }
+        )
+    return table
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _write(
+    folder: Path, study: dict[str, Any], cells: Sequence[Cell], found: Mapping[Cell, dict[str, Any]],
+    errors: Mapping[Cell, Exception],
+) -> None:  # fmt: skip
+    """The record and the table of what there is so far, in the order of the grid, by this process and by others."""
+    keys = {cell: {"settings": cell.label, "seed": cell.seed} for cell in cells}
+    with exclusive(folder):
+        rows = _rows_of_others(
+            folder, study, [keys[cell] for cell in cells if cell not in found and cell not in errors]
+        )
+        rows += [{**keys[cell], **row} for cell, row in found.items()]
+        order = list(keys.values())
+        rows.sort(key=lambda row: order.index({"settings": row["settings"], "seed": row["seed"]}))
+        failed = [
+            {**keys[cell], "error": str(errors[cell]) or type(errors[cell]).__name__}
+            for cell in cells
+            if cell in errors
+        ]
+        summary = summarise(rows)
+        write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
+        text = markdown(summary, failed)
+        write_atomic(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the record has of runs that this process has not come to yet, if it is of the same study."""
+    record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    if any(record.get(key) != json.loads(json.dumps(value)) for key, value in study.items()):
+        return []
+    return [row for row in record["runs"] if {"settings": row["settings"], "seed": row["seed"]} in cells]
+
+
+def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:
+    """The table in percent: accuracy, and each score's AUROC (and FPR), a mean over OOD sets, with deviations."""
+    scores = list(dict.fromkeys(name for row in summary for name in row["auroc"]))
+    lines = ["| " + " | ".join(["settings", "seeds", "accuracy", *scores]) + " |", "|---" * (3 + len(scores)) + "|"]
+    for row in summary:
+        cells = [row["settings"], str(len(row["seeds"])), _percent(row["accuracy"])]
+        for name in scores:
+            fpr = row["fpr_at_id_tpr95"].get(name)
+            cells.append(_percent(row["auroc"].get(name)) + (f" ({100 * fpr['mean']:.1f})" if fpr else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("\nIn percent: accuracy, and AUROC as a mean over OOD sets; in brackets FPR at 95% of ID accepted.")
+    lines += [f"\nfailed: {row['settings']}, seed {row['seed']}: {row['error']}" for row in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(figure: Mapping[str, float | None] | None) -> str:
+    if figure is None or figure["mean"] is None:
+        return ""
+    deviation = f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
+    return f"{100 * figure['mean']:.1f}{deviation}"

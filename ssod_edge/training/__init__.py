@@ -1,0 +1,1 @@
+"""A classifier with its OOD row: model, batches, objective, loop and checkpoints."""

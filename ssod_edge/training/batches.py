@@ -1,0 +1,150 @@
+"""How an image becomes a training or evaluation input, and batches of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssod_edge.config import Preprocess
+from ssod_edge.data.pixels import preprocess, via
+from ssod_edge.data.sources import ImageSource, Indices
+from ssod_edge.errors import ImageError
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class EvalImages(Dataset[tuple[Tensor, int, int]]):
+    """(uint8 image [3, S, S], label, index) by the one deployment preprocessing.
+
+    Args:
+        source: images.
+        indices: which of them, in which order; None for all.
+        settings: the model's preprocessing.
+        via_size: resize to this many pixels first (protocol `via32`), or None (`native`).
+    """
+
+    def __init__(self, source: ImageSource, indices: Indices | None, settings: Preprocess, via_size: int | None = None):
+        self.source = source
+        self.indices = np.arange(len(source)) if indices is None else indices
+        self.settings = settings
+        self.via_size = via_size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = int(self.indices[position])
+        image = self.source.image(index)
+        if self.via_size is not None:
+            image = via(image, self.via_size)
+        return torch.from_numpy(preprocess(image, self.settings)), int(self.source.labels[index]), index
+
+
+class TrainImages(Dataset[tuple[Tensor, int, int]]):
+    """As `EvalImages`, with a random crop and mirror drawn from (seed, epoch, index) alone."""
+
+    def __init__(self, source: ImageSource, settings: Preprocess, seed: int, crop_scale_min: float, hflip: float):
+        self.source = source
+        self.indices = np.arange(len(source))
+        self.settings = settings
+        self.seed = seed
+        self.start_epoch(0, settings.input_size)
+        self.crop_scale_min = crop_scale_min
+        self.hflip = hflip if source.hflip_ok else 0.0
+
+    def start_epoch(self, epoch: int, size: int) -> None:
+        """From here on, draw for this epoch, at this size in pixels. Workers started later see it."""
+        self.epoch = epoch
+        self.settings = replace(self.settings, input_size=size)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        image = augment(self.source.image(index), self.settings, rng, self.crop_scale_min, self.hflip)
+        return torch.from_numpy(image), int(self.source.labels[index]), index
+
+
+class _Reasons(Dataset[str]):
+    """Why an image cannot be read; empty if it can."""
+
+    def __init__(self, source: ImageSource, indices: Indices):
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> str:
+        try:
+            self.source.image(int(self.indices[position]))
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
+def load_batches(
+    dataset: EvalImages | TrainImages, workers: int, **options: Any
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches (uint8 [N, 3, S, S], labels [N], indices [N]) through a DataLoader.
+
+    Raises:
+        ImageError: an image cannot be read; the message names all such images of the data set, without the
+            worker's traceback.
+    """
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=_ignore_interrupts, **options)
+    try:
+        yield from loader
+    except ImageError as error:
+        first = str(error).strip().splitlines()[-1].rpartition("ImageError: ")[2]
+        raise _all_unreadable(dataset, workers, first) from None
+
+
+def _all_unreadable(dataset: EvalImages | TrainImages, workers: int, first: str) -> ImageError:
+    """The error for every image that cannot be read, so that they need not be found one run at a time."""
+    click.echo(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
+    images = _Reasons(dataset.source, dataset.indices)
+    loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=_ignore_interrupts)
+    reasons = [reason for batch in loader for reason in batch if reason] or [first]
+    if len(reasons) == 1:
+        return ImageError(f"{reasons[0]}. Remove or replace it")
+    shown = "".join(f"\n  {reason}" for reason in reasons[:10])
+    more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+    return ImageError(
+        f"{len(reasons)} of {len(images)} images of '{dataset.source.name}' cannot be read. "
+        f"Remove or replace them:{shown}{more}"
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one decides what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def augment(
+    image: Image.Image, settings: Preprocess, rng: np.random.Generator, crop_scale_min: float, hflip: float
+) -> NDArray[np.uint8]:
+    """uint8 [3, S, S]: a random crop (area crop_scale_min..1, aspect 3/4..4/3) resized in one pass, maybe mirrored."""
+    width, height = image.size
+    area = width * height * rng.uniform(crop_scale_min, 1.0)
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    crop_width, crop_height = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+    left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
+    size = (settings.input_size, settings.input_size)
+    box = (left, top, left + crop_width, top + crop_height)
+    pixels = np.asarray(image.resize(size, _RESAMPLE[settings.interpolation], box=box))
+    if rng.uniform() < hflip:
+        pixels = pixels[:, ::-1]
+    # A copy at any size: one pixel is contiguous whatever its strides, and torch refuses negative ones.
+    return pixels.transpose(2, 0, 1).copy()

@@ -1,0 +1,205 @@
+"""Checkpoints: tensors in safetensors, everything else as JSON metadata, written by one rename.
+
+A run folder holds `config.json`, `splits.json`, `metrics.jsonl`, `last.safetensors` (to resume from) and
+`best.safetensors` (the model that evaluation and export read). Loading never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssod_edge.config import Preprocess, resolve_backbone
+from ssod_edge.errors import ArtifactError, UsageError, missing_extra
+from ssod_edge.files import sha256_file, write_atomic
+from ssod_edge.spec import SPEC_NAME, Spec, from_json, load_spec
+from ssod_edge.training.model import SSODClassifier, build_model
+
+SCHEMA_VERSION = 1
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata atomically.
+
+    Raises:
+        OutputError: read-only folder or full disk; the previous checkpoint is unchanged.
+    """
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": _hash(contiguous), **meta}
+    data = save(contiguous, metadata={"ssod_edge": json.dumps(meta)})
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote: (tensors, metadata).
+
+    Metadata that is asked for and not there is an ArtifactError too.
+
+    Raises:
+        UsageError: there is no such file.
+        ArtifactError: cut short, not a checkpoint of ssod-edge, or of a newer schema.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError:
+        raise missing_extra("safetensors", "reading a checkpoint") from None
+    if not path.is_file():
+        raise UsageError(f"checkpoint '{path}' does not exist. Train one with: ssod-edge train DATA")
+    try:
+        # In one piece: safetensors opens a path twice, and training may put a newer file there in between.
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        meta = json.loads(header["__metadata__"]["ssod_edge"])
+        tensors = load(content)
+    except KeyError:
+        raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"checkpoint '{path}' is damaged or cut short ({error})") from error
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"checkpoint '{path}' is damaged: its metadata has no schema version")
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"checkpoint '{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
+            "Update with: pip install -U ssod-edge"
+        )
+    if _hash(tensors) != meta.get("tensors_sha256"):
+        raise ArtifactError(f"checkpoint '{path}' was changed after it was written: its tensors' hash does not match")
+    return tensors, _Metadata(path, meta)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file says that `save_checkpoint` wrote it; it may still be damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "ssod_edge" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+class _Metadata(dict):
+    """A checkpoint's metadata, which names the file where something is missing."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ArtifactError(f"checkpoint '{self.path}' is damaged: its metadata has no '{key}'")
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of contiguous tensors, hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_meta(model: SSODClassifier) -> dict[str, Any]:
+    """What `load_model` needs to build the model again."""
+    return {"backbone": model.backbone_name, "classes": list(model.classes), "preprocess": asdict(model.preprocess)}
+
+
+def load_model(path: str | Path) -> tuple[SSODClassifier, dict[str, Any]]:
+    """The trained model of a run folder or checkpoint file, in eval mode, and the checkpoint's metadata.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+        ArtifactError: as `load_checkpoint`, or tensors that do not fit the backbone named in it.
+    """
+    path = Path(path) / BEST if Path(path).is_dir() else Path(path)
+    tensors, meta = load_checkpoint(path)
+    try:
+        backbone = from_json(str, meta["backbone"], "backbone")
+        classes = from_json(tuple[str, ...], meta["classes"], "classes")
+        model = build_model(backbone, classes, from_json(Preprocess, meta["preprocess"], "preprocess"))
+    except UsageError as error:
+        raise ArtifactError(f"checkpoint '{path}' does not describe a model ({error})") from error
+    load_state(model, tensors, path)
+    return model.eval(), meta
+
+
+def export_of(run: str | Path) -> tuple[Spec, Path] | None:
+    """The export beside a run's best checkpoint: its spec and its folder; None where there is none.
+
+    Raises:
+        ArtifactError: it is damaged, or of another checkpoint.
+    """
+    checkpoint = Path(run) / BEST if Path(run).is_dir() else Path(run)
+    export = checkpoint.parent / "export"
+    if not (export / SPEC_NAME).is_file():
+        return None
+    spec = load_spec(export)
+    if spec.source.get("checkpoint_sha256") != sha256_file(checkpoint):
+        raise ArtifactError(f"'{export}' is of another checkpoint; export the run again")
+    return spec, export
+
+
+def load_preprocess(path: str | Path) -> Preprocess:
+    """What the images of a checkpoint's model go through; errors as `load_checkpoint`."""
+    return from_json(Preprocess, load_checkpoint(Path(path))[1]["preprocess"], "preprocess")
+
+
+def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors named "model.*" into a model; raises ArtifactError if they are of another one."""
+    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtifactError(f"'{path}' holds another model than {model.backbone_name}: {str(error)[:300]}") from error
+
+
+def model_tensors(model: SSODClassifier) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state as flat tensors, "optimizer.<index>.<name>"."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(value) for i, s in state.items() for name, value in s.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors named "optimizer.*" back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def find_run(root: str | Path = "runs", backbone: str | None = None) -> Path:
+    """The newest finished or running run folder under `root`, of this backbone if one is given.
+
+    Raises:
+        UsageError: there is none.
+    """
+    wanted = resolve_backbone(backbone) if backbone else None
+    found: list[tuple[float, Path]] = []
+    for checkpoint in Path(root).glob(f"*/{BEST}"):
+        try:
+            config = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if wanted is None or resolve_backbone(str(config.get("backbone"))) == wanted:
+            found.append((checkpoint.stat().st_mtime, checkpoint.parent))
+    if not found:
+        what = f"run of '{backbone}'" if backbone else "run"
+        raise UsageError(f"there is no {what} under '{root}'. Train one with: ssod-edge train DATA")
+    return max(found)[1]

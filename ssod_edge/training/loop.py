@@ -1,0 +1,492 @@
+"""Training: classes and OOD row together (the paper's Eq. 14), in one loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
+from ssod_edge.data.sources import ImageSource, open_dataset
+from ssod_edge.data.splits import MIN_CALIB, Splits, split_dataset
+from ssod_edge.errors import ArtifactError, TrainingError, UsageError
+from ssod_edge.files import claim, write_atomic, write_json
+from ssod_edge.ops import kernel_in_use
+from ssod_edge.spec import from_json
+from ssod_edge.training.batches import TrainImages, load_batches
+from ssod_edge.training.checkpoint import (
+    BEST,
+    LAST,
+    is_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    load_preprocess,
+    load_state,
+    model_meta,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
+from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, check_size
+from ssod_edge.training.objective import TrainStep
+from ssod_edge.training.outputs import collect
+
+#: Losses, as means over the images of an epoch, and counts.
+_LOSSES = ("loss", "ce", "ood", "norm", "outlier")
+_METERS = (*_LOSSES, "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
+
+
+@dataclass
+class _Progress:
+    """Where training stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # finished batches of this epoch
+    best_accuracy: float = -1.0
+    seconds: float = 0.0  # spent on this epoch
+    meters: dict[str, float] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, save_minutes: float = 5.0) -> Path:
+    """Train a classifier with its OOD row; returns the run folder.
+
+    Under `torchrun` the same loop runs in every process (`config.batch_size` images each); process 0 writes.
+
+    Args:
+        config: the settings; `config.name` names the run folder, by default "<backbone>-<data>".
+        out: folder of runs.
+        resume: go on from `last.safetensors` with the settings stored in `config.json`.
+        save_minutes: time between checkpoints inside an epoch; one is written after every epoch anyway.
+
+    Raises:
+        UsageError: data or settings that cannot be trained on; a run of that name exists already.
+        BusyError: another process is training the run.
+        TrainingError: the loss is not finite; the last good checkpoint is kept.
+        OutputError: the run folder cannot be written.
+    """
+    name = config.name or default_name(config)
+    if name in (".", "..") or "/" in name or "\0" in name:
+        raise UsageError(f"name must be the name of one folder, got '{name}'; its place is chosen with -o/--out")
+    run = Path(out) / name
+    if resume:
+        config = load_config(run)
+    device = start_processes()
+    try:
+        with _claimed(run):
+            if not resume and (run / LAST).exists():
+                raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
+            loop = _start(config, run, resume, device, save_minutes)
+            if loop.progress.epoch >= config.epochs:
+                _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
+            loop.run_epochs()
+            _warn_of_untrained_row(config, loop.model)
+    except KeyboardInterrupt:
+        if (run / LAST).exists():
+            _say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return run
+
+
+@contextlib.contextmanager
+def _claimed(run: Path) -> Iterator[None]:
+    """Be the one process, with those of its `torchrun`, that trains a run; a start that failed leaves no folder."""
+    if not is_main():
+        yield
+        return
+    is_new, out_is_new = not run.exists(), not run.parent.exists()
+    with claim(run / ".lock", f"the run '{run}' is being trained"):
+        try:
+            yield
+        finally:
+            if is_new and not any((run / kept).exists() for kept in (BEST, LAST)):
+                shutil.rmtree(run, ignore_errors=True)  # there is nothing to evaluate or resume
+                with contextlib.suppress(OSError):
+                    if out_is_new:
+                        run.parent.rmdir()
+
+
+def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float) -> _Loop:
+    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder."""
+    try:
+        source = open_dataset(config.data)
+    except UsageError as error:
+        if not resume:
+            raise
+        raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
+    splits = split_dataset(source, config.val_fraction, config.calib_fraction, config.seed)
+    restored = resume and (run / LAST).exists()
+    if config.weights and not restored and is_checkpoint(config.weights):
+        _check_same_splits(config, source, splits)
+    torch.manual_seed(config.seed)
+    pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
+    model = build_model(config.backbone, source.classes, config.preprocess, pretrained, weights)
+    if config.half_size_epochs:
+        check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
+    if config.sync_bn and device.type == "cuda":
+        model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = _optimizer(model, config)
+    progress = _Progress()
+    if restored:
+        progress = _restore(run, model, optimizer, source, splits)
+    elif is_main():
+        write_json(run / "config.json", to_dict(config))
+        write_json(run / "splits.json", _splits_record(source, splits))
+        if len(splits.calib) < MIN_CALIB:
+            _say(
+                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
+                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
+            )
+    return _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
+
+
+def _kernel_in_use(device: torch.device, kernel: str) -> str:
+    """`ops.kernel_in_use`, its warning as one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        in_use = kernel_in_use(device, kernel)
+    for warning in caught:
+        _say(f"note: {warning.message}")
+    return in_use
+
+
+def _check_same_splits(config: TrainConfig, source: ImageSource, splits: Splits) -> None:
+    """Raises UsageError if the weights were trained on images that would now validate and calibrate."""
+    meta = load_checkpoint(Path(str(config.weights)))[1]
+    if meta["data_fingerprint"] == source.fingerprint and meta["splits_hash"] != splits.hash:
+        raise UsageError(
+            f"'{config.weights}' was trained on another split of these images, so validation and calibration would "
+            "see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's config.json"
+        )
+
+
+def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
+    """Say so where the OOD loss was wanted and never moved the OOD row from zero."""
+    if not config.loss.trains_row or model.ood.weight.any():
+        return
+    if config.epochs <= config.loss.warmup_epochs:
+        reason = f"all {config.epochs} epochs were its warm-up. Use more --epochs or fewer --warmup-epochs"
+    else:
+        reason = "no patch was labelled ID or OOD. Use more --epochs, or a --gamma nearer to 0.5"
+    _say(f"warning: the OOD row was not trained, and the score `ssod` is constant: {reason}")
+
+
+def _say(message: str) -> None:
+    if is_main():
+        click.echo(message, err=True)
+
+
+def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
+    """Begin a run from command-line options: `train_config`'s, and `size`; returns the run folder."""
+    return train(run_config(data, options), out)
+
+
+def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
+    """The settings of `start_run`.
+
+    Raises:
+        UsageError: no such backbone, or a value out of range.
+        ArtifactError: the checkpoint that training is to start from cannot be read.
+    """
+    options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
+    options["preprocess"] = to_dict(_starting_preprocess(options))
+    if options.get("precision") is None:
+        # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
+        options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
+    return train_config(options.pop("recipe"), options)
+
+
+def _starting_preprocess(options: dict[str, Any]) -> Preprocess:
+    """The preprocessing of the weights that training starts from, at the size asked for."""
+    size, weights = options.pop("size"), options.get("weights")
+    if weights and is_checkpoint(weights):
+        preprocess = load_preprocess(weights)
+        return preprocess if size is None else replace(preprocess, input_size=size)
+    return backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
+
+
+def resume_run(run: str | Path) -> Path:
+    """Go on with a run folder, with the settings stored in it.
+
+    Raises:
+        UsageError: it is no run folder.
+    """
+    run = Path(run)
+    if run.is_file():
+        raise UsageError(f"--resume takes the folder of a run, got the file '{run}'. Give '{run.parent}'")
+    if run.name in ("", ".."):
+        run = run.resolve()
+    return train(replace(load_config(run), name=run.name), run.parent, resume=True)
+
+
+class _Loop:
+    """The state one training run carries from batch to batch."""
+
+    def __init__(
+        self, config: TrainConfig, run: Path, model: SSODClassifier, optimizer: torch.optim.Optimizer,
+        source: ImageSource, splits: Splits, device: torch.device, progress: _Progress, save_minutes: float,
+    ):  # fmt: skip
+        self.config, self.run, self.model, self.optimizer = config, run, model, optimizer
+        self.splits, self.device, self.progress, self.save_minutes = splits, device, progress, save_minutes
+        self.source, self.interrupted = source, False
+        self.images = TrainImages(source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
+        self.kernel = _kernel_in_use(device, config.kernel)
+        step: nn.Module = TrainStep(model, config.loss, config.precision, config.kernel)
+        if dist.is_initialized():
+            # The OOD row takes no part while the OOD loss warms up.
+            step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
+        self.train_step = cast(nn.Module, torch.compile(step)) if config.compile else step
+        self.steps_per_epoch = len(self._batches(0))
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"'{config.data}' leaves {len(splits.train)} training images, fewer than one batch of "
+                f"{config.batch_size * world_size()}. Use a smaller --batch-size"
+            )
+
+    def run_epochs(self) -> None:
+        from ssod_edge.terminal import TrainingBar
+
+        with TrainingBar(self.config, self.steps_per_epoch, enabled=is_main()) as bar, self._finish_batch_on_ctrl_c():
+            while self.progress.epoch < self.config.epochs:
+                self._train_epoch(bar)
+                self._finish_epoch(bar)
+
+    @contextlib.contextmanager
+    def _finish_batch_on_ctrl_c(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the running batch, with a checkpoint; the second ends it at once."""
+
+        def interrupt(*_: object) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # handlers belong to the main thread
+            return
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _train_epoch(self, bar: Any) -> None:
+        progress, config = self.progress, self.config
+        self.model.train()
+        full = config.preprocess.input_size
+        self.images.start_epoch(progress.epoch, full // 2 if progress.epoch < config.half_size_epochs else full)
+        batches = self._batches(progress.epoch)[progress.step :]
+        loader = load_batches(self.images, config.workers, batch_sampler=batches, pin_memory=self.device.type == "cuda")
+        started = saved = time.monotonic()
+        before = progress.seconds
+        for image, target, index in loader:
+            global_step = progress.epoch * self.steps_per_epoch + progress.step
+            loss, log = self._train_batch(image, target, index, global_step)
+            progress.step += 1
+            progress.seconds = before + time.monotonic() - started
+            self._count(loss, log, len(index))
+            bar.update(progress.epoch, progress.step, lambda: epoch_figures(progress.meters))
+            if (self.interrupted or time.monotonic() - saved > self.save_minutes * 60) and is_main():
+                self._save(LAST)
+                saved = time.monotonic()
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+    def _train_batch(
+        self, image: Tensor, target: Tensor, index: Tensor, global_step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One optimizer step. Its randomness depends on (seed, step, process) alone, so resuming repeats it."""
+        config = self.config
+        torch.manual_seed((config.seed * 1_000_003 + global_step) * world_size() + rank())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, global_step, self.steps_per_epoch)
+        warm = global_step >= config.loss.warmup_epochs * self.steps_per_epoch
+        target = target.to(self.device, non_blocking=True)
+        loss, log = self.train_step(image.to(self.device, non_blocking=True), target, warm)
+        self._check_finite("loss", loss, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self._check_finite("gradient's norm", norm, index)
+        self.optimizer.step()
+        return loss.detach(), log
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
+        world, size = world_size(), self.config.batch_size * world_size()
+        return [order[i : i + size][rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
+
+    def _check_finite(self, what: str, value: Tensor, index: Tensor) -> None:
+        if not math.isfinite(value.item()):
+            where = f"The last good checkpoint is '{self.run / LAST}'." if (self.run / LAST).exists() else ""
+            raise TrainingError(
+                f"the {what} is {value.item()} at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, "
+                f"on the images {index.tolist()}. Lower --lr, or look at these images. {where}"
+            )
+
+    def _count(self, loss: Tensor, log: dict[str, Tensor], n: int) -> None:
+        meters = self.progress.meters
+        values = {name: float(value) for name, value in log.items() if name in _METERS}
+        for name in _LOSSES:
+            values[name] = (float(loss) if name == "loss" else values.get(name, 0.0)) * n
+        for name, value in {**values, "images": float(n)}.items():
+            meters[name] = meters.get(name, 0.0) + value
+
+    def _finish_epoch(self, bar: Any) -> None:
+        progress = self.progress
+        held_out = collect(
+            self.model, self.source, self.splits.val, batch_size=self.config.batch_size, workers=self.config.workers
+        )
+        accuracy = held_out.accuracy
+        row = {
+            "epoch": progress.epoch + 1,
+            **epoch_figures(progress.meters),
+            "val_accuracy": accuracy,
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(progress.meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
+            "kernel": self.kernel,
+        }
+        best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
+        # A model from before the OOD loss is kept only until there is a later one.
+        warming = not self.config.loss.is_plain and progress.epoch < self.config.loss.warmup_epochs
+        self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
+        if is_main():
+            if best:
+                self._save(BEST, accuracy)
+            # Before `last`: a kill in between repeats the epoch and its line, and loses neither.
+            _append_metrics(self.run / "metrics.jsonl", row)
+            self._save(LAST, accuracy)
+        bar.epoch_done(row)
+
+    def _save(self, name: str, accuracy: float | None = None) -> None:
+        tensors = model_tensors(self.model)
+        meta = {
+            **model_meta(self.model),
+            "trained": True,
+            "epoch": self.progress.epoch,
+            "val_accuracy": accuracy,
+            "data": self.config.data,
+            "data_fingerprint": self.source.fingerprint,
+            "splits_hash": self.splits.hash,
+            "kernel": self.kernel,
+        }
+        if name == LAST:
+            tensors |= optimizer_tensors(self.optimizer)
+            meta["progress"] = dataclasses.asdict(self.progress)
+        save_checkpoint(self.run / name, tensors, meta)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Rate of an optimizer step: "paper" halves it every 30 epochs; the others warm up, then a cosine to 1%."""
+    if config.recipe == "paper":
+        return config.lr * 0.5 ** (step // (30 * steps_per_epoch))
+    total = config.epochs * steps_per_epoch
+    warmup = max(1, round(config.lr_warmup_fraction * total))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
+
+
+def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
+    """Means over the images of an epoch, and the shares of ID, OOD and ignored patches."""
+    images = max(meters.get("images", 0.0), 1.0)
+    patches = max(sum(meters.get(name, 0.0) for name in ("n_id", "n_ood", "n_ignored")), 1.0)
+    return {
+        "loss": meters.get("loss", 0.0) / images,
+        "ce": meters.get("ce", 0.0) / images,
+        "ood_loss": meters.get("ood", 0.0) / images,
+        "norm_loss": meters.get("norm", 0.0) / images,
+        "outlier_loss": meters.get("outlier", 0.0) / images,
+        "accuracy": meters.get("correct", 0.0) / images,
+        "id_patches": meters.get("n_id", 0.0) / patches,
+        "ood_patches": meters.get("n_ood", 0.0) / patches,
+        "ignored_patches": meters.get("n_ignored", 0.0) / patches,
+        "invalid_patches": meters.get("n_invalid", 0.0),
+    }
+
+
+def default_name(config: TrainConfig) -> str:
+    """Run folder name: "<backbone>-<data set>"."""
+    # Of "." and "..", the folder's own name.
+    path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
+    return f"{config.backbone}-{Path(path).name.removesuffix('.tar') or 'data'}"
+
+
+def load_config(run: Path) -> TrainConfig:
+    """The settings of a run folder.
+
+    Raises:
+        UsageError: there is no such run, or its config.json has unknown keys.
+        ArtifactError: config.json is damaged.
+    """
+    try:
+        return from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"there is no run '{run}' to resume; leave --resume out to start one") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise ArtifactError(f"'{run / 'config.json'}' is damaged ({error})") from error
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or, from scratch, SGD; biases and normalisation parameters are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.recipe == "scratch":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _restore(
+    run: Path, model: SSODClassifier, optimizer: torch.optim.Optimizer, source: ImageSource, splits: Splits
+) -> _Progress:
+    tensors, meta = load_checkpoint(run / LAST)
+    if (meta["data_fingerprint"], meta["splits_hash"]) != (source.fingerprint, splits.hash):
+        raise UsageError(f"the data set '{source.name}' changed since the run '{run}' began; start a new run")
+    load_state(model, tensors, run / LAST)
+    try:
+        load_optimizer(optimizer, tensors)
+        return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
+    except (UsageError, ValueError, KeyError) as error:
+        raise ArtifactError(f"checkpoint '{run / LAST}' does not hold a run to go on with ({error})") from error
+
+
+def _splits_record(source: ImageSource, splits: Splits) -> dict[str, Any]:
+    return {
+        "data": source.name,
+        "data_fingerprint": source.fingerprint,
+        "splits_hash": splits.hash,
+        "train": len(splits.train),
+        "val": splits.val.tolist(),
+        "calib": splits.calib.tolist(),
+    }
+
+
+def _append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
+    write_atomic(path, lambda temporary: temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n"))

@@ -1,0 +1,83 @@
+"""What training minimises: cross-entropy, and what teaches the network to know what it does not know."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssod_edge.config import LossConfig
+from ssod_edge.errors import UsageError
+from ssod_edge.ops import background_norm, ssod_loss
+from ssod_edge.training.made_images import make_outliers
+from ssod_edge.training.model import SSODClassifier, normalise
+
+
+class TrainStep(nn.Module):
+    """uint8 images and labels -> the loss of Eq. 14 with the terms of `LossConfig`, and what there is to log.
+
+    A module of its own so that DistributedDataParallel and torch.compile see the whole step.
+    """
+
+    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel: str = "auto"):
+        super().__init__()
+        if config.labels_patches and model.no_patches:
+            raise UsageError(
+                f"--method {config.method} labels the patches of a feature map, and '{model.backbone_name}' has none: "
+                f"{model.no_patches}. Train with made outliers (--method ce --outliers rotate,shuffle,zoom,blend), or "
+                "choose a CNN"
+            )
+        self.model = model
+        self.config = config
+        self.kernel = kernel
+        self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+
+    def forward(self, image: Tensor, target: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """image uint8 [N, 3, S, S], target int64 [N]; before it is warm, the loss is cross-entropy alone."""
+        config, n = self.config, len(image)
+        outliers = warm and config.trains_row_on_outliers
+        if outliers:
+            made = make_outliers(image, config.outliers, max(1, round(config.outlier_share * n)))
+            image = torch.cat([image, made])
+        patches = n if warm and config.labels_patches else 0
+        x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            pooled, z = self.model.forward_train(x, patches)
+            logits = self.model.classifier(pooled[:n])
+        loss = F.cross_entropy(logits.float(), target)
+        log = {"ce": loss.detach(), "correct": (logits.detach().argmax(1) == target).sum()}
+        if z is not None:
+            extra, stats = self._patch_terms(z, target)
+            loss, log = loss + extra, {**log, **stats}
+        if outliers:
+            term = outlier_loss(self.model.head(pooled)[1], n)
+            loss, log["outlier"] = loss + config.outlier_weight * term, term.detach()
+        return loss, log
+
+    def _patch_terms(self, z: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What patch features [N, H, W, D] add to the loss."""
+        config, classifier, row = self.config, self.model.classifier, self.model.ood
+        bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
+        total, log = z.new_zeros((), dtype=torch.float32), {}
+        if config.trains_row_on_patches:
+            ood, stats = ssod_loss(
+                z, classifier.weight, bias, row.weight, row.bias, target,
+                config.gamma, config.balance, kernel=self.kernel,
+            )  # fmt: skip
+            total, log = total + config.alpha * ood, {"ood": ood.detach(), **stats}
+        if config.shrinks_background:
+            norm, stats = background_norm(z, classifier.weight, bias, target, config.gamma, self.kernel)
+            total, log = total + config.norm_weight * norm, {**stats, **log, "norm": norm.detach()}
+        return total, log
+
+
+def outlier_loss(id_logit: Tensor, n: int) -> Tensor:
+    """Binary cross-entropy of the ID logit on whole images: half the mean over known ones, half over made ones.
+
+    The balance is that of LWB (the paper's Table 5). Every process has as many of each, so means of means are exact.
+
+    Args:
+        id_logit: [N], of the fused head on pooled features.
+        n: the first n are training images, the others were made.
+    """
+    return 0.5 * (F.softplus(-id_logit[:n]).mean() + F.softplus(id_logit[n:]).mean())

@@ -1,0 +1,93 @@
+"""What a model says of many images: logits, ID logits and pooled features, collected in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssod_edge.data.sources import ImageSource, Indices
+from ssod_edge.training.batches import EvalImages, load_batches
+from ssod_edge.training.model import SSODClassifier, normalise
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model says of N images.
+
+    Attributes:
+        logits: float32 [N, M].
+        id_logit: float32 [N].
+        labels: int64 [N]; -1 where there are none.
+        features: float32 [N, D], the pooled features that the last layer reads.
+        ms_per_image: time in the network, median over the batches.
+    """
+
+    logits: NDArray[np.float32]
+    id_logit: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    features: NDArray[np.float32]
+    ms_per_image: float = 0.0
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """bool [N]: whether the largest logit is the label's."""
+        return self.logits.argmax(axis=1) == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy in [0, 1]."""
+        return float(self.correct.mean())
+
+
+@torch.no_grad()
+def collect(
+    model: SSODClassifier,
+    source: ImageSource,
+    indices: Indices | None = None,
+    via_size: int | None = None,
+    batch_size: int = 64,
+    workers: int = 1,
+    advance: Callable[[int], None] = lambda n: None,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Outputs:
+    """Run a model in fp32 over images, in order.
+
+    Args:
+        model: in any mode; it is left in eval mode.
+        source, indices, via_size: as `EvalImages`.
+        advance: called with the size of each finished batch.
+        watch: called with each normalised batch [N, 3, S, S], on the model's device.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    logits, id_logits, labels, features, times = [], [], [], [], []
+    images = EvalImages(source, indices, model.preprocess, via_size)
+    for image, label, _ in load_batches(images, workers, batch_size=batch_size):
+        start = time.perf_counter()
+        x = normalise(image.to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
+        z = model.features(x)
+        batch_logits, batch_id = model.head(z)
+        logits.append(batch_logits.cpu().numpy())
+        times.append((time.perf_counter() - start) / len(label))
+        id_logits.append(batch_id.cpu().numpy())
+        labels.append(label.numpy())
+        features.append(z.float().cpu().numpy())
+        if watch is not None:
+            watch(x)
+        advance(len(label))
+    return Outputs(
+        np.concatenate(logits),
+        np.concatenate(id_logits),
+        np.concatenate(labels),
+        np.concatenate(features),
+        1000 * float(np.median(times)),
+    )

@@ -1,0 +1,216 @@
+"""Detectors with a state: their rows against the formulas of their papers, and what is written of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ssod_edge.config import DETECTORS
+from ssod_edge.detect.detectors import (
+    RIDGE,
+    Detector,
+    FitData,
+    fit,
+    fit_knn,
+    fit_mahalanobis,
+    fit_scale,
+    fit_vim,
+    spherical_kmeans,
+)
+from ssod_edge.detect.sums import load_score, save_score
+from ssod_edge.errors import UsageError
+
+CLASSES, WIDTH = 4, 24
+
+
+def make_data(n: int = 400, seed: int = 0, offset: float = 5.0) -> FitData:
+    """Classes around their means, with a covariance that is no sphere, far from the origin, one dimension constant."""
+    rng = np.random.default_rng(seed)
+    means = np.random.default_rng(1).normal(0, 2, (CLASSES, WIDTH))
+    labels = rng.integers(0, CLASSES, n)
+    noise = rng.normal(0, 1, (n, WIDTH)) * np.geomspace(3, 0.05, WIDTH)
+    features = means[labels] + noise @ np.linalg.qr(np.random.default_rng(2).normal(size=(WIDTH, WIDTH)))[0] + offset
+    features[:, 3] = 0
+    weight = np.random.default_rng(3).normal(0, 0.3, (CLASSES, WIDTH)).astype(np.float32)
+    bias = np.arange(CLASSES, dtype=np.float32)
+    features = features.astype(np.float32)
+    return FitData(features, labels, features @ weight.T + bias, weight, bias)
+
+
+@pytest.fixture(scope="module")
+def data() -> FitData:
+    return make_data()
+
+
+@pytest.fixture(scope="module")
+def images() -> FitData:
+    """Others than those of the fit, the last half of them far out."""
+    made = make_data(60, seed=7)
+    features = made.features.copy()
+    features[30:] += np.random.default_rng(4).normal(0, 4, (30, WIDTH)).astype(np.float32)
+    return replace(made, features=features, logits=features @ made.weight.T + made.bias)
+
+
+def energy(logits: np.ndarray) -> np.ndarray:
+    return -np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+
+
+def covariances(data: FitData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Class means, and the covariances within the classes and of all features, with the same ridge."""
+    z = data.features.astype(np.float64)
+    means = np.stack([z[data.labels == c].mean(axis=0) for c in range(CLASSES)])
+    within = np.cov((z - means[data.labels]).T, bias=True)
+    ridge = RIDGE * np.trace(within) / WIDTH * np.eye(WIDTH)
+    return means, within + ridge, np.cov(z.T, bias=True) + ridge
+
+
+def squared_distance(z: np.ndarray, center: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    inverse = np.linalg.inv(covariance)
+    return np.array([(row - center) @ inverse @ (row - center) for row in z.astype(np.float64)])
+
+
+@pytest.mark.parametrize(("dimensions", "kept"), [(None, WIDTH // 2), (4, 4), (WIDTH, WIDTH)])
+def test_mahalanobis_is_the_smallest_distance_to_a_class(
+    data: FitData, images: FitData, dimensions: int | None, kept: int
+) -> None:
+    means, within, _ = covariances(data)
+    values, vectors = np.linalg.eigh(within)
+    values[: WIDTH - kept] = values[: WIDTH - kept].mean() if kept < WIDTH else 1.0  # the rest is a sphere
+    within = (vectors * values) @ vectors.T
+    expected = np.min([squared_distance(images.features, mean, within) for mean in means], axis=0)
+    found = fit_mahalanobis(data, dimensions)
+    assert found.rows == kept + CLASSES and bool(found.center.size) == (kept < WIDTH)
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-3)
+
+
+def test_mahalanobis_subtracts_nothing_where_fp32_would_lose_it() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1e-3, (200, WIDTH))
+    features[:, 0] += np.repeat([1000, -1000], 100)  # two classes, far apart and narrow
+    labels = np.repeat([0, 1], 100)
+    weight = np.zeros((2, WIDTH), np.float32)
+    data = FitData(features.astype(np.float32), labels, np.zeros((200, 2), np.float32), weight, np.zeros(2, np.float32))
+    found = fit_mahalanobis(data)
+    assert not found.center.size and found.settings["dimensions"] == WIDTH
+    with pytest.raises(UsageError, match="dimensions must lie between 1 and 24, got 25"):
+        fit_mahalanobis(data, WIDTH + 1)
+
+
+def test_relative_mahalanobis_takes_two_rows_a_class(data: FitData, images: FitData) -> None:
+    means, within, total = covariances(data)
+    nearest = np.min([squared_distance(images.features, mean, within) for mean in means], axis=0)
+    expected = nearest - squared_distance(images.features, data.features.astype(np.float64).mean(axis=0), total)
+    found = fit("rmd", data)
+    assert found.rows == 2 * CLASSES - 1
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-3)
+    assert np.ptp(expected) > 10
+
+
+@pytest.mark.parametrize(("dimensions", "rows"), [(None, 12), (8, 8), (20, 4)])
+def test_vim_is_the_residual_less_the_energy(data: FitData, images: FitData, dimensions: int | None, rows: int) -> None:
+    kept = dimensions or WIDTH // 2
+    origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
+    v = data.features - origin
+    _, _, directions = np.linalg.svd(v, full_matrices=False)
+    residual = directions[kept:].T
+    alpha = data.logits.max(axis=1).mean() / np.linalg.norm(v @ residual, axis=1).mean()
+    expected = alpha * np.linalg.norm((images.features - origin) @ residual, axis=1) + energy(images.logits)
+    found = fit_vim(data, dimensions)
+    assert found.rows == rows
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vim_keeps_the_residual_rows_where_the_difference_would_cancel(data: FitData) -> None:
+    flat = data.features.copy()
+    flat[:, 8:] = 5 + 1e-4 * (flat[:, 8:] - 5)
+    nearly_flat = replace(data, features=flat, logits=flat @ data.weight.T + data.bias)
+    assert fit_vim(data, 8).settings["rows"] == "principal space"
+    assert fit_vim(nearly_flat, 8).settings["rows"] == "residual space"
+
+
+def test_knn_is_one_less_the_largest_cosine(data: FitData, images: FitData) -> None:
+    found = fit_knn(data, prototypes=3)
+    assert found.rows == 3 * CLASSES
+    np.testing.assert_allclose(np.linalg.norm(found.weight, axis=1), 1, rtol=1e-5)
+    cosine = images.features @ found.weight.T / np.linalg.norm(images.features, axis=1)[:, None]
+    np.testing.assert_allclose(found.score(images.features, images.logits), 1 - cosine.max(axis=1), atol=1e-6)
+    # With a prototype for each image it is the nearest training image, exactly.
+    full = fit_knn(data, prototypes=len(data.features))
+    assert full.rows == len(data.features)
+    np.testing.assert_allclose(full.score(data.features, data.logits), 0, atol=1e-6)
+
+
+def test_spherical_kmeans_finds_the_groups_and_repeats() -> None:
+    rng = np.random.default_rng(0)
+    axes = np.eye(6, dtype=np.float32)[:3]
+    points = np.repeat(axes, 50, axis=0) + rng.normal(0, 0.05, (150, 6)).astype(np.float32)
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    centres = spherical_kmeans(unit, 3, np.random.default_rng(3))
+    assert sorted((centres @ axes.T).argmax(axis=1)) == [0, 1, 2] and (centres @ axes.T).max(axis=1).min() > 0.99
+    np.testing.assert_array_equal(centres, spherical_kmeans(unit, 3, np.random.default_rng(3)))
+
+
+def test_react_is_the_energy_of_clipped_features(data: FitData, images: FitData) -> None:
+    clip = np.quantile(data.features, 0.9)
+    expected = energy(np.minimum(images.features, clip) @ data.weight.T + data.bias)
+    found = fit("react", data)
+    assert found.rows == 0 and np.ptp(expected - energy(images.logits)) > 0.1
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scale", "ash"])
+def test_scale_and_ash_multiply_by_the_ratio_of_sums(data: FitData, images: FitData, name: str) -> None:
+    z = images.features.astype(np.float64)
+    k = WIDTH - int(0.75 * WIDTH)
+    kept = np.where(z >= np.sort(z, axis=1)[:, [-k]], z, 0)
+    factor = np.exp(np.maximum(z, 0).sum(axis=1) / np.maximum(kept, 0).sum(axis=1))[:, None]
+    expected = energy(factor * (kept if name == "ash" else z) @ data.weight.T + data.bias)
+    found = fit_scale(data, name, 0.75)  # type: ignore[arg-type]
+    assert found.rows == 0 and found.multiply_adds == (data.weight.size if name == "ash" else 0)
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_nothing_but_zeros_give_finite_scores(data: FitData) -> None:
+    z = np.zeros((2, WIDTH), np.float32)
+    for name in DETECTORS:
+        assert np.isfinite(fit(name, data).score(z, z @ data.weight.T + data.bias)).all()  # type: ignore[arg-type]
+
+
+def test_images_without_a_label_get_the_class_that_the_network_says(data: FitData) -> None:
+    told = replace(data, labels=data.logits.argmax(axis=1))
+    untold = replace(data, labels=np.full(len(data.labels), -1))
+    np.testing.assert_array_equal(fit("rmd", told).weight, fit("rmd", untold).weight)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_comes_back_from_its_file(data: FitData, images: FitData, tmp_path, name: str) -> None:
+    detector = fit(name, data)  # type: ignore[arg-type]
+    path = save_score(detector, tmp_path / "detector.npz")
+    assert path.read_bytes() == save_score(detector, tmp_path / "again.npz").read_bytes()
+    again = load_score(path)
+    assert isinstance(again, Detector)
+    assert (again.name, again.numbers, again.rows) == (detector.name, detector.numbers, detector.rows)
+    expected = detector.score(images.features, images.logits)
+    np.testing.assert_array_equal(again.score(images.features, images.logits), expected)
+
+
+def test_wrong_input_is_refused(data: FitData, tmp_path) -> None:
+    with pytest.raises(UsageError, match="detector must be one of vim"):
+        fit("best", data)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="dimensions must lie between 0 and 24, got 24"):
+        fit_vim(data, WIDTH)
+    with pytest.raises(UsageError, match="not finite"):
+        replace(data, features=np.full_like(data.features, np.nan))
+    with pytest.raises(UsageError, match="features"):
+        replace(data, labels=data.labels[1:])
+    with pytest.raises(UsageError, match="do not vary"):
+        fit("rmd", replace(data, features=np.ones_like(data.features)))
+
+
+def test_rmd_needs_two_classes(data: FitData) -> None:
+    one = replace(data, labels=np.zeros_like(data.labels))
+    with pytest.raises(UsageError, match="all of one class"):
+        fit("rmd", one)
+    assert fit("mahalanobis", one).numbers["quadratic"]

@@ -1,0 +1,154 @@
+"""A colour classifier with the fused graph's face: a real export folder, small enough to make in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from ssod_edge.config import Preprocess
+from ssod_edge.detect.scores import ood_scores
+from ssod_edge.files import sha256_file
+from ssod_edge.spec import Artifact, Spec, Threshold, load_spec, save_spec
+
+SIZE = 16
+CLASSES = ("red", "green", "blue")
+#: A colour classifier: features are the three channel means in [0, 1]; grey is what it does not know.
+WEIGHT = np.array([[8, -4, -4], [-4, 8, -4], [-4, -4, 8], [2, 1, 1]], np.float32)
+BIAS = np.array([0.0, 0.1, -0.1, -1.0], np.float32)
+
+
+def colour_graph(half: bool = False) -> onnx.ModelProto:
+    """The fused graph's face on a colour classifier; `half` computes the pooling in fp16."""
+    body = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    kernel = np.eye(3, dtype=np.float16 if half else np.float32).reshape(3, 3, 1, 1)
+    constants = {
+        "scale": np.array(255, np.float32), "kernel": kernel, "weight": WEIGHT, "bias": BIAS,
+        "start": np.array([0]), "middle": np.array([3]), "end": np.array([4]), "axis": np.array([1]),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["float", "scale"], ["unit"]),
+        helper.make_node("Cast", ["unit"], ["body"], to=body),
+        helper.make_node("Conv", ["body", "kernel"], ["convolved"]),
+        helper.make_node("GlobalAveragePool", ["convolved"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["z"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["z", "weight", "bias"], ["fused"], transB=1),
+        helper.make_node("Slice", ["fused", "start", "middle", "axis"], ["logits"]),
+        helper.make_node("Slice", ["fused", "middle", "end", "axis"], ["row"]),
+        helper.make_node("Squeeze", ["row", "axis"], ["id_logit"]),
+        helper.make_node("Softmax", ["logits"], ["probs"], axis=1),
+        helper.make_node("ReduceLogSumExp", ["logits", "axis"], ["energy"], keepdims=0),
+        helper.make_node("Neg", ["energy"], ["ood_score"]),
+    ]
+    shapes = {"logits": ["N", 3], "probs": ["N", 3], "id_logit": ["N"], "ood_score": ["N"]}
+    graph = helper.make_graph(
+        nodes,
+        "colour",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def colour_outputs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [N, 3], id_logit [N]) of uint8 images [N, 3, S, S]: what `colour_graph` stands for, in numpy."""
+    z = (images.astype(np.float64) / 255).mean((2, 3))
+    fused = (z @ WEIGHT.T + BIAS).astype(np.float32)
+    return fused[:, :3], fused[:, 3]
+
+
+def colour_images(n: int, seed: int = 0) -> np.ndarray:
+    """uint8 [n, 3, S, S]: strong colours, each with some noise."""
+    rng = np.random.default_rng(seed)
+    colour = np.eye(3)[rng.integers(0, 3, n)] * rng.uniform(120, 220, (n, 1)) + rng.uniform(0, 30, (n, 3))
+    return np.clip(colour[:, :, None, None] + rng.normal(0, 8, (n, 3, SIZE, SIZE)), 0, 255).astype(np.uint8)
+
+
+def write_reference(folder: Path, images: np.ndarray) -> str:
+    """`reference.npz` of the colour classifier; returns its SHA-256."""
+    logits, id_logit = colour_outputs(images)
+    scores = {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
+    np.savez(folder / "reference.npz", image=images, label=logits.argmax(1), logits=logits, id_logit=id_logit, **scores)
+    return sha256_file(folder / "reference.npz")
+
+
+def write_export(folder: Path) -> None:
+    """A real export folder of the colour classifier: ONNX and OpenVINO, fp32 and fp16, trained and verified."""
+    import openvino
+
+    threshold = Threshold(value=-2.0, target_tpr=0.95, n=100, data="calib", fitted_tpr=0.95)
+    artifacts = []
+    for precision in ("fp32", "fp16"):
+        onnx.save(colour_graph(half=precision == "fp16"), folder / f"model-{precision}.onnx")
+        ir = folder / f"openvino-{precision}" / "model.xml"
+        openvino.save_model(
+            openvino.convert_model(folder / f"model-{precision}.onnx"), ir, compress_to_fp16=precision == "fp16"
+        )
+        for engine, names in (
+            ("onnxruntime", [f"model-{precision}.onnx"]),
+            ("openvino", [f"openvino-{precision}/model.xml", f"openvino-{precision}/model.bin"]),
+        ):
+            artifacts.append(
+                Artifact(
+                    name=f"{engine.removesuffix('runtime')}-{precision}",
+                    engine=engine,
+                    precision=precision,
+                    files={name: sha256_file(folder / name) for name in names},
+                    opset=18,
+                    versions={"onnx": onnx.__version__},
+                    threshold=threshold,
+                    verification={"passed": True, "precision": "fp32", "device": "CPU"},
+                )
+            )
+    spec = Spec(
+        backbone="colour",
+        classes=CLASSES,
+        preprocess=Preprocess(input_size=SIZE),
+        score={"name": "energy", "evidence": "default"},
+        trained=True,
+        reference_sha256=write_reference(folder, colour_images(40)),
+        artifacts=tuple(artifacts),
+    )
+    save_spec(spec, folder)
+
+
+def edit_spec(folder: Path, edit: Callable[[Spec], Spec], rehash: bool = False) -> None:
+    """Rewrite `ssod.json`; `rehash` also takes the files' hashes as they are now."""
+    spec = edit(load_spec(folder))
+    if rehash:
+        artifacts = (replace(a, files={name: sha256_file(folder / name) for name in a.files}) for a in spec.artifacts)
+        digest = sha256_file(folder / "reference.npz")
+        spec = replace(spec, artifacts=tuple(artifacts), reference_sha256=digest)
+    save_spec(spec, folder)
+
+
+def edit_graph(folder: Path, artifact: str, **initializers: np.ndarray) -> None:
+    """Give an ONNX artifact other constants, as a broken export would: with a hash that fits."""
+    path = folder / load_spec(folder).artifact(artifact).main_file
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name in initializers:
+            tensor.CopyFrom(numpy_helper.from_array(initializers[tensor.name], tensor.name))
+    onnx.save(model, path)
+    edit_spec(folder, lambda spec: spec, rehash=True)
+
+
+def write_colours(folder: Path, n: int = 4) -> Path:
+    """An ImageFolder of the colour classifier's classes, n images of 20 x 24 pixels in each; returns its path."""
+    for index, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(n):
+            colour = [20 * number, 20 * number, 20 * number]
+            colour[index] = 230
+            Image.new("RGB", (20, 24), tuple(colour)).save(folder / name / f"{number}.png")
+    return folder

@@ -1,0 +1,445 @@
+"""Training: it learns, it resumes to the same weights after a kill, and it stops where it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from locks import holding
+from pictures import write_folder
+
+import ssod_edge.training.loop
+from ssod_edge.cli import main
+from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
+from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
+from ssod_edge.ops import kernel_in_use
+from ssod_edge.terminal import TrainingBar
+from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
+from ssod_edge.training.loop import _Loop, default_name, epoch_figures, learning_rate, load_config, resume_run, train
+from ssod_edge.training.model import build_model
+from ssod_edge.training.objective import TrainStep
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "pictures", per_class=16)
+
+
+@pytest.fixture
+def config(pictures):
+    return TrainConfig(
+        backbone="test_efficientnet", data=str(pictures), name="run", epochs=3, batch_size=8, lr=1e-2, workers=0,
+        preprocess=Preprocess(input_size=40), loss=LossConfig(gamma=0.6, warmup_epochs=1.0), half_size_epochs=1,
+    )  # fmt: skip
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_records_what_it_did(config, tmp_path):
+    run = train(config, tmp_path)
+    model, meta = load_model(run)
+    history = rows(run)
+    assert run == tmp_path / "run" and not model.training
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert history[-1]["ce"] < history[0]["ce"] and history[-1]["val_accuracy"] == 1.0
+    assert history[0]["id_patches"] == 0 and history[-1]["id_patches"] > 0  # the first epoch warms up
+    assert sum(history[-1][kind] for kind in ("id_patches", "ood_patches", "ignored_patches")) == pytest.approx(1)
+    assert {row["kernel"] for row in history} == {kernel_in_use("cpu")}
+    assert (model.ood.weight != 0).any(), "the OOD row was not trained"
+    splits = json.loads((run / "splits.json").read_text())
+    assert meta["splits_hash"] == splits["splits_hash"] and not set(splits["val"]) & set(splits["calib"])
+    assert load_config(run) == config
+
+
+def test_a_class_list_trains_on_those_classes_alone(config, tmp_path):
+    (tmp_path / "known.txt").write_text("class0\nclass2\n")
+    data = f"{config.data}@{tmp_path / 'known.txt'}"
+    run = train(replace(config, data=data, loss=LossConfig(method="ce")), tmp_path)
+    assert load_model(run)[0].classes == ("class0", "class2") and rows(run)[-1]["val_accuracy"] == 1.0
+
+
+def test_a_transformer_trains_with_made_images_at_its_one_size(config, tmp_path):
+    loss = LossConfig(method="ce", outliers=("rotate", "blend"), warmup_epochs=0)
+    vit = replace(config, backbone="test_vit", epochs=1, half_size_epochs=0, loss=loss, preprocess=Preprocess(48))
+    model, _ = load_model(train(vit, tmp_path))
+    assert model.no_patches and (model.ood.weight != 0).any()
+    with pytest.raises(UsageError, match=r"does not run at 24 px \(.*\). Train without it: --half-size-epochs 0"):
+        train(replace(vit, epochs=2, half_size_epochs=1), tmp_path / "other")
+    with pytest.raises(UsageError, match="--method ssod labels the patches"):
+        train(replace(vit, loss=LossConfig()), tmp_path / "other")
+    assert not (tmp_path / "other" / "run").exists()
+
+
+def test_a_run_is_trained_by_one_process(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with holding(run / ".lock"):
+        with pytest.raises(BusyError, match=f"the run '{run}' is being trained by another process"):
+            train(config, tmp_path)
+        assert [path.name for path in run.iterdir()] == [".lock"], "what the other made is left alone"
+    train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    assert not (run / ".lock").exists()
+    with holding(run / ".lock"), pytest.raises(BusyError):
+        resume_run(run)
+    assert (run / "last.safetensors").exists()
+
+
+def test_a_start_that_fails_leaves_the_run_of_another_alone(config, tmp_path, monkeypatch):
+    """The other process began, and finished, while this one was on its way to the lock."""
+    run, claim = tmp_path / "run", ssod_edge.training.loop.claim
+
+    def late(*args):
+        monkeypatch.setattr(ssod_edge.training.loop, "claim", claim)
+        train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+        return claim(*args)
+
+    monkeypatch.setattr(ssod_edge.training.loop, "claim", late)
+    with pytest.raises(UsageError, match="exists already"):
+        train(replace(config, seed=7), tmp_path)
+    assert load_config(run).seed == 0 and (run / LAST).exists() and (run / "splits.json").exists()
+
+
+def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.4])  # the warm-up epoch has the highest
+    monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies)))
+    assert load_model(train(config, tmp_path))[1]["epoch"] == 2
+
+
+def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
+    run = train(replace(config, epochs=2, loss=LossConfig(alpha=0.0)), tmp_path)
+    assert not load_model(run)[0].ood.weight.any() and rows(run)[-1]["ood_loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "fix"),
+    [
+        (LossConfig(warmup_epochs=1.0), "Use more --epochs or fewer --warmup-epochs"),
+        (LossConfig(warmup_epochs=0.0, gamma=1 - 1e-9), "Use more --epochs, or a --gamma nearer to 0.5"),
+        (LossConfig(alpha=0.0), ""),
+        (LossConfig(method="lbf", warmup_epochs=0.0, gamma=0.6), ""),
+        (LossConfig(method="ce", outliers=("zoom",), warmup_epochs=1.0), "Use more --epochs or fewer --warmup-epochs"),
+    ],
+)
+def test_an_ood_row_that_never_learned_is_said_at_the_end(config, tmp_path, capsys, loss, fix):
+    train(replace(config, epochs=1, half_size_epochs=0, loss=loss), tmp_path)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("warning: the OOD row was not trained") == bool(fix) and last.endswith(fix)
+
+
+def test_too_few_calibration_images_are_said_before_the_first_epoch(config, tmp_path, capsys):
+    train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "calibration split has 3 images" in first and "needs 19" in first
+    assert "--calib-fraction" in first and "export --id" in first
+
+
+def test_a_run_that_is_finished_says_so(config, tmp_path, capsys):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    before = (run / LAST).read_bytes()
+    resume_run(run)
+    assert "is finished already (1 epochs)" in capsys.readouterr().err and (run / LAST).read_bytes() == before
+    with pytest.raises(UsageError, match=rf"--resume takes the folder of a run, .* Give '{run}'"):
+        resume_run(run / LAST)
+
+
+def test_resume_takes_no_other_options(tmp_path):
+    arguments = ["train", "--resume", str(tmp_path), "--epochs", "3", "--lr", "0.1", "--recipe", "short", "-o", "x"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "--out, --recipe, --epochs, --lr cannot be given with --resume" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["../escaped", "..", ".", "a/b", "a\0b"])
+def test_a_runs_name_is_one_folder(config, tmp_path, name):
+    with pytest.raises(UsageError, match="name must be the name of one folder"):
+        train(replace(config, name=name), tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_starts_from_a_checkpoint_and_its_preprocessing(config, pictures, tmp_path):
+    first = train(replace(config, epochs=1, half_size_epochs=0, loss=LossConfig(warmup_epochs=0.0)), tmp_path)
+    donor = load_model(first)[0]
+    arguments = ["train", str(pictures), "--backbone", "test_efficientnet", "--weights", str(first / LAST)]
+    options = ["--epochs", "1", "--batch-size", "8", "--lr", "1e-9", "-o", str(tmp_path), "--name", "second"]
+    assert CliRunner().invoke(main, [*arguments, *options]).exit_code == 0
+    model = load_model(tmp_path / "second")[0]
+    torch.testing.assert_close(model.classifier.weight, donor.classifier.weight, rtol=0, atol=1e-6)
+    assert model.preprocess == donor.preprocess == Preprocess(input_size=40)
+    assert donor.ood.weight.any() and not model.ood.weight.abs().max() > 1e-6  # the OOD row begins anew
+    assert CliRunner().invoke(main, [*arguments, *options[:-1], "third", "--size", "32"]).exit_code == 0
+    assert load_model(tmp_path / "third")[0].preprocess == Preprocess(input_size=32)
+    leak = CliRunner().invoke(main, [*arguments, *options[:-1], "fourth", "--seed", "1"])
+    assert leak.exit_code == 2 and "another split of these images" in leak.stderr
+    assert not (tmp_path / "fourth").exists()
+
+
+def test_a_resumed_run_needs_no_starting_weights(config, tmp_path):
+    torch.save(
+        build_model("test_efficientnet", ("a", "b"), config.preprocess).backbone.state_dict(), tmp_path / "w.pth"
+    )
+    run = train(replace(config, epochs=1, half_size_epochs=0, weights=str(tmp_path / "w.pth")), tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"epochs": 2}))
+    (tmp_path / "w.pth").unlink()
+    resume_run(run)
+    assert len(rows(run)) == 2
+
+
+def test_the_default_name_is_that_of_the_data(config, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos")
+    names = {".": "photos", "..": tmp_path.name, "sub/": "sub", "x.tar": "x", "demo:val": "demo-val", "/": "data"}
+    for data, expected in names.items():
+        assert default_name(replace(config, data=data)) == f"test_efficientnet-{expected}"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--size", "0"), ("--seed", "-1"), ("--batch-size", "1")])
+def test_wrong_values_are_wrong_usage(pictures, tmp_path, option, value):
+    arguments = ["train", str(pictures), "--backbone", "test_efficientnet", "-o", str(tmp_path), option, value]
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_a_start_that_fails_leaves_no_folder(config, tmp_path):
+    folder = write_folder(tmp_path / "data")
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ImageError, match="36 of 36 images"):
+        train(replace(config, data=str(folder)), tmp_path / "runs")
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, batch_size=64), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, batch_size=64), tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "runs" / "run").mkdir()
+    (tmp_path / "runs" / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, batch_size=64), tmp_path / "runs")
+    assert (tmp_path / "runs" / "run" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("kill", "recipe"), [(signal.SIGKILL, "short"), (signal.SIGINT, "scratch")])
+def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, kill, recipe):
+    """The kill falls inside an epoch; mini-batches, augmentation, schedule and optimizer go on as if it had not."""
+    whole = train(replace(config, recipe=recipe, loss=replace(config.loss, balance="dr")), tmp_path / "whole")
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    code = (
+        "import json, sys, torch\n"
+        # The sums of a convolution depend on how many threads share them.
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        "from ssod_edge.config import TrainConfig, from_dict\n"
+        "import ssod_edge.training.loop, time\n"
+        "step = ssod_edge.training.loop._Loop._train_batch\n"
+        "def wait(loop, *args):\n"
+        "    at, end = (loop.progress.epoch, loop.progress.step), time.monotonic() + 200\n"
+        "    while at == (1, 2) and not loop.interrupted and time.monotonic() < end:\n"
+        "        time.sleep(0.05)\n"
+        "    return step(loop, *args)\n"
+        "ssod_edge.training.loop._Loop._train_batch = wait\n"
+        "config = from_dict(TrainConfig, json.load(open(sys.argv[1] + '/config.json')))\n"
+        "ssod_edge.training.loop.train(config, sys.argv[1] + '/broken', save_minutes=0)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+    last = tmp_path / "broken" / "run" / LAST
+    wait_until(lambda: last.exists() and progress(last)["epoch"] == 1 and progress(last)["step"] >= 1, process)
+    process.send_signal(kill)
+    process.communicate()
+    assert process.returncode == -kill or kill == signal.SIGINT
+    stopped = progress(last)
+    assert stopped["epoch"] == 1 and stopped["step"] >= 1
+    broken = train(load_config(last.parent), tmp_path / "broken", resume=True)
+    for name in (BEST, LAST):
+        expected, found = load_checkpoint(whole / name)[0], load_checkpoint(broken / name)[0]
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+    assert [row["epoch"] for row in rows(broken)] == [1, 2, 3]
+    for ours, theirs in zip(rows(broken), rows(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"]) and ours["val_accuracy"] == theirs["val_accuracy"]
+
+
+def progress(checkpoint):
+    return load_checkpoint(checkpoint)[1]["progress"]
+
+
+def wait_until(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_on_the_command_line_ends_with_130_and_keeps_a_checkpoint(pictures, tmp_path):
+    command = [sys.executable, "-m", "ssod_edge", "train", str(pictures), "--backbone", "test_efficientnet", "--size",
+               "40", "--epochs", "500", "--batch-size", "8", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_until(lambda: (tmp_path / "run" / LAST).exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert stderr.endswith(b"\ninterrupted\n") and b"Traceback" not in stderr
+    run = tmp_path / "run"
+    assert f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {run}\n" in stderr.decode()
+    assert progress(tmp_path / "run" / LAST)["epoch"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):
+    first = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    before = (first / LAST).read_bytes()
+    stored = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
+    forward = TrainStep.forward
+
+    def explode(self, image, target, warm):
+        loss, log = forward(self, image, target, warm)
+        return loss * torch.nan, log
+
+    monkeypatch.setattr(TrainStep, "forward", explode)
+    with pytest.raises(TrainingError, match=r"loss is nan at epoch 2, step 1, on the images \[\d+, .*last good"):
+        train(load_config(first), tmp_path, resume=True)
+    assert (first / LAST).read_bytes() == before
+
+
+def test_data_that_moved_are_explained_to_who_resumes(config, tmp_path):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"data": "photos"}))
+    with pytest.raises(UsageError, match=r"'photos' does not exist.*started with this path: go to the folder"):
+        resume_run(run)
+
+
+def test_a_checkpoint_with_a_malformed_state_is_damaged(config, tmp_path):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    tensors, meta = load_checkpoint(run / LAST)
+    for broken in ({**meta["progress"], "epoch": "one"}, {}, 3):
+        save_checkpoint(run / LAST, tensors, {**meta, "progress": broken})
+        with pytest.raises(ArtifactError, match="does not hold a run to go on with .*progress"):
+            resume_run(run)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, tmp_path, monkeypatch):
+    forward = TrainStep.forward
+
+    def explode(self, image, target, warm):
+        loss, log = forward(self, image, target, warm)
+        return loss + 0 * self.model.ood.bias.sum().sqrt(), log  # finite, with an infinite gradient at 0
+
+    monkeypatch.setattr(TrainStep, "forward", explode)
+    with pytest.raises(TrainingError, match="gradient's norm is nan"):
+        train(config, tmp_path)
+    assert not (tmp_path / "run" / BEST).exists()
+
+
+def test_runs_are_not_overwritten_and_need_enough_images(config, tmp_path, pictures):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    with pytest.raises(UsageError, match="exists already. Go on with --resume"):
+        train(config, tmp_path)
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        train(replace(config, name="big", batch_size=64), tmp_path)
+    with pytest.raises(UsageError, match="no run .* to resume"):
+        train(replace(config, name="none"), tmp_path, resume=True)
+    (run / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        train(config, tmp_path, resume=True)
+
+
+def test_resuming_on_other_data_is_refused(config, tmp_path):
+    folder = write_folder(tmp_path / "data", per_class=8)
+    run = train(replace(config, data=str(folder), epochs=1, half_size_epochs=0), tmp_path)
+    (folder / "class0" / "00.png").unlink()
+    with pytest.raises(UsageError, match="changed since the run"):
+        train(load_config(run), tmp_path, resume=True)
+
+
+def test_one_class_is_refused(config, tmp_path):
+    folder = write_folder(tmp_path / "data", classes=1)
+    with pytest.raises(UsageError, match="at least 2 classes"):
+        train(replace(config, data=str(folder)), tmp_path)
+
+
+def test_schedules():
+    short = TrainConfig(backbone="b", data="d", epochs=10, lr=1.0)
+    rates = [learning_rate(short, step, 10) for step in range(100)]
+    assert (
+        rates[0] == 0.1
+        and max(rates) == rates[9] == 1.0
+        and rates[-1] < 0.02
+        and rates == rates[:10] + sorted(rates[10:])[::-1]
+    )
+    paper = train_config("paper", {"backbone": "b", "data": "d", "epochs": 70})
+    assert (paper.lr, paper.batch_size, paper.loss.warmup_epochs) == (1e-4, 256, 0.0)
+    assert [learning_rate(paper, epoch * 7, 7) for epoch in (0, 29, 30, 60)] == [1e-4, 1e-4, 5e-5, 2.5e-5]
+
+
+def test_options_win_over_the_recipe_and_unknown_ones_are_refused():
+    config = train_config("paper", {"backbone": "b", "data": "d", "lr": 3e-4, "gamma": 0.9, "epochs": None})
+    assert (config.lr, config.loss.gamma, config.loss.warmup_epochs, config.epochs) == (3e-4, 0.9, 0.0, 60)
+    with pytest.raises(UsageError, match="unknown TrainConfig key: learning"):
+        train_config("short", {"backbone": "b", "data": "d", "learning": 1})
+    with pytest.raises(UsageError, match=r"0\.5 < gamma < 1"):
+        train_config("short", {"backbone": "b", "data": "d", "gamma": 0.5})
+
+
+def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tmp_path, monkeypatch):
+    loss = LossConfig(method="ce", outliers=("rotate", "shuffle"), warmup_epochs=0.0)
+    config = replace(config, epochs=2, half_size_epochs=0, loss=loss)
+    whole = train(config, tmp_path / "whole")
+    assert load_model(whole)[0].ood.weight.any()
+    last = rows(whole)[-1]
+    assert last["outlier_loss"] > 0 == last["ood_loss"] and last["id_patches"] == 0
+    finish = _Loop._finish_epoch
+
+    def stop(self, bar):
+        finish(self, bar)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Loop, "_finish_epoch", stop)
+        train(config, tmp_path / "resumed")
+    resumed = tmp_path / "resumed" / whole.name
+    assert len(rows(resumed)) == 1
+    assert resume_run(resumed) == resumed
+    assert rows(resumed)[-1]["outlier_loss"] == last["outlier_loss"]
+
+
+def test_an_epoch_without_patches_has_no_shares():
+    assert epoch_figures({"images": 4.0, "loss": 8.0})["loss"] == 2.0
+    assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
+
+
+def test_torchrun_trains_one_run_folder(pictures, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ssod_edge", "train",
+               str(pictures), "--backbone", "test_efficientnet", "--size", "40", "--epochs", "2", "--batch-size", "4",
+               "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert len(rows(tmp_path / "run")) == 2 and load_model(tmp_path / "run")[1]["epoch"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("meters", "shown"),
+    [
+        ({}, "val 50.0%  no OOD loss  9 images/s"),
+        ({"outlier": 0.5}, "val 50.0%  outliers 0.250  9 images/s"),
+        ({"outlier": 0.5, "n_id": 1.0, "n_ood": 3.0}, "outliers 0.250  patches ID 25% OOD 75% ignored 0%  9 images/s"),
+    ],
+)
+def test_an_epochs_line_says_what_taught_the_ood_row(meters, shown, config, capsys):
+    with TrainingBar(config, steps=1) as bar:
+        bar.epoch_done(
+            epoch_figures({"images": 2.0, **meters}) | {"epoch": 1, "val_accuracy": 0.5, "images_per_second": 9}
+        )
+    assert shown in capsys.readouterr().err
