@@ -478,7 +478,8 @@ def predict(
     'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
     (rtsp://, http:// ...) or --camera gives a verdict a frame.
     """
-    from ssod_edge.runtime.field.stream import is_stream, run_stream
+    from ssod_edge.runtime.field.frames import is_stream
+    from ssod_edge.runtime.field.stream import run_stream
     from ssod_edge.runtime.report import run_predict
 
     if not images and camera is None:

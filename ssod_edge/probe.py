@@ -154,7 +154,8 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
     """Build a plan, and run it on the GPU as the runner does."""
     from ssod_edge.errors import SsodEdgeError
     from ssod_edge.runtime.engines.cuda import open_gpu
-    from ssod_edge.runtime.engines.tensorrt import CUDA_EXTRAS, Session
+    from ssod_edge.runtime.engines.plans import CUDA_EXTRAS
+    from ssod_edge.runtime.engines.tensorrt import Session
 
     def build(capability: str | None) -> bytes:
         builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))

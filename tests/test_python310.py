@@ -12,7 +12,7 @@ import pytest
 from test_imports import MODULES, ROOT, needs_torch
 
 #: Tests that need no optional package.
-TESTS = ("test_runtime_trt.py",)
+TESTS = ("runtime/engines/test_tensorrt.py",)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ from typing import Any
 from ssod_edge.errors import ArtifactError, EngineError, SsodEdgeError, UsageError, VerificationError
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file, write_atomic
-from ssod_edge.runtime.engines.cuda import Gpu, open_gpu
-from ssod_edge.runtime.engines.tensorrt import (
+from ssod_edge.runtime.engines.cuda import Gpu, has_gpu, open_gpu
+from ssod_edge.runtime.engines.plans import (
     CUDA_EXTRAS,
     TITLES,
     graph_hash,
-    has_gpu,
     load_module,
     make_logger,
     parse_version,
@@ -124,7 +123,7 @@ def save_plan(
 
     Returns:
         the plan's path and what `Artifact.build` records of it (`PLAN_FIELDS` of
-        `ssod_edge.runtime.engines.tensorrt` and their `key`).
+        `ssod_edge.runtime.engines.plans` and their `key`).
 
     Raises:
         MissingExtraError: the engine, or for "tensorrt" pycuda, is not installed.

@@ -119,16 +119,16 @@ def why_not_here(artifact: Artifact) -> str | None:
     """Why an artifact that was just built cannot run on this machine, because it is for another; None if it can."""
     if artifact.engine not in PLAN_ENGINES:
         return None
-    from ssod_edge.runtime.engines import tensorrt as trt
+    from ssod_edge.runtime.engines import plans
 
-    return trt.why_not_here(artifact)
+    return plans.why_not_here(artifact)
 
 
 def _has_device(engine: str) -> bool:
     """Whether there is a GPU, for an engine that needs one."""
     if engine not in PLAN_ENGINES:
         return True
-    from ssod_edge.runtime.engines.tensorrt import has_gpu
+    from ssod_edge.runtime.engines.cuda import has_gpu
 
     return has_gpu()
 

@@ -24,7 +24,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.engines import cuda
-from ssod_edge.runtime.engines.tensorrt import plan_key
+from ssod_edge.runtime.engines.plans import plan_key
 from ssod_edge.spec import Artifact, Spec, Threshold, save_spec
 
 SIZE = 8

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import EngineError, UsageError, missing_extra
+from ssod_edge.errors import EngineError, SsodEdgeError, UsageError, missing_extra
 from ssod_edge.runtime.runner import Array, import_failed
 
 
@@ -95,6 +95,17 @@ def _open_gpu(index: int) -> Gpu:
         raise EngineError(f"the CUDA driver cannot be used: {error}. ssod-edge doctor shows what it finds.") from error
 
 
+def has_gpu() -> bool:
+    """Whether PyCUDA is installed and finds a GPU."""
+    if importlib.util.find_spec("pycuda") is None:
+        return False
+    try:
+        open_gpu()
+    except SsodEdgeError:
+        return False
+    return True
+
+
 def _driver() -> Any:
     try:
         import pycuda.driver
@@ -146,7 +157,8 @@ class Buffer:
 
 
 class Graph:
-    """Work of a stream, captured once and launched as one call. PyCUDA has no graphs, the driver's C interface does.
+    """Work of a stream, captured once and launched as one call, through the driver's C interface: PyCUDA has no graphs,
+    and NVIDIA's `cuda-bindings`, which has them, comes with no JetPack and is 108 MB more there for these six calls.
 
     Args:
         stream: PyCUDA's stream.

@@ -1,11 +1,8 @@
-"""TensorRT and TensorRT for RTX on a GPU, without torch: plans are checked, opened and run, on any thread."""
+"""TensorRT and TensorRT for RTX on a GPU, without torch: plans are opened and run, on any thread."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import json
 import logging
 import os
 import threading
@@ -18,67 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import ArtifactError, EngineError, OutputError, SsodEdgeError, missing_extra
+from ssod_edge.errors import ArtifactError, EngineError, OutputError
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.engines.cuda import Buffer, Gpu, Graph, GraphError, open_gpu
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error, import_failed
+from ssod_edge.runtime.engines.plans import CUDA_EXTRAS, build_command, check_build, check_plan, load_for, make_logger
+from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error
 from ssod_edge.spec import Artifact, Spec
-
-#: Engine -> the modules that open its plans, in the order they are tried.
-MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
-#: Engine -> its name in messages.
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-#: Engine -> its option of `export --target`.
-OPTIONS = {engine: engine.replace("_", "-") for engine in MODULES}
-#: Engine -> the extra that brings pycuda for it. `tensorrt` would bring a wheel that hides JetPack's own TensorRT.
-CUDA_EXTRAS = {"tensorrt": "jetson", "tensorrt_rtx": "tensorrt-rtx"}
-#: The oldest TensorRT whose networks can be strongly typed and that parses opset 18 here: JetPack 6.1 brings it.
-OLDEST = (10, 3)
 
 #: TensorRT's name of an element type -> numpy's. Its own `nptype` uses names that newer numpy lacks.
 TYPES = {
     "UINT8": np.uint8, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "HALF": np.float16, "FLOAT": np.float32,
 }  # fmt: skip
-
-#: What an `Artifact.build` holds of a plan. `key` is a hash of the others: the same key is the same plan.
-PLAN_FIELDS = (
-    "onnx_sha256",
-    "engine",
-    "version",
-    "gpu",
-    "compute_capabilities",
-    "precision",
-    "batch",
-    "version_compatible",
-)
-
-
-def plan_key(build: Mapping[str, Any]) -> str:
-    """The SHA-256 of everything that a plan depends on.
-
-    Args:
-        build: `PLAN_FIELDS`: onnx_sha256, engine, version of TensorRT, gpu (its name; None where the plan is built for
-            compute capabilities), compute_capabilities (e.g. ["8.7"]), precision, batch [min, opt, max] and
-            version_compatible.
-    """
-    text = json.dumps({name: build[name] for name in PLAN_FIELDS}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def graph_hash(files: Mapping[str, str]) -> str:
-    """What `onnx_sha256` of a plan holds.
-
-    Args:
-        files: path -> SHA-256, of the ONNX file first and then of its external data.
-
-    Returns:
-        the ONNX file's own SHA-256; with external data, that of the digits of all of them, sorted by path.
-    """
-    main, *others = files
-    if not others:
-        return files[main]
-    digests = [files[main], *(files[name] for name in sorted(others))]
-    return hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
 
 
 class TrtRunner:
@@ -105,7 +52,7 @@ class TrtRunner:
         self.engine = artifact.engine
         self.precision = artifact.precision
         check_build(artifact, path, spec)
-        module = _load(artifact)
+        module = load_for(artifact)
         gpu = open_gpu(device, CUDA_EXTRAS[self.engine])
         self.device = gpu.name
         check_plan(artifact, path, module, gpu)
@@ -200,7 +147,7 @@ class Session:
             if self._engine is None:
                 raise EngineError(
                     f"{module.__name__} {module.__version__} cannot open '{name}' on '{gpu.name}': "
-                    f"{self._logger.last()}. Build it again here with: {_build_command(self._engine_name)}"
+                    f"{self._logger.last()}. Build it again here with: {build_command(self._engine_name)}"
                 )
             self._read_engine()
             # TensorRT for RTX captures by itself, once it has compiled the kernels for a shape.
@@ -259,7 +206,7 @@ class Session:
             raise EngineError(
                 f"TensorRT cannot prepare '{self._name}' on '{self._gpu.name}': {self._logger.last()}. "
                 "Close other programs that use the GPU, or build it with a smaller --batch: "
-                f"{_build_command(self._engine_name)}"
+                f"{build_command(self._engine_name)}"
             )
         return context
 
@@ -444,158 +391,8 @@ class _Lane:
         self._stream = None
 
 
-def check_build(artifact: Artifact, path: Path, spec: Spec) -> None:
-    """Does the artifact say what its plan was built from, and is that this export's graph?
-
-    Raises:
-        ArtifactError: no, or it was edited.
-    """
-    build = artifact.build
-    again = f"Build it again with: {_build_command(artifact.engine)}"
-    if not set(PLAN_FIELDS) <= set(build) or build.get("key") != plan_key(build):
-        raise ArtifactError(f"'{path}' is not the plan that its entry in the spec describes (`build`). {again}")
-    if (build["engine"], build["precision"]) != (artifact.engine, artifact.precision):
-        raise ArtifactError(
-            f"'{path}' was built for {build['engine']} in {build['precision']}, and its artifact says "
-            f"{artifact.engine} in {artifact.precision}. {again}"
-        )
-    for other in spec.artifacts:
-        if other.engine == "onnxruntime" and other.precision == artifact.precision:
-            found = graph_hash(other.files)
-            if found != build["onnx_sha256"]:
-                raise ArtifactError(
-                    f"'{path}' was built from another graph than '{other.main_file}' of this export: SHA-256 "
-                    f"{build['onnx_sha256'][:12]}... instead of {found[:12]}... {again}"
-                )
-
-
-def check_plan(artifact: Artifact, path: Path, module: Any, gpu: Gpu) -> None:
-    """Was the plan built for this TensorRT and this GPU? TensorRT itself does not always notice.
-
-    Raises:
-        EngineError: no; the message says for which, and how to build it here.
-    """
-    build, title = artifact.build, TITLES[artifact.engine]
-    again = f"Build it here with: {_build_command(artifact.engine)}, or choose another engine"
-    built, here = str(build["version"]), str(module.__version__)
-    if not _fits(built, here, build["version_compatible"]):
-        raise EngineError(f"'{path}' was built by {title} {built}, and this is {here}. {again}")
-    if gpu.compute_capability not in build["compute_capabilities"]:
-        raise EngineError(
-            f"'{path}' was built for compute capability {', '.join(build['compute_capabilities'])}, and '{gpu.name}' "
-            f"has {gpu.compute_capability}. {again}"
-        )
-    if build["gpu"] not in (None, gpu.name):
-        raise EngineError(f"'{path}' was built for '{build['gpu']}', and this is '{gpu.name}'. {again}")
-
-
-def _build_command(engine: str, options: str = "") -> str:
-    """What builds a plan: from a run, and on a device, which has a bundle and nothing to export a run with."""
-    target = f"--target {OPTIONS[engine]}{options}"
-    return f"ssod-edge export {target} (on a device: ssod-edge export --from BUNDLE {target})"
-
-
-def _fits(built: str, here: str, compatible: bool) -> bool:
-    """A plan runs on the version that built it; a version-compatible one also on later ones of the same major.
-
-    NVIDIA promises the next major too, without the interfaces that it removed; that is not relied on.
-    """
-    if built == here or not compatible:
-        return built == here
-    old, new = parse_version(built), parse_version(here)
-    return old[0] == new[0] and old <= new
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "10.3.0.post1" -> (10, 3, 0)."""
-    numbers: list[int] = []
-    for part in text.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
-def why_not_here(artifact: Artifact) -> str | None:
-    """Why a plan that was just built cannot run on this machine; None if it can."""
-    try:
-        gpu = open_gpu(extra=CUDA_EXTRAS[artifact.engine])
-    except SsodEdgeError as error:
-        return str(error)
-    found = artifact.build["compute_capabilities"]
-    if gpu.compute_capability not in found:
-        return f"it is for compute capability {', '.join(found)}, and '{gpu.name}' has {gpu.compute_capability}"
-    return None
-
-
-def has_gpu() -> bool:
-    """Whether PyCUDA is installed and finds a GPU."""
-    if importlib.util.find_spec("pycuda") is None:
-        return False
-    try:
-        open_gpu()
-    except SsodEdgeError:
-        return False
-    return True
-
-
-def load_module(name: str) -> Any:
-    """Import tensorrt, tensorrt_rtx or tensorrt_lean.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        EngineError: it cannot be loaded, or is older than `OLDEST`.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise import_failed(name, error) from error
-    version = str(getattr(module, "__version__", "of an unknown version"))
-    if name != "tensorrt_rtx" and parse_version(version)[:2] < OLDEST:
-        raise EngineError(
-            f"{name} {version} is too old: {OLDEST[0]}.{OLDEST[1]} is the oldest that works, which JetPack 6.1 brings. "
-            "Update JetPack, or where there is none: pip install -U tensorrt"
-        )
-    return module
-
-
-def _load(artifact: Artifact) -> Any:
-    """The module that opens an artifact's plan: the whole TensorRT, or else the lean runtime."""
-    for name in MODULES[artifact.engine]:
-        if importlib.util.find_spec(name) is None:
-            continue
-        if name == "tensorrt_lean" and not artifact.build["version_compatible"]:
-            raise EngineError(
-                f"'{artifact.name}' needs the whole TensorRT, and only its lean runtime is installed. Install "
-                f"tensorrt, or build the plan where it is: {_build_command('tensorrt', ' --version-compatible')}"
-            )
-        return load_module(name)
-    raise missing_extra(MODULES[artifact.engine][0], f"running artifact '{artifact.name}'")
-
-
 def _cache_file(artifact: Artifact, gpu: Gpu) -> Path:
     """Where the kernels of a plan are kept: with the user's own files, since they are code that no hash guards."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = f"{artifact.files[artifact.main_file]}-sm{gpu.compute_capability.replace('.', '')}.bin"
     return Path(root) / "ssod-edge" / "tensorrt-rtx" / name
-
-
-def make_logger(module: Any) -> Any:
-    """A logger for TensorRT that keeps its errors; `last()` is what went wrong, as one line."""
-    severity = module.ILogger.Severity
-
-    class Logger(module.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: deque[str] = deque(maxlen=4)
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                self.errors.append(" ".join(message.split()))
-            elif level == severity.WARNING:
-                logging.getLogger("ssod_edge.tensorrt").info("%s", message)
-
-        def last(self) -> str:
-            return "; ".join(self.errors) or "it gives no reason"
-
-    return Logger()

@@ -36,7 +36,7 @@ from ssod_edge.export.graph.onnx import fused_graph, save_onnx
 from ssod_edge.export.graph.source import from_run
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime.engines.tensorrt import graph_hash, plan_key
+from ssod_edge.runtime.engines.plans import graph_hash, plan_key
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import Artifact, check_files, load_spec, save_spec
 from ssod_edge.training.model import SSODClassifier

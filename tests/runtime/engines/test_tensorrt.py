@@ -17,7 +17,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError
 from ssod_edge.runtime.engines import cuda
 from ssod_edge.runtime.engines import tensorrt as trt
-from ssod_edge.runtime.engines.tensorrt import parse_version, plan_key
+from ssod_edge.runtime.engines.plans import parse_version, plan_key
 from ssod_edge.runtime.open import choose_artifact, open_runner, why_not_here
 from ssod_edge.runtime.runner import OUTPUTS
 from ssod_edge.spec import Artifact, load_spec, save_spec
@@ -349,7 +349,7 @@ def test_a_plan_that_is_swapped_while_it_is_opened(
     tensorrt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version_compatible: bool
 ) -> None:
     export = write_export(tmp_path / "export", version_compatible=version_compatible)
-    monkeypatch.setattr("ssod_edge.runtime.check_files", lambda folder, artifact: folder / artifact.main_file)
+    monkeypatch.setattr("ssod_edge.runtime.open.check_files", lambda folder, artifact: folder / artifact.main_file)
     (export / "tensorrt-fp32" / "model.plan").write_bytes(b"another plan")
     with pytest.raises(ArtifactError, match="was changed while it was opened"):
         open_runner(export)

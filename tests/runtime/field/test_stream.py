@@ -22,7 +22,8 @@ from PIL import Image
 import ssod_edge
 from ssod_edge.cli import main
 from ssod_edge.errors import ImageError, MissingExtraError, UsageError
-from ssod_edge.runtime.field.stream import FrameReader, Smoother, is_stream, predict_frames
+from ssod_edge.runtime.field.frames import FrameReader, is_stream
+from ssod_edge.runtime.field.stream import Smoother, predict_frames
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor
 
@@ -228,6 +229,33 @@ def test_a_frame_that_cannot_be_turned_into_colours_is_named(video: Path, monkey
     with FrameReader(str(video)) as reader, pytest.raises(ImageError, match="frame 2 of .*video.avi cannot be read"):
         for _ in reader:
             pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the driver is gone"), MemoryError()], ids=["driver", "memory"])
+def test_whatever_ends_the_reading_ends_the_command_with_1(
+    export: Path, video: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is raised on the reader's thread, where nobody would hear of it."""
+    capture, reads = cv2.VideoCapture, 0
+
+    class Capture:
+        def __init__(self, *arguments: object) -> None:
+            self._real = capture(*arguments)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._real, name)
+
+        def read(self) -> tuple[bool, np.ndarray]:
+            nonlocal reads
+            reads += 1
+            if reads > 2:
+                raise error
+            return self._real.read()
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    code, out, err = run(export, str(video), "--json")
+    assert code == 1 and len(rows(out)) == 2
+    assert ("error: out of memory" if isinstance(error, MemoryError) else "error: RuntimeError: the driver") in err
 
 
 # Smoothing
