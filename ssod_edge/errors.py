@@ -25,7 +25,6 @@ EXTRAS = {
     "pycuda": "jetson",  # the extra that brings it alone, so that no wheel hides JetPack's own TensorRT
     "nncf": "int8",
     "matplotlib": "report",
-    "jinja2": "report",
     "cv2": "video",
     "pytorch_ood": "baselines",
 }

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,41 +20,14 @@ import numpy as np
 FACTOR = [[1.0, 2.0], [3.0, 4.0]]
 PRODUCT = [[7.0, 10.0], [15.0, 22.0]]
 
+#: y = x @ x, with float32 [2, 2] x and y: IR version 8, opset 18. tests/test_doctor.py makes it again.
+TINY_ONNX = Path(__file__).with_name("probe.onnx")
+
 #: The "device" of an engine that makes plans; it runs nothing.
 BUILDER = "builder"
 
 #: A device's name, its status, and what to know about it or why it does not work.
 Outcome = tuple[str, Literal["ok", "failed", "missing"], str]
-
-
-def encode(*fields: tuple[int, int | bytes]) -> bytes:
-    """A protobuf message from (field number, integer or bytes) pairs, so that onnx need not be installed."""
-    message = b""
-    for number, value in fields:
-        if isinstance(value, int):
-            message += _varint(number << 3) + _varint(value)
-        else:
-            message += _varint(number << 3 | 2) + _varint(len(value)) + value
-    return message
-
-
-def _varint(value: int) -> bytes:
-    groups = []
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])
-
-
-def tiny_onnx() -> bytes:
-    """An ONNX model, y = x @ x, with float32 [2, 2] x and y. Field numbers are those of onnx.proto."""
-    side = encode((1, 2))
-    shape = encode((1, side), (1, side))
-    tensor = encode((1, encode((1, 1), (2, shape))))  # element type 1 is float32
-    node = encode((1, b"x"), (1, b"x"), (2, b"y"), (4, b"MatMul"))
-    x, y = (encode((1, name), (2, tensor)) for name in (b"x", b"y"))
-    graph = encode((1, node), (2, b"probe"), (11, x), (12, y))
-    return encode((1, 8), (8, encode((1, b""), (2, 18))), (7, graph))  # IR version 8, opset 18
 
 
 def check(device: str, run: Callable[[], Any], detail: str = "") -> Outcome:
@@ -84,7 +58,7 @@ def probe_onnxruntime() -> Iterator[Outcome]:
             continue
 
         def run(provider: str = provider) -> Any:
-            session = onnxruntime.InferenceSession(tiny_onnx(), options, providers=[provider])
+            session = onnxruntime.InferenceSession(TINY_ONNX.read_bytes(), options, providers=[provider])
             if session.get_providers()[0] != provider:
                 raise RuntimeError(f"{provider} could not be loaded; ONNX Runtime fell back to the CPU")
             return session.run(["y"], {"x": x})[0]
@@ -160,7 +134,7 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
     def build(capability: str | None) -> bytes:
         builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
         network = builder.create_network()
-        if not tensorrt.OnnxParser(network, tensorrt.Logger(tensorrt.Logger.ERROR)).parse(tiny_onnx()):
+        if not tensorrt.OnnxParser(network, tensorrt.Logger(tensorrt.Logger.ERROR)).parse(TINY_ONNX.read_bytes()):
             raise RuntimeError("it cannot parse an ONNX model")
         config = builder.create_builder_config()
         if hasattr(tensorrt, "ComputeCapability"):

@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from ssod_edge.data.splits import Indices
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic
-
-Indices = NDArray[np.int64]
 
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 class HashedImages(Protocol):
-    """Images with names and hashes: `ssod_edge.data.sources.ReaderImages`."""
+    """Images with names and hashes: `ssod_edge.data.readers.ReaderImages`."""
 
     name: str
 

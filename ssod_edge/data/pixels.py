@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ImageError, UsageError
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+#: What `load_image` takes.
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
 
 #: Largest width * height that is decoded: 256 MiB of RGB, and Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
@@ -24,9 +25,12 @@ MAX_PIXELS = 89_478_485
 # each other's filters; and last, so that a filter of the host program wins.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+#: The filters of `Preprocess.interpolation`.
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 _ORIENTATION_TAG = 0x0112
+# Not `ImageOps.exif_transpose`: it copies a picture that needs no turn, and writes the EXIF anew after turning, which a
+# damaged tag beside the orientation stops.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,7 +42,7 @@ _UPRIGHT = {
 }
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageLike) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
     The EXIF orientation is applied. An alpha channel is dropped, colours as stored, which is what the usual
@@ -99,7 +103,7 @@ def preprocess(
         raise UsageError(
             f"out must be a C-contiguous uint8 array of shape (3, {size}, {size}), got {out.dtype} {out.shape}"
         )
-    resized = _square(image, size, settings.crop_pct, _RESAMPLE[settings.interpolation])
+    resized = _square(image, size, settings.crop_pct, RESAMPLE[settings.interpolation])
     for channel, band in enumerate("RGB"):  # band by band: half the time of unpacking [S, S, 3] and transposing it
         out[channel] = np.frombuffer(resized.tobytes("raw", band), np.uint8).reshape(size, size)
     return out

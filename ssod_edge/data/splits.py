@@ -6,14 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssod_edge.errors import UsageError
 
-if TYPE_CHECKING:
-    from ssod_edge.data.sources import ImageSource, Indices
+Indices = NDArray[np.int64]
 
 #: Images from which a 95% conformal threshold exists: ceil(0.95 * (n + 1)) <= n.
 MIN_CALIB = 19
@@ -36,7 +36,29 @@ class Splits:
         return digest.hexdigest()
 
 
-def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: float, seed: int) -> Splits:
+class Labelled(Protocol):
+    """What is divided: a data set, by the labels of its images.
+
+    Attributes:
+        name: how the user named it.
+        classes: class names in label order.
+        labels: int64 [n]; -1 where an OOD set has no classes.
+        fixed_splits: splits that come with the data, or None.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> Indices: ...
+    @property
+    def fixed_splits(self) -> Splits | None: ...
+
+    def __len__(self) -> int: ...
+
+
+def split_dataset(source: Labelled, val_fraction: float, calib_fraction: float, seed: int) -> Splits:
     """Split the training data by class, seeded; a data set's own splits win.
 
     Raises:
@@ -64,7 +86,7 @@ def split_dataset(source: ImageSource, val_fraction: float, calib_fraction: floa
 
 
 def read_splits(
-    folder: str | Path, source: ImageSource, splits_hash: str, fix: str = "name the ID images with --id"
+    folder: str | Path, source: Labelled, splits_hash: str, fix: str = "name the ID images with --id"
 ) -> Splits:
     """The splits that training recorded in a run folder.
 

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ssod_edge.config import DEFAULT_SCORE
-from ssod_edge.data.sources import ImageSource, Indices, model_labels, open_dataset
+from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
+from ssod_edge.data.splits import Indices
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore, load_shipped

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ssod_edge.config import LossConfig, check_gamma
 from ssod_edge.data.inputs import list_images
-from ssod_edge.data.pixels import ImageSource, load_image, preprocess
+from ssod_edge.data.pixels import ImageLike, load_image, preprocess
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore, load_shipped
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
@@ -55,7 +55,7 @@ class Verdict:
 @torch.no_grad()
 def explain(
     model: SSODClassifier,
-    image: ImageSource,
+    image: ImageLike,
     gamma: float = 0.95,
     class_name: str | None = None,
     state: FittedScore | None = None,

@@ -9,8 +9,8 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.data.sources import ImageSource, Indices, open_dataset
-from ssod_edge.data.splits import MIN_CALIB, Splits, read_splits
+from ssod_edge.data.sources import ImageSource, open_dataset
+from ssod_edge.data.splits import MIN_CALIB, Indices, Splits, read_splits
 from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data
 from ssod_edge.spec import Spec

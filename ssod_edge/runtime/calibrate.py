@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.data.pixels import ImageSource
+from ssod_edge.data.pixels import ImageLike
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.predict import Predictor
@@ -18,7 +18,7 @@ from ssod_edge.spec import Artifact, Threshold
 
 def fit_threshold(
     runner: Runner,
-    images: Iterable[ImageSource],
+    images: Iterable[ImageLike],
     target_tpr: float = 0.95,
     data: str = "",
     unreadable: Callable[[str], Any] | None = None,
@@ -51,7 +51,7 @@ def fit_threshold(
 def calibrate(
     runner: Runner,
     folder: str | Path,
-    images: Iterable[ImageSource],
+    images: Iterable[ImageLike],
     target_tpr: float = 0.95,
     data: str = "",
     unreadable: Callable[[str], Any] | None = None,

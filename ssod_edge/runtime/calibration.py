@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ssod_edge.data.inputs import list_images
-from ssod_edge.data.pixels import ImageSource
+from ssod_edge.data.pixels import ImageLike
 from ssod_edge.detect.metrics import check_target_tpr
 from ssod_edge.errors import (
     EXIT_OK,
@@ -27,7 +27,7 @@ from ssod_edge.runtime.open import find_export, open_runner
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, load_spec
 
 #: Draws the images afresh for each artifact, and takes the message of each one that cannot be read.
-Draw = Callable[[Callable[[str], Any]], Iterator[ImageSource]]
+Draw = Callable[[Callable[[str], Any]], Iterator[ImageLike]]
 
 
 def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | None = None) -> int:
@@ -116,7 +116,7 @@ def _id_images(data: str, spec: Spec, export: Path) -> tuple[Draw, str]:
         indices = read_splits(export.resolve().parent, dataset, str(splits_hash)).calib.tolist()
         description = f"'{data}', calib split {str(splits_hash)[:12]}"
 
-    def draw(failed: Callable[[str], Any]) -> Iterator[ImageSource]:
+    def draw(failed: Callable[[str], Any]) -> Iterator[ImageLike]:
         for index in indices:
             try:
                 yield dataset.image(index)

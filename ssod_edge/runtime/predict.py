@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ssod_edge.data.pixels import ImageSource, load_image, preprocess
+from ssod_edge.data.pixels import ImageLike, load_image, preprocess
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
 
@@ -85,7 +85,7 @@ class Predictor:
         """Release the engine."""
         self.runner.__exit__(None, None, None)
 
-    def predict(self, image: ImageSource) -> Prediction:
+    def predict(self, image: ImageLike) -> Prediction:
         """The verdict on one image.
 
         Args:
@@ -101,7 +101,7 @@ class Predictor:
         return verdict
 
     def predict_many(
-        self, images: Iterable[ImageSource], batch: int = BATCH, workers: int | None = None
+        self, images: Iterable[ImageLike], batch: int = BATCH, workers: int | None = None
     ) -> Iterator[Prediction]:
         """The verdicts on many images, in their order. One that cannot be read gives a verdict with `error` set.
 
@@ -123,11 +123,11 @@ class Predictor:
             raise UsageError(f"workers must be at least 1, got {workers}")
         return self._stream(iter(images), batch, workers)
 
-    def _stream(self, images: Iterator[ImageSource], batch: int, workers: int) -> Iterator[Prediction]:
+    def _stream(self, images: Iterator[ImageLike], batch: int, workers: int) -> Iterator[Prediction]:
         size = self._settings.input_size
         ahead = max(2, math.ceil(AHEAD * workers / batch))
         free = deque(np.zeros((batch, 3, size, size), np.uint8) for _ in range(1 + ahead))
-        begun: deque[tuple[list[ImageSource], Pixels, list[Future[str | None]]]] = deque()
+        begun: deque[tuple[list[ImageLike], Pixels, list[Future[str | None]]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
         def begin() -> None:
@@ -146,10 +146,10 @@ class Predictor:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, sources: list[ImageSource], pixels: Pixels) -> list[Future[str | None]]:
+    def _submit(self, pool: ThreadPoolExecutor, sources: list[ImageLike], pixels: Pixels) -> list[Future[str | None]]:
         return [pool.submit(self._decode, source, pixels[row]) for row, source in enumerate(sources)]
 
-    def _decode(self, source: ImageSource, out: Pixels) -> str | None:
+    def _decode(self, source: ImageLike, out: Pixels) -> str | None:
         """Fill one row of a batch; returns the error, if any."""
         try:
             preprocess(load_image(source), self._settings, out)
@@ -157,14 +157,14 @@ class Predictor:
             return str(error)
         return None
 
-    def _finish(self, sources: list[ImageSource], pixels: Pixels, errors: list[str | None]) -> list[Prediction]:
+    def _finish(self, sources: list[ImageLike], pixels: Pixels, errors: list[str | None]) -> list[Prediction]:
         """Run the engine, unless no image of the batch could be read. A row that has no image holds old pixels."""
         if all(error is not None for error in errors):
             return self.verdicts(sources, {}, errors)
         return self.verdicts(sources, self.runner.infer({"image": pixels[: len(sources)]}), errors)
 
     def verdicts(
-        self, sources: Sequence[ImageSource], outputs: dict[str, Array], errors: Sequence[str | None] | None = None
+        self, sources: Sequence[ImageLike], outputs: dict[str, Array], errors: Sequence[str | None] | None = None
     ) -> list[Prediction]:
         """The verdicts that a run of the engine comes to.
 
@@ -207,7 +207,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _name(source: ImageSource) -> str:
+def _name(source: ImageLike) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, Image.Image):

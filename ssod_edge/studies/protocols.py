@@ -13,7 +13,8 @@ import click
 
 from ssod_edge.config import NEED_OOD_ROW
 from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_list
-from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, ReaderImages, open_dataset
+from ssod_edge.data.readers import ReaderImages
+from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, open_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.studies.study import STUDY, check_evaluation, plan_study, run_study

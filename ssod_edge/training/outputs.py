@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssod_edge.data.sources import ImageSource, Indices
+from ssod_edge.data.sources import ImageSource
+from ssod_edge.data.splits import Indices
 from ssod_edge.training.batches import EvalImages, load_batches
 from ssod_edge.training.model import SSODClassifier, normalise
 

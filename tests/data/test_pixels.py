@@ -253,6 +253,14 @@ def test_damaged_exif_does_not_cost_the_picture() -> None:
     np.testing.assert_array_equal(pixels(load_image(data)), picture())
 
 
+def test_a_damaged_tag_beside_the_orientation_does_not_keep_a_picture_lying() -> None:
+    """A description that is a floating-point number: Pillow reads it, and cannot write it again."""
+    turn, odd = (struct.pack("<HHII", *entry) for entry in ((ORIENTATION, 3, 1, 6), (0x010E, 11, 1, 0)))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + turn + bytes(4)
+    found = pixels(load_image(encode(picture(), "PNG", exif=exif)))
+    np.testing.assert_array_equal(found, np.rot90(picture(), -1))
+
+
 # ---------------------------------------------------------------- bad input
 
 

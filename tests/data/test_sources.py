@@ -257,9 +257,9 @@ def test_a_name_that_is_no_data_set_is_refused_with_the_reason(folder, tmp_path)
 
 
 def test_a_label_outside_the_classes_is_refused(folder, monkeypatch):
-    import ssod_edge.data.sources
+    import ssod_edge.data.readers
 
-    real = ssod_edge.data.sources._open_reader
+    real = ssod_edge.data.readers._open_reader
     for wrong in (-1, 3):
 
         def broken(name, wrong=wrong):
@@ -267,7 +267,7 @@ def test_a_label_outside_the_classes_is_refused(folder, monkeypatch):
             labels[5] = wrong
             return reader, labels, classes
 
-        monkeypatch.setattr(ssod_edge.data.sources, "_open_reader", broken)
+        monkeypatch.setattr(ssod_edge.data.readers, "_open_reader", broken)
         with pytest.raises(UsageError, match=f"label {wrong}, outside its 3 classes"):
             open_dataset(str(folder))
 

@@ -21,7 +21,8 @@ from small import write_images
 
 from ssod_edge.cli import main, reproduce
 from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_list
-from ssod_edge.data.sources import ListedImages, ReaderImages, open_dataset
+from ssod_edge.data.readers import ReaderImages
+from ssod_edge.data.sources import ListedImages, open_dataset
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.studies.protocols import SVHN, TABLES, DataSet, markdown
 from ssod_edge.studies.study import parse_grid
