@@ -26,7 +26,7 @@ from small import CLASSES, make_model, random_images
 
 from ssod_edge.cli import main
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, VerificationError
-from ssod_edge.export.command import engines_for, run_export
+from ssod_edge.export.command import SourceOptions, TargetOptions, engines_for, run_export
 from ssod_edge.export.engines import tensorrt
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.engines.tensorrt import PlanOptions, build_plan, parse_batch
@@ -479,7 +479,10 @@ def test_a_plan_for_another_machine_is_released_unverified(
 ) -> None:
     install(monkeypatch, None, importlib.import_module("tensorrt_rtx"))
     out = tmp_path / "out"
-    assert run_export(str(small_run), out=str(out), precisions=("fp16",), target="tensorrt-rtx", batch="1,2,4") == 0
+    assert (
+        run_export(SourceOptions(str(small_run)), TargetOptions(str(out), ("fp16",), "tensorrt-rtx", batch="1,2,4"))
+        == 0
+    )
     shown = capsys.readouterr()
     (row,) = [line for line in shown.out.splitlines() if "tensorrt-rtx-fp16" in line]
     assert row.split()[-4:] == ["none", "on", "first", "run"]
