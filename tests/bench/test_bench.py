@@ -209,7 +209,7 @@ def test_a_damaged_source_fails_the_plain_rows_too(export: Path, tmp_path: Path)
 def test_a_missing_engine_is_not_a_failure(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("ssod_edge.runtime.is_installed", lambda engine: engine != "openvino")
+    monkeypatch.setattr("ssod_edge.runtime.open.is_installed", lambda engine: engine != "openvino")
     with Backends(export, load_spec(export), tmp_path / "scratch", None) as backends:
         found = backends.named("openvino-fp32")
         backends.open(found)
