@@ -34,6 +34,7 @@ from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.onnx import fused_graph, save_onnx
 from ssod_edge.export.graph.source import from_run
+from ssod_edge.export.release import Draft
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.engines.tensorrt import graph_hash, plan_key
@@ -542,10 +543,8 @@ def test_two_exports_into_one_folder_at_once_keep_both(
 ) -> None:
     out, failures = tmp_path / "out", []
     both_built = threading.Barrier(2, timeout=300)
-    import ssod_edge.export.graph.build as run
-
-    prove = run._prove
-    monkeypatch.setattr(run, "_prove", lambda *a: (prove(*a), both_built.wait())[0])
+    prove = Draft.prove
+    monkeypatch.setattr(Draft, "prove", lambda *a, **named: (prove(*a, **named), both_built.wait())[0])
 
     def export(engine: str) -> None:
         try:

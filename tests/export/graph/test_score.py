@@ -319,7 +319,7 @@ def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch:
     (line,) = (line for line in lines if line.startswith(f"score {chosen.name}: AUROC"))
     assert "--score auto shows all" in line and not any("<- shipped" in line for line in lines)
     # A network that was not trained with made outliers.
-    unasked = ship_score(replace(source, outliers=()), None, lines.append)
+    unasked = shipped_by(replace(source, outliers=()), None, lines.append)
     assert (unasked.name, unasked.choice) == ("energy", {})
     # What cannot be chosen costs no export.
     monkeypatch.setattr("ssod_edge.export.graph.score.LEAST_IMAGES", 1000)
@@ -398,7 +398,7 @@ def test_the_sum_that_auto_ships_is_the_one_it_measured(run: Path, tiny, monkeyp
 def test_auto_leaves_out_an_ood_row_that_was_not_trained(run: Path, tiny) -> None:
     model = copy.deepcopy(tiny)
     nn.init.zeros_(model.ood.weight)
-    shipped = ship_score(replace(from_run(run), model=model), "auto", lambda line: None)
+    shipped = shipped_by(replace(from_run(run), model=model), "auto", lambda line: None)
     assert not {"ssod", "posterior"} & set(shipped.choice["candidates"])
 
 
