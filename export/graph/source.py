@@ -13,7 +13,7 @@ from torch import nn
 
 from ssod_edge.config import NEED_OOD_ROW, Preprocess, resolve_backbone
 from ssod_edge.data.images import Images, whole_dataset
-from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import same_data, sha256_file
 from ssod_edge.training.checkpoint import BEST, is_checkpoint, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, load_weights
@@ -200,12 +200,7 @@ def _pretrained(name: str, classes: tuple[str, ...], settings: Preprocess) -> SS
     count = timm.get_pretrained_cfg(name).num_classes
     if count != len(classes):
         raise UsageError(f"timm's weights of '{name}' have {count} classes, got {len(classes)}. Give --classes FILE")
-    try:
-        return build_model(name, classes, settings, pretrained=True)
-    except SsodEdgeError:
-        raise
-    except Exception as error:  # a download fails in many ways
-        raise UsageError(f"timm's weights of '{name}' cannot be had ({error}). Give a file with --weights") from error
+    return build_model(name, classes, settings, pretrained=True)
 
 
 def _load_all_weights(model: SSODClassifier, path: str) -> None:

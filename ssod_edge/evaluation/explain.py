@@ -22,7 +22,7 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeErro
 from ssod_edge.evaluation.pictures import PatchMap, save_patches
 from ssod_edge.files import check_output
 from ssod_edge.ops import patch_sample
-from ssod_edge.runtime.report import printable, standard_input
+from ssod_edge.terminal import printable, standard_input
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.run import Run
 

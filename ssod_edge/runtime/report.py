@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,11 +11,12 @@ from typing import Any
 import click
 
 from ssod_edge.data.inputs import list_images
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Prediction, Predictor
 from ssod_edge.runtime.runner import Runner
+from ssod_edge.terminal import bars, printable, standard_input
 
 
 def run_predict(
@@ -59,14 +58,6 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
 
 
-def standard_input() -> Iterator[str]:
-    """The lines of standard input, which is not touched before the first is drawn."""
-    if sys.stdin is None:
-        raise UsageError("'-' was given, and standard input is closed")
-    for line in sys.stdin.buffer:
-        yield os.fsdecode(line)
-
-
 def _in_place(
     predictor: Predictor, verdicts: Iterable[Prediction], no_images: Mapping[str, str]
 ) -> Iterator[Prediction]:
@@ -98,13 +89,8 @@ def _print_table(verdicts: Iterable[Prediction], total: int, runner: Runner) -> 
 
 
 def _with_progress(verdicts: Iterable[Prediction], total: int) -> Iterator[Prediction]:
-    if total < 20 or sys.stderr is None or not sys.stderr.isatty():
-        yield from verdicts
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(verdicts, "images", total, console=Console(stderr=True), transient=True)
+    with bars(shown=total >= 20) as progress:
+        yield from progress.track(verdicts, total, description="images")
 
 
 def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
@@ -133,18 +119,6 @@ def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
 
 WIDE = 100_000
 WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
-
-
-def printable(text: str) -> str:
-    """For one line of a terminal: bytes that are not UTF-8 are replaced, control and line characters escaped."""
-    return "".join(_printable_character(character) for character in text)
-
-
-def _printable_character(character: str) -> str:
-    kind = unicodedata.category(character)
-    if kind == "Cs":  # a surrogate stands for a byte that is not UTF-8
-        return "\ufffd"
-    return character.encode("unicode_escape").decode() if kind in ("Cc", "Zl", "Zp") else character
 
 
 def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:

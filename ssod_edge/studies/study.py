@@ -25,8 +25,9 @@ from ssod_edge.export.graph.build import ExportOptions, export_run
 from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json
 from ssod_edge.spec import Spec
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint
-from ssod_edge.training.loop import resume_run, run_config, start_run
+from ssod_edge.training.loop import resume_run, start_run
 from ssod_edge.training.run import Run, load_config
+from ssod_edge.training.settings import run_config
 
 #: In OUT: what was asked for, and what came of it.
 STUDY, TABLE = "study.json", "study.md"

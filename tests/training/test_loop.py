@@ -24,10 +24,13 @@ from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageEr
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.terminal import TrainingBar
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from ssod_edge.training.loop import _Loop, default_name, epoch_figures, learning_rate, resume_run, train
+from ssod_edge.training.loop import _Loop, resume_run, train
+from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import build_model
 from ssod_edge.training.objective import TrainStep
 from ssod_edge.training.run import Run, load_config
+from ssod_edge.training.schedule import learning_rate
+from ssod_edge.training.settings import default_name
 
 
 @pytest.fixture(scope="module")
@@ -413,6 +416,50 @@ def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tm
     assert len(rows(resumed)) == 1
     assert resume_run(resumed) == resumed
     assert rows(resumed)[-1]["outlier_loss"] == last["outlier_loss"]
+
+
+def test_a_step_waits_for_the_device_at_most_once(config, tmp_path, monkeypatch):
+    """Reading a number waits for a GPU. The optimizer's own reads are of steps that lie on the CPU."""
+    reads, steps, counting = [], [], [False]
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        original = getattr(torch.Tensor, name)
+
+        def read(self, *given, original=original, name=name):
+            if counting[0]:
+                reads.append(name)
+            return original(self, *given)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    batch, add, step = _Loop._train_batch, Meters.add, torch.optim.AdamW.step
+
+    def counted(function, value):
+        def run(*given, **named):
+            before, counting[0] = counting[0], value
+            try:
+                return function(*given, **named)
+            finally:
+                counting[0] = before
+
+        return run
+
+    monkeypatch.setattr(_Loop, "_train_batch", counted(lambda *given: (steps.append(1), batch(*given))[1], True))
+    monkeypatch.setattr(Meters, "add", counted(add, True))
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted(step, False))
+    loss = LossConfig(method="ce", outliers=("zoom",), warmup_epochs=0.0)
+    train(replace(config, epochs=1, half_size_epochs=0, loss=loss), tmp_path)
+    assert reads == ["tolist"] * len(steps) and steps
+
+
+def test_meters_are_sums_in_double_precision():
+    torch.manual_seed(0)
+    meters, expected = Meters(torch.device("cpu"), {"loss": 1.5, "images": 2.0}), 1.5
+    for n in (3, 5, 7):
+        loss = torch.randn(())
+        meters.add({"loss": loss, "correct": torch.tensor(n - 1), "unknown": loss}, n)
+        expected += float(loss) * n
+    found = meters.read()
+    assert (found["loss"], found["correct"], found["images"], found["n_id"]) == (expected, 12.0, 17.0, 0.0)
+    assert "unknown" not in found
 
 
 def test_an_epoch_without_patches_has_no_shares():

@@ -25,8 +25,9 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, OutputError,
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Prediction, Predictor
-from ssod_edge.runtime.report import WORDS, describe_run, open_monitor, printable
+from ssod_edge.runtime.report import WORDS, describe_run, open_monitor
 from ssod_edge.runtime.runner import Array, Runner, import_failed
+from ssod_edge.terminal import printable
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
 _URL = re.compile(r"(rtsps?|rtmp|https?|udp|tcp)://", re.IGNORECASE)
