@@ -6,7 +6,7 @@ import ctypes
 import fcntl
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,7 +19,7 @@ import numpy as np
 
 from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.export.engines.artifact import PRECISIONS, TARGETS
-from ssod_edge.files import exclusive, make_directory
+from ssod_edge.files import beside, exclusive, make_directory
 from ssod_edge.runtime.open import why_not_here
 from ssod_edge.runtime.verify import load_reference
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, load_spec
@@ -53,7 +53,8 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         with exclusive(folder.parent):
             _remove_left_over(folder)
-            temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+            temporary = beside(folder, _prefix(folder))
+            temporary.mkdir()
             mark = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(mark, fcntl.LOCK_EX)  # until this process ends, however it does
@@ -167,15 +168,16 @@ def that_run_here(spec: Spec, say: Callable[[str], None]) -> list[Artifact]:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    temporary.chmod(0o755)
     for path in (*temporary.rglob("*"), temporary):
         _flush(path)
+    if folder.exists():
+        temporary.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
     if not folder.exists():
         temporary.rename(folder)
         return
     old = temporary
     if not _exchange(temporary, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        old = beside(folder, f".{folder.name}.old.")
         folder.rename(old)
         try:
             temporary.rename(folder)

@@ -26,7 +26,7 @@ FOLDERS = {"ssod_edge": "ssod_edge", "export": "ssod_edge.export", "bench": "sso
 #: those below it, and never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "external_data", "terminal"),
+    ("files", "json_reader", "external_data", "terminal"),
     ("config",),
     ("spec",),
     ("data",),

@@ -103,7 +103,10 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v["preprocess"].update(crop_pct=10**400), "preprocess.crop_pct must be a finite number"),
         (lambda v: v["preprocess"].update(mean=[None] * 3), r"preprocess.mean\[0\] must be a finite number, got null"),
         (lambda v: v["preprocess"].update(std=[1.0, 1.0]), "preprocess.std must be a list of the right length"),
-        (lambda v: v["preprocess"].update(interpolation="no"), "interpolation must be one of bicubic, bilinear"),
+        (
+            lambda v: v["preprocess"].update(interpolation="no"),
+            "preprocess.interpolation must be 'bicubic' or 'bilinear'",
+        ),
         (lambda v: v["artifacts"][0].update(name=1), r"artifacts\[0\].name must be text"),
         (lambda v: v["artifacts"][0].update(files=["x"]), r"artifacts\[0\].files must be an object"),
         (lambda v: v["artifacts"][0].update(files={"x": None}), r"artifacts\[0\].files.x must be text"),

@@ -20,6 +20,7 @@ import numpy as np
 
 from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.files import check_output, exclusive, write_json
+from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.runtime.field.drift import (
     CALM,
     MEMORY,
@@ -31,7 +32,7 @@ from ssod_edge.runtime.field.drift import (
     reference,
 )
 from ssod_edge.runtime.predict import Prediction, Predictor
-from ssod_edge.spec import Artifact, Spec, Threshold, from_json
+from ssod_edge.spec import Artifact, Spec, Threshold
 
 SCHEMA_VERSION = 1
 #: Scores wait in memory for this long at most before they are written, so a kill loses no more. Seldom enough for an SD
@@ -189,12 +190,12 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
     """
     fix = "Give another name, or delete it to start over."
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"'{path}' does not exist. Make one with: ssod-edge predict ... --monitor FILE") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as a monitor file ({error}). {fix}") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    version = values.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         raise ArtifactError(f"'{path}' was written by a newer release. Update with: pip install -U ssod-edge")
     try:
