@@ -107,7 +107,9 @@ def load_record(path: str | Path) -> dict[str, Any]:
     try:
         record = read_json(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"'{path}' cannot be read as a bench record ({error})") from error
+        raise UsageError(
+            f"'{path}' cannot be read as a bench record ({error}). Make one with: ssod-edge bench --json FILE"
+        ) from error
     if not set(RECORD_KEYS) <= record.keys():
         raise UsageError(f"'{path}' is not a bench record. Make one with: ssod-edge bench --json FILE")
     if type(record["schema_version"]) is not int or record["schema_version"] > SCHEMA_VERSION:

@@ -163,7 +163,9 @@ def _read_bench(spec: Spec, path: Path) -> bytes:
         content = path.read_bytes()
         rows = parse_json(content).get("rows")
     except (OSError, ValueError) as error:
-        raise UsageError(f"'{path}' cannot be read as a bench record ({error})") from error
+        raise UsageError(
+            f"'{path}' cannot be read as a bench record ({error}). Make one with: ssod-edge bench --json FILE"
+        ) from error
     if not isinstance(rows, list):
         raise UsageError(f"'{path}' is not a bench record. Make one with: ssod-edge bench --json FILE")
     hashes = [digest for artifact in spec.artifacts for digest in artifact.files.values()]

@@ -135,6 +135,8 @@ def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_p
         (lambda meta: meta.update(classes=["a", None, "c"]), r"classes\[1\] must be text"),
         (lambda meta: meta.update(preprocess=[]), "preprocess must be an object"),
         (lambda meta: meta["preprocess"].update(input_size="48"), "preprocess.input_size must be an integer"),
+        (lambda meta: meta.update(val_accuracy=float("nan")), "val_accuracy must be a finite number, got NaN"),
+        (lambda meta: meta.update(classes=["a", "\ud800", "c"]), r"classes\[1\] must be text of valid Unicode"),
     ],
 )
 def test_damaged_metadata_is_refused_with_the_name_of_the_file(path, change, message):

@@ -40,6 +40,8 @@ SCHEMA_VERSION = 1
 FLUSH_S = 5.0
 #: And no more than this many of them.
 _FLUSH_IMAGES = 4096
+#: More than an artifact's scores, which are fp32, can be, and fewer than overflow in what is computed of them.
+_LARGEST_SCORE, _MOST_IMAGES = 1e39, 2**53
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Record:
     drift: DriftState
 
     def __post_init__(self) -> None:
-        if min(self.images, self.unknown, self.failed, *self.histogram) < 0 or sum(self.histogram) != self.images:
+        counts = (self.images, self.unknown, self.failed, *self.histogram)
+        if min(counts) < 0 or max(counts) > _MOST_IMAGES or sum(self.histogram) != self.images:
             raise UsageError("its counts do not add up")
 
 
@@ -200,7 +203,10 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
         raise ArtifactError(f"'{path}' was written by a newer release. Update with: pip install -U ssod-edge")
     try:
         record: Record = from_json(Record, values)
-        bins = reference(record.threshold) if record.threshold.id_quantiles else None
+        threshold = record.threshold
+        if max(map(abs, (threshold.value, *threshold.id_quantiles))) > _LARGEST_SCORE or threshold.n > _MOST_IMAGES:
+            raise UsageError("its threshold is none of any scores")
+        bins = reference(threshold) if threshold.id_quantiles else None
         if bins is None or len(record.histogram) != len(bins.id_shares) or not fits(record.drift, len(bins.gaps)):
             raise UsageError("its bins are not those of its threshold")
     except UsageError as error:
