@@ -13,15 +13,13 @@ import small
 from click.testing import CliRunner, Result
 from places import GOLDEN
 
-import ssod_edge
 from ssod_edge.cli import main
-from ssod_edge.config import LossConfig, Preprocess
+from ssod_edge.config import LossConfig
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import read_splits
-from ssod_edge.errors import UsageError
 from ssod_edge.runtime.field.monitor import read_monitor
-from ssod_edge.spec import Artifact, Spec, Threshold, load_spec
-from ssod_edge.training.checkpoint import BEST, LAST, load_model
+from ssod_edge.spec import load_spec
+from ssod_edge.training.checkpoint import load_model
 from ssod_edge.training.loop import load_config
 
 RUN = Path("runs/old")
