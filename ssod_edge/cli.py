@@ -375,15 +375,17 @@ def export(
     RUN is a run folder or a checkpoint; default: the newest run. With --backbone and no run of it, untrained weights
     are exported, to measure latency. With --from no PyTorch is needed, and --id takes a folder of images.
     """
-    from ssod_edge.export.command import run_deploy, run_export
+    from ssod_edge.export.command import SourceOptions, TargetOptions, run_deploy, run_export
 
     precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
+    taken = {"out", "target", "tpr", "batch", "version_compatible"}
+    target = TargetOptions(precisions=precisions, **{name: options.pop(name) for name in taken})
     if bundle is not None:
-        taken = {"out", "target", "data", "tpr", "batch", "version_compatible"}
-        if given := _given(ctx, besides=("bundle", "fp16", "fp32", "int8", *taken)):
+        if given := _given(ctx, besides=("bundle", "data", "fp16", "fp32", "int8", *taken)):
             raise click.UsageError(f"{', '.join(given)} cannot be given with --from: a bundle holds its model")
-        ctx.exit(run_deploy(bundle, precisions=precisions, **{name: options[name] for name in taken}))
-    ctx.exit(run_export(run, precisions=precisions, **options))
+        ctx.exit(run_deploy(bundle, target, options["data"]))
+    how = {name: options.pop(name) for name in ("score", "calib", "max_drop")}
+    ctx.exit(run_export(SourceOptions(run, **options), target, **how))
 
 
 @main.command()
@@ -515,7 +517,7 @@ def calibrate(ctx: click.Context, folder: str, data: str, tpr: float, artifact: 
     DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
     also a .tar file, demo, torch/... or hfds/...
     """
-    from ssod_edge.runtime.calibration import run_calibrate
+    from ssod_edge.runtime.calibrate import run_calibrate
 
     ctx.exit(run_calibrate(folder, data, tpr, artifact))
 

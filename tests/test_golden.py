@@ -14,13 +14,9 @@ from click.testing import CliRunner, Result
 from places import GOLDEN
 
 from ssod_edge.cli import main
-from ssod_edge.config import LossConfig
-from ssod_edge.data.sources import open_dataset
-from ssod_edge.data.splits import read_splits
+from ssod_edge.config import LossConfig, Preprocess
 from ssod_edge.runtime.field.monitor import read_monitor
-from ssod_edge.spec import load_spec
-from ssod_edge.training.checkpoint import load_model
-from ssod_edge.training.loop import load_config
+from ssod_edge.training.run import Run
 
 RUN = Path("runs/old")
 
@@ -66,20 +62,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_run_is_read() -> None:
-    config = load_config(RUN)
-    assert (config.backbone, config.epochs, config.seed, config.preprocess.input_size) == (
-        "test_efficientnet",
-        1,
-        3,
-        32,
-    )
+    run = Run.at(RUN)
+    config = run.config
+    assert (config.backbone, config.epochs, config.seed) == ("test_efficientnet", 1, 3)
+    assert config.preprocess == run.model.preprocess == Preprocess(input_size=32)
     assert config.loss == LossConfig(method="ce", outliers=("rotate", "zoom"), warmup_epochs=0.0)
-    model, meta = load_model(RUN)
-    assert model.classes == small.CLASSES and meta["epoch"] == 1
-    source = open_dataset("data")
-    assert source.fingerprint == meta["data_fingerprint"]
-    splits = read_splits(RUN, source, meta["splits_hash"])
+    assert run.model.classes == small.CLASSES and run.meta["epoch"] == 1
+    _, splits = run.splits("it cannot be had")
     assert [len(part) for part in (splits.train, splits.val, splits.calib)] == [294, 63, 63]
+    assert run.export is not None and run.export.spec.score_name == "ssod+energy"
 
 
 def test_the_run_is_finished_and_resuming_it_changes_nothing() -> None:
@@ -99,7 +90,6 @@ def test_the_run_is_gone_on_with() -> None:
 
 @pytest.mark.parametrize("folder", ["runs/old", "runs/old/export"])
 def test_the_export_gives_the_recorded_verdicts(folder: str) -> None:
-    assert load_spec(RUN / "export").score_name == "ssod+energy"
     check_verdicts(folder)
 
 
