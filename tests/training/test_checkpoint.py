@@ -193,6 +193,10 @@ def test_find_run_takes_the_newest_of_a_backbone(model, tmp_path):
         (tmp_path / name / BEST).write_bytes(b"")
         os.utime(tmp_path / name / BEST, (time.time() - 100 * age,) * 2)
     (tmp_path / "started").mkdir()  # no checkpoint yet
+    for number, damaged in enumerate(("{", "[]", "Infinity", "[" * 100_000)):
+        (tmp_path / f"damaged-{number}").mkdir()
+        (tmp_path / f"damaged-{number}" / "config.json").write_text(damaged)
+        (tmp_path / f"damaged-{number}" / BEST).write_bytes(b"")
     assert Run.newest(tmp_path).folder.name == "other"
     assert Run.newest(tmp_path, "mobilenetv3").folder.name == "new"
     with pytest.raises(UsageError, match="no run of 'regnet'"):
