@@ -6,14 +6,14 @@ import ctypes
 import fcntl
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
 from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import exclusive, make_directory
+from ssod_edge.files import beside, exclusive, make_directory
 from ssod_edge.spec import SPEC_NAME, Spec, load_spec
 
 #: Of Linux's fcntl.h and fs.h.
@@ -40,7 +40,8 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         with exclusive(folder.parent):
             _remove_left_over(folder)
-            temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+            temporary = beside(folder, _prefix(folder))
+            temporary.mkdir()
             mark = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(mark, fcntl.LOCK_EX)  # until this process ends, however it does
@@ -76,15 +77,15 @@ def _remove_left_over(folder: Path) -> None:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    temporary.chmod(0o755)
     for path in (*temporary.rglob("*"), temporary):
         _flush(path)
     if not folder.exists():
         temporary.rename(folder)
         return
+    temporary.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
     old = temporary
     if not _exchange(temporary, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        old = beside(folder, f".{folder.name}.old.")
         folder.rename(old)
         try:
             temporary.rename(folder)

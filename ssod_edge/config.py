@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from ssod_edge.errors import UsageError
+from ssod_edge.json_reader import from_json
 
 #: The paper's backbones (Table 6) and the timm models they stand for.
 ALIASES = {
@@ -307,27 +308,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Build a configuration dataclass from a mapping.
+    """Build a configuration dataclass from a mapping; what is missing has its default.
 
     Raises:
-        UsageError: an unknown key, or a value outside its range.
+        UsageError: an unknown key, or a value of another type or outside its range.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UsageError(f"unknown {cls.__name__} key: {', '.join(unknown)}. Known keys: {', '.join(sorted(fields))}")
-    nested = {"loss": LossConfig, "preprocess": Preprocess}
-    prepared: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in nested and isinstance(value, dict):
-            value = from_dict(nested[key], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        prepared[key] = value
-    try:
-        return cls(**prepared)
-    except TypeError as error:
-        raise UsageError(f"{cls.__name__}: {error}") from error
+    made: T = from_json(cls, values, defaults=True)
+    return made
 
 
 def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:

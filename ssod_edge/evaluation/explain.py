@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ssod_edge.config import LossConfig, check_gamma
+from ssod_edge.config import LossConfig, check_gamma, from_dict
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import ImageSource, load_image, preprocess
 from ssod_edge.detect.scores import ood_scores
@@ -21,6 +20,7 @@ from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
 from ssod_edge.evaluation.pictures import PatchMap, save_patches
 from ssod_edge.files import check_output
+from ssod_edge.json_reader import read_json
 from ssod_edge.ops import patch_sample
 from ssod_edge.terminal import printable, standard_input
 from ssod_edge.training.model import SSODClassifier, normalise
@@ -181,9 +181,8 @@ def _class_index(model: SSODClassifier, name: str) -> int:
 def _gamma_of(run: Run) -> float:
     """The gamma that a run was trained with; the default where it is not recorded."""
     try:
-        gamma = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["loss"]["gamma"]
-        return float(gamma)
-    except (OSError, ValueError, KeyError, TypeError):
+        return from_dict(LossConfig, read_json(run.folder / "config.json")["loss"]).gamma
+    except (OSError, ValueError, KeyError):
         return LossConfig().gamma
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_l
 from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, ReaderImages, open_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
-from ssod_edge.studies.study import STUDY, check_evaluation, plan_study, run_study
+from ssod_edge.studies.study import check_evaluation, plan_study, read_study, run_study
 from ssod_edge.terminal import image_bar
 
 #: Appendix A.3: images of each set, "randomly selected"; all of them where there are fewer.
@@ -231,7 +230,7 @@ def run_reproduce(
         tuple(f"{data.name}={fixed[data.name]}" for data in table.unknown), via_size, baselines, fit_images,
         settings,
     )  # fmt: skip
-    text = markdown(table, json.loads((folder / STUDY).read_text(encoding="utf-8"))["runs"])
+    text = markdown(table, read_study(folder)["runs"])
     file = folder / f"table{table.number}.md"
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     click.echo(text)

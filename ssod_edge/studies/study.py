@@ -23,6 +23,7 @@ from ssod_edge.evaluation.images import check_classes, check_fit_images, parse_n
 from ssod_edge.export.engines.artifact import check_engines
 from ssod_edge.export.graph.build import ExportOptions, export_run
 from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json
+from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.spec import Spec
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint
 from ssod_edge.training.loop import resume_run, start_run
@@ -246,14 +247,7 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
 
     Runs that were trained with other settings would stand in one table with these.
     """
-    try:
-        record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("no JSON object")
-    except FileNotFoundError:
-        record = None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"'{folder / STUDY}' is damaged ({error}); remove it to write it anew") from error
+    record = read_study(folder) if (folder / STUDY).exists() else None
     changed = [key for key in ("data", "options") if record is not None and record.get(key) != asked[key]]
     if record is not None and changed and any(folder.glob(f"*/{LAST}")):
         raise UsageError(
@@ -262,6 +256,20 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
         )
     if record is None or changed:
         write_json(folder / STUDY, {**asked, "summary": [], "runs": [], "failed": []})
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """The record of a study, with its `runs`: an object for each.
+
+    Raises:
+        ArtifactError: it is not there, or damaged.
+    """
+    try:
+        record = read_json(folder / STUDY)
+        from_json(tuple[dict[str, Any], ...], record.get("runs"), "runs")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{folder / STUDY}' is damaged ({error}); remove it to write it anew") from error
+    return record
 
 
 def _finished(cell: Cell, data: str, folder: Path, given: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -331,11 +339,12 @@ def _evaluated(run: Path, asked: dict[str, Any], export: Spec | None) -> dict[st
     images = [open_dataset(data, labelled=False).fingerprint for data in named]
     record = {"asked": asked, "weights": meta["tensors_sha256"], "images": images, "shipped": shipped}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
+        report = from_json(dict[str, Any], stored.get("report"), "report")
     except (OSError, ValueError):  # none yet, or a damaged one: it is made again
-        stored = {}
-    if isinstance(stored, dict) and {**stored, "report": None} == {**record, "report": None}:
-        return dict(stored["report"])
+        stored, report = {}, {}
+    if {**stored, "report": None} == {**record, "report": None}:
+        return report
     arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
     report, _ = evaluate(run, bootstrap=0, **arguments)
     if export is not None:
@@ -406,10 +415,10 @@ def _write(
 
 def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the record has of runs that this process has not come to yet, if it is of the same study."""
-    record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    record = read_study(folder)
     if any(record.get(key) != json.loads(json.dumps(value)) for key, value in study.items()):
         return []
-    return [row for row in record["runs"] if {"settings": row["settings"], "seed": row["seed"]} in cells]
+    return [row for row in record["runs"] if {"settings": row.get("settings"), "seed": row.get("seed")} in cells]
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
 from ssod_edge.files import write_atomic
-from ssod_edge.spec import from_json
+from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.training.model import SSODClassifier
 
 SCHEMA_VERSION = 1
@@ -58,14 +58,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         # In one piece: safetensors opens a path twice, and training may put a newer file there in between.
         content = path.read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        meta = json.loads(header["__metadata__"]["ssod_edge"])
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        meta = parse_json(header["__metadata__"]["ssod_edge"])
         tensors = load(content)
     except KeyError:
         raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"checkpoint '{path}' is damaged or cut short ({error})") from error
-    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    version = meta.get("schema_version")
     if type(version) is not int or version < 1:
         raise ArtifactError(f"checkpoint '{path}' is damaged: its metadata has no schema version")
     if version > SCHEMA_VERSION:

@@ -28,8 +28,8 @@ from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Splits, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim, write_atomic, write_json
+from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.ops import kernel_in_use
-from ssod_edge.spec import from_json
 from ssod_edge.training.batches import TrainImages, load_batches
 from ssod_edge.training.checkpoint import (
     BEST,
@@ -394,7 +394,16 @@ class _Loop:
 
 
 def _append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
-    write_atomic(path, lambda temporary: temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n"))
+    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it.
+
+    A line that is damaged is left out, and said so: it is not worth the epoch that was trained.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if from_json(int, parse_json(line).get("epoch"), "epoch") < row["epoch"]:
+                kept.append(line)
+        except UsageError as error:
+            _say(f"left out line {number} of '{path}', which is damaged ({error})")
+    write_atomic(path, lambda temporary: temporary.write_bytes(b"\n".join([*kept, json.dumps(row).encode(), b""])))

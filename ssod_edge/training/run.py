@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +13,9 @@ from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import Splits, read_splits
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import sha256_file
+from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.runtime.export import Export
-from ssod_edge.spec import SPEC_NAME, from_json
+from ssod_edge.spec import SPEC_NAME
 from ssod_edge.training.checkpoint import BEST, load_checkpoint, load_state
 from ssod_edge.training.model import SSODClassifier, build_model
 
@@ -52,7 +52,7 @@ class Run:
         found: list[tuple[float, Path]] = []
         for checkpoint in Path(root).glob(f"*/{BEST}"):
             try:
-                config = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
+                config = read_json(checkpoint.parent / "config.json")
             except (OSError, ValueError):
                 continue
             if wanted is None or resolve_backbone(str(config.get("backbone"))) == wanted:
@@ -152,14 +152,17 @@ def load_config(run: Path) -> TrainConfig:
     """The settings of a run folder.
 
     Raises:
-        UsageError: there is no such run, or its config.json has unknown keys.
+        UsageError: there is no such run, or its config.json has unknown keys or wrong values.
         ArtifactError: config.json is damaged.
     """
+    path = run / "config.json"
     try:
-        return from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+        values = read_json(path)
     except FileNotFoundError:
         raise UsageError(f"there is no run '{run}' to resume; leave --resume out to start one") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise ArtifactError(f"'{run / 'config.json'}' is damaged ({error})") from error
+        raise ArtifactError(f"'{path}' is damaged ({error}). Restore it, or start a new run") from error
+    try:
+        return from_dict(TrainConfig, values)
+    except UsageError as error:
+        raise UsageError(f"'{path}': {error}") from error

@@ -138,10 +138,12 @@ def test_gamma_is_the_runs(run, image, monkeypatch):
     )
     (run / "config.json").write_text(json.dumps({"loss": {"gamma": 0.7}}))
     command(run, image)
-    (run / "config.json").write_text("{}")
-    command(run, image)
+    others = ("{}", "[]", "[" * 100_000, '{"loss": []}', '{"loss": {"gamma": NaN}}', '{"loss": {"gamma": 7}}')
+    for other in others:
+        (run / "config.json").write_text(other)
+        command(run, image)
     command(run, image, "--gamma", "0.8")
-    assert seen == [0.7, 0.95, 0.8]
+    assert seen == [0.7, *[0.95] * len(others), 0.8]
 
 
 def save_export(run, digest, score="msp", detector=None):

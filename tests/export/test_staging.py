@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -42,6 +43,25 @@ def test_what_another_export_is_filling_stays(tmp_path: Path) -> None:
         (first / "model.onnx").touch()
         with staged(tmp_path / "door") as second:
             assert (first / "model.onnx").exists() and second != first
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_new_folder_follows_the_umask_and_an_earlier_one_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int, swap: bool
+) -> None:
+    if not swap:
+        monkeypatch.setattr("ssod_edge.export.staging._exchange", lambda one, other: False)
+    door, earlier = tmp_path / "door", os.umask(umask)
+    try:
+        for expected in (0o777 & ~umask, 0o750):
+            with staged(door) as folder:
+                (folder / "ssod.json").touch()
+            assert door.stat().st_mode & 0o777 == expected
+            door.chmod(0o750)
+    finally:
+        os.umask(earlier)
+    assert names(tmp_path) == ["door"]
 
 
 KILLED_WHILE_PUBLISHING = """

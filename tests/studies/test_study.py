@@ -316,7 +316,7 @@ def test_an_interrupted_first_run_fixes_the_options(data, tmp_path, monkeypatch)
     assert other.exit_code == 2 and "holds a study with other options" in other.stderr
 
 
-@pytest.mark.parametrize("damaged", ["{", "[]"])
+@pytest.mark.parametrize("damaged", ["{", "[]", "[" * 100_000, '{"runs": [3]}', '{"runs": [], "data": NaN}'])
 def test_a_damaged_record_is_named(data, tmp_path, damaged):
     (tmp_path / STUDY).write_text(damaged)
     result = study(data, tmp_path)
@@ -372,6 +372,7 @@ def test_an_evaluation_of_other_images_or_weights_is_made_again(data, tmp_path, 
     changed = {**tensors, name: tensors[name] + 1}
     save_checkpoint(best, changed, {key: value for key, value in meta.items() if key not in own})
     assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 3
-    for number, damaged in enumerate(("{", "[]"), 4):
+    without_report = json.dumps(json.loads((best.parent / EVALUATION).read_text()) | {"report": None})
+    for number, damaged in enumerate(("{", "[]", without_report), 4):
         (best.parent / EVALUATION).write_text(damaged)
         assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == number

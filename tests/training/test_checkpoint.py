@@ -134,6 +134,8 @@ def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_p
         (lambda meta: meta.update(classes=["a", None, "c"]), r"classes\[1\] must be text"),
         (lambda meta: meta.update(preprocess=[]), "preprocess must be an object"),
         (lambda meta: meta["preprocess"].update(input_size="48"), "preprocess.input_size must be an integer"),
+        (lambda meta: meta.update(val_accuracy=float("nan")), "val_accuracy must be a finite number, got NaN"),
+        (lambda meta: meta.update(classes=["a", "\ud800", "c"]), r"classes\[1\] must be text of valid Unicode"),
     ],
 )
 def test_damaged_metadata_is_refused_with_the_name_of_the_file(path, change, message):
@@ -191,6 +193,10 @@ def test_find_run_takes_the_newest_of_a_backbone(model, tmp_path):
         (tmp_path / name / BEST).write_bytes(b"")
         os.utime(tmp_path / name / BEST, (time.time() - 100 * age,) * 2)
     (tmp_path / "started").mkdir()  # no checkpoint yet
+    for number, damaged in enumerate(("{", "[]", "Infinity", "[" * 100_000)):
+        (tmp_path / f"damaged-{number}").mkdir()
+        (tmp_path / f"damaged-{number}" / "config.json").write_text(damaged)
+        (tmp_path / f"damaged-{number}" / BEST).write_bytes(b"")
     assert Run.newest(tmp_path).folder.name == "other"
     assert Run.newest(tmp_path, "mobilenetv3").folder.name == "new"
     with pytest.raises(UsageError, match="no run of 'regnet'"):

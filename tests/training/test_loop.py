@@ -354,9 +354,43 @@ def test_runs_are_not_overwritten_and_need_enough_images(config, tmp_path, pictu
         train(replace(config, name="big", batch_size=64), tmp_path)
     with pytest.raises(UsageError, match="no run .* to resume"):
         train(replace(config, name="none"), tmp_path, resume=True)
-    (run / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match="is damaged"):
-        train(config, tmp_path, resume=True)
+    for damaged in ("{", "[]", "Infinity", "[" * 100_000, '{"seed": NaN}', '{"seed": 1, "seed": 2}'):
+        (run / "config.json").write_text(damaged)
+        with pytest.raises(ArtifactError, match="config.json' is damaged .*Restore it, or start a new run"):
+            train(config, tmp_path, resume=True)
+        result = CliRunner().invoke(main, ["train", "--resume", str(run)])
+        assert result.exit_code == 4 and "should not happen" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": "3"}, 'epochs must be an integer, got "3"'),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"loss": []}, "loss must be an object"),
+        ({"loss": {"outliers": ["spin"]}}, r"loss.outliers\[0\] must be one of rotate"),
+        ({"epochs": 0}, "config.json': epochs must be at least 1"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": "resnet18", "data": "photos", **change}))
+    with pytest.raises(UsageError, match=message):
+        load_config(tmp_path)
+
+
+def test_a_damaged_line_of_the_metrics_costs_no_epoch(config, tmp_path, capsys):
+    config = replace(config, half_size_epochs=0)
+    run = train(replace(config, epochs=1), tmp_path)
+    first = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(first[:20] + b"\n" + first + b'[]\n{"epoch": "1"}\n{"epoch": NaN}\n\xff\n')
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
+    train(config, tmp_path, resume=True)
+    assert [row["epoch"] for row in rows(run)] == [1, 2] and (run / "metrics.jsonl").read_bytes().startswith(first)
+    said = capsys.readouterr().err
+    for number in (1, 3, 4, 5, 6):
+        assert f"left out line {number} of '{run / 'metrics.jsonl'}', which is damaged" in said
+    assert load_checkpoint(run / LAST)[1]["progress"]["epoch"] == 2
 
 
 def test_resuming_on_other_data_is_refused(config, tmp_path):
