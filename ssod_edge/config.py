@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ssod_edge.errors import UsageError
 
@@ -115,23 +115,34 @@ class Preprocess:
             raise UsageError("mean and std must have three values each, and std must be positive")
 
 
+#: `train`, `study` and `reproduce` have every field of the two classes below as an option, whose help is the field's
+#: line in the docstring (`ssod_edge.cli.options`); but not those that bear this.
+NO_OPTION = {"option": False}
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """L = CE(logits, y) + alpha * OOD loss + the terms that a setting below switches on.
 
+    Spoiled copies of training images (`ssod_edge.training.made_images`) teach the OOD row on the pooled feature, which
+    is what is read at inference. `lbf` is arXiv 2510.12259: the mean L2 norm of background features.
+
     Attributes:
-        method: what background patches teach. "ssod": the OOD row (Eq. 12 to 14 of the paper); "lbf": features, whose
-            L2 norm shrinks (arXiv 2510.12259); "both"; or "ce", nothing.
-        gamma: confidence from which a patch is ID; below 1 - gamma it is OOD. 0.5 < gamma < 1.
-        alpha: weight of the OOD loss (Table 4). 0 leaves it out.
-        balance: "lwb", "lw" or "dr" (Table 5).
-        norm_weight: weight of the mean L2 norm of background features, where the method has it.
-        outliers: kinds of images that are made from training images and no class describes
-            (`ssod_edge.training.made_images`). The OOD row learns to tell them from the training images, on the pooled
-            feature that is read at inference.
-        outlier_share: made images of a batch, as a share of its own; in (0, 1].
-        outlier_weight: weight of that term.
-        warmup_epochs: epochs of cross-entropy alone, before any other term; patch labels mean nothing until then.
+        method: what patches of background teach. `ce`: nothing; classes are learnt by cross-entropy, unknowns from
+            spoiled copies (--outliers). `ssod`: the paper's way, they train the output that says "unknown". `lbf`:
+            their features become small. `both`: ssod and lbf.
+        gamma: confidence from which a patch shows a known thing, in (0.5, 1); below 1 - gamma it is background (Eq. 12
+            of the paper).
+        alpha: weight of what patches teach about "unknown" (Eq. 14); 0 leaves it out.
+        balance: how the few patches of known things count beside the many of background (Table 5). `lwb`: half each;
+            `lw`: background weighted down to their number; `dr`: as many of each, drawn at random.
+        norm_weight: weight of the size of background features, with `lbf` and `both`.
+        outliers: training also shows the network spoiled copies of your photos (turned, shuffled, zoomed, blended) and
+            teaches it to call them unknown. Which kinds, comma-separated; with --method only those named here.
+        outlier_share: spoiled copies in a batch, as a share of its photos, in (0, 1].
+        outlier_weight: weight of what spoiled copies teach; 0 leaves it out.
+        warmup_epochs: epochs that teach the classes alone, before anything about "unknown"; with a --method of patches
+            and --recipe scratch 10.
     """
 
     method: Method = "ssod"
@@ -198,28 +209,42 @@ class TrainConfig:
     Attributes:
         backbone: timm model name (aliases resolved).
         data: what `ssod_edge.data.sources.open_dataset` takes.
-        recipe: "short" (AdamW, a warm-up and a cosine), "scratch" (the same schedule with SGD, which gets a network
-            without pretrained weights further in few epochs) or "paper" (AdamW at 1e-4, halved every 30 epochs).
-        epochs, batch_size, lr, weight_decay: the optimizer's. batch_size is per process.
-        val_fraction, calib_fraction: shares of the training data kept for choices and for thresholds.
-        half_size_epochs: first epochs trained at half the input size, at about a quarter of the cost; the last
-            epochs, validation and deployment use the full size.
-        crop_scale_min: smallest area of a random training crop, as a share of the image.
-        hflip: probability of mirroring a training image.
-        kernel: what samples the patches; see `ssod_edge.ops.kernel_in_use`.
-        precision: "bf16" autocast or "fp32".
+        name: of the run folder.
+        recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
+            without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
+        epochs: passes over the training photos.
+        batch_size: photos in a training step, for each process.
+        lr: peak learning rate.
+        weight_decay: weight decay of the optimizer.
+        lr_warmup_fraction: share of the steps in which the learning rate rises.
+        clip_grad: largest norm of the gradient.
+        val_fraction: share of the photos kept back to choose the best epoch and score by.
+        calib_fraction: share of the photos kept back for thresholds and int8.
+        half_size_epochs: first epochs at half the input size, at about a quarter of the cost.
+        crop_scale_min: smallest random crop of a training photo, as a share of its area.
+        hflip: probability of mirroring a training photo.
+        precision: number format of the computation. Default: bf16 on a GPU, else fp32.
+        kernel: what samples the patches. `auto`: compiled code where it was built; `reference`: plain PyTorch.
+        workers: processes that read photos.
+        seed: of the splits, the order of photos, the augmentation and new weights.
+        compile: use torch.compile.
+        sync_bn: share the statistics of batch norm between GPUs.
+        pretrained: start from timm's published weights.
+        weights: start from a .safetensors or .pth file, or a run's checkpoint.
+        loss: what the network is taught.
+        preprocess: the backbone's own, at --size.
     """
 
-    backbone: str
-    data: str
-    name: str = ""
+    backbone: str = dataclasses.field(metadata=NO_OPTION)
+    data: str = dataclasses.field(metadata=NO_OPTION)
+    name: str = dataclasses.field(default="", metadata=NO_OPTION)
     recipe: Literal["short", "scratch", "paper"] = "short"
     epochs: int = 10
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
-    lr_warmup_fraction: float = 0.1
-    clip_grad: float = 5.0
+    lr_warmup_fraction: float = dataclasses.field(default=0.1, metadata=NO_OPTION)
+    clip_grad: float = dataclasses.field(default=5.0, metadata=NO_OPTION)
     val_fraction: float = 0.05
     calib_fraction: float = 0.05
     half_size_epochs: int = 0
@@ -233,8 +258,8 @@ class TrainConfig:
     sync_bn: bool = False
     pretrained: bool = False
     weights: str | None = None
-    loss: LossConfig = LossConfig()
-    preprocess: Preprocess = Preprocess()
+    loss: LossConfig = dataclasses.field(default=LossConfig(), metadata=NO_OPTION)
+    preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -328,6 +353,11 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         return cls(**prepared)
     except TypeError as error:
         raise UsageError(f"{cls.__name__}: {error}") from error
+
+
+def setting_types() -> dict[str, Any]:
+    """Name -> type of every setting of `TrainConfig` and its loss."""
+    return {**get_type_hints(TrainConfig), **get_type_hints(LossConfig)}
 
 
 def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:

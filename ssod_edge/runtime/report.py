@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -20,24 +21,37 @@ from ssod_edge.runtime.predict import Prediction, Predictor
 from ssod_edge.runtime.runner import Runner
 
 
-def run_predict(
-    folder: str, images: Sequence[str], as_json: bool, batch: int, monitor: str | None = None, **options: Any
-) -> int:
+@dataclass(frozen=True)
+class PredictOptions:
+    """What opens an export, and where the verdicts go.
+
+    Attributes:
+        opening: options of `ssod_edge.runtime.open.open_runner`.
+        as_json: one JSON object a line, as soon as it is known, in place of a table.
+        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
+    """
+
+    opening: Mapping[str, Any]
+    as_json: bool = False
+    monitor: str | None = None
+
+
+def run_predict(folder: str, images: Sequence[str], options: PredictOptions, batch: int) -> int:
     """Print the verdict on each image; returns the exit code.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         images: see `ssod_edge.data.inputs.list_images`.
-        as_json: one JSON object a line, as soon as it is known.
         batch: images per run of the engine.
-        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes every verdict.
-        options: of `ssod_edge.runtime.open_runner`.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
     paths = list_images(images, standard_input(), no_images)
-    with Predictor(open_runner(folder, **options)) as predictor, open_monitor(monitor, predictor) as watch:
+    with (
+        Predictor(open_runner(folder, **options.opening)) as predictor,
+        open_monitor(options.monitor, predictor) as watch,
+    ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -48,7 +62,7 @@ def run_predict(
         verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
         if watch is not None:
             verdicts = map(watch.add, verdicts)
-        failed = _print_json(verdicts) if as_json else _print_table(verdicts, len(paths), predictor.runner)
+        failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)
     return EXIT_SOME_FAILED if failed or (watch is not None and watch.problem) else EXIT_OK
 
 

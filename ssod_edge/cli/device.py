@@ -1,0 +1,121 @@
+"""What a device runs: verdicts, how fast they come, thresholds on its own images, drift, and what is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ssod_edge.cli.options import as_json, given, known, newest, take, threads, tpr, unknown, via
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", required=False)
+@newest("Without DIR: the newest export of this backbone.")
+@click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
+@known
+@unknown
+@via
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per query.")
+@threads
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the record to FILE.")
+@click.option("--compare", "compare_file", metavar="OLD.json", help="Show what moved since that record.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+@click.pass_context
+def bench(ctx: click.Context, /, folder: str | None, backbone: str | None, runs: str, **options: Any) -> None:
+    """Measure latency and accuracy of every artifact of an export.
+
+    The checkpoint in PyTorch (`eager`) is measured beside them. DIR is an export folder, or the run folder that holds
+    it; default: the newest export.
+    """
+    from ssod_edge.bench.measurement import BenchOptions
+    from ssod_edge.bench.run import BenchOutput, run_bench
+
+    ctx.exit(run_bench(folder, take(BenchOptions, options), BenchOutput(**options), backbone, runs))
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("images", metavar="IMAGE...", nargs=-1)
+@click.option("--camera", metavar="CAMERA", help="Instead of IMAGE: a number, a device file, or a GStreamer pipeline.")
+@click.option("--smooth", type=float, metavar="SECONDS", help="Of a video: judge the mean over about this time.")
+@click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"]),
+    default="auto",
+    help="auto: the first of these that is there and installed; eager: the checkpoint itself, in PyTorch.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
+    default="auto",
+    help="auto: the first of these that is there.",
+)
+@click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
+@click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
+@threads
+@click.option("--batch", type=click.IntRange(min=1), default=8, help="Images per run of the engine.")
+@click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
+@click.pass_context
+def predict(ctx: click.Context, /, folder: str, images: tuple[str, ...], batch: int, **options: Any) -> None:
+    """Classify images, and say which ones are UNKNOWN to the model.
+
+    DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
+    'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
+    (rtsp://, http:// ...) or --camera gives a verdict a frame.
+    """
+    from ssod_edge.runtime.field.stream import StreamOptions, is_stream, run_stream
+    from ssod_edge.runtime.report import PredictOptions, run_predict
+
+    stream = take(StreamOptions, options)
+    wanted = PredictOptions(as_json=options.pop("as_json"), monitor=options.pop("monitor"), opening=options)
+    if not images and stream.camera is None:
+        raise click.UsageError("give at least one IMAGE, or --camera")
+    if stream.camera is not None or any(is_stream(image) for image in images):
+        if "--batch" in given(ctx):
+            raise click.UsageError("--batch belongs to images: a video, a camera or a stream runs frame by frame")
+        ctx.exit(run_stream(folder, images, wanted, stream))
+    if stream.smooth is not None or stream.realtime:
+        raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")
+    ctx.exit(run_predict(folder, images, wanted, batch))
+
+
+@click.command()
+@click.argument("file", metavar="FILE")
+@as_json
+@click.pass_context
+def monitor(ctx: click.Context, file: str, as_json: bool) -> None:
+    """Show what predict --monitor has counted, and any drift."""
+    from ssod_edge.runtime.field.summary import run_monitor
+
+    ctx.exit(run_monitor(file, as_json))
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--id", "data", required=True, metavar="DATA", help="Images of known things that were not trained on.")
+@tpr
+@click.option("--artifact", help="Name of the only artifact to calibrate. Default: all of them.")
+@click.pass_context
+def calibrate(ctx: click.Context, folder: str, data: str, tpr: float, artifact: str | None) -> None:
+    """Refit the thresholds of an export on your own images.
+
+    DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
+    also a .tar file, demo, torch/... or hfds/...
+    """
+    from ssod_edge.runtime.calibration import run_calibrate
+
+    ctx.exit(run_calibrate(folder, data, tpr, artifact))
+
+
+@click.command()
+@as_json
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Try every engine and device, and name what is missing."""
+    from ssod_edge.doctor import run_doctor
+
+    ctx.exit(run_doctor(as_json=as_json))
