@@ -117,11 +117,7 @@ class BenchOutput:
 
 
 def run_bench(
-    folder: str | None,
-    options: BenchOptions,
-    output: BenchOutput,
-    backbone: str | None = None,
-    runs: str = "runs",
+    folder: str | None, options: BenchOptions, output: BenchOutput, backbone: str | None = None, runs: str = "runs"
 ) -> int:
     """The command `bench`: measure, print, save, compare.
 

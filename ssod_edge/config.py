@@ -87,6 +87,14 @@ def check_gamma(gamma: float) -> None:
         raise UsageError(f"gamma must satisfy 0.5 < gamma < 1, got {gamma}")
 
 
+def check(config: object, name: str, good: bool, expected: str) -> None:
+    """Raises UsageError unless the value of a setting is good, with what was expected and what it is."""
+    if not good:
+        value = getattr(config, name)
+        shown = f"'{value}'" if isinstance(value, str) else value
+        raise UsageError(f"{name} must be {expected}, got {shown}")
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes the graph's input: one centre crop and one resize, then uint8 RGB.
@@ -105,12 +113,9 @@ class Preprocess:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if self.input_size < 1:
-            raise UsageError(f"input_size must be at least 1 pixel, got {self.input_size}")
-        if not 0 < self.crop_pct <= 1:
-            raise UsageError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise UsageError(f"interpolation must be 'bicubic' or 'bilinear', got '{self.interpolation}'")
+        check(self, "input_size", self.input_size >= 1, "at least 1 pixel")
+        check(self, "crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]")
+        check(self, "interpolation", self.interpolation in ("bicubic", "bilinear"), "'bicubic' or 'bilinear'")
         if len(self.mean) != 3 or len(self.std) != 3 or any(s <= 0 for s in self.std):
             raise UsageError("mean and std must have three values each, and std must be positive")
 
@@ -157,19 +162,16 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        for name, choices in (("method", METHODS), ("balance", BALANCES)):
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'")
+        check(self, "method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        check(self, "balance", self.balance in BALANCES, f"one of {', '.join(BALANCES)}")
         unknown = [kind for kind in self.outliers if kind not in OUTLIERS]
         if unknown or len(set(self.outliers)) < len(self.outliers):
             raise UsageError(
                 f"outliers must be different ones of {', '.join(OUTLIERS)}, got '{','.join(self.outliers)}'"
             )
-        if not 0 < self.outlier_share <= 1:
-            raise UsageError(f"outlier_share must be in (0, 1], got {self.outlier_share}")
+        check(self, "outlier_share", 0 < self.outlier_share <= 1, "in (0, 1]")
         for name in ("alpha", "norm_weight", "outlier_weight", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            check(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more")
 
     @property
     def trains_row_on_patches(self) -> bool:
@@ -262,35 +264,23 @@ class TrainConfig:
     preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UsageError(f"epochs must be at least 1, got {self.epochs}")
-        if self.batch_size < 2:
-            raise UsageError(f"batch_size must be at least 2 (batch norm needs two images), got {self.batch_size}")
-        if self.recipe not in RECIPES:
-            raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{self.recipe}'")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
-        if self.kernel not in KERNELS:
-            raise UsageError(f"kernel must be one of {', '.join(KERNELS)}, got '{self.kernel}'")
-        if not 0 < self.lr < float("inf"):
-            raise UsageError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UsageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed must be 0 or more and below 2**32, got {self.seed}")
-        if not 0 <= self.half_size_epochs < self.epochs:
-            raise UsageError(f"half_size_epochs must be 0 or more and below epochs, got {self.half_size_epochs}")
+        check(self, "epochs", self.epochs >= 1, "at least 1")
+        check(self, "batch_size", self.batch_size >= 2, "at least 2 (batch norm needs two images)")
+        check(self, "recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
+        check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        check(self, "kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
+        check(self, "lr", 0 < self.lr < float("inf"), "positive")
+        check(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        check(self, "seed", 0 <= self.seed < 2**32, "0 or more and below 2**32")
+        check(self, "half_size_epochs", 0 <= self.half_size_epochs < self.epochs, "0 or more and below epochs")
         if self.half_size_epochs and self.preprocess.input_size < 2:
             raise UsageError("half_size_epochs needs an input_size of at least 2 pixels, got 1")
-        if self.workers < 0:
-            raise UsageError(f"workers must be 0 or more, got {self.workers}")
-        for field in ("val_fraction", "calib_fraction", "crop_scale_min"):
-            if not 0 < getattr(self, field) <= 1:
-                raise UsageError(f"{field} must be in (0, 1], got {getattr(self, field)}")
+        check(self, "workers", self.workers >= 0, "0 or more")
+        for name in ("val_fraction", "calib_fraction", "crop_scale_min"):
+            check(self, name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+        check(self, "hflip", 0 <= self.hflip <= 1, "in [0, 1]")
         if self.val_fraction + self.calib_fraction >= 1:
             raise UsageError("val_fraction and calib_fraction leave no images to train on")
-        if not 0 <= self.hflip <= 1:
-            raise UsageError(f"hflip must be in [0, 1], got {self.hflip}")
         if self.pretrained and self.weights:
             raise UsageError("--pretrained and --weights exclude each other")
 
@@ -299,18 +289,13 @@ class TrainConfig:
 #: images lie in all orientations, it costs little (docs/detection.md).
 DEFAULT_OUTLIERS = OUTLIERS
 
+#: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
+#: Eq. 12 calls OOD are of images it gets wrong, and they undo what the made ones teach (docs/detection.md).
+_MADE_IMAGES = {"method": "ce", "outliers": DEFAULT_OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    # Made images and no patches: until a network is good, most of the patches that Eq. 12 calls OOD are of images it
-    # gets wrong, and they undo what the made ones teach (docs/detection.md).
-    "short": {"loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS}},
-    "scratch": {
-        "lr": 0.05,
-        "batch_size": 64,
-        "epochs": 30,
-        "weight_decay": 5e-4,
-        "loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS},
-    },
+    "short": {"loss": _MADE_IMAGES},
+    "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": _MADE_IMAGES},
     # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
     # 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},

@@ -1,7 +1,7 @@
 """The command line: options, and one call into the module that does the work.
 
 Every import of a module that does work sits inside its command, so that `--help` is quick and `predict` never loads
-torch. A command ends with another code than 0 through `ctx.exit(code)`, or by what it raises (`ssod_edge.cli.group`).
+torch. A command returns its exit code, or raises (`ssod_edge.cli.group`).
 """
 
 from __future__ import annotations

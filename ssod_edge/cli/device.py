@@ -6,23 +6,20 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import as_json, given, known, newest, take, threads, tpr, unknown, via
+from ssod_edge.cli.options import COUNT, as_json, given, named_data, newest, take, threads, tpr
 
 
 @click.command()
 @click.argument("folder", metavar="[DIR]", required=False)
 @newest("Without DIR: the newest export of this backbone.")
 @click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
-@known
-@unknown
-@via
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per query.")
+@named_data
+@click.option("--batch", type=COUNT, default=1, help="Images per query.")
 @threads
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the record to FILE.")
 @click.option("--compare", "compare_file", metavar="OLD.json", help="Show what moved since that record.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
-@click.pass_context
-def bench(ctx: click.Context, /, folder: str | None, backbone: str | None, runs: str, **options: Any) -> None:
+def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -> int:
     """Measure latency and accuracy of every artifact of an export.
 
     The checkpoint in PyTorch (`eager`) is measured beside them. DIR is an export folder, or the run folder that holds
@@ -31,7 +28,7 @@ def bench(ctx: click.Context, /, folder: str | None, backbone: str | None, runs:
     from ssod_edge.bench.measurement import BenchOptions
     from ssod_edge.bench.run import BenchOutput, run_bench
 
-    ctx.exit(run_bench(folder, take(BenchOptions, options), BenchOutput(**options), backbone, runs))
+    return run_bench(folder, take(BenchOptions, options), BenchOutput(**options), backbone, runs)
 
 
 @click.command()
@@ -57,41 +54,38 @@ def bench(ctx: click.Context, /, folder: str | None, backbone: str | None, runs:
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
 @click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
 @threads
-@click.option("--batch", type=click.IntRange(min=1), default=8, help="Images per run of the engine.")
+@click.option("--batch", type=COUNT, default=8, help="Images per run of the engine.")
 @click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
-@click.pass_context
-def predict(ctx: click.Context, /, folder: str, images: tuple[str, ...], batch: int, **options: Any) -> None:
+def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     """Classify images, and say which ones are UNKNOWN to the model.
 
     DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
     'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
     (rtsp://, http:// ...) or --camera gives a verdict a frame.
     """
-    from ssod_edge.runtime.field.stream import StreamOptions, is_stream, run_stream
+    from ssod_edge.runtime.field.stream import is_stream, run_stream
     from ssod_edge.runtime.report import PredictOptions, run_predict
 
-    stream = take(StreamOptions, options)
-    wanted = PredictOptions(as_json=options.pop("as_json"), monitor=options.pop("monitor"), opening=options)
-    if not images and stream.camera is None:
+    wanted = take(PredictOptions, options)
+    if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
-    if stream.camera is not None or any(is_stream(image) for image in images):
-        if "--batch" in given(ctx):
+    if wanted.camera is not None or any(is_stream(image) for image in images):
+        if "--batch" in given():
             raise click.UsageError("--batch belongs to images: a video, a camera or a stream runs frame by frame")
-        ctx.exit(run_stream(folder, images, wanted, stream))
-    if stream.smooth is not None or stream.realtime:
+        return run_stream(folder, images, wanted, **options)
+    if wanted.smooth is not None or wanted.realtime:
         raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")
-    ctx.exit(run_predict(folder, images, wanted, batch))
+    return run_predict(folder, images, wanted, **options)
 
 
 @click.command()
 @click.argument("file", metavar="FILE")
 @as_json
-@click.pass_context
-def monitor(ctx: click.Context, file: str, as_json: bool) -> None:
+def monitor(file: str, as_json: bool) -> int:
     """Show what predict --monitor has counted, and any drift."""
     from ssod_edge.runtime.field.summary import run_monitor
 
-    ctx.exit(run_monitor(file, as_json))
+    return run_monitor(file, as_json)
 
 
 @click.command()
@@ -99,8 +93,7 @@ def monitor(ctx: click.Context, file: str, as_json: bool) -> None:
 @click.option("--id", "data", required=True, metavar="DATA", help="Images of known things that were not trained on.")
 @tpr
 @click.option("--artifact", help="Name of the only artifact to calibrate. Default: all of them.")
-@click.pass_context
-def calibrate(ctx: click.Context, folder: str, data: str, tpr: float, artifact: str | None) -> None:
+def calibrate(folder: str, data: str, tpr: float, artifact: str | None) -> int:
     """Refit the thresholds of an export on your own images.
 
     DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
@@ -108,14 +101,13 @@ def calibrate(ctx: click.Context, folder: str, data: str, tpr: float, artifact: 
     """
     from ssod_edge.runtime.calibration import run_calibrate
 
-    ctx.exit(run_calibrate(folder, data, tpr, artifact))
+    return run_calibrate(folder, data, tpr, artifact)
 
 
 @click.command()
 @as_json
-@click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(as_json: bool) -> int:
     """Try every engine and device, and name what is missing."""
     from ssod_edge.doctor import run_doctor
 
-    ctx.exit(run_doctor(as_json=as_json))
+    return run_doctor(as_json=as_json)

@@ -6,15 +6,13 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import baselines, known, newest, take, unknown, via
+from ssod_edge.cli.options import baselines, named_data, newest, take
 
 
 @click.command()
 @click.argument("run", required=False)
 @newest("Without RUN: the newest run of this backbone.")
-@known
-@unknown
-@via
+@named_data
 @click.option(
     "--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of the confidence intervals; 0: none."
 )
@@ -41,8 +39,7 @@ def eval(run: str | None, backbone: str | None, runs: str, **options: Any) -> No
 @click.option("-o", "--out", type=click.Path(), help="A folder, or a .png for one image. Default: RUN/explain.")
 @click.option("--gamma", type=float, help="Confidence from which a patch shows a known thing. Default: the run's.")
 @click.option("--class", "class_name", metavar="NAME", help="Class to explain. Default: the predicted one.")
-@click.pass_context
-def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -> None:
+def explain(arguments: tuple[str, ...], **options: Any) -> int:
     """Show which patches of an image look known, and which do not.
 
     Each image becomes a PNG: which patches the network takes for a known thing, for background or for neither, and the
@@ -51,4 +48,4 @@ def explain(ctx: click.Context, /, arguments: tuple[str, ...], **options: Any) -
     """
     from ssod_edge.evaluation.explain import run_explain
 
-    ctx.exit(run_explain(arguments, **options))
+    return run_explain(arguments, **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import given, newest, tpr
+from ssod_edge.cli.options import COUNT, given, newest, tpr
 from ssod_edge.config import SHIPPED_SCORES
 
 
@@ -48,12 +48,9 @@ from ssod_edge.config import SHIPPED_SCORES
 @click.option("--weights", type=click.Path(), help="Export this .safetensors or .pth file, trained elsewhere.")
 @click.option("--pretrained", is_flag=True, help="Export timm's published weights.")
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
-@click.option("--size", type=click.IntRange(min=1), help="Input size in pixels, of weights not trained here.")
+@click.option("--size", type=COUNT, help="Input size in pixels, of weights not trained here.")
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
-@click.pass_context
-def export(
-    ctx: click.Context, /, run: str | None, fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any
-) -> None:
+def export(run: str | None, fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
     """Make verified artifacts for ONNX, OpenVINO and TensorRT.
 
     Each has a threshold of its own, above which an image is unknown. RUN is a run folder or a checkpoint; default: the
@@ -65,18 +62,17 @@ def export(
     precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
     if bundle is not None:
         taken = {"out", "target", "data", "tpr", "batch", "version_compatible"}
-        if others := given(ctx, besides=("bundle", "fp16", "fp32", "int8", *taken)):
+        if others := given(besides=("bundle", "fp16", "fp32", "int8", *taken)):
             raise click.UsageError(f"{', '.join(others)} cannot be given with --from: a bundle holds its model")
-        ctx.exit(run_deploy(bundle, precisions=precisions, **{name: options[name] for name in taken}))
-    ctx.exit(run_export(run, precisions=precisions, **options))
+        return run_deploy(bundle, precisions=precisions, **{name: options[name] for name in taken})
+    return run_export(run, precisions=precisions, **options)
 
 
 @click.command()
 @click.argument("folder", metavar="DIR")
 @click.option("-o", "--out", type=click.Path(), default="bundle.tar", help="The bundle.")
 @click.option("--bench", metavar="FILE", help="A record of bench --json to put in. Default: bench.json of DIR, if any.")
-@click.pass_context
-def package(ctx: click.Context, folder: str, out: str, bench: str | None) -> None:
+def package(folder: str, out: str, bench: str | None) -> int:
     """Pack an export into one file for a device.
 
     DIR is an export folder, or the run folder that holds it. The device makes its own engines of the file, without
@@ -84,4 +80,4 @@ def package(ctx: click.Context, folder: str, out: str, bench: str | None) -> Non
     """
     from ssod_edge.export.command import run_package
 
-    ctx.exit(run_package(folder, out, bench))
+    return run_package(folder, out, bench)

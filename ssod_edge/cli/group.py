@@ -1,4 +1,4 @@
-"""The frame of every command: anything that it raises becomes one line on stderr and an exit code."""
+"""The frame of every command: what it returns is the exit code; what it raises, one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdg
 
 
 class Commands(click.Group):
-    """The group of commands: lists them in the order of work, and turns errors into messages."""
+    """The group of commands: lists them in the order of work, and turns results and errors into exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -26,10 +26,12 @@ class Commands(click.Group):
                 # A name that the terminal's encoding has no letters for must not cost the whole table.
                 if isinstance(sys.stdout, io.TextIOWrapper):
                     sys.stdout.reconfigure(errors="backslashreplace")
-                return super().invoke(ctx)
+                code = super().invoke(ctx)
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code is set
+            if code:
+                ctx.exit(code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:

@@ -34,60 +34,49 @@ def take(cls: type[T], options: dict[str, Any]) -> T:
     return cls(**{name: options.pop(name) for name in names if name in options})
 
 
-def given(ctx: click.Context, besides: tuple[str, ...] = ()) -> list[str]:
+def given(besides: tuple[str, ...] = ()) -> list[str]:
     """The options that stand on the command line."""
-    return [
-        option.opts[-1]
-        for option in ctx.command.params
-        if option.name not in besides
-        and ctx.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
-    ]
+    ctx, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    options = [option for option in ctx.command.params if option.name not in besides]
+    return [option.opts[-1] for option in options if ctx.get_parameter_source(str(option.name)) is typed]
 
 
 def newest(what: str) -> Decorator:
     """--backbone and --runs, which stand for a run or an export that is not named."""
-    return together(
-        click.option("--backbone", help=what), click.option("--runs", default="runs", help="Folder of runs.")
-    )
+    runs = click.option("--runs", default="runs", help="Folder of runs.")
+    return together(click.option("--backbone", help=what), runs)
 
 
-backbone = click.option(
-    "--backbone", default="mobilenetv3", help="An alias of the paper's Table 6, or a model of timm."
-)
-size = click.option(
-    "--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: the backbone's."
-)
+COUNT = click.IntRange(min=1)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+backbone = click.option("--backbone", default="mobilenetv3", help="Of the paper's Table 6, or a model of timm.")
+size = click.option("--size", type=COUNT, help="Input height and width in pixels. Default: the backbone's.")
+threads = click.option("--threads", type=COUNT, help="Threads of an engine. Default: its own choice.")
 tpr = click.option("--tpr", type=float, default=0.95, help="Share of known images that a threshold keeps known.")
-threads = click.option("--threads", type=click.IntRange(min=1), help="Threads of an engine. Default: its own choice.")
-known = click.option(
-    "--id", "id_data", metavar="DATA", help="Images of known things (ID). Default: the run's validation split."
-)
-unknown = click.option(
-    "--ood",
-    "ood_data",
-    multiple=True,
-    metavar="NAME=DATA",
-    callback=lambda _context, _option, items: parse_named_data(items) or None,
-    help="Images of unknown things (OOD), under a name of your choice; may be given several times.",
+vary = click.option(
+    "--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; repeat for a grid."
 )
 via = click.option(
     "--via",
     "via_size",
-    type=click.IntRange(min=1),
-    metavar="PIXELS",
+    type=COUNT,
     help="First resize every image to so many pixels, so that no set is sharper than another (via32).",
 )
-baselines = together(
+named_data = together(
+    click.option("--id", "id_data", metavar="DATA", help="Known images (ID). Default: the run's validation split."),
     click.option(
-        "--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, and measure their cost."
+        "--ood",
+        "ood_data",
+        multiple=True,
+        metavar="NAME=DATA",
+        callback=lambda _context, _option, items: parse_named_data(items) or None,
+        help="Unknown images (OOD), under a name of your choice; may be given several times.",
     ),
-    click.option(
-        "--fit-images", type=click.IntRange(min=1), help="Training images that these are fitted on. Default: all."
-    ),
+    via,
 )
-vary = click.option(
-    "--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; several of these make a grid."
+baselines = together(
+    click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, and show their cost."),
+    click.option("--fit-images", type=COUNT, help="Training images that these are fitted on. Default: all."),
 )
 
 _TYPES = setting_types()
@@ -121,21 +110,20 @@ def _attributes(cls: type) -> dict[str, str]:
 
 def _default_text(name: str) -> str:
     """The default of a setting with the first recipe, and where another one has another."""
-    values = {recipe: getattr(config, name, getattr(config.loss, name, None)) for recipe, config in _DEFAULTS.items()}
-    words = {recipe: _words(value) for recipe, value in values.items()}
-    first, *rest = words
-    if name in ("recipe", "precision") or words[first] == "":  # `recipe` shows it itself; a GPU decides the other
+    words = {recipe: _words({**vars(config), **vars(config.loss)}[name]) for recipe, config in _DEFAULTS.items()}
+    first, *_ = words.values()
+    if name in ("recipe", "precision") or not first:  # --recipe shows its own; a GPU decides the other
         return ""
-    others = ", ".join(f"{recipe}: {words[recipe]}" for recipe in rest if words[recipe] != words[first])
-    return f" Default: {words[first]}{others and f' ({others})'}."
+    others = ", ".join(f"{recipe}: {text}" for recipe, text in words.items() if text != first)
+    return f" Default: {first} ({others})." if others else f" Default: {first}."
 
 
 def _words(value: Any) -> str:
     """A value as it is written on the command line; nothing for a flag, and for what is not there."""
-    if isinstance(value, tuple):
-        return ",".join(value) or "none"
     if value is None or isinstance(value, bool):
         return ""
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -153,9 +141,9 @@ def _value(kind: Any) -> dict[str, Any]:
 
 def _split_kinds(text: str | None, kinds: tuple[str, ...]) -> tuple[str, ...] | None:
     """ "a, b" -> ("a", "b"), and "none" -> (). Nothing at all is refused: it would train without any."""
-    if text is None or text.strip() == "none":
-        return None if text is None else ()
+    if text is None:
+        return None
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
         raise click.BadParameter(f"no kind in '{text}'; give some of {', '.join(kinds)}, or none")
-    return names
+    return () if names == ("none",) else names

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
-from ssod_edge.cli.options import backbone, baselines, given, known, size, take, train_options, unknown, vary, via
-from ssod_edge.errors import EXIT_SOME_FAILED
+from ssod_edge.cli.options import COUNT, backbone, baselines, given, named_data, size, take, train_options, vary, via
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 
 
 @click.command()
@@ -19,8 +18,7 @@ from ssod_edge.errors import EXIT_SOME_FAILED
 @click.option("-o", "--out", default="runs", help="Folder of runs.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
 @train_options()
-@click.pass_context
-def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str, **options: Any) -> None:
+def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
     """Train a classifier that knows when to say "unknown".
 
     DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
@@ -29,7 +27,7 @@ def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str,
     """
     if (data is None) == (resume is None):
         raise click.UsageError("give DATA to train on, or --resume RUN to go on with a run")
-    if resume is not None and (others := given(ctx, besides=("data", "resume"))):
+    if resume is not None and (others := given(besides=("data", "resume"))):
         raise click.UsageError(
             f"{', '.join(others)} cannot be given with --resume: a run goes on with its own settings and folder"
         )
@@ -46,13 +44,11 @@ def train(ctx: click.Context, /, data: str | None, resume: str | None, out: str,
 @click.option("-o", "--out", required=True, help="Folder of the study; its runs lie in it.")
 @vary
 @click.option("--seeds", default="0,1,2", metavar="N,...", help="One run of each setting a seed.")
-@known
-@unknown
-@via
+@named_data
 @baselines
 @click.option("--score", metavar="NAME|auto", help="Also export every run with this score, and evaluate it: `shipped`.")
 @train_options(many_seeds=True)
-def study(data: str, out: str, **options: Any) -> None:
+def study(data: str, out: str, **options: Any) -> int:
     """Train and evaluate a grid of settings, each with several seeds.
 
     The table has means and deviations over the seeds.
@@ -63,12 +59,10 @@ def study(data: str, out: str, **options: Any) -> None:
     from ssod_edge.evaluation.evaluate import EvalOptions
     from ssod_edge.studies.study import StudyOptions, run_study
 
-    asked = {
-        "evaluation": take(EvalOptions, options),
-        **{name: options.pop(name) for name in ("vary", "seeds", "score")},
-    }
-    if not run_study(data, out, StudyOptions(training=options, **asked)):
-        sys.exit(EXIT_SOME_FAILED)
+    evaluation, score = take(EvalOptions, options), options.pop("score")
+    wanted = StudyOptions(options.pop("vary"), options.pop("seeds"), options, evaluation, score)
+    done = run_study(data, out, wanted)
+    return EXIT_OK if done else EXIT_SOME_FAILED
 
 
 @click.command()
@@ -83,9 +77,9 @@ def study(data: str, out: str, **options: Any) -> None:
 @via
 @baselines
 @click.option("--backbone", help="Another backbone than the table's.")
-@click.option("--size", type=click.IntRange(min=1), help="Input height and width in pixels. Default: 224.")
+@click.option("--size", type=COUNT, help="Input height and width in pixels. Default: 224.")
 @train_options("paper", many_seeds=True)
-def reproduce(table: str, root: str, out: str, check: bool, **options: Any) -> None:
+def reproduce(table: str, root: str, out: str, check: bool, **options: Any) -> int:
     """Make a table of the paper, beside the figures it reports.
 
     It trains the table's models and evaluates them on its data sets.
@@ -99,5 +93,5 @@ def reproduce(table: str, root: str, out: str, check: bool, **options: Any) -> N
 
     lists, evaluation = take(ImageLists, options), take(EvalOptions, options)
     wanted = StudyOptions(options.pop("vary"), options.pop("seeds"), options, evaluation)
-    if not run_reproduce(table, root, out, wanted, lists, check):
-        sys.exit(EXIT_SOME_FAILED)
+    done = run_reproduce(table, root, out, wanted, lists, check)
+    return EXIT_OK if done else EXIT_SOME_FAILED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def evaluate(
     sets: dict[str, ImageSet] = {"id": (source, indices), **{name: (images, None) for name, images in ood.items()}}
     fit = baseline_images(run, meta, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(run, meta)
-    found = _read(model, sets, fit, calibration, peers, state, Reading(options.via_size, BATCH_SIZE, workers))
+    found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
     if keep is not None:
         keep |= found.outputs
     report = {
@@ -149,15 +149,6 @@ def _shipped(run: str | Path, model: SSODClassifier) -> tuple[Spec | None, Fitte
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How every image set of an evaluation is read; the fields are those of `collect`."""
-
-    via_size: int | None
-    batch_size: int
-    workers: int
-
-
-@dataclass(frozen=True)
 class Found:
     """What an evaluation has read.
 
@@ -186,14 +177,18 @@ def _read(
     calibration: ImageSet | None,
     peers: Baselines | None,
     state: FittedScore | None,
-    reading: Reading,
+    reading: Mapping[str, Any],
 ) -> Found:
-    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all."""
+    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all.
+
+    Args:
+        reading: arguments of `collect`.
+    """
     total = sum(
         len(s if chosen is None else chosen) for s, chosen in (*sets.values(), *filter(None, (fit, calibration)))
     )
     with image_bar("evaluating", total) as advance:
-        options: dict[str, Any] = {**asdict(reading), "advance": advance}
+        options: dict[str, Any] = {**reading, "batch_size": BATCH_SIZE, "advance": advance}
         if peers and fit:
             outputs = collect(model, *fit, **options)
             peers.fit(outputs.features, outputs.logits, outputs.labels)

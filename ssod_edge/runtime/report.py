@@ -23,35 +23,36 @@ from ssod_edge.runtime.runner import Runner
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What opens an export, and where the verdicts go.
+    """How verdicts are given.
 
     Attributes:
-        opening: options of `ssod_edge.runtime.open.open_runner`.
-        as_json: one JSON object a line, as soon as it is known, in place of a table.
+        as_json: one JSON object a line, as soon as it is known.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
+        batch: of images: how many per run of the engine.
+        camera, smooth, realtime: of frames: see `FrameReader` and `predict_frames` of `ssod_edge.runtime.field.stream`.
     """
 
-    opening: Mapping[str, Any]
     as_json: bool = False
     monitor: str | None = None
+    batch: int = 8
+    camera: str | None = None
+    smooth: float | None = None
+    realtime: bool = False
 
 
-def run_predict(folder: str, images: Sequence[str], options: PredictOptions, batch: int) -> int:
+def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **opening: Any) -> int:
     """Print the verdict on each image; returns the exit code.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         images: see `ssod_edge.data.inputs.list_images`.
-        batch: images per run of the engine.
+        opening: options of `ssod_edge.runtime.open.open_runner`.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
     paths = list_images(images, standard_input(), no_images)
-    with (
-        Predictor(open_runner(folder, **options.opening)) as predictor,
-        open_monitor(options.monitor, predictor) as watch,
-    ):
+    with Predictor(open_runner(folder, **opening)) as predictor, open_monitor(options.monitor, predictor) as watch:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -59,7 +60,7 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, bat
             click.echo(
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
-        verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
+        verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
         if watch is not None:
             verdicts = map(watch.add, verdicts)
         failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)

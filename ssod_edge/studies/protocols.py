@@ -179,12 +179,7 @@ TABLES: dict[str, Table] = {
 
 @dataclass(frozen=True)
 class ImageLists:
-    """Which images are taken of each ID and OOD set.
-
-    Attributes:
-        folder: of lists that are there already; None makes them in the study's folder.
-        images: how many a list that is made has.
-    """
+    """Where the lists of the ID and OOD images lie, None to make them in the study's folder; and images of each."""
 
     folder: str | None = None
     images: int = IMAGES

@@ -381,29 +381,22 @@ def _write(
     """The record and the table of what there is so far, in the order of the grid, by this process and by others."""
     keys = {cell: {"settings": cell.label, "seed": cell.seed} for cell in cells}
     with exclusive(folder):
-        rows = _rows_of_others(
-            folder, study, [keys[cell] for cell in cells if cell not in found and cell not in errors]
-        )
-        rows += [{**keys[cell], **row} for cell, row in found.items()]
-        order = list(keys.values())
-        rows.sort(key=lambda row: order.index({"settings": row["settings"], "seed": row["seed"]}))
-        failed = [
-            {**keys[cell], "error": str(errors[cell]) or type(errors[cell]).__name__}
-            for cell in cells
-            if cell in errors
-        ]
+        found = {**_rows_of_others(folder, study, cells), **found}
+        rows = [{**keys[c], **found[c]} for c in cells if c in found and c not in errors]
+        failed = [{**keys[c], "error": str(errors[c]) or type(errors[c]).__name__} for c in cells if c in errors]
         summary = summarise(rows)
         write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
         text = markdown(summary, failed)
         write_atomic(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
     """What the record has of runs that this process has not come to yet, if it is of the same study."""
     record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-    if any(record.get(key) != json.loads(json.dumps(value)) for key, value in study.items()):
-        return []
-    return [row for row in record["runs"] if {"settings": row["settings"], "seed": row["seed"]} in cells]
+    if any(record.get(key) != value for key, value in study.items()):
+        return {}
+    rows = {(row["settings"], row["seed"]): row for row in record["runs"]}
+    return {cell: rows[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in rows}
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:

@@ -362,39 +362,30 @@ def _verdicts(
         yield FrameVerdict(prediction, frame.index, frame.time_s, (len(done) - 1) / span if span > 0 else None)
 
 
-@dataclass(frozen=True)
-class StreamOptions:
-    """Of a video, camera or stream. Attributes: `smooth` as in `predict_frames`, the others as in `FrameReader`."""
-
-    camera: str | None = None
-    smooth: float | None = None
-    realtime: bool = False
-
-
-def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, stream: StreamOptions) -> int:
+def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **opening: Any) -> int:
     """Print the verdict on each frame of a video, camera or stream; returns the exit code: 1 if it ended too early.
-
-    As JSON, the summary goes to standard error.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         sources: one video file or address, or none if there is a camera.
+        options: as JSON, the summary goes to standard error.
+        opening: options of `ssod_edge.runtime.open.open_runner`.
 
     Raises:
         UsageError: more than one source, or images beside it.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
-    camera, as_json = stream.camera, options.as_json
+    camera, as_json = options.camera, options.as_json
     if len(sources) + (camera is not None) != 1:
         given = ", ".join([f"'{source}'" for source in sources] + ([f"--camera {camera}"] if camera else []))
         raise UsageError(f"a video, camera or stream is taken alone, got {given}. Run predict once for each")
-    if stream.smooth is not None:
-        Smoother(stream.smooth)  # before anything is opened
+    if options.smooth is not None:
+        Smoother(options.smooth)  # before anything is opened
     with (
-        Predictor(open_runner(folder, **options.opening)) as predictor,
+        Predictor(open_runner(folder, **opening)) as predictor,
         open_monitor(options.monitor, predictor) as watch,
-        FrameReader(sources[0] if sources else None, camera, stream.realtime) as frames,
+        FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
@@ -402,7 +393,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, str
         if not as_json:
             click.echo(table.head())
         try:
-            for verdict in predict_frames(predictor, frames, stream.smooth, watch):
+            for verdict in predict_frames(predictor, frames, options.smooth, watch):
                 table.add(verdict)
                 click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
         finally:  # after Ctrl-C too
