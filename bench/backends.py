@@ -11,7 +11,8 @@ from types import TracebackType
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime.open import Runner, is_installed, open_runner
+from ssod_edge.runtime.open import is_installed, open_runner
+from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import Artifact, Spec, check_files, load_spec
 
 EAGER = "eager"

@@ -22,7 +22,7 @@ from ssod_edge.bench.query import IMAGES, ImageQuery, encode
 from ssod_edge.bench.record import latency_figures, make_record, make_row
 from ssod_edge.data.named import NamedData
 from ssod_edge.errors import UsageError
-from ssod_edge.runtime.open import Runner
+from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import Spec
 
 

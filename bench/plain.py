@@ -13,8 +13,7 @@ from typing import Any
 from ssod_edge.errors import ArtifactError, missing_extra
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime.open import Runner
-from ssod_edge.runtime.runner import OUTPUTS
+from ssod_edge.runtime.runner import OUTPUTS, Runner
 from ssod_edge.spec import Artifact, Spec, check_files, load_spec, save_spec
 
 #: What is left of the fused graph's outputs.

@@ -22,35 +22,11 @@ from ssod_edge.bench.measurement import BenchOptions, Measurement
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import markdown, print_comparison, print_record
-from ssod_edge.config import resolve_backbone
-from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, ArtifactError, UsageError
+from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.files import check_output
-from ssod_edge.runtime.open import find_export
-from ssod_edge.spec import SPEC_NAME, load_spec
+from ssod_edge.runtime.export import Export
 
 Report = Callable[[dict[str, Any]], None]
-
-
-def newest_export(root: str | Path = "runs", backbone: str | None = None) -> Path:
-    """The export under `root` that was written last, of this backbone if one is given.
-
-    Raises:
-        UsageError: there is none.
-    """
-    wanted = None if backbone is None else resolve_backbone(backbone)
-    found = []
-    for path in Path(root).glob(f"*/export/{SPEC_NAME}"):
-        try:
-            matches = wanted is None or load_spec(path.parent).backbone == wanted
-        except ArtifactError:
-            continue
-        if matches:
-            found.append((path.stat().st_mtime, path.parent))
-    if not found:
-        what = f"export of '{backbone}'" if backbone else "export"
-        option = f" --backbone {backbone}" if backbone else ""
-        raise UsageError(f"there is no {what} under '{root}'. Make one with: ssod-edge export{option}")
-    return max(found)[1]
 
 
 def bench(
@@ -70,8 +46,7 @@ def bench(
     Raises:
         UsageError, ArtifactError, MissingExtraError: the export or the data that were named cannot be opened.
     """
-    export = find_export(folder)
-    spec = load_spec(export)
+    export, spec = (opened := Export.at(folder)).folder, opened.spec
     environment = describe_environment(options.threads)
     with Interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
         images = choose_images(export, spec, options.id_data, options.ood_data or {}, options.via_size, options.quick)
@@ -150,7 +125,7 @@ def run_bench(
         errors.print("interrupted: columns that are missing were not measured, and no JSON is written", soft_wrap=True)
         show(record)
 
-    record = bench(newest_export(runs, backbone) if folder is None else folder, options, errors, show_unfinished)
+    record = bench(Export.newest(runs, backbone).folder if folder is None else folder, options, errors, show_unfinished)
     show(record)
     if old is not None:
         print_comparison(compare(old, record), console)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
 from ssod_edge.files import check_output, sha256_file, write_atomic
-from ssod_edge.runtime.open import find_export
+from ssod_edge.runtime.export import Export
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
 
 README_NAME = "README.md"
@@ -61,8 +61,8 @@ def write_bundle(
         OutputError: the bundle cannot be written; an earlier file of that name is unchanged.
     """
     check_output(path)
-    folder = find_export(folder)
-    spec = load_spec(folder)
+    export = Export.at(folder)
+    folder, spec = export.folder, export.spec
     for name, digest in spec.shared_files.items():
         check_hash(folder / name, digest)
     packed = replace(spec, artifacts=tuple(artifact for artifact in spec.artifacts if travels(artifact)))

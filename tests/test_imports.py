@@ -7,9 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from house import MODULES, NEED_TORCH, needs_torch
 from places import ROOT
 
 from ssod_edge.cli import main
@@ -19,8 +19,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-FOLDERS = {"ssod_edge": "ssod_edge", "export": "ssod_edge.export", "bench": "ssod_edge.bench"}
 
 #: Rooms of the house, from the ground up: files and folders of the package. A module imports from its own room, from
 #: those below it, and never from above.
@@ -50,34 +48,14 @@ DOORS = {
     ("ssod_edge", "ssod_edge.runtime.predict"),
     ("ssod_edge.runtime.open", "ssod_edge.training.eager"),
 }
-#: Rooms that need torch. Everything else loads without any optional package, because it goes onto a device.
-NEED_TORCH = ("ops", "training", "evaluation", "studies", "export.graph", "export.int8", "bench")
-
 #: Seconds. The product's limit is 0.3 on an idle pair of cores; a shared CI machine gets twice that,
 #: and the measured figure is printed.
 HELP_LIMIT_S = 0.6
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the package -> its file."""
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
-
-
 def room(module: str) -> str:
     """The file or folder of the package that a module lies in."""
     return module.split(".")[1]
-
-
-def needs_torch(module: str) -> bool:
-    return f"{module}.".startswith(tuple(f"ssod_edge.{name}." for name in NEED_TORCH))
 
 
 def is_type_checking(node: ast.AST) -> bool:

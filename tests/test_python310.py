@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_imports import MODULES, ROOT, needs_torch
+from house import MODULES, needs_torch
+from places import ROOT
 
 #: Tests that need no optional package.
-TESTS = ("test_runtime_trt.py",)
+TESTS = ("runtime/engines/test_tensorrt.py",)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ssod_edge.config import DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, SCORES, DetectorName
+from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.detect.detectors import Detector, FitData, fit
 from ssod_edge.detect.metrics import detection_metrics
@@ -20,7 +21,7 @@ from ssod_edge.detect.sums import FittedScore, part_scores, spreads, sum_of
 from ssod_edge.errors import UsageError
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
-from ssod_edge.export.graph.source import Calibration, Source
+from ssod_edge.export.graph.source import Source
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.model import SSODClassifier
 
@@ -47,7 +48,7 @@ SHOWN = 15
 
 
 def choose(
-    source: Source, choices: Calibration, data: FitData, say: Say, brief: bool = False
+    source: Source, choices: Subset, data: FitData, say: Say, brief: bool = False
 ) -> tuple[str, FittedScore | None, dict[str, Any]]:
     """Fit every candidate, and take the one that does best over the kinds of images that no class describes.
 
@@ -215,13 +216,10 @@ def multiply_adds(model: SSODClassifier) -> int:
     return total + model.head_weight()[0].numel()
 
 
-def _read(choices: Calibration, model: SSODClassifier) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read(choices: Subset, model: SSODClassifier) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images to choose by, and their labels in the model's numbering, -1 where there is none."""
     chosen = np.random.default_rng(0).permutation(choices.indices)[:IMAGES]
-    batches = list(choices.batches(model.preprocess, chosen))
-    if not batches:
-        raise UsageError(f"none of the images of {choices.description} can be read")
-    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+    images, labels = choices.read(model.preprocess, chosen)
     return images, model_labels(labels, choices.source.classes, model.classes)
 
 

@@ -99,7 +99,7 @@ def calibrate(folder: str, data: str, tpr: float, artifact: str | None) -> int:
     DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
     also a .tar file, demo, torch/... or hfds/...
     """
-    from ssod_edge.runtime.calibration import run_calibrate
+    from ssod_edge.runtime.calibrate import run_calibrate
 
     return run_calibrate(folder, data, tpr, artifact)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import COUNT, given, newest, tpr
+from ssod_edge.cli.options import COUNT, given, newest, take, tpr
 from ssod_edge.config import SHIPPED_SCORES
 
 
@@ -50,22 +50,22 @@ from ssod_edge.config import SHIPPED_SCORES
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
 @click.option("--size", type=COUNT, help="Input size in pixels, of weights not trained here.")
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
-def export(run: str | None, fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
+def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
     """Make verified artifacts for ONNX, OpenVINO and TensorRT.
 
     Each has a threshold of its own, above which an image is unknown. RUN is a run folder or a checkpoint; default: the
     newest run. With --backbone and no run of it, untrained weights are exported, to measure latency. With --from no
     PyTorch is needed, and --id takes a folder of images.
     """
-    from ssod_edge.export.command import run_deploy, run_export
+    from ssod_edge.export.command import SourceOptions, TargetOptions, run_deploy, run_export
 
-    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
+    options["precisions"] = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
+    target = take(TargetOptions, options)
     if bundle is not None:
-        taken = {"out", "target", "data", "tpr", "batch", "version_compatible"}
-        if others := given(besides=("bundle", "fp16", "fp32", "int8", *taken)):
+        if others := given(besides=("bundle", "data", "fp16", "fp32", "int8", *vars(target))):
             raise click.UsageError(f"{', '.join(others)} cannot be given with --from: a bundle holds its model")
-        return run_deploy(bundle, precisions=precisions, **{name: options[name] for name in taken})
-    return run_export(run, precisions=precisions, **options)
+        return run_deploy(bundle, target, options["data"])
+    return run_export(take(SourceOptions, options), target, **options)
 
 
 @click.command()

@@ -17,7 +17,7 @@ from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, Indices, model_labels, open_dataset
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
-from ssod_edge.detect.sums import FittedScore, load_shipped
+from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
 from ssod_edge.evaluation.baselines import Baselines, library_version
@@ -33,9 +33,9 @@ from ssod_edge.evaluation.report import print_report
 from ssod_edge.files import check_output, write_json
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
-from ssod_edge.training.checkpoint import export_of, find_run, load_model
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.outputs import Outputs, collect
+from ssod_edge.training.run import Run
 
 #: Score or detector -> [N], larger = more OOD.
 Scores = dict[str, NDArray[np.floating[Any]]]
@@ -101,12 +101,13 @@ def evaluate(
     """
     options = options or EvalOptions()
     names = options.baseline_names()
-    model, meta = load_model(run)
+    opened = Run.at(run)
+    model, meta = opened.model, opened.meta
     if torch.cuda.is_available():
         model.cuda()
     peers = Baselines(names, model, BATCH_SIZE) if names else None
-    spec, state = _shipped(run, model)
-    source, indices = id_images(run, meta, options.id_data, model.classes)
+    spec, state = _shipped(opened)
+    source, indices = id_images(opened, options.id_data)
     warn_of_used_images(source, options.id_data, meta, spec)
     ood_data = options.ood_data
     if ood_data is None:
@@ -115,8 +116,8 @@ def evaluate(
     ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
     warn_of_known_images(ood_data, ood, source, meta)
     sets: dict[str, ImageSet] = {"id": (source, indices), **{name: (images, None) for name, images in ood.items()}}
-    fit = baseline_images(run, meta, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
-    calibration = calibration_images(run, meta)
+    fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
+    calibration = calibration_images(opened)
     found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
     if keep is not None:
         keep |= found.outputs
@@ -138,11 +139,11 @@ def evaluate(
     return report, found.scores
 
 
-def _shipped(run: str | Path, model: SSODClassifier) -> tuple[Spec | None, FittedScore | None]:
+def _shipped(run: Run) -> tuple[Spec | None, FittedScore | None]:
     """The run's export and the state of its score; None where there is no export of this checkpoint."""
     try:
-        found = export_of(run)
-        return (None, None) if found is None else (found[0], load_shipped(*found, model.classifier.in_features))
+        export = run.export
+        return (None, None) if export is None else (export.spec, export.score_state(run.model.classifier.in_features))
     except ArtifactError as error:
         click.echo(f"the score of the export is left out: {error}", err=True)
         return None, None
@@ -282,15 +283,14 @@ def run_eval(
     """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
-    folder = Path(run) if run else find_run(runs, backbone)
-    target = folder if folder.is_dir() else folder.parent
-    report_file = Path(files.json_file or target / f"eval-{options.protocol}.json")
-    png = Path(files.png_file or target / f"eval-{options.protocol}.png")
+    opened = Run.at(run) if run else Run.newest(runs, backbone)
+    report_file = Path(files.json_file or opened.folder / f"eval-{options.protocol}.json")
+    png = Path(files.png_file or opened.folder / f"eval-{options.protocol}.png")
     _check_outputs(report_file, png)
     if files.pictures:
         check_output(Path(files.pictures) / "roc.png")
     outputs: dict[str, Outputs] = {}
-    report, raw = evaluate(folder, options, keep=outputs)
+    report, raw = evaluate(run or opened.folder, options, keep=outputs)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:

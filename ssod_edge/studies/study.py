@@ -23,8 +23,9 @@ from ssod_edge.export.engines.artifact import check_engines
 from ssod_edge.export.graph.build import ExportOptions, export_run
 from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json
 from ssod_edge.spec import Spec
-from ssod_edge.training.checkpoint import BEST, LAST, export_of, load_checkpoint
-from ssod_edge.training.loop import load_config, resume_run, run_config, start_run
+from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint
+from ssod_edge.training.loop import resume_run, run_config, start_run
+from ssod_edge.training.run import Run, load_config
 
 #: In OUT: what was asked for, and what came of it.
 STUDY, TABLE = "study.json", "study.md"
@@ -301,11 +302,11 @@ def _check_same_settings(run: Path, found: Mapping[str, Any], wanted: Mapping[st
 def _exported(run: Path, score: str) -> Spec:
     """The export of a run's best weights with a score: as it lies there, or an fp32 ONNX export that is made now."""
     try:
-        found = export_of(run)
+        found = Run.at(run).export
     except ArtifactError:
         found = None  # damaged, or of other weights
-    if found is not None and _has_score(found[0], score):
-        return found[0]
+    if found is not None and _has_score(found.spec, score):
+        return found.spec
     return export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
 
 

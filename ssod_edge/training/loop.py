@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
+from ssod_edge.config import Preprocess, TrainConfig, resolve_backbone, to_dict, train_config
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Splits, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
@@ -49,6 +49,7 @@ from ssod_edge.training.distributed import is_main, rank, start_processes, world
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, check_size
 from ssod_edge.training.objective import TrainStep
 from ssod_edge.training.outputs import collect
+from ssod_edge.training.run import load_config
 
 #: Losses, as means over the images of an epoch, and counts.
 _LOSSES = ("loss", "ce", "ood", "norm", "outlier")
@@ -431,23 +432,6 @@ def default_name(config: TrainConfig) -> str:
     # Of "." and "..", the folder's own name.
     path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
     return f"{config.backbone}-{Path(path).name.removesuffix('.tar') or 'data'}"
-
-
-def load_config(run: Path) -> TrainConfig:
-    """The settings of a run folder.
-
-    Raises:
-        UsageError: there is no such run, or its config.json has unknown keys.
-        ArtifactError: config.json is damaged.
-    """
-    try:
-        return from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UsageError(f"there is no run '{run}' to resume; leave --resume out to start one") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise ArtifactError(f"'{run / 'config.json'}' is damaged ({error})") from error
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -27,10 +27,11 @@ from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
 from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import DEPLOYMENT, markdown, print_record
-from ssod_edge.bench.run import BenchOutput, bench, exit_code, newest_export, run_bench
+from ssod_edge.bench.run import BenchOutput, bench, exit_code, run_bench
 from ssod_edge.cli import main
 from ssod_edge.detect.metrics import deployment_metrics
 from ssod_edge.errors import UsageError
+from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Threshold, load_spec
 
 GOLDEN_FILE = GOLDEN / "bench.json"
@@ -208,7 +209,7 @@ def test_a_damaged_source_fails_the_plain_rows_too(export: Path, tmp_path: Path)
 def test_a_missing_engine_is_not_a_failure(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("ssod_edge.runtime.is_installed", lambda engine: engine != "openvino")
+    monkeypatch.setattr("ssod_edge.runtime.open.is_installed", lambda engine: engine != "openvino")
     with Backends(export, load_spec(export), tmp_path / "scratch", None) as backends:
         found = backends.named("openvino-fp32")
         backends.open(found)
@@ -306,17 +307,17 @@ def test_plain_classifier_of_a_real_backbone_is_its_graph_up_to_the_softmax(tiny
 
 def test_newest_export_by_time_and_backbone(tmp_path: Path, make_export: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match=r"there is no export under .* ssod-edge export"):
-        newest_export(tmp_path)
+        Export.newest(tmp_path)
     for age, name in ((300, "old"), (100, "new"), (200, "middle")):
         make_export(tmp_path / name / "export")
         stamp = time.time() - age
         os.utime(tmp_path / name / "export" / "ssod.json", (stamp, stamp))
-    assert newest_export(tmp_path) == tmp_path / "new" / "export"
-    assert newest_export(tmp_path, "colour") == tmp_path / "new" / "export"
+    assert Export.newest(tmp_path).folder == tmp_path / "new" / "export"
+    assert Export.newest(tmp_path, "colour").folder == tmp_path / "new" / "export"
     (tmp_path / "new" / "export" / "ssod.json").write_text("{")
-    assert newest_export(tmp_path, "colour") == tmp_path / "middle" / "export"
+    assert Export.newest(tmp_path, "colour").folder == tmp_path / "middle" / "export"
     with pytest.raises(UsageError, match="ssod-edge export --backbone mobilenetv3"):
-        newest_export(tmp_path, "mobilenetv3")
+        Export.newest(tmp_path, "mobilenetv3")
 
 
 def test_the_bench_itself_loads_no_engine() -> None:

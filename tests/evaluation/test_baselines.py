@@ -27,7 +27,8 @@ from ssod_edge.evaluation.baseline_recipes import FEATURES, IMAGES, LOGITS, MAPS
 from ssod_edge.evaluation.baselines import COST_KEYS, Baselines, state_bytes
 from ssod_edge.evaluation.evaluate import EvalOptions, collect, evaluate
 from ssod_edge.evaluation.images import choose_images
-from ssod_edge.training.checkpoint import load_checkpoint, load_model
+from ssod_edge.training.checkpoint import load_checkpoint
+from ssod_edge.training.run import Run
 
 pytest.importorskip("pytorch_ood", reason="needs pytorch-ood (extra baselines)")
 
@@ -366,7 +367,7 @@ def report_of(small_run):
 
 def test_baselines_are_fitted_on_the_training_split_alone(report_of, small_run):
     _, _, seen, _ = report_of
-    model, meta = load_model(small_run)
+    model, meta = (opened := Run.at(small_run)).model, opened.meta
     source = open_dataset(str(small_run.parent / "data"))
     train = read_splits(small_run, source, meta["splits_hash"]).train
     chosen = choose_images(source.labels, train, 28)
@@ -396,7 +397,7 @@ def test_the_report_has_rows_and_costs_for_baselines(report_of):
 
 def test_deployment_figures_stand_at_the_calibration_splits_threshold(report_of, small_run):
     report, raw, _, _ = report_of
-    model, meta = load_model(small_run)
+    model, meta = (opened := Run.at(small_run)).model, opened.meta
     source = open_dataset(str(small_run.parent / "data"))
     calib = collect(model, source, read_splits(small_run, source, meta["splits_hash"]).calib, workers=0)
     known = collect(model, source, workers=0)

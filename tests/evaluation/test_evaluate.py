@@ -27,8 +27,9 @@ from ssod_edge.evaluation.report import print_report
 from ssod_edge.export.graph.build import export_run
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import DETECTOR_NAME, Spec
-from ssod_edge.training.checkpoint import BEST, load_checkpoint, load_model, save_checkpoint
+from ssod_edge.training.checkpoint import BEST, load_checkpoint, save_checkpoint
 from ssod_edge.training.loop import train
+from ssod_edge.training.run import Run
 
 METRICS = {"auroc", "aupr_in", "aupr_out", "fpr_at_id_tpr95", "fpr_at_ood_tpr95", "ci", "tie_fraction", "n_id", "n_ood"}
 
@@ -70,7 +71,7 @@ def test_the_report_has_every_score_on_every_set(place, capsys):
 
 
 def test_collect_is_the_model_on_the_deployment_bytes_in_order(place):
-    model, _ = load_model(place / "run")
+    model = Run.at(place / "run").model
     source = open_dataset(str(place / "test"))
     whole = collect(model, source, batch_size=4)
     part = collect(model, source, np.array([7, 2]), batch_size=4, workers=0)
@@ -187,7 +188,7 @@ def test_ood_sets_that_are_in_distribution_get_a_warning(place, capsys):
 
 def test_id_images_that_are_not_new_get_a_warning(place, tmp_path, capsys):
     run = copy_run(place, tmp_path / "run")
-    model, meta = load_model(run)
+    model, meta = (opened := Run.at(run)).model, opened.meta
     source, fingerprint = open_dataset(str(place / "test")), open_dataset(str(place / "test")).fingerprint[:12]
     spec = Spec(
         model.backbone_name, model.classes, model.preprocess, {"name": "rmd", "evidence": ""}, True, "",

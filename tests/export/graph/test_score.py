@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ssod_edge.bench.plain import cut_plain
 from ssod_edge.cli import main
 from ssod_edge.config import DETECTORS, SCORES, Preprocess, score_parts
+from ssod_edge.data.images import Images, Subset, whole_dataset
 from ssod_edge.detect.detectors import FitData, fit, fit_vim
 from ssod_edge.detect.pseudo_ood import KINDS, pseudo_ood
 from ssod_edge.detect.sums import FittedScore, fit_score
@@ -31,10 +32,12 @@ from ssod_edge.export.graph.choice import _best, _Candidates, _fit_all, multiply
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.onnx import check_fused, fused_graph, head_rows
 from ssod_edge.export.graph.reference import run_eager
-from ssod_edge.export.graph.score import _halves, divide, fit_data, ship_score
+from ssod_edge.export.graph.score import ShippedScore, fit_data, ship_score, want_score
 from ssod_edge.export.graph.score_graph import FusedScore, lost_to_rounding
-from ssod_edge.export.graph.source import Calibration, from_dataset, from_run, untrained
+from ssod_edge.export.graph.source import Source, from_run, untrained
 from ssod_edge.export.int8.quantize import float_scope
+from ssod_edge.export.release import Say, Targets
+from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.verify import verify_runner
 from ssod_edge.spec import DETECTOR_NAME, load_spec
@@ -224,6 +227,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_model: SSODClassifier) -
     return root / "run"
 
 
+def shipped_by(source: Source, name: str | None, say: Say, earlier: Export | None = None) -> ShippedScore:
+    """The score of an export: decided on, its images divided, then fitted or chosen."""
+    wanted = want_score(source, name, earlier, say)
+    return ship_score(replace(source, images=wanted.divide(source.images, say)), wanted, say)
+
+
 def test_a_detector_goes_all_the_way_to_a_device(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     spec = export_source(from_run(run), None, ExportOptions(("fp32", "fp16"), score="rmd"), lines.append)
@@ -239,7 +248,7 @@ def test_a_detector_goes_all_the_way_to_a_device(run: Path, tmp_path: Path) -> N
         assert eager.artifact.threshold is not None and verify_runner(eager, run / "export").passed
     bundle = tmp_path / "small.tar"
     write_bundle(run, bundle)
-    deployed = deploy(bundle, tmp_path / "device", ("openvino",), ("fp32",))
+    deployed = deploy(bundle, tmp_path / "device", Targets(("fp32",), ("openvino",)))
     assert deployed.detector == spec.detector and (tmp_path / "device" / DETECTOR_NAME).is_file()
     (run / "export" / DETECTOR_NAME).write_bytes(b"")
     with pytest.raises(ArtifactError, match="was changed or cut short"):
@@ -257,7 +266,7 @@ def test_a_detector_goes_all_the_way_to_a_device(run: Path, tmp_path: Path) -> N
 def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     source = replace(from_run(run), model=tiny)
-    shipped = ship_score(source, "auto", lines.append)
+    shipped = shipped_by(source, "auto", lines.append)
     rows = shipped.choice["candidates"]
     best = max(row["figure"] for row in rows.values() if row["cost"] <= 0.01)
     assert rows[shipped.name]["figure"] >= best - 0.01 and rows[shipped.name]["cost"] <= 0.01
@@ -271,10 +280,11 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
         means = np.mean(list(row["auroc"].values())), np.mean(list(row["fpr"].values()))
         assert row["figure"] == pytest.approx((means[0] + 1 - means[1]) / 2)
     assert any("part that chooses" in line for line in lines)  # this run has no validation images
-    assert shipped.source.calibration is not None and len(shipped.source.calibration.indices) == 42
+    divided = source.images.divide(True, lines.append)
+    assert shipped.choice["known"] == divided.choices.description and len(divided.thresholds) == 42  # type: ignore
     # With nothing allowed, what costs nothing is left.
     monkeypatch.setattr("ssod_edge.export.graph.choice.MOST_COST", 0.0)
-    assert not set(score_parts(ship_score(source, "auto", lines.append).name)) & {"vim", "mahalanobis", "rmd", "knn"}
+    assert not set(score_parts(shipped_by(source, "auto", lines.append).name)) & {"vim", "mahalanobis", "rmd", "knn"}
 
 
 @pytest.mark.parametrize(
@@ -294,34 +304,36 @@ def test_of_candidates_that_are_level_the_one_of_most_parts_is_taken(rows, best:
 def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     source = replace(from_run(run), model=tiny, outliers=("shuffle", "zoom"))
-    few = ship_score(source, None, lines.append)
+    few = shipped_by(source, None, lines.append)
     assert (few.name, few.choice) == ("energy", {})
     assert any("it takes 200 training images and as many held-out ones" in line for line in lines)
-    assert source.calibration is not None
-    choices, calibration = _halves(source.calibration, "validation", "rest")
-    source = replace(source, choices=choices, calibration=calibration)
+    assert source.images.thresholds is not None
+    choices, thresholds = source.images.thresholds.halves("validation", "rest")
+    source = replace(source, images=replace(source.images, choices=choices, thresholds=thresholds))
     monkeypatch.setattr("ssod_edge.export.graph.score.LEAST_UNASKED", 40)
     lines.clear()
-    chosen, asked = ship_score(source, None, lines.append), ship_score(source, "auto", lambda line: None)
+    chosen, asked = shipped_by(source, None, lines.append), shipped_by(source, "auto", lambda line: None)
     assert (chosen.name, chosen.evidence, chosen.choice) == (asked.name, asked.evidence, asked.choice)
-    assert chosen.source.calibration == calibration  # the images of the thresholds had no say
+    # The images of the thresholds had no say.
+    assert source.images.divide(True, lines.append) == source.images and "validation" in chosen.choice["known"]
     (line,) = (line for line in lines if line.startswith(f"score {chosen.name}: AUROC"))
     assert "--score auto shows all" in line and not any("<- shipped" in line for line in lines)
     # A network that was not trained with made outliers.
-    unasked = ship_score(replace(source, outliers=()), None, lines.append)
+    unasked = shipped_by(replace(source, outliers=()), None, lines.append)
     assert (unasked.name, unasked.choice) == ("energy", {})
     # What cannot be chosen costs no export.
     monkeypatch.setattr("ssod_edge.export.graph.score.LEAST_IMAGES", 1000)
-    assert ship_score(source, None, lines.append).name == "energy"
+    assert shipped_by(source, None, lines.append).name == "energy"
     assert lines[-1].startswith("no score can be chosen") and lines[-1].endswith("so it is energy")
+    monkeypatch.setattr("ssod_edge.data.images.LEAST_IMAGES", 1000)
     with pytest.raises(UsageError, match="at least 1000 images"):
-        ship_score(source, "auto", lines.append)
+        shipped_by(source, "auto", lines.append)
 
 
 def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> None:
     lines: list[str] = []
     source = replace(from_run(run), model=tiny, outliers=("shuffle", "rotate"))
-    shipped = ship_score(source, "auto", lines.append)
+    shipped = shipped_by(source, "auto", lines.append)
     kinds = set(shipped.choice["candidates"]["energy"]["auroc"])
     assert kinds == {*KINDS, "mistaken"} - {"shuffled"}
     assert any("trained to reject them: shuffled" in line for line in lines)
@@ -344,16 +356,16 @@ def test_an_export_keeps_the_score_of_the_one_that_is_there(
     assert any(f"score {first.score_name}, as in the export that is there" in line for line in lines)
     # The same weights under another name have the same score, other weights have no part in it.
     renamed = replace(source, facts={**source.facts, "run": "another"})
-    assert ship_score(renamed, None, lines.append, (place, again)).evidence == first.score["evidence"]
+    assert shipped_by(renamed, None, lines.append, Export(place, again)).evidence == first.score["evidence"]
     other = replace(source, facts={**source.facts, "checkpoint_sha256": "0" * 64})
-    assert ship_score(other, None, lines.append, (place, again)).name == "energy"
+    assert shipped_by(other, None, lines.append, Export(place, again)).name == "energy"
 
 
 def test_a_score_of_other_images_is_made_anew(run: Path, tiny, tmp_path: Path) -> None:
     write_images(tmp_path / "more", 200)
     place, lines = tmp_path / "export", []
     source = replace(from_run(run), model=tiny)
-    elsewhere = replace(source, training=None, calibration=from_dataset(str(tmp_path / "more")))
+    elsewhere = replace(source, images=Images(thresholds=whole_dataset(str(tmp_path / "more"))))
     export_source(elsewhere, place, ExportOptions(("fp32",), ("onnxruntime",), score="rmd"))
     again = export_source(source, place, ExportOptions(("fp32",), ("onnxruntime",)), lines.append)
     assert again.score_name == "rmd" and "train split" in again.detector["data"]
@@ -371,7 +383,7 @@ def test_an_export_knows_what_its_run_was_taught(run: Path, tmp_path: Path) -> N
 def test_the_sum_that_auto_ships_is_the_one_it_measured(run: Path, tiny, monkeypatch, name: str) -> None:
     """Its figures come from arrays that were added up; the graph gets the state of `sum_of`."""
     source = replace(from_run(run), model=tiny)
-    data = fit_data(source, divide(source, False, lambda line: None)[0], lambda line: None)
+    data = fit_data(source, lambda line: None)
     detectors = {part: fit(part, data) for part in DETECTORS}  # type: ignore[arg-type]
     candidates = _Candidates(tiny, detectors, data)
     images = pictures(20, seed=6).numpy()
@@ -386,49 +398,47 @@ def test_the_sum_that_auto_ships_is_the_one_it_measured(run: Path, tiny, monkeyp
 def test_auto_leaves_out_an_ood_row_that_was_not_trained(run: Path, tiny) -> None:
     model = copy.deepcopy(tiny)
     nn.init.zeros_(model.ood.weight)
-    shipped = ship_score(replace(from_run(run), model=model), "auto", lambda line: None)
+    shipped = shipped_by(replace(from_run(run), model=model), "auto", lambda line: None)
     assert not {"ssod", "posterior"} & set(shipped.choice["candidates"])
 
 
 def test_auto_counts_mistakes_only_where_there_are_labels(run: Path, tiny) -> None:
     """`tiny` is untrained, so that most of its classes are wrong."""
     source = replace(from_run(run), model=tiny)
-    calibration = source.calibration
+    calibration = source.images.thresholds
     assert calibration is not None
-    shipped = ship_score(source, "auto", lambda line: None)
+    shipped = shipped_by(source, "auto", lambda line: None)
     assert 20 <= shipped.choice["mistaken"] <= 42
     nameless = copy.copy(calibration.source)
     nameless.classes = tuple(f"not {name}" for name in calibration.source.classes)  # type: ignore[misc]
-    without = replace(source, calibration=replace(calibration, source=nameless))
-    found = ship_score(without, "auto", lambda line: None).choice
+    without = replace(source, images=replace(source.images, thresholds=replace(calibration, source=nameless)))
+    found = shipped_by(without, "auto", lambda line: None).choice
     assert found["mistaken"] == 0 and set(found["candidates"]["energy"]["auroc"]) == set(KINDS)
 
 
 def test_untrained_weights_ship_energy_and_no_detector(tmp_path: Path) -> None:
     source = untrained("mobilenetv3_small_050", tmp_path, 32)
     lines: list[str] = []
-    assert ship_score(source, "auto", lines.append).name == "energy" and "untrained" in lines[0]
+    assert shipped_by(source, "auto", lines.append).name == "energy" and "untrained" in lines[0]
     with pytest.raises(UsageError, match="fitted on training images"):
-        ship_score(source, "vim", lines.append)
+        shipped_by(source, "vim", lines.append)
 
 
 def test_images_are_divided_so_that_none_has_two_uses(run: Path) -> None:
-    images = from_dataset(str(run.parent / "data"))
-    source = replace(from_run(run), training=None, choices=None, calibration=images)
+    whole = whole_dataset(str(run.parent / "data"))
     lines: list[str] = []
-    training, choices, rest = divide(source, True, lines.append)
-    assert choices is not None and rest.calibration is not None
-    parts = [set(part.indices.tolist()) for part in (training, choices, rest.calibration)]
+    divided = Images(thresholds=whole).divide(True, lines.append)
+    parts = [set(part.indices.tolist()) for part in (divided.training, divided.choices, divided.thresholds) if part]
     assert [len(part) for part in parts] == [84, 42, 42] and len(set.union(*parts)) == 168
     assert any("not at hand" in line for line in lines)
     with pytest.raises(UsageError, match="Name some: --id DATA"):
-        divide(replace(source, calibration=None), False, lines.append)
-    few = Calibration(images.source, images.indices[:40], "few")
+        Images().divide(False, lines.append)
+    few = Subset(whole.source, whole.indices[:40], "few")
     with pytest.raises(UsageError, match="at least 32 images to fit a detector, got 20. Name more with --id DATA"):
-        divide(replace(source, calibration=few), False, lines.append)
-    own = replace(few, indices=images.indices[:20])
+        Images(thresholds=few).divide(False, lines.append)
+    own = replace(few, indices=whole.indices[:20])
     with pytest.raises(UsageError, match="got 20. Train on more, or ship a score without a state"):
-        divide(replace(source, training=own), False, lines.append)
+        Images(training=own, thresholds=whole).divide(False, lines.append)
 
 
 def test_multiply_adds_are_counted(tiny: SSODClassifier) -> None:

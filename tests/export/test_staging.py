@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ssod_edge.export.release import staged
+from ssod_edge.export.staging import staged
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ssod_edge.export.release import staged
+from ssod_edge.export.staging import staged
 with staged(Path(sys.argv[1])) as folder:
     (folder / "model.onnx").write_bytes(b"x" * 1000)
     os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
@@ -47,7 +47,7 @@ def test_what_another_export_is_filling_stays(tmp_path: Path) -> None:
 KILLED_WHILE_PUBLISHING = """
 import os, signal, sys
 from pathlib import Path
-from ssod_edge.export import release as staging
+from ssod_edge.export import staging as staging
 # It dies after its first step, whichever that is.
 kill = lambda *given, **options: os.kill(os.getpid(), signal.SIGKILL)
 rename = Path.rename
@@ -74,7 +74,7 @@ def test_an_export_replaces_another_and_takes_over_foreign_files(
     tmp_path: Path, can_swap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_swap:  # an NFS, for example
-        monkeypatch.setattr("ssod_edge.export.release.RENAME_EXCHANGE", 1 << 30)  # an unknown flag: EINVAL
+        monkeypatch.setattr("ssod_edge.export.staging.RENAME_EXCHANGE", 1 << 30)  # an unknown flag: EINVAL
     for text in ("old", "new"):
         with staged(tmp_path / "door") as folder:
             (folder / "ssod.json").write_text(text)
