@@ -8,6 +8,9 @@ import click
 
 from ssod_edge.cli.options import COUNT, as_json, given, named_data, newest, take, threads, tpr
 
+ENGINES = click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"])
+PRECISIONS = click.Choice(["auto", "fp32", "fp16", "int8"])
+
 
 @click.command()
 @click.argument("folder", metavar="[DIR]", required=False)
@@ -39,18 +42,8 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 @click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
 @click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"]),
-    default="auto",
-    help="auto: the first of these that is there and installed; eager: the checkpoint itself, in PyTorch.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
-    default="auto",
-    help="auto: the first of these that is there.",
-)
+@click.option("--engine", type=ENGINES, default="auto", help="auto: the first that is there; eager: in PyTorch itself.")
+@click.option("--precision", type=PRECISIONS, default="auto", help="auto: the first that is there.")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
 @click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
 @threads

@@ -25,12 +25,7 @@ from ssod_edge.config import SHIPPED_SCORES
     default="all",
     help="all: what is installed and runs here. tensorrt-rtx also builds without a GPU, for any from Ampere on.",
 )
-@click.option(
-    "--batch",
-    metavar="MIN,OPT,MAX",
-    default="1,1,8",
-    help="Images per run of a TensorRT plan: the fewest, those it is tuned for, the most.",
-)
+@click.option("--batch", metavar="MIN,OPT,MAX", default="1,1,8", help="Images per run that a TensorRT plan is for.")
 @click.option(
     "--version-compatible",
     is_flag=True,

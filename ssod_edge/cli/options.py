@@ -56,12 +56,7 @@ tpr = click.option("--tpr", type=float, default=0.95, help="Share of known image
 vary = click.option(
     "--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; repeat for a grid."
 )
-via = click.option(
-    "--via",
-    "via_size",
-    type=COUNT,
-    help="First resize every image to so many pixels, so that no set is sharper than another (via32).",
-)
+via = click.option("--via", "via_size", type=COUNT, help="First resize every image to so many pixels (32: via32).")
 named_data = together(
     click.option("--id", "id_data", metavar="DATA", help="Known images (ID). Default: the run's validation split."),
     click.option(

@@ -31,11 +31,7 @@ class NamedData:
 
 
 def parse_named_data(items: Sequence[str]) -> dict[str, str]:
-    """("NAME=DATA", ...) -> {NAME: DATA}.
-
-    Raises:
-        UsageError: no "=", an empty part, a name given twice, or the name "id".
-    """
+    """("NAME=DATA", ...) -> {NAME: DATA}; raises UsageError for another form, a name given twice, and the name "id"."""
     named: dict[str, str] = {}
     for item in items:
         name, equals, data = item.partition("=")

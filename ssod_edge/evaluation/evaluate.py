@@ -63,11 +63,7 @@ class EvalOptions(NamedData):
     bootstrap: int = 1000
 
     def baseline_names(self) -> tuple[str, ...]:
-        """The detectors by name.
-
-        Raises:
-            UsageError: no such detector, or `fit_images` without any.
-        """
+        """The detectors; raises UsageError if there is none of a name, or `fit_images` without any."""
         if self.baselines is not None:
             return parse_names(self.baselines)
         if self.fit_images is not None:
@@ -78,12 +74,9 @@ class EvalOptions(NamedData):
 def evaluate(
     run: str | Path, options: EvalOptions | None = None, keep: dict[str, Outputs] | None = None, workers: int = 1
 ) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Evaluate a run or checkpoint file.
-
-    A score with a state that the run's export ships is evaluated beside the others.
+    """Evaluate a run folder or checkpoint file. A score with a state that the run's export ships is evaluated too.
 
     Args:
-        run: run folder or checkpoint.
         keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
         workers: processes that read images.
 
@@ -109,9 +102,8 @@ def evaluate(
     spec, state = _shipped(opened)
     source, indices = id_images(opened, options.id_data)
     warn_of_used_images(source, options.id_data, meta, spec)
-    ood_data = options.ood_data
-    if ood_data is None:
-        ood_data = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
+    demo = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
+    ood_data = demo if options.ood_data is None else options.ood_data
     # Every set is opened before the first image is run: a wrong name shows at once.
     ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
     warn_of_known_images(ood_data, ood, source, meta)

@@ -28,8 +28,8 @@ class PredictOptions:
     Attributes:
         as_json: one JSON object a line, as soon as it is known.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
-        batch: of images: how many per run of the engine.
-        camera, smooth, realtime: of frames: see `FrameReader` and `predict_frames` of `ssod_edge.runtime.field.stream`.
+        batch: images per run of the engine.
+        camera, smooth, realtime: of frames instead of images; see `ssod_edge.runtime.field.stream`.
     """
 
     as_json: bool = False

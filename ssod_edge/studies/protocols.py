@@ -185,14 +185,7 @@ class ImageLists:
     images: int = IMAGES
 
 
-def run_reproduce(
-    name: str,
-    root: str,
-    out: str,
-    study: StudyOptions,
-    lists: ImageLists,
-    check: bool = False,
-) -> bool:
+def run_reproduce(name: str, root: str, out: str, study: StudyOptions, lists: ImageLists, check: bool = False) -> bool:
     """The command `reproduce`: find the data, fix its images, train, evaluate, and print the table.
 
     Args:
@@ -217,14 +210,13 @@ def run_reproduce(
     cells = plan_study(training, study)
     check_evaluation(training, replace(study.evaluation, id_data=found[table.known.name]))
     folder = make_directory(Path(out))
-    known, *unknown = (
-        _fix_images(found[data.name], data.name, folder, lists) for data in (table.known, *table.unknown)
-    )
+    listed = {
+        data.name: _fix_images(found[data.name], data.name, folder, lists) for data in (table.known, *table.unknown)
+    }
     if check:
         click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
         return True
-    ood_data = {data.name: listed for data, listed in zip(table.unknown, unknown, strict=True)}
-    evaluation = replace(study.evaluation, id_data=known, ood_data=ood_data)
+    evaluation = replace(study.evaluation, id_data=listed.pop(table.known.name), ood_data=listed)
     done = run_study(training, out, replace(study, evaluation=evaluation))
     text = markdown(table, json.loads((folder / STUDY).read_text(encoding="utf-8"))["runs"])
     file = folder / f"table{table.number}.md"
