@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class BenchImages:
 
 
 def choose_images(
-    export: Path, spec: Spec, known: str | None, unknown: dict[str, str], via: int | None, quick: bool
+    export: Path, spec: Spec, known: str | None, unknown: Mapping[str, str], via: int | None, quick: bool
 ) -> BenchImages:
     """The image sets of a bench.
 

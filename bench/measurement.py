@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,35 +20,31 @@ from ssod_edge.bench.power import PowerMeter
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.query import IMAGES, ImageQuery, encode
 from ssod_edge.bench.record import latency_figures, make_record, make_row
+from ssod_edge.data.named import NamedData
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import Spec
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """What a bench is asked for.
+class BenchOptions(NamedData):
+    """What a bench is asked for, beside the images.
 
     Attributes:
         quick: seconds instead of minutes, with fewer samples and images.
-        known: ID data; None takes the run's recorded validation split.
-        unknown: OOD set name -> data.
         batch: images per query.
         threads: of each engine; None leaves it to them.
-        via: resize images to this many pixels first, as `eval --via`; None takes them as they are.
         plan: how long to measure; None takes the full method's, or QUICK.
     """
 
     quick: bool = False
-    known: str | None = None
-    unknown: dict[str, str] = field(default_factory=dict)
     batch: int = 1
     threads: int | None = None
-    via: int | None = None
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "threads", "via"):
+        super().__post_init__()
+        for name in ("batch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
@@ -220,11 +216,10 @@ class Measurement:
                 "n": len(found.rows),
                 "unreadable": found.unreadable,
             }
-        via = self.options.via
         return {
             "id": entries.pop("id", None),
             "ood": entries,
-            "protocol": "native" if via is None else f"via{via}",
+            "protocol": self.options.protocol,
             "note": self.images.note,
             "reference": self.reference,
         }

@@ -111,21 +111,6 @@ def _overlap(one: str, other: str) -> bool:
     return a.is_dir() and b.is_dir() and (a.is_relative_to(b) or b.is_relative_to(a))
 
 
-def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
-    """("NAME=DATA", ...) -> {NAME: DATA}.
-
-    Raises:
-        UsageError: no "=", an empty part, a name given twice, or the name "id".
-    """
-    named: dict[str, str] = {}
-    for item in items:
-        name, equals, data = item.partition("=")
-        if not (name and equals and data) or name in named or name == "id":
-            raise UsageError(f"expected --ood NAME=DATA with a name of its own (not 'id'), got '{item}'")
-        named[name] = data
-    return named
-
-
 def choose_images(labels: Indices, indices: Indices, n: int | None, seed: int = 0) -> Indices:
     """n of the training images, seeded, as evenly over the classes as they allow; None takes all.
 

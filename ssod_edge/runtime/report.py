@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -19,24 +20,38 @@ from ssod_edge.runtime.runner import Runner
 from ssod_edge.terminal import bars, printable, standard_input
 
 
-def run_predict(
-    folder: str, images: Sequence[str], as_json: bool, batch: int, monitor: str | None = None, **options: Any
-) -> int:
+@dataclass(frozen=True)
+class PredictOptions:
+    """How verdicts are given.
+
+    Attributes:
+        as_json: one JSON object a line, as soon as it is known.
+        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
+        batch: images per run of the engine.
+        camera, smooth, realtime: of frames instead of images; see `ssod_edge.runtime.field.stream`.
+    """
+
+    as_json: bool = False
+    monitor: str | None = None
+    batch: int = 8
+    camera: str | None = None
+    smooth: float | None = None
+    realtime: bool = False
+
+
+def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **opening: Any) -> int:
     """Print the verdict on each image; returns the exit code.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         images: see `ssod_edge.data.inputs.list_images`.
-        as_json: one JSON object a line, as soon as it is known.
-        batch: images per run of the engine.
-        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes every verdict.
-        options: of `ssod_edge.runtime.open_runner`.
+        opening: options of `ssod_edge.runtime.open.open_runner`.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
     paths = list_images(images, standard_input(), no_images)
-    with Predictor(open_runner(folder, **options)) as predictor, open_monitor(monitor, predictor) as watch:
+    with Predictor(open_runner(folder, **opening)) as predictor, open_monitor(options.monitor, predictor) as watch:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -44,10 +59,10 @@ def run_predict(
             click.echo(
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
-        verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
+        verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
         if watch is not None:
             verdicts = map(watch.add, verdicts)
-        failed = _print_json(verdicts) if as_json else _print_table(verdicts, len(paths), predictor.runner)
+        failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)
     return EXIT_SOME_FAILED if failed or (watch is not None and watch.problem) else EXIT_OK
 
 

@@ -27,7 +27,7 @@ from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
 from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import DEPLOYMENT, markdown, print_record
-from ssod_edge.bench.run import bench, exit_code, parse_unknown, run_bench
+from ssod_edge.bench.run import BenchOutput, bench, exit_code, run_bench
 from ssod_edge.cli import main
 from ssod_edge.detect.metrics import deployment_metrics
 from ssod_edge.errors import UsageError
@@ -251,7 +251,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_bench_of_a_real_export(tiny_run: Path) -> None:
     far = tiny_run.parent / "data" / "red"
-    record = bench(tiny_run, BenchOptions(threads=1, plan=BRIEF, unknown={"far": str(far)}))
+    record = bench(tiny_run, BenchOptions(threads=1, plan=BRIEF, ood_data={"far": str(far)}))
     names = ["onnx-fp32", "openvino-fp32", BF16, "eager", "plain-onnx-fp32", "plain-openvino-fp32"]
     assert [row["artifact"] for row in record["rows"]] == names
     record["rows"] = [row for row in record["rows"] if row["artifact"] != BF16]
@@ -284,7 +284,7 @@ def test_without_the_eager_model_the_first_fp32_artifact_is_compared_with(tiny_r
     shutil.copytree(tiny_run / "export", tmp_path / "export")
     far = write_colours(tmp_path / "far", n=4)
     known = str(tiny_run.parent / "data")
-    record = bench(tmp_path / "export", BenchOptions(threads=1, plan=BRIEF, known=known, unknown={"far": str(far)}))
+    record = bench(tmp_path / "export", BenchOptions(threads=1, plan=BRIEF, id_data=known, ood_data={"far": str(far)}))
     assert record["data"]["reference"] == "onnx-fp32"
     rows = {row["artifact"]: row for row in record["rows"]}
     assert rows["eager"]["status"] == "missing" and rows["onnx-fp32"]["agreement"] is None
@@ -328,17 +328,7 @@ def test_the_bench_itself_loads_no_engine() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_ood_options() -> None:
-    assert parse_unknown(("near=demo:near", "far=a=b")) == {"near": "demo:near", "far": "a=b"}
-    for wrong in ("near", "=x", "near="):
-        with pytest.raises(UsageError, match="NAME=DATA"):
-            parse_unknown((wrong,))
-    for taken in (("a=1", "a=2"), ("id=1",)):
-        with pytest.raises(UsageError, match="is taken"):
-            parse_unknown(taken)
-
-
-@pytest.mark.parametrize("field", ["batch", "threads", "via"])
+@pytest.mark.parametrize("field", ["batch", "threads", "via_size"])
 def test_options_below_one(field: str) -> None:
     with pytest.raises(UsageError, match=f"{field} must be at least 1, got 0"):
         BenchOptions(**{field: 0})
@@ -370,7 +360,7 @@ def test_wrong_use_is_told_before_anything_is_measured(
 
 def test_a_folder_is_no_json_file(export: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it is a folder"):
-        run_bench(str(export), None, BenchOptions(plan=BRIEF), json_file=str(tmp_path))
+        run_bench(str(export), BenchOptions(plan=BRIEF), BenchOutput(json_file=str(tmp_path)))
 
 
 def test_command_saves_prints_and_compares(

@@ -25,7 +25,7 @@ from ssod_edge.evaluation import baselines as module
 from ssod_edge.evaluation import report as evaluation_report
 from ssod_edge.evaluation.baseline_recipes import FEATURES, IMAGES, LOGITS, MAPS, RECIPES, UNSUITED, parse_names
 from ssod_edge.evaluation.baselines import COST_KEYS, Baselines, state_bytes
-from ssod_edge.evaluation.evaluate import collect, evaluate
+from ssod_edge.evaluation.evaluate import EvalOptions, collect, evaluate
 from ssod_edge.evaluation.images import choose_images
 from ssod_edge.training.checkpoint import load_checkpoint
 from ssod_edge.training.run import Run
@@ -353,11 +353,13 @@ def report_of(small_run):
         patch.setattr(SSODClassifier, "features", lambda self, x: passes.append(len(x)) or features(self, x))
         report, raw = evaluate(
             small_run,
-            str(small_run.parent / "data"),
-            {"one": str(small_run.parent / "data" / "a"), "two": str(small_run.parent / "data" / "b")},
-            bootstrap=5,
-            baselines="Mahalanobis,ViM,EnergyBased,ReAct,KNN,GradNorm",
-            fit_images=28,
+            EvalOptions(
+                str(small_run.parent / "data"),
+                {"one": str(small_run.parent / "data" / "a"), "two": str(small_run.parent / "data" / "b")},
+                bootstrap=5,
+                baselines="Mahalanobis,ViM,EnergyBased,ReAct,KNN,GradNorm",
+                fit_images=28,
+            ),
             workers=0,
         )
     return report, raw, seen, passes
@@ -457,8 +459,10 @@ def test_without_the_training_data_only_what_is_not_fitted_runs(small_run, tmp_p
     (tmp_path / "run" / "splits.json").unlink()
     data = str(small_run.parent / "data")
     with pytest.raises(UsageError, match=r"no readable splits\.json.*leave out the baselines.* it: KNN, ViM$"):
-        evaluate(tmp_path / "run", data, {}, baselines="KNN,ViM,ASH")
-    report, _ = evaluate(tmp_path / "run", data, {"one": data + "/a"}, bootstrap=0, baselines="ASH", workers=0)
+        evaluate(tmp_path / "run", EvalOptions(data, {}, baselines="KNN,ViM,ASH"))
+    report, _ = evaluate(
+        tmp_path / "run", EvalOptions(data, {"one": data + "/a"}, bootstrap=0, baselines="ASH"), workers=0
+    )
     assert report["deployment"] is None and "ASH" in report["mean"]
     assert "no figures at a threshold: " in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1]["epoch"] == 3

@@ -17,7 +17,17 @@ from small import write_images
 from ssod_edge.cli import main
 from ssod_edge.errors import TrainingError, UsageError, VerificationError
 from ssod_edge.spec import SPEC_NAME, load_spec
-from ssod_edge.studies.study import EVALUATION, STUDY, TABLE, _exported, markdown, parse_grid, plan_study, summarise
+from ssod_edge.studies.study import (
+    EVALUATION,
+    STUDY,
+    TABLE,
+    StudyOptions,
+    _exported,
+    markdown,
+    parse_grid,
+    plan_study,
+    summarise,
+)
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 
 TINY = ["--backbone", "test_efficientnet", "--size", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
@@ -326,7 +336,7 @@ def test_a_damaged_record_is_named(data, tmp_path, damaged):
 def test_the_example_of_the_help_can_be_run(data):
     text = CliRunner().invoke(main, ["study", "--help"]).stdout.partition("Options:")[0]
     example = re.findall(r"--vary\s+(\S+=[^\s.]+)", text)
-    cells, _ = plan_study(str(data), example, "0", {"backbone": "test_efficientnet", "size": 40})
+    cells = plan_study(str(data), StudyOptions(example, "0", {"backbone": "test_efficientnet", "size": 40}))
     assert len(example) == 2 and len(cells) == 4
 
 
