@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float32]
 
 
 def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName, Array]:
-    """Every score of the fused graph, in fp32. None saturates as a probability does.
+    """Every score of the logits, in fp32: the definition that the graph is tested against. None saturates.
 
     With top = max_j logits_j, rest = logsumexp of the other logits and s = id_logit:
 
