@@ -127,7 +127,7 @@ class LossConfig:
         balance: "lwb", "lw" or "dr" (Table 5).
         norm_weight: weight of the mean L2 norm of background features, where the method has it.
         outliers: kinds of images that are made from training images and no class describes
-            (`ssod_edge.training.made_images`). The OOD row learns to tell them from the training images, on the pooled
+            (`ssod_edge.detect.made_images`). The OOD row learns to tell them from the training images, on the pooled
             feature that is read at inference.
         outlier_share: made images of a batch, as a share of its own; in (0, 1].
         outlier_weight: weight of that term.

@@ -15,8 +15,8 @@ from ssod_edge.config import DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, SCORES, Det
 from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.detect.detectors import Detector, FitData, fit
+from ssod_edge.detect.made_images import CHOICE_KINDS, make_for_choices
 from ssod_edge.detect.metrics import detection_metrics
-from ssod_edge.detect.pseudo_ood import KINDS, TAUGHT, pseudo_ood
 from ssod_edge.detect.sums import FittedScore, part_scores, spreads, sum_of
 from ssod_edge.errors import UsageError
 from ssod_edge.export.graph.reference import run_eager
@@ -76,15 +76,15 @@ def choose(
     model = source.model
     images, labels = _read(choices, model)
     half = images[: max(1, len(images) // 2)]
-    kinds = [kind for kind in KINDS if TAUGHT.get(kind) not in source.outliers]
-    if taught := sorted(set(KINDS) - set(kinds)):
+    kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
+    if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
         say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
     with image_bar("choosing", len(images) + len(kinds) * len(half)) as advance:
         logits, id_logit, features = run_eager(model, images)
         advance(len(images))
         made = {}
         for kind in kinds:
-            made[kind] = run_eager(model, pseudo_ood(half, kinds=(kind,)))
+            made[kind] = run_eager(model, make_for_choices(half, kinds=(kind,)))
             advance(len(half))
     candidates = _Candidates(model, _fit_all(data, features, logits, say), data)
     known = candidates.scores(logits, id_logit, features)

@@ -22,7 +22,7 @@ from ssod_edge.cli import main
 from ssod_edge.config import DETECTORS, SCORES, Preprocess, score_parts
 from ssod_edge.data.images import Images, Subset, whole_dataset
 from ssod_edge.detect.detectors import FitData, fit, fit_vim
-from ssod_edge.detect.pseudo_ood import KINDS, pseudo_ood
+from ssod_edge.detect.made_images import CHOICE_KINDS
 from ssod_edge.detect.sums import FittedScore, fit_score
 from ssod_edge.errors import ArtifactError, UsageError, VerificationError
 from ssod_edge.export.bundle import write_bundle
@@ -276,7 +276,7 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
     assert singles == {"energy", "ssod", "msp", "maxlogit", "posterior", *DETECTORS} - {"ash", "scale"}
     assert len(rows) - len(singles) == 2**6 - 1 - 6 and "ssod+energy+mahalanobis+rmd" in rows
     for row in rows.values():
-        assert set(row["auroc"]) == set(row["fpr"]) == {*KINDS, "mistaken"}
+        assert set(row["auroc"]) == set(row["fpr"]) == {*CHOICE_KINDS, "mistaken"}
         means = np.mean(list(row["auroc"].values())), np.mean(list(row["fpr"].values()))
         assert row["figure"] == pytest.approx((means[0] + 1 - means[1]) / 2)
     assert any("part that chooses" in line for line in lines)  # this run has no validation images
@@ -335,8 +335,8 @@ def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> Non
     source = replace(from_run(run), model=tiny, outliers=("shuffle", "rotate"))
     shipped = shipped_by(source, "auto", lines.append)
     kinds = set(shipped.choice["candidates"]["energy"]["auroc"])
-    assert kinds == {*KINDS, "mistaken"} - {"shuffled"}
-    assert any("trained to reject them: shuffled" in line for line in lines)
+    assert kinds == {*CHOICE_KINDS, "mistaken"} - {"shuffle"}
+    assert any("trained to reject them: shuffle" in line for line in lines)
 
 
 @pytest.mark.parametrize("score", ["auto", "energy+rmd", "msp"])
@@ -413,7 +413,7 @@ def test_auto_counts_mistakes_only_where_there_are_labels(run: Path, tiny) -> No
     nameless.classes = tuple(f"not {name}" for name in calibration.source.classes)  # type: ignore[misc]
     without = replace(source, images=replace(source.images, thresholds=replace(calibration, source=nameless)))
     found = shipped_by(without, "auto", lambda line: None).choice
-    assert found["mistaken"] == 0 and set(found["candidates"]["energy"]["auroc"]) == set(KINDS)
+    assert found["mistaken"] == 0 and set(found["candidates"]["energy"]["auroc"]) == set(CHOICE_KINDS)
 
 
 def test_untrained_weights_ship_energy_and_no_detector(tmp_path: Path) -> None:
@@ -444,26 +444,6 @@ def test_images_are_divided_so_that_none_has_two_uses(run: Path) -> None:
 def test_multiply_adds_are_counted(tiny: SSODClassifier) -> None:
     side = (SIZE - 3) // 2 + 1
     assert multiply_adds(tiny) == side**2 * WIDTH * 27 + (len(CLASSES) + 1) * WIDTH
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_made_images(kind: str) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
-    images[:, 0] //= 4  # little red
-    made = pseudo_ood(images, seed=1, kinds=(kind,))
-    assert made.shape == images.shape and made.dtype == np.uint8
-    np.testing.assert_array_equal(made, pseudo_ood(images, seed=1, kinds=(kind,)))
-    assert all((one != other).mean() > 0.3 for one, other in zip(made, images, strict=True))
-    assert made[:, 0].mean() < 60 < made[:, 1].mean()  # the colours are those of the images
-    with pytest.raises(UsageError, match="got 'holes'"):
-        pseudo_ood(images, kinds=("holes",))
-
-
-def test_a_texture_keeps_the_spectrum_of_its_image() -> None:
-    image = np.full((1, 3, 16, 16), 128, np.uint8) + (40 * np.sin(np.arange(16) * np.pi / 2)).astype(np.uint8)
-    made = pseudo_ood(image, kinds=("texture",))
-    spectra = [np.abs(np.fft.fft2(picture[0, 0].astype(float))) for picture in (image, made)]
-    np.testing.assert_allclose(spectra[1], spectra[0], atol=0.02 * spectra[0].max())
 
 
 def test_the_command_line_knows_the_scores(run: Path, tmp_path: Path) -> None:
