@@ -17,7 +17,7 @@ from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, LossConfig, TrainConfig, 
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
-from ssod_edge.evaluation.baselines import check_library
+from ssod_edge.evaluation.baselines import load_library
 from ssod_edge.evaluation.evaluate import evaluate
 from ssod_edge.evaluation.images import check_classes, check_fit_images, parse_named_data
 from ssod_edge.export.engines.artifact import check_engines
@@ -233,7 +233,7 @@ def check_evaluation(data: str, asked: Mapping[str, Any], score: str | None = No
         open_dataset(unknown, labelled=False)
     if asked["baselines"] is not None:
         parse_names(asked["baselines"])
-        check_library()
+        load_library()
     if asked["fit_images"] is not None:
         if asked["baselines"] is None:
             raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
