@@ -61,12 +61,6 @@ def probabilities(logits: npt.ArrayLike) -> Array:
     return shares
 
 
-def confidence(logits: npt.ArrayLike) -> Array:
-    """The largest softmax probability, [N, M] -> float32 [N] in [1/M, 1]. To show, not to rank: it saturates at 1."""
-    largest: Array = probabilities(logits).max(axis=1)
-    return largest
-
-
 def _top_and_rest(logits: Array) -> tuple[Array, Array]:
     """The largest logit [N], and the logsumexp of the others [N]."""
     rows = np.arange(len(logits))
