@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,10 +19,9 @@ from ssod_edge.detect.sums import FittedScore
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source
+from ssod_edge.export.release import Say
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.model import SSODClassifier
-
-Say = Callable[[str], None]
 
 #: Held-out images that a score is chosen by; images of each kind are made from the first half of them.
 IMAGES = 2000
@@ -51,7 +48,9 @@ def choose(
         UsageError: no image can be read.
     """
     model = source.model
-    images, labels = _read(choices, model)
+    drawn = np.random.default_rng(0).permutation(choices.indices)[:IMAGES]
+    images, found = choices.read(model.preprocess, drawn)
+    labels = model_labels(found, choices.source.classes, model.classes)  # -1 where there is none
     half = images[: max(1, len(images) // 2)]
     kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
     if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
@@ -89,10 +88,3 @@ def multiply_adds(model: SSODClassifier) -> int:
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.features(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2 + model.head_weight()[0].numel()
-
-
-def _read(choices: Subset, model: SSODClassifier) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images to choose by, and their labels in the model's numbering, -1 where there is none."""
-    chosen = np.random.default_rng(0).permutation(choices.indices)[:IMAGES]
-    images, labels = choices.read(model.preprocess, chosen)
-    return images, model_labels(labels, choices.source.classes, model.classes)

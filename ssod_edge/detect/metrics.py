@@ -98,12 +98,7 @@ def _bootstrap(id_ranks: Counts, ood_ranks: Counts, bins: int, resamples: int, s
         id_counts = _counts(id_ranks[rng.integers(0, len(id_ranks), len(id_ranks))], bins)
         ood_counts = _counts(ood_ranks[rng.integers(0, len(ood_ranks), len(ood_ranks))], bins)
         rows.append(_detection(id_counts, ood_counts))
-    return {name: _interval([row[name] for row in rows]) for name in rows[0]}
-
-
-def _interval(samples: list[float]) -> list[float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return [float(low), float(high)]
+    return {name: np.quantile([row[name] for row in rows], [0.025, 0.975]).tolist() for name in rows[0]}
 
 
 def _counts(ranks: Counts, bins: int) -> Counts:
