@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.bench.accuracy import Collected, ImageSet, accuracy_figures, collect
+from ssod_edge.bench.accuracy import Collected, ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.backends import EAGER, Backend, Backends
 from ssod_edge.bench.environment import describe_state
 from ssod_edge.bench.images import BenchImages, query_images
@@ -123,7 +123,7 @@ class Measurement:
         with self.bar.steps("accuracy", sum(len(images.indices) for images in self.images.sets)) as step:
             for images in self.images.sets:
                 tick = partial(step, images.name)
-                found = collect(self.backends.runners(), images, self.spec.preprocess, tick)
+                found = run_backends(self.backends.runners(), images, self.spec.preprocess, tick)
                 self.collected[images.name] = found
                 for name, error in found.errors.items():
                     self.backends.named(name).fail(error)

@@ -130,7 +130,7 @@ NO_OPTION = {"option": False}
 class LossConfig:
     """L = CE(logits, y) + alpha * OOD loss + the terms that a setting below switches on.
 
-    Spoiled copies of training images (`ssod_edge.training.made_images`) teach the OOD row on the pooled feature, which
+    Spoiled copies of training images (`ssod_edge.detect.made_images`) teach the OOD row on the pooled feature, which
     is what is read at inference. `lbf` is arXiv 2510.12259: the mean L2 norm of background features.
 
     Attributes:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssod_edge.config import BALANCES, KERNELS, SCORES, check_gamma
+from ssod_edge.config import BALANCES, KERNELS, check_gamma
 from ssod_edge.errors import UsageError
 
 ID, OOD, IGNORED = 1, 0, -1
@@ -208,38 +208,6 @@ def _all_counts(counts: Tensor) -> tuple[Tensor, int]:
     counts = counts.clone()
     dist.all_reduce(counts)
     return counts, dist.get_world_size()
-
-
-def ood_score(name: str, logits: Tensor, id_logit: Tensor) -> Tensor:
-    """OOD score from raw logits; larger = more likely OOD.
-
-    "ssod" is -s (Eq. 15 without its sigmoid), "msp" logsumexp(others) - max (Eq. 8's ranking, not saturating),
-    "maxlogit" -max, "energy" -logsumexp, "posterior" -(max log_softmax + logsigmoid(s)) (Eq. 7 in log space).
-
-    Args:
-        name: one of `ssod_edge.config.SCORES`.
-        logits: fp32 [N, M]; "msp" needs M >= 2.
-        id_logit: fp32 [N].
-
-    Returns:
-        fp32 [N].
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    if name == "ssod":
-        return -id_logit
-    if name == "maxlogit":
-        return -logits.amax(dim=1)
-    if name == "energy":
-        return -torch.logsumexp(logits, dim=1)
-    if name == "posterior":
-        return torch.logsumexp(logits, dim=1) - logits.amax(dim=1) + F.softplus(-id_logit)
-    if name == "msp":
-        top, index = logits.max(dim=1)
-        winner = F.one_hot(index, logits.shape[1]).to(torch.bool)
-        return torch.logsumexp(logits.masked_fill(winner, -torch.inf), dim=1) - top
-    raise UsageError(f"score must be one of {', '.join(SCORES)}, got '{name}'")
 
 
 def _sample(

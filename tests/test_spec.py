@@ -52,6 +52,15 @@ def test_a_spec_of_an_earlier_schema_is_read(folder, version):
     assert load_spec(folder) == expected
 
 
+def test_a_choice_by_kinds_of_an_earlier_name_is_read(folder):
+    """Kinds are shuffle, zoom and blend now."""
+    row = {"figure": 0.9, "auroc": {"shuffled": 0.9, "corner": 0.8, "blended": 0.7}, "cost": 0.0}
+    edit(folder, lambda v: v.update(choice={"known": "validation split 0123", "candidates": {"energy": row}}))
+    spec = load_spec(folder)
+    save_spec(spec, folder)
+    assert load_spec(folder) == spec and spec.choice["candidates"]["energy"] == row
+
+
 def test_a_score_with_a_state_names_its_file(folder):
     detector = {"sha256": "1" * 64, "data": "train split 0123", "images": 100, "settings": {}}
     edit(folder, lambda v: v.update(score={"name": "vim"}, detector=detector))

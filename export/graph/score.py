@@ -11,10 +11,10 @@ import numpy as np
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
 from ssod_edge.data.images import LEAST_IMAGES, Images
 from ssod_edge.data.sources import model_labels
-from ssod_edge.detect.detectors import FitData
+from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.export.graph.choice import choose
+from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.source import Source, check_score
 from ssod_edge.export.release import without_names

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
+from ssod_edge.detect.made_images import make_for_choices
 from ssod_edge.detect.metrics import detection_metrics
-from ssod_edge.detect.pseudo_ood import pseudo_ood
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.int8.quantize import Images, Infer, Quantizer
 from ssod_edge.training.model import SSODClassifier
@@ -104,7 +104,7 @@ class Figures:
 class AccuracyControl:
     """The drop from fp32 to int8 on held-out images: of top-1, and of the shipped score's AUROC.
 
-    The AUROC is that of the control images against images made from them (`ssod_edge.detect.pseudo_ood`), so that no
+    The AUROC is that of the control images against images made from them (`ssod_edge.detect.made_images`), so that no
     OOD set has a say in what is shipped.
 
     Args:
@@ -115,7 +115,7 @@ class AccuracyControl:
 
     def __init__(self, images: DrawnImages, reference: Infer, max_drop: float):
         self._known, self._labels = images.control, images.labels
-        self._unknown = pseudo_ood(images.control[:PSEUDO_OOD_IMAGES])
+        self._unknown = make_for_choices(images.control[:PSEUDO_OOD_IMAGES])
         self._ranking = images.control[:RANKING_IMAGES]
         self._expected = _run(reference, self._ranking)["logits"]
         self.max_drop = max_drop

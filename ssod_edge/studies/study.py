@@ -16,7 +16,7 @@ import torch
 from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types, to_dict
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
-from ssod_edge.evaluation.baselines import check_library
+from ssod_edge.evaluation.baselines import load_library
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.evaluation.images import check_classes, check_fit_images
 from ssod_edge.export.engines.artifact import check_engines
@@ -234,7 +234,7 @@ def check_evaluation(data: str, asked: EvalOptions, score: str | None = None) ->
     for unknown in (asked.ood_data or {}).values():
         open_dataset(unknown, labelled=False)
     if asked.baseline_names():
-        check_library()
+        load_library()
     if asked.fit_images is not None:
         check_fit_images(asked.fit_images, len(classes))
 

@@ -387,7 +387,7 @@ class _Loop:
             "kernel": self.kernel,
         }
         if name == LAST:
-            self.progress.meters = self.meters.read()
+            self.progress.meters = self.meters.read() if self.progress.step else {}
             tensors |= optimizer_tensors(self.optimizer)
             meta["progress"] = dataclasses.asdict(self.progress)
         save_checkpoint(self.run / name, tensors, meta)

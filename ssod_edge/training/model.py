@@ -198,14 +198,16 @@ def build_model(
         size = {"img_size": preprocess.input_size}
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **size)
-    except (MemoryError, KeyboardInterrupt):
+    except MemoryError:
         raise
     except Exception as error:  # a download fails in many ways, and each family has its own rules for sizes
         failed = _why_not_built(name, len(classes), size) if pretrained else error
         if failed is None:
+            # torch's own error for tensors that are no part of the model; everything else is the way to the weights.
+            what = "do not fit it" if "loading state_dict" in str(error) else "cannot be had"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"timm's weights of '{name}' cannot be had ({reason}). Give a local file with --weights FILE"
+                f"timm's weights of '{name}' {what} ({reason}). Give a local file with --weights FILE"
             ) from error
         if size:
             raise _wrong_size(name, preprocess.input_size, failed, "Choose another --size") from error

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod_edge.config import LossConfig
+from ssod_edge.detect.made_images import make_for_training
 from ssod_edge.errors import UsageError
 from ssod_edge.ops import background_norm, ood_loss, sample_patches
-from ssod_edge.training.made_images import make_outliers
 from ssod_edge.training.model import SSODClassifier, normalise
 
 
@@ -39,7 +39,7 @@ class TrainStep(nn.Module):
         config, n = self.config, len(image)
         outliers = warm and config.trains_row_on_outliers
         if outliers:
-            made = make_outliers(image, config.outliers, max(1, round(config.outlier_share * n)))
+            made = make_for_training(image, config.outliers, max(1, round(config.outlier_share * n)))
             image = torch.cat([image, made])
         patches = n if warm and config.labels_patches else 0
         x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ import pytest
 from colour import CLASSES, SIZE, colour_images, edit_graph, edit_spec, write_colours
 from PIL import Image
 
-from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, collect
+from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.images import BenchImages, choose_images, query_images
 from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
 from ssod_edge.errors import ArtifactError, UsageError
@@ -142,7 +142,7 @@ def photo_set(n: int, missing: tuple[int, ...] = (), name: str = "id", labels: n
 def test_each_image_is_read_once_for_all_backends_and_a_bad_one_is_left_out(export: Path) -> None:
     images, counted = photo_set(70, missing=(3, 69)), []
     with open_runner(export, engine="openvino") as one, open_runner(export, engine="onnxruntime") as other:
-        found = collect({"one": one, "other": other}, images, one.spec.preprocess, counted.append)
+        found = run_backends({"one": one, "other": other}, images, one.spec.preprocess, counted.append)
         expected = one.infer({"image": np.delete(colour_images(70), (3, 69), axis=0)})
     assert counted == [32, 32, 4]
     assert found.rows == [i for i in range(70) if i not in (3, 69)]
@@ -153,7 +153,7 @@ def test_each_image_is_read_once_for_all_backends_and_a_bad_one_is_left_out(expo
 
 def test_no_readable_image_gives_no_outputs(export: Path) -> None:
     with open_runner(export) as runner:
-        found = collect({"one": runner}, photo_set(2, missing=(0, 1)), runner.spec.preprocess)
+        found = run_backends({"one": runner}, photo_set(2, missing=(0, 1)), runner.spec.preprocess)
     assert found.outputs == {}
     assert len(found.unreadable) == 2
 
@@ -161,7 +161,7 @@ def test_no_readable_image_gives_no_outputs(export: Path) -> None:
 def test_output_that_is_not_finite_is_an_error_of_that_backend(export: Path) -> None:
     edit_graph(export, "onnx-fp32", bias=np.array([np.nan, 0, 0, 0], np.float32))
     with open_runner(export, engine="openvino") as good, open_runner(export, artifact="onnx-fp32") as bad:
-        found = collect({"good": good, "bad": bad}, photo_set(40), good.spec.preprocess)
+        found = run_backends({"good": good, "bad": bad}, photo_set(40), good.spec.preprocess)
     assert list(found.outputs) == ["good"]
     assert "the output of 'bad' is not finite" in str(found.errors["bad"])
 

@@ -15,7 +15,7 @@ from small import CLASSES, SIZE, make_model, random_images
 from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import load_image, preprocess
-from ssod_edge.detect.detectors import FitData
+from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import fit_score, save_score
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.evaluation import pictures

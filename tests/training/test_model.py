@@ -277,6 +277,11 @@ def failing(error, always=False):
     ("error", "always", "message"),
     [
         (OSError("no route to host\nmore"), False, r"cannot be had \(no route to host\)\. Give .* --weights FILE$"),
+        (
+            RuntimeError("Error(s) in loading state_dict for ResNet:\nx"),
+            False,
+            r"do not fit it \(Error.*--weights FILE$",
+        ),
         (RuntimeError("no such layer"), True, r"'test_efficientnet' cannot be built: no such layer$"),
     ],
 )

@@ -20,7 +20,6 @@ pytest.importorskip("nncf", reason="needs the extra int8")
 
 from ssod_edge.cli import main
 from ssod_edge.data.images import Images, whole_dataset
-from ssod_edge.detect.pseudo_ood import pseudo_ood
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.source import Source
@@ -286,20 +285,6 @@ def test_a_drop_is_held_against_each_figure(control: AccuracyControl) -> None:
     assert control.holds(Figures(0.9, auroc)) and control.holds(Figures(1.0, auroc - 0.1))
     assert not control.holds(Figures(0.89, auroc)) and not control.holds(Figures(1.0, auroc - 0.101))
     assert control.holds(Figures(None, auroc)), "without labels the AUROC alone decides"
-
-
-def test_pseudo_ood_is_made_of_the_images_and_nothing_else() -> None:
-    known = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
-    made = pseudo_ood(known)
-    assert made.shape == known.shape and made.dtype == np.uint8
-    np.testing.assert_array_equal(made, pseudo_ood(known))
-    for index in (0, 3):
-        assert not np.array_equal(made[index], known[index])
-        np.testing.assert_array_equal(np.sort(made[index], axis=None), np.sort(known[index], axis=None))
-    blends = [(known[2].astype(int) + other) // 2 for other in known]
-    assert [np.array_equal(made[2], blend) for blend in blends].count(True) == 1
-    assert not np.array_equal(made[2], known[2])
-    assert made[1].std() < known[1].std(), "a corner blown up has less detail"
 
 
 @pytest.fixture(scope="module")
