@@ -15,7 +15,7 @@ from ssod_edge.data.inputs import list_images
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import Prediction, Predictor
+from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.terminal import bars, printable, standard_input
 
@@ -73,16 +73,14 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
 
 
-def _in_place(
-    predictor: Predictor, verdicts: Iterable[Prediction], no_images: Mapping[str, str]
-) -> Iterator[Prediction]:
+def _in_place(predictor: Predictor, verdicts: Iterable[Verdict], no_images: Mapping[str, str]) -> Iterator[Verdict]:
     """The verdicts, where an argument that stands for no image says why."""
     for verdict in verdicts:
         reason = no_images.get(verdict.image)
         yield verdict if reason is None else predictor.verdicts([verdict.image], {}, [reason])[0]
 
 
-def _print_json(verdicts: Iterable[Prediction]) -> int:
+def _print_json(verdicts: Iterable[Verdict]) -> int:
     """Returns how many images failed."""
     failed = 0
     for verdict in verdicts:
@@ -91,9 +89,9 @@ def _print_json(verdicts: Iterable[Prediction]) -> int:
     return failed
 
 
-def _print_table(verdicts: Iterable[Prediction], total: int, runner: Runner) -> int:
+def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner) -> int:
     """Returns how many images failed. An interrupt still prints the rows that are done."""
-    done: list[Prediction] = []
+    done: list[Verdict] = []
     try:
         for verdict in _with_progress(verdicts, total):
             done.append(verdict)
@@ -103,12 +101,12 @@ def _print_table(verdicts: Iterable[Prediction], total: int, runner: Runner) -> 
     return sum(verdict.error is not None for verdict in done)
 
 
-def _with_progress(verdicts: Iterable[Prediction], total: int) -> Iterator[Prediction]:
+def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]:
     with bars(shown=total >= 20) as progress:
         yield from progress.track(verdicts, total, description="images")
 
 
-def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
+def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -136,7 +134,7 @@ WIDE = 100_000
 WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
 
 
-def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:
+def _summary(verdicts: Sequence[Verdict], runner: Runner) -> str:
     known = sum(v.known is True for v in verdicts)
     unknown = sum(v.known is False for v in verdicts)
     failed = sum(v.error is not None for v in verdicts)

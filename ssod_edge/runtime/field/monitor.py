@@ -31,7 +31,7 @@ from ssod_edge.runtime.field.drift import (
     new_state,
     reference,
 )
-from ssod_edge.runtime.predict import Prediction, Predictor
+from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.spec import Artifact, Spec, Threshold
 
 SCHEMA_VERSION = 1
@@ -126,7 +126,7 @@ class Monitor:
     ) -> None:
         self.flush()
 
-    def add(self, verdict: Prediction) -> Prediction:
+    def add(self, verdict: Verdict) -> Verdict:
         """Count a verdict, and hand it on; one with an error counts as failed."""
         self.add_score(verdict.ood_score)
         return verdict

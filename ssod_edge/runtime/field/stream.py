@@ -24,7 +24,7 @@ from ssod_edge.data.pixels import load_image, preprocess
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, OutputError, UsageError
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import Prediction, Predictor
+from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.report import WORDS, PredictOptions, describe_run, open_monitor
 from ssod_edge.runtime.runner import Array, Runner, import_failed
 from ssod_edge.terminal import printable
@@ -307,7 +307,7 @@ class Smoother:
 
 @dataclass(frozen=True)
 class FrameVerdict:
-    """The verdict on one frame; as JSON it is one object with the keys of `Prediction` and these.
+    """The verdict on one frame; as JSON it is one object with the keys of `Verdict` and these.
 
     Attributes:
         prediction: its `image` is the name of the source.
@@ -315,7 +315,7 @@ class FrameVerdict:
         fps: verdicts a second, over the last second; None for the first one.
     """
 
-    prediction: Prediction
+    prediction: Verdict
     frame: int
     time_s: float
     fps: float | None
