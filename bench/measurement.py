@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from ssod_edge.bench.query import IMAGES, ImageQuery, encode
 from ssod_edge.bench.record import latency_figures, make_record, make_row
 from ssod_edge.data.named import NamedData
 from ssod_edge.errors import UsageError
+from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
-from ssod_edge.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class Measurement:
     """One bench: the backends, and what has been measured of them."""
 
     def __init__(
-        self, export: Path, spec: Spec, options: BenchOptions, backends: Backends, images: BenchImages, bar: Bar
+        self, export: Export, options: BenchOptions, backends: Backends, images: BenchImages, bar: Bar
     ) -> None:
-        self.spec, self.options, self.backends, self.images, self.bar = spec, options, backends, images, bar
+        self.spec, self.options, self.backends, self.images, self.bar = export.spec, options, backends, images, bar
         self.plan = options.plan or (QUICK if options.quick else Plan())
-        found, self.queries = query_images(images, export, spec, IMAGES)
+        found, self.queries = query_images(images, export, IMAGES)
         self.files = encode(found)
         self.samples: dict[str, list[Samples]] = {}
         self.cost: dict[str, dict[str, Any] | None] = {pair.engine: None for pair in backends.pairs}

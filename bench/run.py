@@ -46,12 +46,12 @@ def bench(
     Raises:
         UsageError, ArtifactError, MissingExtraError: the export or the data that were named cannot be opened.
     """
-    export, spec = (opened := Export.at(folder)).folder, opened.spec
+    export = Export.at(folder)
     environment = describe_environment(options.threads)
     with Interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
-        images = choose_images(export, spec, options.id_data, options.ood_data or {}, options.via_size, options.quick)
-        with Backends(export, spec, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
-            measurement = Measurement(export, spec, options, backends, images, bar)
+        images = choose_images(export, options, options.quick)
+        with Backends(export, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
+            measurement = Measurement(export, options, backends, images, bar)
             try:
                 measurement.run()
             except KeyboardInterrupt:

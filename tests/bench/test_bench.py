@@ -58,12 +58,12 @@ def no_bf16() -> Iterator[None]:
 
 def test_bf16_is_a_row_of_its_own(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
-    with Backends(export, load_spec(export), tmp_path / "a", None) as backends:
+    with Backends(Export.at(export), tmp_path / "a", None) as backends:
         row = backends.named(BF16)
     assert (row.status, row.error) == ("missing", "this CPU has no bf16 arithmetic, only FP32, INT8")
     monkeypatch.setattr("ssod_edge.runtime.engines.openvino.cpu_capabilities", lambda: ["FP32", "BF16"])
     (tmp_path / "b").mkdir()
-    with Backends(export, load_spec(export), tmp_path / "b", None) as backends:
+    with Backends(Export.at(export), tmp_path / "b", None) as backends:
         row = backends.named(BF16)
     assert (row.status, row.error, row.sha256) == (
         "ok",
@@ -197,7 +197,7 @@ def test_what_a_threshold_does_is_a_table_of_its_own(golden: dict[str, Any]) -> 
 
 def test_a_damaged_source_fails_the_plain_rows_too(export: Path, tmp_path: Path) -> None:
     (export / "model-fp32.onnx").write_bytes(b"")
-    backends = Backends(export, load_spec(export), tmp_path / "scratch", None)
+    backends = Backends(Export.at(export), tmp_path / "scratch", None)
     status = {backend.name: backend.status for backend in backends.all}
     assert status["plain-onnx-fp32"] == status["plain-openvino-fp32"] == "failed"
     with backends:
@@ -210,7 +210,7 @@ def test_a_missing_engine_is_not_a_failure(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("ssod_edge.runtime.open.is_installed", lambda engine: engine != "openvino")
-    with Backends(export, load_spec(export), tmp_path / "scratch", None) as backends:
+    with Backends(Export.at(export), tmp_path / "scratch", None) as backends:
         found = backends.named("openvino-fp32")
         backends.open(found)
     assert (found.status, found.runner) == ("missing", None)
