@@ -46,7 +46,9 @@ def kernel() -> dict[str, Any]:
     from torch.utils import cpp_extension
 
     cuda = wanted == "cuda" or (wanted == "auto" and has_gpu() and not missing_for_cuda())
-    flags = ["-std=c++20", "-O3", TORCH_TARGET]
+    # As a system's, PyTorch's headers warn of nothing: those of 2.14 would, and a strict build must not fail for them.
+    headers = [word for path in cpp_extension.include_paths("cpu") for word in ("-isystem", path)]
+    flags = ["-std=c++20", "-O3", TORCH_TARGET, *headers]
     warnings = ["-Wall", "-Wextra"] if wanted == "auto" else ["-Wall", "-Wextra", "-Werror"]
     options: dict[str, Any] = {"cxx": [*flags, *warnings, "-fopenmp-simd"]}
     if cuda:

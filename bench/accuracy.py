@@ -72,7 +72,7 @@ class Collected:
     unreadable: list[str] = field(default_factory=list)
 
 
-def collect(
+def run_backends(
     runners: Mapping[str, Runner], images: ImageSet, settings: Preprocess, tick: Callable[[int], None] | None = None
 ) -> Collected:
     """Run every backend on every image of a set; each image is decoded once.

@@ -11,8 +11,10 @@ from types import TracebackType
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime.open import Runner, is_installed, open_runner
-from ssod_edge.spec import Artifact, Spec, check_files, load_spec
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import is_installed, open_runner
+from ssod_edge.runtime.runner import Runner
+from ssod_edge.spec import Artifact
 
 EAGER = "eager"
 #: The artifact `BF16_SOURCE`, computed in bf16.
@@ -60,18 +62,18 @@ class Backends(AbstractContextManager["Backends"]):
     """All backends of an export. One that cannot be made or opened has failed; the others go on.
 
     Args:
-        export: the export folder.
-        spec: its spec.
+        export: whose artifacts they are.
         scratch: an empty folder for the plain classifiers.
         threads: of each engine; None leaves it to them.
     """
 
-    def __init__(self, export: Path, spec: Spec, scratch: Path, threads: int | None) -> None:
+    def __init__(self, export: Export, scratch: Path, threads: int | None) -> None:
         self._threads = threads
         self._stack = ExitStack()
-        self.all = [*(_fused(export, artifact) for artifact in spec.artifacts), *_bf16(export, spec), _eager(export)]
-        self.pairs = choose_pairs(spec)
-        self.all += [_plain(export, spec, pair, scratch / pair.plain) for pair in self.pairs]
+        fused = [_fused(export.folder, artifact) for artifact in export.spec.artifacts]
+        self.all = [*fused, *_bf16(fused), _eager(export.folder)]
+        self.pairs = choose_pairs(export.spec)
+        self.all += [_plain(export, pair, scratch / pair.plain) for pair in self.pairs]
 
     def __enter__(self) -> Backends:
         return self
@@ -125,10 +127,9 @@ def _fused(export: Path, artifact: Artifact) -> Backend:
     return Backend(artifact.name, artifact.engine, export, combined_hash(artifact), size)
 
 
-def _bf16(export: Path, spec: Spec) -> list[Backend]:
+def _bf16(fused: list[Backend]) -> list[Backend]:
     """The row for bf16: it says so where the CPU has no such arithmetic, because OpenVINO would then run fp32."""
-    artifacts = [artifact for artifact in spec.artifacts if artifact.name == BF16_SOURCE]
-    backends = [replace(_fused(export, artifact), name=BF16) for artifact in artifacts]
+    backends = [replace(backend, name=BF16) for backend in fused if backend.name == BF16_SOURCE]
     for backend in backends:
         if is_installed("openvino"):
             from ssod_edge.runtime.engines.openvino import cpu_capabilities
@@ -139,12 +140,12 @@ def _bf16(export: Path, spec: Spec) -> list[Backend]:
     return backends
 
 
-def _open_bf16(export: Path, threads: int | None) -> Runner:
+def _open_bf16(folder: Path, threads: int | None) -> Runner:
     from ssod_edge.runtime.engines.openvino import OpenVinoRunner
 
-    spec = load_spec(export)
-    artifact = spec.artifact(BF16_SOURCE)
-    return OpenVinoRunner(spec, artifact, check_files(export, artifact), threads=threads, bf16=True)
+    export = Export.at(folder)
+    artifact = export.spec.artifact(BF16_SOURCE)
+    return OpenVinoRunner(export.spec, artifact, export.check(artifact), threads=threads, bf16=True)
 
 
 def _eager(export: Path) -> Backend:
@@ -157,14 +158,14 @@ def _eager(export: Path) -> Backend:
     return Backend(EAGER, EAGER, run, sha256_file(checkpoint), _size_mb([checkpoint]))
 
 
-def _plain(export: Path, spec: Spec, pair: Pair, folder: Path) -> Backend:
+def _plain(export: Export, pair: Pair, folder: Path) -> Backend:
     backend = Backend(pair.plain, pair.engine, folder)
-    if pair.source not in {artifact.name for artifact in spec.artifacts}:
+    if pair.source not in {artifact.name for artifact in export.spec.artifacts}:
         backend.status, backend.error = "missing", f"there is no {pair.source} in this export, which it is made from"
         return backend
     try:
         folder.mkdir(parents=True)
-        artifact = export_plain(export, spec, pair, folder)
+        artifact = export_plain(export, pair, folder)
     except Exception as error:
         backend.fail(error)
         return backend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet
+from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import model_labels
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
-from ssod_edge.runtime.verify import load_reference
+from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 
 #: Images of each set that a quick bench takes, evenly spread.
@@ -33,17 +33,12 @@ class BenchImages:
         return self.unknown if self.known is None else (self.known, *self.unknown)
 
 
-def choose_images(
-    export: Path, spec: Spec, known: str | None, unknown: dict[str, str], via: int | None, quick: bool
-) -> BenchImages:
+def choose_images(export: Export, options: NamedData, quick: bool = False) -> BenchImages:
     """The image sets of a bench.
 
     Args:
-        export: the export folder; the run's folder is the one above.
-        spec: its spec.
-        known: ID data (`ssod_edge.data.sources.open_dataset`); None takes the run's recorded validation split.
-        unknown: name -> OOD data.
-        via: see `ImageSet.via`.
+        export: what is measured.
+        options: ID data (None takes the run's recorded validation split), OOD data, and the size they go through.
         quick: at most QUICK_IMAGES of each set.
 
     Raises:
@@ -51,15 +46,18 @@ def choose_images(
         MissingExtraError: data were named and the packages that read them are not installed.
     """
     note = None
-    if known is not None:
-        chosen: ImageSet | None = named_set(known, spec)
+    if options.id_data is not None:
+        chosen: ImageSet | None = named_set(options.id_data, export.spec)
     else:
-        chosen, note = recorded_split(export, spec)
+        chosen, note = recorded_split(export)
+    unknown = options.ood_data or {}
     if chosen is None and unknown:
         raise UsageError(f"--ood needs in-distribution images too: {note} Name them with --id DATA.")
     others = [unknown_set(name, data) for name, data in unknown.items()]
-    known_set, *unknown_sets = [_limit(s, via, quick) if s is not None else None for s in (chosen, *others)]
-    return BenchImages(known_set, tuple(s for s in unknown_sets if s is not None), note)
+    known_set, *unknown_sets = [
+        _limit(images, options.via_size, quick) if images is not None else None for images in (chosen, *others)
+    ]
+    return BenchImages(known_set, tuple(images for images in unknown_sets if images is not None), note)
 
 
 def named_set(data: str, spec: Spec) -> ImageSet:
@@ -81,11 +79,11 @@ def unknown_set(name: str, data: str) -> ImageSet:
     return ImageSet(name, data, source.fingerprint, source, np.arange(len(source)))
 
 
-def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | None]:
+def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
     """The validation split that the run recorded, or None and the reason."""
-    if not spec.trained:
+    if not export.spec.trained:
         return None, "The weights are untrained."
-    facts = spec.source
+    facts = export.spec.source
     if not facts.get("splits_hash"):
         return None, "The weights were not trained here, so that there is no recorded validation split."
     from ssod_edge.data.splits import read_splits
@@ -94,27 +92,22 @@ def recorded_split(export: Path, spec: Spec) -> tuple[ImageSet | None, str | Non
         source = _open(str(facts["data"]))
         if source.fingerprint != facts["data_fingerprint"]:
             return None, f"The data '{facts['data']}' changed since the run."
-        indices = read_splits(export.resolve().parent, source, str(facts["splits_hash"])).val
+        indices = read_splits(export.folder.resolve().parent, source, str(facts["splits_hash"])).val
     except (OSError, ValueError, KeyError, SsodEdgeError, ImportError) as error:
         return None, f"The run's validation images cannot be opened ({error})."
     name = f"{facts['data']} (val split)"
     return ImageSet("id", name, source.fingerprint, source, indices, source.labels[indices]), None
 
 
-def reference_images(export: Path, spec: Spec) -> list[Image.Image]:
-    """The images of `reference.npz`, to time queries with where there are no data."""
-    pixels = load_reference(export, spec)["image"]
-    return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in pixels]
-
-
-def query_images(images: BenchImages, export: Path, spec: Spec, count: int) -> tuple[list[Image.Image], str]:
+def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[Image.Image], str]:
     """At most `count` images to time queries with, evenly spread over the ID images, and what they are.
 
     Raises:
         ArtifactError: there are neither data nor a reference, or none of the images can be read.
     """
     if images.known is None:
-        found, origin = reference_images(export, spec)[:count], "reference.npz"
+        pixels, origin = export.reference()["image"][:count], "reference.npz"
+        found = [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in pixels]
     else:
         known, found, origin = images.known, [], images.known.data
         for index in _spread(known.indices, count):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssod_edge.bench.accuracy import Collected, ImageSet, accuracy_figures, collect
+from ssod_edge.bench.accuracy import Collected, ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.backends import EAGER, Backend, Backends
 from ssod_edge.bench.environment import describe_state
 from ssod_edge.bench.images import BenchImages, query_images
@@ -20,35 +19,31 @@ from ssod_edge.bench.power import PowerMeter
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.query import IMAGES, ImageQuery, encode
 from ssod_edge.bench.record import latency_figures, make_record, make_row
+from ssod_edge.data.named import NamedData
 from ssod_edge.errors import UsageError
-from ssod_edge.runtime.open import Runner
-from ssod_edge.spec import Spec
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.runner import Runner
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """What a bench is asked for.
+class BenchOptions(NamedData):
+    """What a bench is asked for, beside the images.
 
     Attributes:
         quick: seconds instead of minutes, with fewer samples and images.
-        known: ID data; None takes the run's recorded validation split.
-        unknown: OOD set name -> data.
         batch: images per query.
         threads: of each engine; None leaves it to them.
-        via: resize images to this many pixels first, as `eval --via`; None takes them as they are.
         plan: how long to measure; None takes the full method's, or QUICK.
     """
 
     quick: bool = False
-    known: str | None = None
-    unknown: dict[str, str] = field(default_factory=dict)
     batch: int = 1
     threads: int | None = None
-    via: int | None = None
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "threads", "via"):
+        super().__post_init__()
+        for name in ("batch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
@@ -58,11 +53,11 @@ class Measurement:
     """One bench: the backends, and what has been measured of them."""
 
     def __init__(
-        self, export: Path, spec: Spec, options: BenchOptions, backends: Backends, images: BenchImages, bar: Bar
+        self, export: Export, options: BenchOptions, backends: Backends, images: BenchImages, bar: Bar
     ) -> None:
-        self.spec, self.options, self.backends, self.images, self.bar = spec, options, backends, images, bar
+        self.spec, self.options, self.backends, self.images, self.bar = export.spec, options, backends, images, bar
         self.plan = options.plan or (QUICK if options.quick else Plan())
-        found, self.queries = query_images(images, export, spec, IMAGES)
+        found, self.queries = query_images(images, export, IMAGES)
         self.files = encode(found)
         self.samples: dict[str, list[Samples]] = {}
         self.cost: dict[str, dict[str, Any] | None] = {pair.engine: None for pair in backends.pairs}
@@ -127,7 +122,7 @@ class Measurement:
         with self.bar.steps("accuracy", sum(len(images.indices) for images in self.images.sets)) as step:
             for images in self.images.sets:
                 tick = partial(step, images.name)
-                found = collect(self.backends.runners(), images, self.spec.preprocess, tick)
+                found = run_backends(self.backends.runners(), images, self.spec.preprocess, tick)
                 self.collected[images.name] = found
                 for name, error in found.errors.items():
                     self.backends.named(name).fail(error)
@@ -220,11 +215,10 @@ class Measurement:
                 "n": len(found.rows),
                 "unreadable": found.unreadable,
             }
-        via = self.options.via
         return {
             "id": entries.pop("id", None),
             "ood": entries,
-            "protocol": "native" if via is None else f"via{via}",
+            "protocol": self.options.protocol,
             "note": self.images.note,
             "reference": self.reference,
         }

@@ -13,8 +13,8 @@ from typing import Any
 from ssod_edge.errors import ArtifactError, missing_extra
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.files import sha256_file
-from ssod_edge.runtime.open import Runner
-from ssod_edge.runtime.runner import OUTPUTS
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.runner import OUTPUTS, Runner
 from ssod_edge.spec import Artifact, Spec, check_files, load_spec, save_spec
 
 #: What is left of the fused graph's outputs.
@@ -54,12 +54,11 @@ def choose_pairs(spec: Spec) -> list[Pair]:
     return [both[0] for both in found if both]
 
 
-def export_plain(export: Path, spec: Spec, pair: Pair, folder: Path) -> Artifact:
+def export_plain(export: Export, pair: Pair, folder: Path) -> Artifact:
     """Make the plain classifier for one engine in a folder of its own, with a spec that `open_plain` reads.
 
     Args:
-        export: the export folder.
-        spec: its spec.
+        export: whose graph is cut.
         pair: which one to make.
         folder: exists; gets the model and `ssod.json`.
 
@@ -71,9 +70,9 @@ def export_plain(export: Path, spec: Spec, pair: Pair, folder: Path) -> Artifact
         raise missing_extra("onnx", "making the plain classifier")
     import onnx
 
-    source = spec.artifact(pair.source)
-    graph = onnx.load(check_files(export, source))
-    cut_plain(graph, len(spec.classes))
+    source = export.spec.artifact(pair.source)
+    graph = onnx.load(check_files(export.folder, source))
+    cut_plain(graph, len(export.spec.classes))
     onnx.save(graph, folder / "plain.onnx")
     files = ["plain.onnx"]
     if pair.engine == "openvino":
@@ -86,7 +85,7 @@ def export_plain(export: Path, spec: Spec, pair: Pair, folder: Path) -> Artifact
         threshold=None,
         verification=None,
     )
-    save_spec(replace(spec, artifacts=(artifact,)), folder)
+    save_spec(replace(export.spec, artifacts=(artifact,)), folder)
     return artifact
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,34 @@ import numpy as np
 from ssod_edge.bench.latency import Samples, summarise, summarise_stages
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_json
+from ssod_edge.json_reader import from_json, read_json
 
 SCHEMA_VERSION = 1
 
 #: Keys of a record, in their order.
 RECORD_KEYS = ("schema_version", "environment", "command", "method", "export", "data", "cost_of_unknown", "rows")
 
-#: Keys of a row, in their order. `repeats_ms` and `ood_sets` hold the evidence behind the columns before them.
-ROW_KEYS = (
-    *("artifact", "sha256", "engine", "precision", "device", "batch"),
-    *("latency_ms", "stages_ms", "throughput_ips", "size_mb", "rss_mb"),
-    *("top1", "agreement", "auroc", "fpr_at_id_tpr95", "decision_flips"),
-    *("status", "error", "repeats_ms", "ood_sets", "power", "false_accept", "false_reject", "deployment"),
-)
+_Figures = dict[str, float | None]
+#: Keys of a row, in their order, and what each holds. `repeats_ms` and `ood_sets` hold the evidence behind the columns
+#: before them.
+ROW_TYPES: dict[str, Any] = {
+    "artifact": str,
+    **dict.fromkeys(("sha256", "engine", "precision", "device"), str | None),
+    "batch": int,
+    "latency_ms": _Figures | None,
+    "stages_ms": dict[str, _Figures] | None,
+    **dict.fromkeys(("throughput_ips", "size_mb", "rss_mb"), float | None),
+    **dict.fromkeys(("top1", "agreement", "auroc", "fpr_at_id_tpr95"), float | None),
+    "decision_flips": int | None,
+    "status": str,
+    "error": str | None,
+    "repeats_ms": dict[str, tuple[float, ...]] | None,
+    "ood_sets": dict[str, Any] | None,
+    "power": dict[str, Any] | None,
+    **dict.fromkeys(("false_accept", "false_reject"), float | None),
+    "deployment": dict[str, Any] | None,
+}
+ROW_KEYS = tuple(ROW_TYPES)
 #: Keys that records of earlier releases lack.
 LATER_KEYS = ("power", "false_accept", "false_reject", "deployment")
 
@@ -91,12 +105,14 @@ def load_record(path: str | Path) -> dict[str, Any]:
         UsageError: missing, not JSON, not a bench record, or of a newer schema.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"'{path}' cannot be read as a bench record ({error})") from error
-    if not isinstance(record, dict) or not set(RECORD_KEYS) <= record.keys():
+        raise UsageError(
+            f"'{path}' cannot be read as a bench record ({error}). Make one with: ssod-edge bench --json FILE"
+        ) from error
+    if not set(RECORD_KEYS) <= record.keys():
         raise UsageError(f"'{path}' is not a bench record. Make one with: ssod-edge bench --json FILE")
-    if not isinstance(record["schema_version"], int) or record["schema_version"] > SCHEMA_VERSION:
+    if type(record["schema_version"]) is not int or record["schema_version"] > SCHEMA_VERSION:
         raise UsageError(
             f"'{path}' has schema version {record['schema_version']}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
@@ -105,4 +121,12 @@ def load_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= row.keys() for row in rows):
         raise UsageError(f"'{path}' has rows that lack keys. Make it again with: ssod-edge bench --json FILE")
     record["rows"] = [{key: row.get(key) for key in (*ROW_KEYS, *row)} for row in rows]
+    try:
+        for key in ("environment", "method", "export", "data", "cost_of_unknown"):
+            from_json(dict[str, Any], record[key], key)
+        for number, row in enumerate(record["rows"]):
+            for key, kind in ROW_TYPES.items():
+                from_json(kind, row[key], f"rows[{number}].{key}")
+    except UsageError as error:
+        raise UsageError(f"'{path}' is damaged ({error}). Make it again with: ssod-edge bench --json FILE") from error
     return record

@@ -6,6 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,11 @@ from ssod_edge.bench.measurement import BenchOptions, Measurement
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import markdown, print_comparison, print_record
-from ssod_edge.config import resolve_backbone
-from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, ArtifactError, UsageError
+from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.files import check_output
-from ssod_edge.runtime.open import find_export
-from ssod_edge.spec import SPEC_NAME, load_spec
+from ssod_edge.runtime.export import Export
 
 Report = Callable[[dict[str, Any]], None]
-
-
-def newest_export(root: str | Path = "runs", backbone: str | None = None) -> Path:
-    """The export under `root` that was written last, of this backbone if one is given.
-
-    Raises:
-        UsageError: there is none.
-    """
-    wanted = None if backbone is None else resolve_backbone(backbone)
-    found = []
-    for path in Path(root).glob(f"*/export/{SPEC_NAME}"):
-        try:
-            matches = wanted is None or load_spec(path.parent).backbone == wanted
-        except ArtifactError:
-            continue
-        if matches:
-            found.append((path.stat().st_mtime, path.parent))
-    if not found:
-        what = f"export of '{backbone}'" if backbone else "export"
-        option = f" --backbone {backbone}" if backbone else ""
-        raise UsageError(f"there is no {what} under '{root}'. Make one with: ssod-edge export{option}")
-    return max(found)[1]
 
 
 def bench(
@@ -69,13 +46,12 @@ def bench(
     Raises:
         UsageError, ArtifactError, MissingExtraError: the export or the data that were named cannot be opened.
     """
-    export = find_export(folder)
-    spec = load_spec(export)
+    export = Export.at(folder)
     environment = describe_environment(options.threads)
     with Interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
-        images = choose_images(export, spec, options.known, options.unknown, options.via, options.quick)
-        with Backends(export, spec, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
-            measurement = Measurement(export, spec, options, backends, images, bar)
+        images = choose_images(export, options, options.quick)
+        with Backends(export, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
+            measurement = Measurement(export, options, backends, images, bar)
             try:
                 measurement.run()
             except KeyboardInterrupt:
@@ -98,25 +74,31 @@ def _command(folder: str | Path, options: BenchOptions) -> str:
     """The command line that measures the same again."""
     words = ["ssod-edge", "bench", str(folder)]
     words += ["--quick"] if options.quick else []
-    words += ["--id", options.known] if options.known is not None else []
-    for name, data in options.unknown.items():
+    words += ["--id", options.id_data] if options.id_data is not None else []
+    for name, data in (options.ood_data or {}).items():
         words += ["--ood", f"{name}={data}"]
-    for name in ("batch", "threads", "via"):
-        value = getattr(options, name)
+    for name, value in (("batch", options.batch), ("threads", options.threads), ("via", options.via_size)):
         words += [f"--{name}", str(value)] if value is not None else []
     return shlex.join(words)
 
 
+@dataclass(frozen=True)
+class BenchOutput:
+    """What becomes of a record. Attributes: the file to write, one to compare with, Markdown in place of a table."""
+
+    json_file: str | None = None
+    compare_file: str | None = None
+    as_markdown: bool = False
+
+
 def run_bench(
-    folder: str | None,
-    backbone: str | None,
-    options: BenchOptions,
-    json_file: str | None = None,
-    compare_file: str | None = None,
-    as_markdown: bool = False,
-    runs: str = "runs",
+    folder: str | None, options: BenchOptions, output: BenchOutput, backbone: str | None = None, runs: str = "runs"
 ) -> int:
     """The command `bench`: measure, print, save, compare.
+
+    Args:
+        folder: an export folder, or the run folder that holds it; None: the newest export under `runs`, of this
+            backbone if one is given.
 
     Returns:
         the exit code, see `exit_code`.
@@ -127,43 +109,26 @@ def run_bench(
     """
     if folder is not None and backbone is not None:
         raise UsageError("give either DIR or --backbone, not both")
-    old = None if compare_file is None else load_record(compare_file)
-    if json_file is not None:
-        check_output(json_file)
+    old = None if output.compare_file is None else load_record(output.compare_file)
+    if output.json_file is not None:
+        check_output(output.json_file)
     errors = Console(stderr=True)
-    output = Console(width=None if sys.stdout.isatty() else 132)
+    console = Console(width=None if sys.stdout.isatty() else 132)
 
     def show(record: dict[str, Any]) -> None:
-        if as_markdown:
+        if output.as_markdown:
             click.echo(markdown(record), nl=False)
         else:
-            print_record(record, output)
+            print_record(record, console)
 
     def show_unfinished(record: dict[str, Any]) -> None:
         errors.print("interrupted: columns that are missing were not measured, and no JSON is written", soft_wrap=True)
         show(record)
 
-    record = bench(newest_export(runs, backbone) if folder is None else folder, options, errors, show_unfinished)
+    record = bench(Export.newest(runs, backbone).folder if folder is None else folder, options, errors, show_unfinished)
     show(record)
     if old is not None:
-        print_comparison(compare(old, record), output)
-    if json_file is not None:
-        save_record(record, json_file)
+        print_comparison(compare(old, record), console)
+    if output.json_file is not None:
+        save_record(record, output.json_file)
     return exit_code(record)
-
-
-def parse_unknown(values: tuple[str, ...]) -> dict[str, str]:
-    """The values of --ood, "NAME=DATA" each, as name -> data.
-
-    Raises:
-        UsageError: one has another form, a name is given twice, or is "id".
-    """
-    sets: dict[str, str] = {}
-    for value in values:
-        name, separator, data = value.partition("=")
-        if not (name and separator and data):
-            raise UsageError(f"--ood must have the form NAME=DATA, got '{value}'")
-        if name in sets or name == "id":
-            raise UsageError(f"--ood: the name '{name}' is taken; choose another")
-        sets[name] = data
-    return sets

@@ -15,7 +15,8 @@ from typing import Any
 
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
 from ssod_edge.files import check_output, sha256_file, write_atomic
-from ssod_edge.runtime.open import find_export
+from ssod_edge.json_reader import parse_json
+from ssod_edge.runtime.export import Export
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
 
 README_NAME = "README.md"
@@ -61,8 +62,8 @@ def write_bundle(
         OutputError: the bundle cannot be written; an earlier file of that name is unchanged.
     """
     check_output(path)
-    folder = find_export(folder)
-    spec = load_spec(folder)
+    export = Export.at(folder)
+    folder, spec = export.folder, export.spec
     for name, digest in spec.shared_files.items():
         check_hash(folder / name, digest)
     packed = replace(spec, artifacts=tuple(artifact for artifact in spec.artifacts if travels(artifact)))
@@ -160,13 +161,15 @@ def _read_bench(spec: Spec, path: Path) -> bytes:
     """Raises UsageError unless the file is a bench record with a row of one of the spec's ONNX artifacts."""
     try:
         content = path.read_bytes()
-        record = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"'{path}' cannot be read as a bench record ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("rows"), list):
+        rows = parse_json(content).get("rows")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"'{path}' cannot be read as a bench record ({error}). Make one with: ssod-edge bench --json FILE"
+        ) from error
+    if not isinstance(rows, list):
         raise UsageError(f"'{path}' is not a bench record. Make one with: ssod-edge bench --json FILE")
-    hashes = {digest for artifact in spec.artifacts for digest in artifact.files.values()}
-    if not any(isinstance(row, dict) and row.get("sha256") in hashes for row in record["rows"]):
+    hashes = [digest for artifact in spec.artifacts for digest in artifact.files.values()]
+    if not any(isinstance(row, dict) and row.get("sha256") in hashes for row in rows):
         raise UsageError(
             f"'{path}' has no figures of these artifacts. Measure them with: ssod-edge bench DIR --json FILE"
         )
@@ -206,7 +209,7 @@ def _threshold_text(artifact: Artifact) -> str:
 def _timings(record: bytes | None) -> list[str]:
     """A Markdown table of a record's latencies, end to end at its batch size."""
     rows = []
-    for row in json.loads(record)["rows"] if record else ():
+    for row in parse_json(record)["rows"] if record else ():
         latency = row.get("latency_ms") if isinstance(row, dict) else None
         if isinstance(latency, dict) and isinstance(latency.get("p50"), (int, float)):
             ran = f"{row.get('engine')} in {row.get('precision')} on {row.get('device')}, batch {row.get('batch')}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import default_folder, deploy
 from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, check_engines
 from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
+from ssod_edge.export.release import Targets
 from ssod_edge.runtime.open import PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
 
@@ -39,116 +40,115 @@ NO_IMAGES_NOTE = (
 WIDE = 200
 
 
-def run_export(
-    run: str | None,
-    runs: str = "runs",
-    out: str | None = None,
-    backbone: str | None = None,
-    weights: str | None = None,
-    pretrained: bool = False,
-    data: str | None = None,
-    classes: str | None = None,
-    size: int | None = None,
-    precisions: tuple[str, ...] = (),
-    target: str = "all",
-    score: str | None = None,
-    tpr: float = 0.95,
-    calib: str | None = None,
-    max_drop: float = 1.0,
-    batch: str = "1,1,8",
-    version_compatible: bool = False,
-) -> int:
-    """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which model to export.
 
-    Args:
+    Attributes:
         run: a run folder or checkpoint; None takes the newest run of `backbone`, or its untrained weights.
         runs: folder of runs.
-        out: the export folder; None is `export` inside the run folder.
         backbone: an alias or a timm name.
         weights, pretrained: export these instead of a run; see `ssod_edge.export.graph.source.from_weights`.
         data: in-distribution images for the thresholds; None takes the run's calibration split.
         classes: file of class names for `weights` and `pretrained`.
         size: input size in pixels, of weights that were not trained here.
-        precisions: of "fp32", "fp16" and "int8"; none given makes the first two.
+    """
+
+    run: str | None = None
+    runs: str = "runs"
+    backbone: str | None = None
+    weights: str | None = None
+    pretrained: bool = False
+    data: str | None = None
+    classes: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What to make of it.
+
+    Attributes:
+        out: the export folder; None is `export` inside the run folder, or a bundle's name without `.tar`, here.
+        precisions: of "fp32", "fp16" and "int8"; none given makes the first two, or all that a bundle holds.
         target: see `engines_for`.
-        score, tpr, max_drop: see `ExportOptions`.
-        calib: in-distribution images to quantise with; None takes those of the thresholds.
+        tpr: share of in-distribution images that must stay known, in (0, 1).
         batch: "MIN,OPT,MAX" of TensorRT's plans.
         version_compatible: see `ssod_edge.export.engines.tensorrt.PlanOptions`.
     """
+
+    out: str | None = None
+    precisions: tuple[str, ...] = ()
+    target: str = "all"
+    tpr: float = 0.95
+    batch: str = "1,1,8"
+    version_compatible: bool = False
+
+    def targets(self) -> Targets:
+        """Errors as `plan_options`."""
+        engines = engines_for(self.target)
+        return Targets(self.precisions, engines, self.tpr, plan_options(engines, self.batch, self.version_compatible))
+
+
+def run_export(
+    source: SourceOptions,
+    target: TargetOptions,
+    score: str | None = None,
+    calib: str | None = None,
+    max_drop: float = 1.0,
+) -> int:
+    """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
+
+    Args:
+        score, max_drop: see `ExportOptions`.
+        calib: in-distribution images to quantise with; None takes those of the thresholds.
+    """
+    from ssod_edge.data.images import whole_dataset
     from ssod_edge.export.graph.build import ExportOptions, export_source
 
-    started = time.monotonic()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    engines = engines_for(target)
-    plans = plan_options(engines, batch, version_compatible)
-    options = ExportOptions(precisions or DEFAULT_PRECISIONS, engines, tpr, score, max_drop, plans)
-    if calib is not None and "int8" not in options.precisions:
+    started, console = time.monotonic(), _console()
+    asked = target.targets()
+    precisions = asked.precisions or DEFAULT_PRECISIONS
+    options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop)
+    if calib is not None and "int8" not in precisions:
         raise UsageError("--calib names images to quantise with; it needs --int8")
     check_engines(options.engines)
-    source = choose_source(run, runs, backbone, weights, pretrained, data, classes, size)
+    model = choose_source(source)
     if calib is not None:
-        from ssod_edge.export.graph.source import from_dataset
-
-        source = replace(source, int8=from_dataset(calib))
-    if not source.trained:
-        warning = UNTRAINED_WARNING.format(backbone=source.model.backbone_name, runs=runs)
+        model = replace(model, images=replace(model.images, int8=whole_dataset(calib)))
+    if not model.trained:
+        warning = UNTRAINED_WARNING.format(backbone=model.model.backbone_name, runs=source.runs)
         console.print(Text(warning, "bold red"))
-    elif source.calibration is None:
+    elif model.images.thresholds is None:
         console.print(Text(NO_IMAGES_NOTE, "yellow"))
-    spec = export_source(source, out, options, say=lambda line: console.print(Text(line)))
-    folder = Path(out) if out else source.folder / "export"
-    print_artifacts(spec, folder)
-    console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-    used = (source.calibration, source.int8, source.training, source.choices)
-    left_out = any(images is not None and images.unreadable for images in used)
-    return EXIT_SOME_FAILED if left_out else EXIT_OK
+    folder = Path(target.out) if target.out else model.folder / "export"
+    spec = export_source(model, target.out, options, say=lambda line: console.print(Text(line)))
+    _show(spec, folder, started, console)
+    return EXIT_SOME_FAILED if model.images.unreadable else EXIT_OK
 
 
-def run_deploy(
-    bundle: str,
-    out: str | None = None,
-    precisions: tuple[str, ...] = (),
-    target: str = "all",
-    data: str | None = None,
-    tpr: float = 0.95,
-    batch: str = "1,1,8",
-    version_compatible: bool = False,
-) -> int:
+def run_deploy(bundle: str, target: TargetOptions, data: str | None = None) -> int:
     """`export --from`: make artifacts on a device, and print their table; returns the exit code, as `run_export` does.
 
     Args:
         bundle: what `package` wrote.
-        out: the export folder; None is the bundle's name without `.tar`, here.
-        precisions, data, tpr: see `ssod_edge.export.deploy.deploy`.
-        target, batch, version_compatible: as for `run_export`.
+        data: see `ssod_edge.export.deploy.deploy`.
     """
-    started = time.monotonic()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    started, console = time.monotonic(), _console()
     unreadable: dict[str, None] = {}
-    folder = default_folder(bundle) if out is None else Path(out)
-    engines = engines_for(target)
+    folder = default_folder(bundle) if target.out is None else Path(target.out)
     spec = deploy(
-        bundle,
-        folder,
-        engines,
-        precisions,
-        data,
-        tpr,
-        plan_options(engines, batch, version_compatible),
-        unreadable=unreadable.setdefault,
-        say=lambda line: console.print(Text(line)),
+        bundle, folder, target.targets(), data, unreadable.setdefault, say=lambda line: console.print(Text(line))
     )
     for message in unreadable:
         console.print(Text(f"left out: {message}"))
-    print_artifacts(spec, folder)
-    console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
+    _show(spec, folder, started, console)
     return EXIT_SOME_FAILED if unreadable else EXIT_OK
 
 
 def run_package(folder: str, out: str, bench: str | None = None) -> int:
     """`package`: pack an export into one file; returns the exit code. See `ssod_edge.export.bundle.write_bundle`."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = _console()
     spec = write_bundle(folder, out, bench, say=lambda line: console.print(Text(line, "yellow")))
     held = ", ".join(artifact.name for artifact in spec.artifacts)
     console.print(Text(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB"))
@@ -187,44 +187,45 @@ def plan_options(engines: Sequence[str], batch: str, version_compatible: bool) -
     return options
 
 
-def choose_source(
-    run: str | None,
-    runs: str = "runs",
-    backbone: str | None = None,
-    weights: str | None = None,
-    pretrained: bool = False,
-    data: str | None = None,
-    classes: str | None = None,
-    size: int | None = None,
-) -> Source:
-    """What the arguments of `run_export` mean.
+def choose_source(options: SourceOptions) -> Source:
+    """The model that is meant.
 
     Raises:
-        UsageError: they contradict each other, or there is nothing to export.
+        UsageError: the options contradict each other, or there is nothing to export.
     """
     from ssod_edge.export.graph.source import from_run, from_weights, untrained
-    from ssod_edge.training.checkpoint import find_run
+    from ssod_edge.training.run import Run
 
-    if weights or pretrained:
-        if run or not backbone or (weights and pretrained):
+    run, runs, backbone, size = options.run, options.runs, options.backbone, options.size
+    if options.weights or options.pretrained:
+        if run or not backbone or (options.weights and options.pretrained):
             raise UsageError("give --backbone NAME with either --weights FILE or --pretrained, and no run")
-        return from_weights(backbone, weights, runs, data, classes, size)
-    if classes:
+        return from_weights(backbone, options.weights, runs, options.data, options.classes, size)
+    if options.classes:
         raise UsageError("--classes belongs to --weights or --pretrained; a run knows its classes")
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
     if run is None:
         try:
-            run = str(find_run(runs, backbone))
+            run = str(Run.newest(runs, backbone).folder)
         except UsageError:
             if backbone is None:
                 raise
-            if data:
+            if options.data:
                 raise UsageError("untrained weights have no threshold; leave --id out, or train first") from None
             return untrained(backbone, runs, size)
     if size:
         raise UsageError("--size belongs to weights that were not trained here; a run has its own input size")
-    return from_run(run, data)
+    return from_run(run, options.data)
+
+
+def _console() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _show(spec: Spec, folder: Path, started: float, console: Console) -> None:
+    print_artifacts(spec, folder)
+    console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
 
 
 def print_artifacts(spec: Spec, folder: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 
 from ssod_edge.data.inputs import list_images
 from ssod_edge.detect.metrics import check_target_tpr
-from ssod_edge.errors import UsageError, VerificationError
+from ssod_edge.errors import UsageError
 from ssod_edge.export.bundle import BENCH_NAME, check_bundle, unpack
-from ssod_edge.export.engines.artifact import CPU_TARGETS, PRECISIONS, check_engines, make_artifact
-from ssod_edge.export.engines.tensorrt import PlanOptions
-from ssod_edge.export.release import earlier_export, keep_earlier, staged, that_run_here
-from ssod_edge.files import exclusive, same_data
+from ssod_edge.export.engines.artifact import PRECISIONS, check_engines, make_artifact
+from ssod_edge.export.release import Targets, release
+from ssod_edge.files import same_data
 from ssod_edge.runtime.calibrate import fit_threshold, trained_on
-from ssod_edge.runtime.open import Runner, open_runner
-from ssod_edge.runtime.verify import Verification, check_passed, load_reference, verify_runner
-from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, save_spec
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.runner import Runner
+from ssod_edge.runtime.verify import Verification, verify_runner
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 
 #: A threshold is carried over while at most so many reference images change sides at it. One always may: a conformal
 #: threshold is itself the score of one image, which any rounding moves across it.
@@ -39,11 +38,8 @@ def default_folder(bundle: str | Path) -> Path:
 def deploy(
     bundle: str | Path,
     out: str | Path | None = None,
-    engines: Sequence[str] = CPU_TARGETS,
-    precisions: Sequence[str] = (),
+    targets: Targets | None = None,
     data: str | None = None,
-    target_tpr: float = 0.95,
-    plans: PlanOptions | None = None,
     unreadable: Callable[[str], Any] | None = None,
     say: Say = lambda line: None,
 ) -> Spec:
@@ -58,11 +54,8 @@ def deploy(
         bundle: what `ssod_edge.export.bundle.write_bundle` wrote.
         out: the export folder; None is `default_folder(bundle)`. Artifacts of an earlier export of the same model that
             are not made again are kept.
-        engines: of `ssod_edge.export.engines.artifact.TARGETS`.
-        precisions: of `PRECISIONS`; none given makes all that the bundle holds.
+        targets: what to make; None makes all that the bundle holds, for the CPU.
         data: a folder of in-distribution images, on whose scores every artifact's threshold is fitted.
-        target_tpr: share of those images that must stay known, in (0, 1).
-        plans: how TensorRT's plans are built.
         unreadable: takes the message of each of those images that cannot be read.
         say: gets a line for each step.
 
@@ -77,42 +70,33 @@ def deploy(
         VerificationError: an artifact drifted beyond its tolerance; nothing is released.
         OutputError: the folder cannot be written. In every case an earlier export is unchanged.
     """
-    check_engines(engines)
+    targets = targets or Targets()
+    check_engines(targets.engines)
     check_bundle(bundle)
     images = None if data is None else _id_images(data)
-    check_target_tpr(target_tpr, None if images is None else len(images))
+    check_target_tpr(targets.target_tpr, None if images is None else len(images))
     place = default_folder(bundle) if out is None else Path(out)
-    with ExitStack() as publishing, staged(place) as folder:
-        bundled = unpack(bundle, folder)
+    with release(place, say) as draft:
+        bundled = unpack(bundle, draft.folder)
         if data is not None and bundled.source.get("splits_hash") and same_data(data, bundled.source.get("data")):
             raise trained_on(data)
         say(f"unpacked {bundled.backbone} at {bundled.preprocess.input_size} px, score {bundled.score_name}")
-        make = partial(make_artifact, plans=plans, earlier=earlier_export(place))
-        spec = replace(bundled, artifacts=tuple(_make(bundled, folder, engines, precisions, make, say)))
-        save_spec(spec, folder)
-        failures: list[str] = []
-        for artifact in that_run_here(spec, say):
-            # One at a time: a device may have room for no more.
-            with open_runner(folder, artifact=artifact.name, allow_untrained=True, verify=False) as runner:
-                if images is not None:
-                    say(f"{artifact.name}: fitting its threshold on {len(images)} images")
-                    description = f"folder '{Path(str(data)).resolve().name}', {len(images)} images"
-                    threshold = fit_threshold(runner, images, target_tpr, description, unreadable)
-                    runner.artifact = replace(artifact, threshold=threshold)
-                verification = _verify(runner, folder, bundled, say)
-            spec = spec.with_artifact(replace(runner.artifact, verification=verification.to_dict()))
-            try:
-                check_passed(runner.artifact, verification)
-            except VerificationError as error:
-                failures.append(str(error))
-        if failures:
-            raise VerificationError("nothing is released: " + "\n".join(failures))
-        _remove_the_rest(spec, folder)
-        # Another process may be exporting to the same place: what it has published by now is kept too.
-        publishing.enter_context(exclusive(place.resolve().parent))
-        spec = keep_earlier(place, folder, spec, say)
-        save_spec(spec, folder)
-    return spec
+        make = partial(make_artifact, plans=targets.plans, earlier=Export.in_place(place))
+        draft.write(replace(bundled, artifacts=tuple(_make(bundled, draft.folder, targets, make, say))))
+
+        def fit(runners: Sequence[Runner]) -> Mapping[str, Verification]:
+            (runner,) = runners
+            if images is None:
+                return _take_over(runner, Export(draft.folder, bundled), say)
+            say(f"{runner.artifact.name}: fitting its threshold on {len(images)} images")
+            description = f"folder '{Path(str(data)).resolve().name}', {len(images)} images"
+            threshold = fit_threshold(runner, images, targets.target_tpr, description, unreadable)
+            runner.artifact = replace(runner.artifact, threshold=threshold)
+            return {}
+
+        draft.prove(fit, together=False)
+        _remove_the_rest(draft.spec, draft.folder)
+    return draft.spec
 
 
 def _id_images(data: str) -> list[str]:
@@ -122,28 +106,26 @@ def _id_images(data: str) -> list[str]:
     return list_images([data])
 
 
-def _make(
-    bundled: Spec, folder: Path, engines: Sequence[str], precisions: Sequence[str], make: Make, say: Say
-) -> list[Artifact]:
+def _make(bundled: Spec, folder: Path, targets: Targets, make: Make, say: Say) -> list[Artifact]:
     """Every engine's artifacts: those in the bundle as they are, the others from its ONNX graphs."""
     graphs = _graphs(bundled)
     ready = {(artifact.engine, artifact.precision): artifact for artifact in bundled.artifacts}
     made = []
-    for engine in engines:
-        for precision in precisions or PRECISIONS:
+    for engine in targets.engines:
+        for precision in targets.precisions or PRECISIONS:
             if (engine, precision) in ready:
                 made.append(ready[engine, precision])
             elif precision in graphs:
                 say(f"making {engine} in {precision}")
                 made.append(_from_graph(engine, graphs[precision], folder, make))
-            elif precisions:
+            elif targets.precisions:
                 raise UsageError(
                     f"the bundle holds no ONNX graph in {precision}; it has: {', '.join(graphs) or 'none'}. Export it "
                     f"where the model was trained, with: ssod-edge export RUN --target onnx --{precision}"
                 )
     if not made:
         held = ", ".join(artifact.name for artifact in bundled.artifacts) or "no artifacts"
-        raise UsageError(f"nothing can be made of the bundle for {', '.join(engines)}; it holds: {held}")
+        raise UsageError(f"nothing can be made of the bundle for {', '.join(targets.engines)}; it holds: {held}")
     return made
 
 
@@ -159,29 +141,29 @@ def _from_graph(engine: str, graph: Artifact, folder: Path, make: Make) -> Artif
     return replace(made, opset=graph.opset, versions={**versions, **made.versions}, build={**graph.build, **made.build})
 
 
-def _verify(runner: Runner, folder: Path, bundled: Spec, say: Say) -> Verification:
-    """The artifact's figures. One that has no threshold gets that of its ONNX graph, if they bear it out."""
+def _take_over(runner: Runner, bundled: Export, say: Say) -> Mapping[str, Verification]:
+    """Give an artifact that has no threshold that of its ONNX graph, if its figures bear it out; returns these."""
     artifact = runner.artifact
-    graph = _graphs(bundled).get(artifact.precision)
-    if artifact.threshold is not None or not bundled.trained:
-        return verify_runner(runner, folder)
+    if artifact.threshold is not None or not bundled.spec.trained:
+        return {}
+    graph = _graphs(bundled.spec).get(artifact.precision)
     doubt: str | None = "the bundle has none"
     if graph is not None and graph.threshold is not None:
-        verification = verify_runner(runner, folder, graph.threshold.value)
-        doubt = _doubt(verification, folder, bundled, graph.threshold)
+        figures = verify_runner(runner, bundled.folder, graph.threshold.value)
+        doubt = _doubt(figures, bundled, graph.threshold)
         if doubt is None:
-            evidence = f"{verification.decision_flips} of {verification.n} reference images change sides"
+            evidence = f"{figures.decision_flips} of {figures.n} reference images change sides"
             say(f"{artifact.name}: takes over the threshold of {graph.name}: {evidence}")
             data = f"{graph.threshold.data}; fitted to {graph.name} and taken over: {evidence}"
             runner.artifact = replace(artifact, threshold=replace(graph.threshold, data=data))
-            return verification
+            return {artifact.name: figures}
     say(f"{artifact.name}: no threshold: {doubt}. Fit one with: ssod-edge calibrate DIR --id DATA")
-    return verify_runner(runner, folder)
+    return {}
 
 
-def _doubt(figures: Verification, folder: Path, bundled: Spec, threshold: Threshold) -> str | None:
+def _doubt(figures: Verification, bundled: Export, threshold: Threshold) -> str | None:
     """Why the reference does not show that an artifact decides as the trained model does; None if it does."""
-    scores = load_reference(folder, bundled)[f"score_{bundled.score_name}"]
+    scores = bundled.reference()[f"score_{bundled.spec.score_name}"]
     known = int((scores <= threshold.value).sum())
     if not 0 < known < figures.n:
         side = "unknown" if known == 0 else "known"

@@ -1,99 +1,127 @@
-"""A folder that appears whole or not at all."""
+"""The one way an export comes out: made beside its place, proved, joined with what an earlier one has, swapped."""
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from glob import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
-from ssod_edge.export.engines.artifact import PRECISIONS, TARGETS
-from ssod_edge.files import exclusive, make_directory
-from ssod_edge.runtime.open import why_not_here
-from ssod_edge.runtime.verify import load_reference
-from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, load_spec
+from ssod_edge.detect.metrics import check_target_tpr
+from ssod_edge.errors import ArtifactError, UsageError, VerificationError
+from ssod_edge.export.engines.artifact import CPU_TARGETS, PRECISIONS, TARGETS
+from ssod_edge.export.engines.tensorrt import PlanOptions
+from ssod_edge.export.staging import staged
+from ssod_edge.files import exclusive
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import open_runner, why_not_here
+from ssod_edge.runtime.runner import Runner
+from ssod_edge.runtime.verify import Verification, check_passed, verify_runner
+from ssod_edge.spec import Artifact, Spec, check_files, save_spec
 
 #: Of the range of a reference's logits and scores: a tenth of what verification lets an fp32 artifact differ by.
 REFERENCE_NOISE = 1e-4
-#: Of Linux's fcntl.h and fs.h.
-AT_FDCWD, RENAME_EXCHANGE = -100, 2
 #: Keys of a spec's `source`: checksums of the weights, and the names that their run and file go by.
 CHECKSUMS = ("checkpoint_sha256", "weights_sha256")
 NAMES = ("run", "weights")
 
+Say = Callable[[str], None]
+#: Gives open runners their thresholds, and returns the figures of those it had to verify for that, by artifact.
+Fit = Callable[[Sequence[Runner]], Mapping[str, Verification]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to make.
+
+    Attributes:
+        precisions: of `PRECISIONS`; of none, those that the bundle holds.
+        engines: of `TARGETS`.
+        target_tpr: share of in-distribution images that must stay known, in (0, 1).
+        plans: how TensorRT's plans are built.
+    """
+
+    precisions: tuple[str, ...] = ()
+    engines: tuple[str, ...] = CPU_TARGETS
+    target_tpr: float = 0.95
+    plans: PlanOptions = field(default_factory=PlanOptions)
+
+    def __post_init__(self) -> None:
+        for name, known in (("precisions", PRECISIONS), ("engines", TARGETS)):
+            given = getattr(self, name)
+            if not set(given) <= set(known) or not (given or name == "precisions"):
+                raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        check_target_tpr(self.target_tpr)
+
+
+class Draft:
+    """An export that is being made. Attributes: its folder, which is a temporary one; its place; its spec so far."""
+
+    def __init__(self, folder: Path, place: Path, say: Say):
+        self.folder, self.place, self._say = folder, place, say
+        self.spec: Spec
+
+    def write(self, spec: Spec) -> None:
+        """What was made, before any threshold or figure."""
+        self.spec = spec
+        save_spec(spec, self.folder)
+
+    def prove(self, fit: Fit, together: bool) -> None:
+        """Fit each artifact's threshold on its own scores, verify it at that threshold, and write both down.
+
+        Args:
+            fit: see `Fit`.
+            together: open all artifacts at once, so that `fit` reads its images once; else one at a time, because a
+                device may have room for no more.
+
+        Raises:
+            VerificationError: an artifact drifted beyond its tolerance.
+        """
+        here = _that_run_here(self.spec, self._say)
+        failures: list[str] = []
+        for group in [here] if together else [[artifact] for artifact in here]:
+            with ExitStack() as stack:
+                runners = [
+                    stack.enter_context(open_runner(self.folder, artifact=a.name, allow_untrained=True, verify=False))
+                    for a in group
+                ]
+                figures = fit(runners)
+                for runner in runners:
+                    done = figures.get(runner.artifact.name) or verify_runner(runner, self.folder)
+                    self.spec = self.spec.with_artifact(replace(runner.artifact, verification=done.to_dict()))
+                    try:
+                        check_passed(runner.artifact, done)
+                    except VerificationError as error:
+                        failures.append(str(error))
+        if failures:
+            raise VerificationError("nothing is released: " + "\n".join(failures))
+
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `folder`; it takes that name when the block ends without an error.
+def release(place: Path, say: Say) -> Iterator[Draft]:
+    """Make an export; when the block ends without an error, it takes its place by one rename.
 
-    An earlier export of that name is replaced. Files beside it that no spec lists are carried over. What exports into
-    `folder` left that were killed, for want of memory for example, is removed.
+    Artifacts of an earlier export in that place that were not made again are kept, if they are of the same model.
+
+    Args:
+        place: the export folder.
+        say: gets a line for each step.
 
     Raises:
-        UsageError: `folder` is a file, or holds something else than an export.
-        OutputError: it cannot be written; what was there before is unchanged.
+        UsageError: `place` is a file, or holds something else than an export.
+        OutputError: it cannot be written. In every case an earlier export is unchanged.
     """
-    folder = folder.resolve()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"'{folder}' is a file; give a folder for the export")
-    if folder.is_dir() and not (folder / SPEC_NAME).exists() and any(folder.iterdir()):
-        raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
-    make_directory(folder.parent)
-    try:
-        with exclusive(folder.parent):
-            _remove_left_over(folder)
-            temporary = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
-            mark = os.open(temporary, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(mark, fcntl.LOCK_EX)  # until this process ends, however it does
-    except OSError as error:
-        raise OutputError(f"cannot write into '{folder.parent}': {error.strerror}. Choose another folder.") from error
-    try:
-        yield temporary
-        _publish(temporary, folder)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write '{folder}': {error.strerror or error}. Free some space or choose another folder; "
-            "an earlier export is unchanged."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(mark)
-
-
-def _prefix(folder: Path) -> str:
-    return f".{folder.name}.ssod-edge-"
-
-
-def _remove_left_over(folder: Path) -> None:
-    """Remove temporary folders that no process holds; call it inside `exclusive`, where no new one appears."""
-    for left in folder.parent.glob(f"{escape(_prefix(folder))}*"):
-        with suppress(OSError):  # held, not a folder, or not ours
-            mark = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-            finally:
-                os.close(mark)
-
-
-def earlier_export(place: Path) -> tuple[Path, Spec] | None:
-    """The export that is there; None if there is none, or it is damaged."""
-    try:
-        return place, load_spec(place)
-    except SsodEdgeError:
-        return None
+    with ExitStack() as publishing, staged(place) as folder:
+        draft = Draft(folder, place, say)
+        yield draft
+        # Another process may be exporting to the same place: what it has published by now is kept too.
+        publishing.enter_context(exclusive(place.resolve().parent))
+        draft.write(_keep_earlier(place, Export(folder, draft.spec), say))
 
 
 def without_names(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,23 +133,23 @@ def without_names(source: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in source.items() if key not in names}
 
 
-def keep_earlier(place: Path, folder: Path, spec: Spec, say: Callable[[str], None]) -> Spec:
+def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
     """Carry over what an earlier export has and this one did not make again; say what is lost."""
-    found = earlier_export(place)
+    folder, spec, found = new.folder, new.spec, Export.in_place(place)
     if found is None:
         return spec
-    earlier = found[1]
+    earlier = found.spec
     identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained")
     same = (
         identity(earlier) == identity(spec)
         and without_names(earlier.source) == without_names(spec.source)
-        and _same_reference(place, earlier, folder, spec)
+        and _same_reference(found, new)
     )
     made = {artifact.name: artifact for artifact in spec.artifacts}
     for old in earlier.artifacts:
         if old.name in made:
-            new = made[old.name].threshold
-            if same and old.threshold and new and old.threshold.data != new.data:
+            fitted = made[old.name].threshold
+            if same and old.threshold and fitted and old.threshold.data != fitted.data:
                 say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
         elif not same:
             say(f"removed {old.name}: it is of another model, score or calibration split")
@@ -140,13 +168,13 @@ def keep_earlier(place: Path, folder: Path, spec: Spec, say: Callable[[str], Non
     return replace(spec, artifacts=tuple(order))
 
 
-def _same_reference(place: Path, earlier: Spec, folder: Path, spec: Spec) -> bool:
+def _same_reference(one: Export, other: Export) -> bool:
     """Whether two exports have the same images, and numbers for them that differ by rounding at most.
 
     The same network on another number of threads, or another release of PyTorch, gives other last bits.
     """
     try:
-        old, new = load_reference(place, earlier), load_reference(folder, spec)
+        old, new = one.reference(), other.reference()
     except ArtifactError:
         return False
     if not np.array_equal(old.pop("image"), new.pop("image")):
@@ -154,7 +182,7 @@ def _same_reference(place: Path, earlier: Spec, folder: Path, spec: Spec) -> boo
     return all(np.allclose(old[name], new[name], rtol=0, atol=REFERENCE_NOISE * np.ptp(new[name])) for name in new)
 
 
-def that_run_here(spec: Spec, say: Callable[[str], None]) -> list[Artifact]:
+def _that_run_here(spec: Spec, say: Say) -> list[Artifact]:
     """The artifacts without those that were built for another machine, which are named."""
     found = []
     for artifact in spec.artifacts:
@@ -164,56 +192,3 @@ def that_run_here(spec: Spec, say: Callable[[str], None]) -> list[Artifact]:
         else:
             found.append(artifact)
     return found
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    temporary.chmod(0o755)
-    for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = temporary
-    if not _exchange(temporary, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except BaseException:
-            old.rename(folder)
-            raise
-    for name in _unlisted(old):
-        if not (folder / name).exists():
-            (old / name).rename(folder / name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that a kill leaves either there, and a reader always finds one.
-
-    False, and nothing is done, where the C library or the file system cannot (Linux's RENAME_EXCHANGE).
-    """
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
-
-
-def _unlisted(folder: Path) -> list[str]:
-    """Names in an export folder that its spec does not account for."""
-    try:
-        spec: Spec | None = load_spec(folder)
-    except Exception:  # a damaged spec lists nothing
-        spec = None
-    files = [name for artifact in spec.artifacts for name in artifact.files] + [*spec.shared_files] if spec else []
-    listed = {Path(name).parts[0] for name in files}
-    return [path.name for path in folder.iterdir() if path.name not in listed]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ssod_edge.errors import UsageError
+from ssod_edge.json_reader import from_json
 
 #: The paper's backbones (Table 6) and the timm models they stand for.
 ALIASES = {
@@ -87,6 +88,14 @@ def check_gamma(gamma: float) -> None:
         raise UsageError(f"gamma must satisfy 0.5 < gamma < 1, got {gamma}")
 
 
+def check(config: object, name: str, good: bool, expected: str) -> None:
+    """Raises UsageError unless the value of a setting is good, with what was expected and what it is."""
+    if not good:
+        value = getattr(config, name)
+        shown = f"'{value}'" if isinstance(value, str) else value
+        raise UsageError(f"{name} must be {expected}, got {shown}")
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes the graph's input: one centre crop and one resize, then uint8 RGB.
@@ -105,33 +114,41 @@ class Preprocess:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if self.input_size < 1:
-            raise UsageError(f"input_size must be at least 1 pixel, got {self.input_size}")
-        if not 0 < self.crop_pct <= 1:
-            raise UsageError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise UsageError(f"interpolation must be 'bicubic' or 'bilinear', got '{self.interpolation}'")
+        check(self, "input_size", self.input_size >= 1, "at least 1 pixel")
+        check(self, "crop_pct", 0 < self.crop_pct <= 1, "in (0, 1]")
+        check(self, "interpolation", self.interpolation in ("bicubic", "bilinear"), "'bicubic' or 'bilinear'")
         if len(self.mean) != 3 or len(self.std) != 3 or any(s <= 0 for s in self.std):
             raise UsageError("mean and std must have three values each, and std must be positive")
+
+
+#: `train`, `study` and `reproduce` have every field of the two classes below as an option, whose help is the field's
+#: line in the docstring (`ssod_edge.cli.options`); but not those that bear this.
+NO_OPTION = {"option": False}
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """L = CE(logits, y) + alpha * OOD loss + the terms that a setting below switches on.
 
+    Spoiled copies of training images (`ssod_edge.detect.made_images`) teach the OOD row on the pooled feature, which
+    is what is read at inference. `lbf` is arXiv 2510.12259: the mean L2 norm of background features.
+
     Attributes:
-        method: what background patches teach. "ssod": the OOD row (Eq. 12 to 14 of the paper); "lbf": features, whose
-            L2 norm shrinks (arXiv 2510.12259); "both"; or "ce", nothing.
-        gamma: confidence from which a patch is ID; below 1 - gamma it is OOD. 0.5 < gamma < 1.
-        alpha: weight of the OOD loss (Table 4). 0 leaves it out.
-        balance: "lwb", "lw" or "dr" (Table 5).
-        norm_weight: weight of the mean L2 norm of background features, where the method has it.
-        outliers: kinds of images that are made from training images and no class describes
-            (`ssod_edge.training.made_images`). The OOD row learns to tell them from the training images, on the pooled
-            feature that is read at inference.
-        outlier_share: made images of a batch, as a share of its own; in (0, 1].
-        outlier_weight: weight of that term.
-        warmup_epochs: epochs of cross-entropy alone, before any other term; patch labels mean nothing until then.
+        method: what patches of background teach. `ce`: nothing; classes are learnt by cross-entropy, unknowns from
+            spoiled copies (--outliers). `ssod`: the paper's way, they train the output that says "unknown". `lbf`:
+            their features become small. `both`: ssod and lbf.
+        gamma: confidence from which a patch shows a known thing, in (0.5, 1); below 1 - gamma it is background (Eq. 12
+            of the paper).
+        alpha: weight of what patches teach about "unknown" (Eq. 14); 0 leaves it out.
+        balance: how the few patches of known things count beside the many of background (Table 5). `lwb`: half each;
+            `lw`: background weighted down to their number; `dr`: as many of each, drawn at random.
+        norm_weight: weight of the size of background features, with `lbf` and `both`.
+        outliers: training also shows the network spoiled copies of your photos (turned, shuffled, zoomed, blended) and
+            teaches it to call them unknown. Which kinds, comma-separated; with --method only those named here.
+        outlier_share: spoiled copies in a batch, as a share of its photos, in (0, 1].
+        outlier_weight: weight of what spoiled copies teach; 0 leaves it out.
+        warmup_epochs: epochs that teach the classes alone, before anything about "unknown"; with a --method of patches
+            and --recipe scratch 10.
     """
 
     method: Method = "ssod"
@@ -146,19 +163,16 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        for name, choices in (("method", METHODS), ("balance", BALANCES)):
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'")
+        check(self, "method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        check(self, "balance", self.balance in BALANCES, f"one of {', '.join(BALANCES)}")
         unknown = [kind for kind in self.outliers if kind not in OUTLIERS]
         if unknown or len(set(self.outliers)) < len(self.outliers):
             raise UsageError(
                 f"outliers must be different ones of {', '.join(OUTLIERS)}, got '{','.join(self.outliers)}'"
             )
-        if not 0 < self.outlier_share <= 1:
-            raise UsageError(f"outlier_share must be in (0, 1], got {self.outlier_share}")
+        check(self, "outlier_share", 0 < self.outlier_share <= 1, "in (0, 1]")
         for name in ("alpha", "norm_weight", "outlier_weight", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            check(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more")
 
     @property
     def trains_row_on_patches(self) -> bool:
@@ -198,28 +212,42 @@ class TrainConfig:
     Attributes:
         backbone: timm model name (aliases resolved).
         data: what `ssod_edge.data.sources.open_dataset` takes.
-        recipe: "short" (AdamW, a warm-up and a cosine), "scratch" (the same schedule with SGD, which gets a network
-            without pretrained weights further in few epochs) or "paper" (AdamW at 1e-4, halved every 30 epochs).
-        epochs, batch_size, lr, weight_decay: the optimizer's. batch_size is per process.
-        val_fraction, calib_fraction: shares of the training data kept for choices and for thresholds.
-        half_size_epochs: first epochs trained at half the input size, at about a quarter of the cost; the last
-            epochs, validation and deployment use the full size.
-        crop_scale_min: smallest area of a random training crop, as a share of the image.
-        hflip: probability of mirroring a training image.
-        kernel: what samples the patches; see `ssod_edge.ops.kernel_in_use`.
-        precision: "bf16" autocast or "fp32".
+        name: of the run folder.
+        recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
+            without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
+        epochs: passes over the training photos.
+        batch_size: photos in a training step, for each process.
+        lr: peak learning rate.
+        weight_decay: weight decay of the optimizer.
+        lr_warmup_fraction: share of the steps in which the learning rate rises.
+        clip_grad: largest norm of the gradient.
+        val_fraction: share of the photos kept back to choose the best epoch and score by.
+        calib_fraction: share of the photos kept back for thresholds and int8.
+        half_size_epochs: first epochs at half the input size, at about a quarter of the cost.
+        crop_scale_min: smallest random crop of a training photo, as a share of its area.
+        hflip: probability of mirroring a training photo.
+        precision: number format of the computation. Default: bf16 on a GPU, else fp32.
+        kernel: what samples the patches. `auto`: compiled code where it was built; `reference`: plain PyTorch.
+        workers: processes that read photos.
+        seed: of the splits, the order of photos, the augmentation and new weights.
+        compile: use torch.compile.
+        sync_bn: share the statistics of batch norm between GPUs.
+        pretrained: start from timm's published weights.
+        weights: start from a .safetensors or .pth file, or a run's checkpoint.
+        loss: what the network is taught.
+        preprocess: the backbone's own, at --size.
     """
 
-    backbone: str
-    data: str
-    name: str = ""
+    backbone: str = dataclasses.field(metadata=NO_OPTION)
+    data: str = dataclasses.field(metadata=NO_OPTION)
+    name: str = dataclasses.field(default="", metadata=NO_OPTION)
     recipe: Literal["short", "scratch", "paper"] = "short"
     epochs: int = 10
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
-    lr_warmup_fraction: float = 0.1
-    clip_grad: float = 5.0
+    lr_warmup_fraction: float = dataclasses.field(default=0.1, metadata=NO_OPTION)
+    clip_grad: float = dataclasses.field(default=5.0, metadata=NO_OPTION)
     val_fraction: float = 0.05
     calib_fraction: float = 0.05
     half_size_epochs: int = 0
@@ -233,39 +261,27 @@ class TrainConfig:
     sync_bn: bool = False
     pretrained: bool = False
     weights: str | None = None
-    loss: LossConfig = LossConfig()
-    preprocess: Preprocess = Preprocess()
+    loss: LossConfig = dataclasses.field(default=LossConfig(), metadata=NO_OPTION)
+    preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UsageError(f"epochs must be at least 1, got {self.epochs}")
-        if self.batch_size < 2:
-            raise UsageError(f"batch_size must be at least 2 (batch norm needs two images), got {self.batch_size}")
-        if self.recipe not in RECIPES:
-            raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{self.recipe}'")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision must be 'fp32' or 'bf16', got '{self.precision}'")
-        if self.kernel not in KERNELS:
-            raise UsageError(f"kernel must be one of {', '.join(KERNELS)}, got '{self.kernel}'")
-        if not 0 < self.lr < float("inf"):
-            raise UsageError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UsageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed must be 0 or more and below 2**32, got {self.seed}")
-        if not 0 <= self.half_size_epochs < self.epochs:
-            raise UsageError(f"half_size_epochs must be 0 or more and below epochs, got {self.half_size_epochs}")
+        check(self, "epochs", self.epochs >= 1, "at least 1")
+        check(self, "batch_size", self.batch_size >= 2, "at least 2 (batch norm needs two images)")
+        check(self, "recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
+        check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        check(self, "kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
+        check(self, "lr", 0 < self.lr < float("inf"), "positive")
+        check(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        check(self, "seed", 0 <= self.seed < 2**32, "0 or more and below 2**32")
+        check(self, "half_size_epochs", 0 <= self.half_size_epochs < self.epochs, "0 or more and below epochs")
         if self.half_size_epochs and self.preprocess.input_size < 2:
             raise UsageError("half_size_epochs needs an input_size of at least 2 pixels, got 1")
-        if self.workers < 0:
-            raise UsageError(f"workers must be 0 or more, got {self.workers}")
-        for field in ("val_fraction", "calib_fraction", "crop_scale_min"):
-            if not 0 < getattr(self, field) <= 1:
-                raise UsageError(f"{field} must be in (0, 1], got {getattr(self, field)}")
+        check(self, "workers", self.workers >= 0, "0 or more")
+        for name in ("val_fraction", "calib_fraction", "crop_scale_min"):
+            check(self, name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+        check(self, "hflip", 0 <= self.hflip <= 1, "in [0, 1]")
         if self.val_fraction + self.calib_fraction >= 1:
             raise UsageError("val_fraction and calib_fraction leave no images to train on")
-        if not 0 <= self.hflip <= 1:
-            raise UsageError(f"hflip must be in [0, 1], got {self.hflip}")
         if self.pretrained and self.weights:
             raise UsageError("--pretrained and --weights exclude each other")
 
@@ -274,18 +290,13 @@ class TrainConfig:
 #: images lie in all orientations, it costs little (docs/detection.md).
 DEFAULT_OUTLIERS = OUTLIERS
 
+#: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
+#: Eq. 12 calls OOD are of images it gets wrong, and they undo what the made ones teach (docs/detection.md).
+_MADE_IMAGES = {"method": "ce", "outliers": DEFAULT_OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    # Made images and no patches: until a network is good, most of the patches that Eq. 12 calls OOD are of images it
-    # gets wrong, and they undo what the made ones teach (docs/detection.md).
-    "short": {"loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS}},
-    "scratch": {
-        "lr": 0.05,
-        "batch_size": 64,
-        "epochs": 30,
-        "weight_decay": 5e-4,
-        "loss": {"method": "ce", "outliers": DEFAULT_OUTLIERS},
-    },
+    "short": {"loss": _MADE_IMAGES},
+    "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": _MADE_IMAGES},
     # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
     # 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
@@ -307,27 +318,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Build a configuration dataclass from a mapping.
+    """Build a configuration dataclass from a mapping; what is missing has its default.
 
     Raises:
-        UsageError: an unknown key, or a value outside its range.
+        UsageError: an unknown key, or a value of another type or outside its range.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UsageError(f"unknown {cls.__name__} key: {', '.join(unknown)}. Known keys: {', '.join(sorted(fields))}")
-    nested = {"loss": LossConfig, "preprocess": Preprocess}
-    prepared: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in nested and isinstance(value, dict):
-            value = from_dict(nested[key], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        prepared[key] = value
-    try:
-        return cls(**prepared)
-    except TypeError as error:
-        raise UsageError(f"{cls.__name__}: {error}") from error
+    made: T = from_json(cls, values, defaults=True)
+    return made
+
+
+def setting_types() -> dict[str, Any]:
+    """Name -> type of every setting of `TrainConfig` and its loss."""
+    return {**get_type_hints(TrainConfig), **get_type_hints(LossConfig)}
 
 
 def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The files beside an ONNX file that hold its weights ("external data"), found without the onnx package."""
+"""The files beside an ONNX file that hold its weights ("external data"), read by hand: a device has no onnx package."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -66,7 +67,8 @@ def claim(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file while a piece of work lasts. It is gone afterwards, and one left by a kill holds nobody up.
 
     Where its folder is read-only, or the file system has no locks, the block is entered at once. Processes that were
-    forked inside the block do not hold the lock.
+    forked inside the block do not hold the lock. The library `filelock` keeps none of the last three: its locks pass to
+    forked processes, its file stays, and where there are no locks it raises.
 
     Args:
         path: of the lock file; its folder is made.
@@ -140,7 +142,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     """Let `write` fill a temporary file, flush it to disk, then rename it over `path`.
 
     A kill, a full disk or an error at any instant leaves the previous file, whole. A link stays, and the file it leads
-    to is replaced. A device or pipe, which must not be replaced, is sent the finished bytes.
+    to is replaced. A device or pipe, which must not be replaced, is sent the finished bytes. A new file may be read by
+    whom the umask says, as one of `open`; an earlier one keeps its mode.
 
     Raises:
         OutputError: the folder is read-only, the disk is full, or the rename failed.
@@ -196,19 +199,23 @@ def _send(path: Path, write: Callable[[Path], Any]) -> None:
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and rename it over `path`."""
     make_directory(path.parent)
-    temporary: Path | None = None
+    temporary = beside(path, f".{path.name}.", path.suffix)
+    mode = _mode(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch(exist_ok=False)  # tempfile would keep it from everybody else
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        if mode is not None:
+            temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(path)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path, prefix: str, suffix: str = "") -> Path:
+    """The path of a temporary file or folder, not there yet, in the same folder as `path`."""
+    return path.with_name(f"{prefix}{secrets.token_hex(8)}{suffix}")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

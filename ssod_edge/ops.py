@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssod_edge.config import BALANCES, KERNELS, SCORES, check_gamma
+from ssod_edge.config import BALANCES, KERNELS, check_gamma
 from ssod_edge.errors import UsageError
 
 ID, OOD, IGNORED = 1, 0, -1
@@ -115,15 +115,48 @@ def ssod_loss(
     Raises:
         UsageError: as `patch_sample`; an unknown balance; "dr" without patches_per_image.
     """
+    sampled = sample_patches(z, weight, bias, ood_weight, ood_bias, target, gamma, kernel)
+    return ood_loss(
+        sampled, target, balance, patches_per_image if z.dim() == 2 else math.prod(z.shape[1:-1]), generator
+    )
+
+
+Sampled = tuple[Tensor, Tensor, Tensor]
+
+
+def sample_patches(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ood_weight: Tensor | None,
+    ood_bias: Tensor | None,
+    target: Tensor,
+    gamma: float,
+    kernel: str = "auto",
+) -> Sampled:
+    """What every term over patches starts from: `patch_sample`, and each patch's ID logit (arguments as `ssod_loss`).
+
+    Returns:
+        confidence fp32 [P], label int8 [P], s fp32 [P]; s is differentiable, and empty without the OOD row.
+    """
     _check_inputs(z, weight, bias, target, gamma)
+    return _sample(z, weight, bias, ood_weight, ood_bias, target, gamma, kernel)
+
+
+def ood_loss(
+    sampled: Sampled,
+    target: Tensor,
+    balance: str = "lwb",
+    patches_per_image: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ssod_loss` of patches that were sampled; arguments and results as there."""
     if balance not in BALANCES:
         raise UsageError(f"balance must be one of {', '.join(BALANCES)}, got '{balance}'")
-    confidence, label, s = _sample(z, weight, bias, ood_weight, ood_bias, target, gamma, kernel)
-    per_image = math.prod(z.shape[1:-1])
-    n_invalid = (confidence.view(-1, per_image).isnan() & (target >= 0).unsqueeze(1)).sum()
+    confidence, label, s = sampled
+    valid = (target >= 0).repeat_interleave(len(confidence) // max(1, len(target)))
+    n_invalid = (confidence.isnan() & valid).sum()
     if balance == "dr":
-        if z.dim() > 2:
-            patches_per_image = per_image
         if not patches_per_image or len(confidence) % patches_per_image:
             raise UsageError(
                 f"balance 'dr' needs patches_per_image, a divisor of the {len(confidence)} patches; "
@@ -136,20 +169,11 @@ def ssod_loss(
     sum_ood = torch.where(is_ood, F.softplus(torch.where(is_ood, s, 0.0)), 0.0).sum()
     counts = torch.stack([is_id.sum(), is_ood.sum()])
     loss = _balance(sum_id, sum_ood, counts, balance)
-    stats = {
-        "sum_id": sum_id.detach(),
-        "sum_ood": sum_ood.detach(),
-        "n_id": counts[0],
-        "n_ood": counts[1],
-        "n_ignored": label.numel() - counts.sum(),
-        "n_invalid": n_invalid,
-    }
+    stats = {"sum_id": sum_id.detach(), "sum_ood": sum_ood.detach(), **_counted(label, counts), "n_invalid": n_invalid}
     return loss, stats
 
 
-def background_norm(
-    z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float = 0.95, kernel: str = "auto"
-) -> tuple[Tensor, dict[str, Tensor]]:
+def background_norm(z: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean L2 norm of background features, whose decrease makes a network less sure of what it was not taught.
 
     After "Local Background Features Matter in Out-of-Distribution Detection" (arXiv 2510.12259), whose abstract leaves
@@ -157,59 +181,33 @@ def background_norm(
     all processes, and the classifier is not trained by it.
 
     Args:
-        z, weight, bias, target, gamma, kernel: as `patch_sample`.
+        z: as `patch_sample`.
+        label: that of its patches, int8 [P].
 
     Returns:
         loss: scalar; 0 with zero gradient where no patch is OOD.
         stats: detached n_id, n_ood, n_ignored.
-
-    Raises:
-        UsageError: as `patch_sample`.
     """
-    _, label = patch_sample(z.detach(), weight, bias, target, gamma, kernel)
     is_ood = (label == OOD).view(-1, 1)
     # The mask comes before the norm: that of a zero vector, or of a NaN in an ignored patch, has no gradient.
     features = torch.where(is_ood, z.reshape(-1, z.shape[-1]).float(), 1.0)
     total = torch.where(is_ood.squeeze(1), torch.linalg.vector_norm(features, dim=1), 0.0).sum()
     counts = torch.stack([(label == ID).sum(), is_ood.sum()])
-    n_ood, processes = counts[1], 1
-    if dist.is_available() and dist.is_initialized():
-        n_ood, processes = counts[1].clone(), dist.get_world_size()
-        dist.all_reduce(n_ood)
-    stats = {"n_id": counts[0], "n_ood": counts[1], "n_ignored": label.numel() - counts.sum()}
-    return processes * total / n_ood.clamp(min=1), stats
+    everywhere, processes = _all_counts(counts)
+    return processes * total / everywhere[1].clamp(min=1), _counted(label, counts)
 
 
-def ood_score(name: str, logits: Tensor, id_logit: Tensor) -> Tensor:
-    """OOD score from raw logits; larger = more likely OOD.
+def _counted(label: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    return {"n_id": counts[0], "n_ood": counts[1], "n_ignored": label.numel() - counts.sum()}
 
-    "ssod" is -s (Eq. 15 without its sigmoid), "msp" logsumexp(others) - max (Eq. 8's ranking, not saturating),
-    "maxlogit" -max, "energy" -logsumexp, "posterior" -(max log_softmax + logsigmoid(s)) (Eq. 7 in log space).
 
-    Args:
-        name: one of `ssod_edge.config.SCORES`.
-        logits: fp32 [N, M]; "msp" needs M >= 2.
-        id_logit: fp32 [N].
-
-    Returns:
-        fp32 [N].
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    if name == "ssod":
-        return -id_logit
-    if name == "maxlogit":
-        return -logits.amax(dim=1)
-    if name == "energy":
-        return -torch.logsumexp(logits, dim=1)
-    if name == "posterior":
-        return torch.logsumexp(logits, dim=1) - logits.amax(dim=1) + F.softplus(-id_logit)
-    if name == "msp":
-        top, index = logits.max(dim=1)
-        winner = F.one_hot(index, logits.shape[1]).to(torch.bool)
-        return torch.logsumexp(logits.masked_fill(winner, -torch.inf), dim=1) - top
-    raise UsageError(f"score must be one of {', '.join(SCORES)}, got '{name}'")
+def _all_counts(counts: Tensor) -> tuple[Tensor, int]:
+    """Counts of all processes, and how many these are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return counts, 1
+    counts = counts.clone()
+    dist.all_reduce(counts)
+    return counts, dist.get_world_size()
 
 
 def _sample(
@@ -354,11 +352,7 @@ def _resample(label: Tensor, patches_per_image: int, generator: torch.Generator 
 
 
 def _balance(sum_id: Tensor, sum_ood: Tensor, counts: Tensor, balance: str) -> Tensor:
-    world_size = 1
-    if dist.is_available() and dist.is_initialized():
-        world_size = dist.get_world_size()
-        counts = counts.clone()
-        dist.all_reduce(counts)
+    counts, world_size = _all_counts(counts)
     n_id, n_ood = counts.to(sum_id.dtype).unbind()
     if balance == "lw":
         loss = (sum_id + sum_ood * n_id / n_ood.clamp(min=1)) / (n_id + n_ood).clamp(min=1)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from ssod_edge.config import Preprocess, has_state
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file, write_json
+from ssod_edge.json_reader import from_json, read_json
 
 SCHEMA_VERSION = 3
 SPEC_NAME = "ssod.json"
@@ -178,14 +176,14 @@ def load_spec(folder: str | Path) -> Spec:
     """
     path = Path(folder) / SPEC_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise UsageError(f"'{path}' does not exist. Make an export with: ssod-edge export") from None
     except NotADirectoryError:
         raise UsageError(f"'{folder}' is not an export folder; give the folder that holds {SPEC_NAME}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read ({error}). Export the run again.") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    version = values.get("schema_version")
     if type(version) is not int or version < 1:
         raise ArtifactError(f"'{path}' is not an ssod-edge spec. Export the run again.")
     if version > SCHEMA_VERSION:
@@ -213,59 +211,6 @@ def _add_id_quantiles(artifacts: object) -> None:
         threshold = artifact.get("threshold") if isinstance(artifact, dict) else None
         if isinstance(threshold, dict):
             threshold.setdefault("id_quantiles", [])
-
-
-def from_json(kind: Any, value: Any, name: str = "") -> Any:
-    """A value of a JSON document as what a dataclass's annotation says: all fields, each of its type.
-
-    Args:
-        kind: a dataclass, str, int, float, bool, a Literal, tuple[...], dict[str, ...], any of these or None, or Any.
-        value: what `json.loads` gave.
-        name: of the value in the document, for the message.
-
-    Raises:
-        UsageError: another type, a number that is not finite, a missing or unknown field, or one out of its range.
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any or (value is None and NoneType in arguments):
-        return value
-    if NoneType in arguments:
-        return from_json(arguments[0], value, name)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _from_object(kind, value, name)
-    if origin is dict and isinstance(value, dict):
-        return {key: from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if origin is tuple and isinstance(value, list):
-        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        if len(kinds) == len(value):
-            return tuple(from_json(*pair, f"{name}[{i}]") for i, pair in enumerate(zip(kinds, value, strict=True)))
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if kind is not float and type(value) is kind:
-        return value
-    expected = f"one of {', '.join(arguments)}" if origin is Literal else _JSON_NAMES.get(origin or kind, "an object")
-    raise UsageError(f"{name} must be {expected}, got {json.dumps(value)[:100]}")
-
-
-#: Type -> what stands for it in JSON.
-_JSON_NAMES = {
-    str: "text",
-    int: "an integer",
-    float: "a finite number",
-    bool: "true or false",
-    tuple: "a list of the right length",
-}
-
-
-def _from_object(kind: Any, value: dict[str, Any], name: str) -> Any:
-    types = get_type_hints(kind)
-    wrong = [f"{key} is missing" for key in types if key not in value]
-    wrong += [f"{key} is unknown" for key in value if key not in types]
-    if wrong:
-        raise UsageError(f"{name or kind.__name__}: {', '.join(wrong)}")
-    return kind(**{key: from_json(types[key], item, f"{name}.{key}".lstrip(".")) for key, item in value.items()})
 
 
 def check_files(folder: str | Path, artifact: Artifact) -> Path:

@@ -1,19 +1,42 @@
-"""Progress on the terminal."""
+"""What goes to a terminal and comes from one: progress, text that cannot harm it, standard input."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ssod_edge.errors import UsageError
 
 
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+def bars(*columns: str, shown: bool = True, transient: bool = True) -> Progress:
+    """rich's bars on standard error, with further text columns; off a terminal, or if not `shown`, nothing."""
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *map(TextColumn, columns),
+        console=Console(stderr=True, soft_wrap=True),
+        transient=transient,
+        disable=not (shown and on_terminal),
+    )
+
+
+@contextlib.contextmanager
+def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over images; the value is a function that advances it."""
+    with bars() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(task, n)
 
 
 class TrainingBar:
@@ -21,11 +44,8 @@ class TrainingBar:
 
     def __init__(self, config: Any, steps: int, enabled: bool = True):
         self.epochs, self.steps, self.enabled = config.epochs, steps, enabled
-        self.console = Console(stderr=True, soft_wrap=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=self.console, disable=not (enabled and _on_terminal()),
-        )  # fmt: skip
+        self.bar = bars("{task.fields[figures]}", shown=enabled, transient=False)
+        self.console = self.bar.console
         self.task = self.bar.add_task("epoch", total=steps, figures="")
         self.shown = 0.0
 
@@ -71,31 +91,12 @@ def _unknowns(figures: dict[str, Any]) -> str:
     return "  ".join(parts) or "no OOD loss"
 
 
-@contextlib.contextmanager
-def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over images; the value is a function that advances it. Off a terminal nothing is shown."""
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=not _on_terminal(),
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda n: bar.advance(task, n)
-
-
 class PhaseBars:
-    """A bar for each phase of a longer work that runs, nested ones too. Off a terminal nothing is shown.
-
-    A context manager; any thread may report.
-    """
+    """A bar for each phase of a longer work that runs, nested ones too. A context manager; any thread may report."""
 
     def __init__(self, what: str):
-        self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            console=Console(stderr=True), transient=True, disable=not _on_terminal(),
-        )  # fmt: skip
-        self.what = what
-        self.tasks: dict[str, Any] = {}
+        self.bars, self.what = bars(), what
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> PhaseBars:
         self.bars.start()
@@ -118,3 +119,23 @@ class PhaseBars:
         """It ends, perhaps before its last step."""
         if phase in self.tasks:
             self.bars.remove_task(self.tasks.pop(phase))
+
+
+def standard_input() -> Iterator[str]:
+    """The lines of standard input, which is not touched before the first is drawn."""
+    if sys.stdin is None:
+        raise UsageError("'-' was given, and standard input is closed")
+    for line in sys.stdin.buffer:
+        yield os.fsdecode(line)
+
+
+def printable(text: str) -> str:
+    """For one line of a terminal: bytes that are not UTF-8 are replaced, control and line characters escaped."""
+    return "".join(_printable_character(character) for character in text)
+
+
+def _printable_character(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind == "Cs":  # a surrogate stands for a byte that is not UTF-8
+        return "\ufffd"
+    return character.encode("unicode_escape").decode() if kind in ("Cc", "Zl", "Zp") else character

@@ -21,7 +21,28 @@ def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_pat
     path = write_json(tmp_path / "new" / "value.json", {"a": [1, 2.5]})
     assert json.loads(path.read_text()) == {"a": [1, 2.5]} and path.read_bytes().endswith(b"}\n")
     assert os.listdir(path.parent) == ["value.json"]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002, 0o022])
+def test_files_folders_and_locks_follow_the_umask(tmp_path, umask):
+    earlier = os.umask(umask)
+    try:
+        path = write_json(tmp_path / "new" / "value.json", 1)
+        with claim(tmp_path / ".lock", "the work is being done"):
+            modes = [place.stat().st_mode & 0o777 for place in (path, tmp_path / ".lock", path.parent)]
+    finally:
+        os.umask(earlier)
+    assert modes == [0o666 & ~umask, 0o666 & ~umask, 0o777 & ~umask]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
+    path = write_json(tmp_path / "value.json", 1)
+    path.chmod(mode)
+    (tmp_path / "link.json").symlink_to("value.json")
+    for name in ("value.json", "link.json"):
+        write_json(tmp_path / name, name)
+        assert json.loads(path.read_text()) == name and path.stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize(

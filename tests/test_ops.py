@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ssod_edge import ops
-from ssod_edge.config import BALANCES, SCORES
-from ssod_edge.detect.scores import ood_scores
+from ssod_edge.config import BALANCES
 from ssod_edge.errors import UsageError
-from ssod_edge.ops import kernel_in_use, ood_score, patch_sample, ssod_loss
+from ssod_edge.ops import kernel_in_use, patch_sample, ssod_loss
 
 
 @pytest.fixture(autouse=True, params=["compiled", "reference"])
@@ -243,26 +242,6 @@ def test_non_contiguous_patches_and_a_column_of_ood_weight():
     assert not strided.is_contiguous()
     other = ssod_loss(strided, weight, bias, w_ood[None], b_ood.reshape(1), target)[0]
     torch.testing.assert_close(plain, other)
-
-
-def test_torch_scores_are_those_of_the_runtime():
-    g = torch.Generator().manual_seed(0)
-    logits, s = 8 * torch.randn(64, 10, generator=g), 6 * torch.randn(64, generator=g)
-    expected = ood_scores(logits.numpy(), s.numpy())
-    for name in SCORES:
-        torch.testing.assert_close(ood_score(name, logits, s), torch.from_numpy(expected[name]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UsageError, match="score must be one of"):
-        ood_score("entropy", logits, s)
-
-
-def test_scores_do_not_saturate_where_a_probability_does():
-    logits = torch.zeros(2, 3)
-    logits[:, 0] = torch.tensor([40.0, 41.0])
-    s = torch.tensor([40.0, 41.0])
-    for name in ("ssod", "msp", "maxlogit", "energy"):
-        first, second = ood_score(name, logits, s).tolist()
-        assert first > second, name
-    assert torch.sigmoid(s).unique().numel() == logits.softmax(1).amax(1).unique().numel() == 1
 
 
 def test_the_kernel_in_use_is_named(kernel):

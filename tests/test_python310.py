@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_imports import MODULES, ROOT, needs_torch
+from house import MODULES, needs_torch
+from places import ROOT
 
 #: Tests that need no optional package.
 TESTS = ("runtime/engines/test_tensorrt.py",)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from places import GOLDEN
 
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, UsageError
@@ -48,6 +50,15 @@ def test_a_spec_of_an_earlier_schema_is_read(folder, version):
     expected = load_spec(folder)
     edit(folder, earlier)
     assert load_spec(folder) == expected
+
+
+def test_a_choice_by_kinds_of_an_earlier_name_is_read(folder):
+    """Kinds are shuffle, zoom and blend now."""
+    row = {"figure": 0.9, "auroc": {"shuffled": 0.9, "corner": 0.8, "blended": 0.7}, "cost": 0.0}
+    edit(folder, lambda v: v.update(choice={"known": "validation split 0123", "candidates": {"energy": row}}))
+    spec = load_spec(folder)
+    save_spec(spec, folder)
+    assert load_spec(folder) == spec and spec.choice["candidates"]["energy"] == row
 
 
 def test_a_score_with_a_state_names_its_file(folder):
@@ -103,7 +114,10 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v["preprocess"].update(crop_pct=10**400), "preprocess.crop_pct must be a finite number"),
         (lambda v: v["preprocess"].update(mean=[None] * 3), r"preprocess.mean\[0\] must be a finite number, got null"),
         (lambda v: v["preprocess"].update(std=[1.0, 1.0]), "preprocess.std must be a list of the right length"),
-        (lambda v: v["preprocess"].update(interpolation="no"), "interpolation must be one of bicubic, bilinear"),
+        (
+            lambda v: v["preprocess"].update(interpolation="no"),
+            "preprocess.interpolation must be 'bicubic' or 'bilinear'",
+        ),
         (lambda v: v["artifacts"][0].update(name=1), r"artifacts\[0\].name must be text"),
         (lambda v: v["artifacts"][0].update(files=["x"]), r"artifacts\[0\].files must be an object"),
         (lambda v: v["artifacts"][0].update(files={"x": None}), r"artifacts\[0\].files.x must be text"),
@@ -119,6 +133,11 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v["artifacts"][0]["threshold"].update(target_tpr=2), r"target_tpr must be in \(0, 1\), got 2"),
         (lambda v: v["artifacts"][0]["threshold"].update(fitted_tpr=-1), r"fitted_tpr must be in \[0, 1\]"),
         (lambda v: v["artifacts"][0]["threshold"].update(n=-5), "n must be at least 1 image, got -5"),
+        (lambda v: v["artifacts"][0]["threshold"].update(n=2**63), "threshold.n must be an integer of at most 64 bits"),
+        (lambda v: v["source"].update(epoch=float("nan")), "source.epoch must be a finite number, got NaN"),
+        (lambda v: v["artifacts"][0]["verification"].update(a=[float("-inf")]), r"verification.a\[0\] .*got -Infinity"),
+        (lambda v: v.update(classes=["cat", "\ud800"]), r"classes\[1\] must be text of valid Unicode, .*ud800"),
+        (lambda v: v["source"].update({"\ud800": 1}), "a key of source must be text of valid Unicode"),
     ],
 )
 def test_a_spec_that_is_newer_or_damaged_is_refused(folder, change, message):
@@ -130,6 +149,16 @@ def test_a_spec_that_is_newer_or_damaged_is_refused(folder, change, message):
 def test_a_threshold_may_be_a_whole_number(folder):
     edit(folder, lambda v: v["artifacts"][0]["threshold"].update(value=-2))
     assert repr(load_spec(folder).artifacts[0].threshold.value) == "-2.0"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_golden_spec_of_an_earlier_schema_is_read(tmp_path, version):
+    """Without `build` (1), without `detector`, `choice` and `id_quantiles` (1 and 2)."""
+    shutil.copy(GOLDEN / f"ssod-schema-{version}.json", tmp_path / SPEC_NAME)
+    spec, artifact = load_spec(tmp_path), load_spec(tmp_path).artifacts[0]
+    assert (spec.schema_version, spec.score_name, spec.detector, spec.choice) == (3, "energy", {}, {})
+    assert artifact.build == ({} if version == 1 else {"calibration_images": 300})
+    assert (artifact.threshold.value, artifact.threshold.id_quantiles) == (-1.5, ())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000])

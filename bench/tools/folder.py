@@ -21,7 +21,7 @@ from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import load_image, preprocess
 from ssod_edge.errors import SsodEdgeError, UsageError
 from ssod_edge.files import write_json
-from ssod_edge.runtime.open import find_export, open_runner
+from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import BATCH, Predictor, available_cores
 
 
@@ -89,7 +89,7 @@ def main(export: str, images: tuple[str, ...], engines: tuple[str, ...], rounds:
         paths = paths[: len(paths) // BATCH * BATCH]  # whole batches, so that both stages do the same work
         rows = []
         for engine in engines:
-            with Predictor(open_runner(find_export(export), engine=engine)) as predictor:
+            with Predictor(open_runner(export, engine=engine)) as predictor:
                 ran = {"artifact": predictor.runner.artifact.name, "engine": engine}
                 rows.append({**ran, **compare(predictor, paths, rounds)})
             row = rows[-1]

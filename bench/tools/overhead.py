@@ -25,7 +25,9 @@ from ssod_edge.bench.environment import describe_environment
 from ssod_edge.bench.latency import alternate
 from ssod_edge.errors import EngineError, SsodEdgeError, UsageError
 from ssod_edge.files import write_json
-from ssod_edge.runtime.open import Runner, find_export, open_runner
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import open_runner
+from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import load_spec
 
 #: (median, minimum) in ms. Other work on the machine moves the first, and the second says what is not its doing.
@@ -148,7 +150,7 @@ def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, j
     try:
         if rounds < 1 or not 0 < seconds < float("inf"):
             raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
-        folder = find_export(export)
+        folder = Export.at(export).folder
         names = artifacts or _names(folder)
         if not names:
             raise UsageError(f"'{folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")

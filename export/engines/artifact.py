@@ -12,8 +12,9 @@ from ssod_edge.errors import missing_extra
 from ssod_edge.export.engines.openvino import save_ir, write_ir
 from ssod_edge.export.engines.tensorrt import PlanOptions, check_builder, save_plan
 from ssod_edge.files import sha256_file
+from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import ENGINES, PLAN_ENGINES, is_installed
-from ssod_edge.spec import Artifact, Spec
+from ssod_edge.spec import Artifact
 
 PRECISIONS = ("fp32", "fp16", "int8")
 #: What is made where none is named: int8 takes images, another package and minutes.
@@ -46,7 +47,7 @@ def make_artifact(
     made_with: Sequence[str] = (),
     ir: Any = None,
     plans: PlanOptions | None = None,
-    earlier: tuple[Path, Spec] | None = None,
+    earlier: Export | None = None,
 ) -> Artifact:
     """Make one engine's files from the graph at `onnx_path`; the artifact has neither threshold nor figures yet.
 
@@ -58,7 +59,7 @@ def make_artifact(
         made_with: packages beside the engine's whose versions are recorded.
         ir: an OpenVINO model that stands for what OpenVINO would read from `onnx_path`: the int8 one.
         plans: how plans are built, for TensorRT.
-        earlier: an earlier export's folder and spec; a plan of the same graph, TensorRT, GPU and options is taken from
+        earlier: an earlier export; a plan of the same graph, TensorRT, GPU and options is taken from
             it instead of being built again.
 
     Raises:

@@ -23,7 +23,8 @@ from ssod_edge.runtime.engines.plans import (
     parse_version,
     plan_key,
 )
-from ssod_edge.spec import Spec, check_files
+from ssod_edge.runtime.export import Export
+from ssod_edge.spec import check_files
 from ssod_edge.terminal import PhaseBars
 
 INPUT = "image"
@@ -108,7 +109,7 @@ def save_plan(
     onnx_path: Path,
     folder: Path,
     options: PlanOptions,
-    earlier: tuple[Path, Spec] | None = None,
+    earlier: Export | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Build the plan of a graph, or copy it from an earlier export that has the same one.
 
@@ -119,7 +120,7 @@ def save_plan(
         onnx_path: the graph.
         folder: gets `model.plan`.
         options: see `PlanOptions`.
-        earlier: an export's folder and spec.
+        earlier: an export.
 
     Returns:
         the plan's path and what `Artifact.build` records of it (`PLAN_FIELDS` of
@@ -145,18 +146,18 @@ def save_plan(
     }
     build["key"] = plan_key(build)
     path = folder / PLAN_NAME
-    if earlier is not None and (copied := _copy_earlier(*earlier, build["key"], path)):
+    if earlier is not None and (copied := _copy_earlier(earlier, build["key"], path)):
         return copied, build
     plan = build_plan(module, onnx_path, options, capabilities)
     return write_atomic(path, lambda temporary: temporary.write_bytes(plan)), build
 
 
-def _copy_earlier(place: Path, spec: Spec, key: str, path: Path) -> Path | None:
+def _copy_earlier(earlier: Export, key: str, path: Path) -> Path | None:
     """The plan of the same key, if an earlier export has it whole."""
-    for artifact in spec.artifacts:
+    for artifact in earlier.spec.artifacts:
         if artifact.build.get("key") == key:
             with suppress(ArtifactError, OSError):
-                found = check_files(place, artifact)
+                found = check_files(earlier.folder, artifact)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 return Path(shutil.copyfile(found, path))
     return None

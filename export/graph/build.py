@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, score_parts
-from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold
+from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.sums import save_score
-from ssod_edge.errors import UsageError, VerificationError
+from ssod_edge.errors import UsageError
 from ssod_edge.export.engines.artifact import (
     CPU_TARGETS,
     DEFAULT_PRECISIONS,
@@ -24,18 +23,18 @@ from ssod_edge.export.engines.artifact import (
     check_engines,
     make_artifact,
 )
-from ssod_edge.export.engines.tensorrt import PlanOptions
 from ssod_edge.export.graph.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
 from ssod_edge.export.graph.onnx import fused_graph, head_rows, save_onnx
 from ssod_edge.export.graph.reference import IMAGES, synthetic_images, write_reference
-from ssod_edge.export.graph.score import ShippedScore, ship_score
+from ssod_edge.export.graph.score import ShippedScore, ship_score, want_score
 from ssod_edge.export.graph.source import Source, check_run_folder, from_run, save_run
 from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
-from ssod_edge.export.release import earlier_export, keep_earlier, staged, that_run_here
-from ssod_edge.files import exclusive, sha256_file
-from ssod_edge.runtime.open import Runner, open_runner
-from ssod_edge.runtime.verify import check_passed, verify_runner
-from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec, save_spec
+from ssod_edge.export.release import Targets, release
+from ssod_edge.files import sha256_file
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.runner import Runner
+from ssod_edge.runtime.verify import Verification
+from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec
 from ssod_edge.terminal import image_bar
 
 #: Packages whose versions say how a graph came about.
@@ -47,33 +46,27 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What to make.
+class ExportOptions(Targets):
+    """What to make of a model.
 
     Attributes:
         precisions: of `PRECISIONS`; "int8" is not made unless it is named.
-        engines: of `TARGETS`.
-        target_tpr: share of in-distribution images that must stay known, in (0, 1).
         score: the OOD score that the graph computes, or "auto"; None takes that of an earlier export of the same
             weights in the same place, else the default.
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
-        plans: how TensorRT's plans are built.
+        others: see `Targets`.
     """
 
     precisions: tuple[str, ...] = DEFAULT_PRECISIONS
-    engines: tuple[str, ...] = CPU_TARGETS
-    target_tpr: float = 0.95
     score: str | None = None
     max_drop: float = 1.0
-    plans: PlanOptions = field(default_factory=PlanOptions)
 
     def __post_init__(self) -> None:
-        for name, given, known in (("precisions", self.precisions, PRECISIONS), ("engines", self.engines, TARGETS)):
-            if not given or not set(given) <= set(known):
-                raise UsageError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        super().__post_init__()
+        if not self.precisions:
+            raise UsageError(f"precisions must be some of {', '.join(PRECISIONS)}, got none")
         if self.score not in (None, AUTO_SCORE):
             score_parts(str(self.score))
-        check_target_tpr(self.target_tpr)
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
 
@@ -93,7 +86,7 @@ def export_run(
         out: the export folder; None is `export` inside the run folder.
         precisions, engines, target_tpr, score: see `ExportOptions`.
     """
-    options = ExportOptions(tuple(precisions), tuple(engines), target_tpr, score)
+    options = ExportOptions(tuple(precisions), tuple(engines), target_tpr, score=score)
     return export_source(from_run(run), out, options)
 
 
@@ -126,24 +119,25 @@ def export_source(
     if out is None:
         check_run_folder(source)
     place = Path(out) if out is not None else source.folder / "export"
-    shipped = ship_score(source, options.score, say, earlier_export(place))
-    source = shipped.source
-    with ExitStack() as publishing, staged(place) as folder:
-        spec = _build(shipped, folder, options, say, place)
-        spec = _prove(source, folder, spec, options.target_tpr, say)
+    earlier = Export.in_place(place)
+    wanted = want_score(source, options.score, earlier, say)
+    source = replace(source, images=wanted.divide(source.images, say))
+    shipped = ship_score(source, wanted, say)
+    with release(place, say) as draft:
+        draft.write(_build(source, shipped, draft.folder, options, earlier, say))
+        draft.prove(partial(_fit_thresholds, source, options.target_tpr, say), together=True)
         if out is None and source.checkpoint is None:
-            spec = replace(spec, source={**spec.source, "checkpoint_sha256": sha256_file(save_run(source))})
-        # Another process may be exporting to the same place: what it has published by now is kept too.
-        publishing.enter_context(exclusive(place.resolve().parent))
-        spec = keep_earlier(place, folder, spec, say)
-        save_spec(spec, folder)
-    return spec
+            facts = {**draft.spec.source, "checkpoint_sha256": sha256_file(save_run(source))}
+            draft.spec = replace(draft.spec, source=facts)
+    return draft.spec
 
 
-def _build(shipped: ShippedScore, folder: Path, options: ExportOptions, say: Say, place: Path) -> Spec:
+def _build(
+    source: Source, shipped: ShippedScore, folder: Path, options: ExportOptions, earlier: Export | None, say: Say
+) -> Spec:
     """Write every artifact, the reference and the detector; the spec has neither thresholds nor figures yet."""
-    source, detector = shipped.source, shipped.detector
-    make = partial(make_artifact, plans=options.plans, earlier=earlier_export(place))
+    detector = shipped.detector
+    make = partial(make_artifact, plans=options.plans, earlier=earlier)
     images, labels = _reference_images(source)
     reference = write_reference(folder / REFERENCE_NAME, source.model, images, labels, detector)
     state = shipped.record
@@ -170,7 +164,7 @@ def _build(shipped: ShippedScore, folder: Path, options: ExportOptions, say: Say
         artifacts += [replace(artifact, build={**artifact.build, **build}) for artifact in made]
         if "onnxruntime" not in options.engines:
             path.unlink()
-    spec = Spec(
+    return Spec(
         backbone=source.model.backbone_name,
         classes=source.model.classes,
         preprocess=source.model.preprocess,
@@ -182,22 +176,16 @@ def _build(shipped: ShippedScore, folder: Path, options: ExportOptions, say: Say
         choice=shipped.choice,
         artifacts=tuple(sorted(artifacts, key=lambda artifact: TARGETS.index(artifact.engine))),
     )
-    save_spec(spec, folder)
-    return spec
 
 
 def _reference_images(source: Source) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The reference's images and labels: calibration images, or noise where there are none."""
-    settings, calibration = source.model.preprocess, source.calibration
-    if calibration is None:
+    settings, thresholds = source.model.preprocess, source.images.thresholds
+    if thresholds is None:
         images = synthetic_images(SYNTHETIC_IMAGES, settings.input_size)
         return images, np.full(len(images), -1, np.int64)
-    order = np.random.default_rng(0).permutation(calibration.indices)
-    batches = list(calibration.batches(settings, np.sort(order[:IMAGES])))
-    if not batches:
-        raise UsageError(f"none of the images of {calibration.description} can be read")
-    images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
-    return images, labels
+    order = np.random.default_rng(0).permutation(thresholds.indices)
+    return thresholds.read(settings, np.sort(order[:IMAGES]))
 
 
 def _overflow_record(report: HalfReport) -> dict[str, Any]:
@@ -225,36 +213,16 @@ def _weights_line(report: HalfReport) -> str:
     return line
 
 
-def _prove(source: Source, folder: Path, spec: Spec, target_tpr: float, say: Say) -> Spec:
-    """Fit each artifact's threshold on its own scores, verify it at that threshold, and write both down."""
-    with ExitStack() as stack:
-        runners = [
-            stack.enter_context(open_runner(folder, artifact=a.name, allow_untrained=True, verify=False))
-            for a in that_run_here(spec, say)
-        ]
-        if runners and source.trained and source.calibration is not None:
-            _fit_thresholds(source, runners, target_tpr, say)
-        failures: list[str] = []
-        for runner in runners:
-            verification = verify_runner(runner, folder)
-            try:
-                check_passed(runner.artifact, verification)
-            except VerificationError as error:
-                failures.append(str(error))
-            spec = spec.with_artifact(replace(runner.artifact, verification=verification.to_dict()))
-    if failures:
-        raise VerificationError("nothing is released: " + "\n".join(failures))
-    save_spec(spec, folder)
-    return spec
-
-
-def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float, say: Say) -> None:
+def _fit_thresholds(
+    source: Source, target_tpr: float, say: Say, runners: Sequence[Runner]
+) -> Mapping[str, Verification]:
     """One pass over the calibration images, which every runner sees; each runner's artifact gets its threshold."""
-    calibration = source.calibration
-    assert calibration is not None
-    say(f"fitting thresholds on {len(calibration.indices)} images of {calibration.description}")
+    calibration = source.images.thresholds
+    if not runners or not source.trained or calibration is None:
+        return {}
+    say(f"fitting thresholds on {len(calibration)} images of {calibration.description}")
     scores: list[list[np.ndarray]] = [[] for _ in runners]
-    with image_bar("calibrating", len(calibration.indices)) as advance:
+    with image_bar("calibrating", len(calibration)) as advance:
         for images, _ in calibration.batches(source.model.preprocess):
             for runner, found in zip(runners, scores, strict=True):
                 found.append(runner.infer({"image": images})["ood_score"])
@@ -265,3 +233,4 @@ def _fit_thresholds(source: Source, runners: Sequence[Runner], target_tpr: float
         values = np.concatenate(found) if found else np.empty(0, np.float32)
         threshold = conformal_threshold(values, target_tpr, calibration.description)
         runner.artifact = replace(runner.artifact, threshold=threshold)
+    return {}

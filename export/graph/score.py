@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
+from ssod_edge.data.images import LEAST_IMAGES, Images
 from ssod_edge.data.sources import model_labels
-from ssod_edge.detect.detectors import FitData
-from ssod_edge.detect.sums import FittedScore, fit_score, load_shipped
+from ssod_edge.detect.fit import FitData
+from ssod_edge.detect.sums import FittedScore, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.export.graph.choice import choose
+from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
-from ssod_edge.export.graph.source import Calibration, Source, check_score
+from ssod_edge.export.graph.source import Source, check_score
 from ssod_edge.export.release import without_names
+from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
 
@@ -25,12 +26,35 @@ Say = Callable[[str], None]
 
 #: Training images that a detector is fitted on.
 FIT_IMAGES = 10_000
-#: Fewer readable ones than this describe no distribution.
-LEAST_IMAGES = 32
 #: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
 #: chance chooses.
 LEAST_UNASKED = 200
 DEFAULT_EVIDENCE = "the default for a network that was not trained with made outliers, or has few images to choose by"
+
+
+@dataclass(frozen=True)
+class WantedScore:
+    """Which score an export is to ship, before any image is looked at.
+
+    Attributes:
+        name: see `ssod_edge.config.score_parts`, or "auto".
+        evidence: why, in words.
+        asked: whether somebody asked for it; a choice that nobody asked for is told in a line.
+        kept: the export whose score this is, to be taken over if it is of the same images.
+    """
+
+    name: str
+    evidence: str = "chosen when exporting"
+    asked: bool = True
+    kept: Export | None = None
+
+    @property
+    def chooses(self) -> bool:
+        return self.name == AUTO_SCORE
+
+    def divide(self, images: Images, say: Say) -> Images:
+        """The images, with some to choose by and to fit on where this score takes them; errors as `Images.divide`."""
+        return images.divide(self.chooses, say) if self.chooses or has_state(self.name) else images
 
 
 @dataclass(frozen=True)
@@ -40,7 +64,6 @@ class ShippedScore:
     Attributes:
         name: see `ssod_edge.config.score_parts`.
         evidence: why this one, in words.
-        source: what is exported, with the images that are left for the thresholds.
         detector: the state, if the score has one.
         record: what it was fitted on, for the spec.
         choice: the evidence of "auto" in figures, for the spec.
@@ -48,83 +71,97 @@ class ShippedScore:
 
     name: str
     evidence: str
-    source: Source
     detector: FittedScore | None = None
     record: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
 
 
-def ship_score(source: Source, wanted: str | None, say: Say, earlier: tuple[Path, Spec] | None = None) -> ShippedScore:
-    """Decide on the score, and fit what it needs.
+def want_score(source: Source, name: str | None, earlier: Export | None, say: Say) -> WantedScore:
+    """Which score to ship.
+
+    Without made outliers in training nothing is chosen unasked: a network that was taught by its classes alone may give
+    unknown images scores so close to the threshold that the best of them by AUROC does not hold there
+    (docs/detection.md).
 
     Args:
         source: what is exported.
-        wanted: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
+        name: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
             if the network was trained with made outliers and its images are at hand, and else takes the default.
+        earlier: the export that this one goes beside.
         say: gets a line for each step.
-        earlier: the export that this one goes beside, its folder and spec.
 
     Raises:
         UsageError: the score needs an OOD row or images that this model has not.
     """
-    if wanted is None and earlier is not None and _same_weights(source, earlier[1]):
-        kept = _kept(source, *earlier, say)
-        if kept is not None:
-            return kept
-        wanted = AUTO_SCORE if earlier[1].choice else earlier[1].score_name
-    if wanted is None:
-        return _unasked(source, say)
-    if wanted == AUTO_SCORE and not source.trained:
+    if name is None and earlier is not None and _same_weights(source, earlier.spec):
+        spec = earlier.spec
+        return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
+    if name is None:
+        counts = [0 if part is None else len(part) for part in (source.images.training, source.images.choices)]
+        if source.outliers and min(counts) >= LEAST_UNASKED:
+            return WantedScore(AUTO_SCORE, DEFAULT_EVIDENCE, asked=False)
+        if source.outliers:
+            say(
+                f"the score is {DEFAULT_SCORE}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
+                f"choose another, and there are {counts[0]} and {counts[1]}"
+            )
+        return WantedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE)
+    if name == AUTO_SCORE and not source.trained:
         say(f"--score auto: untrained weights give nothing to choose by, so the score is {DEFAULT_SCORE}")
-        return ShippedScore(DEFAULT_SCORE, "auto: untrained weights give nothing to choose by", source)
-    if wanted != AUTO_SCORE:
-        for part in score_parts(wanted):
+        return WantedScore(DEFAULT_SCORE, "auto: untrained weights give nothing to choose by")
+    wanted = WantedScore(name)
+    if not wanted.chooses:
+        for part in score_parts(name):
             check_score(source, part)
-        if not has_state(wanted):
-            return ShippedScore(wanted, "chosen when exporting", source)
-    if not source.trained:
-        raise UsageError(f"the score '{wanted}' is fitted on training images, and untrained weights have none")
-    if wanted == AUTO_SCORE:
-        return _chosen(source, say, brief=False)
-    training, _, source = divide(source, False, say)
-    data = fit_data(source, training, say)
-    detector = fit_score(wanted, data)
-    record = {"data": training.description, "images": len(data.features), "settings": detector.settings}
-    return ShippedScore(wanted, "chosen when exporting", source, detector, record)
+        if has_state(name) and not source.trained:
+            raise UsageError(f"the score '{name}' is fitted on training images, and untrained weights have none")
+    return wanted
 
 
-def _unasked(source: Source, say: Say) -> ShippedScore:
-    """The score of an export that names none, and has none beside it.
+def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
+    """Choose the score and fit what it needs, on images that were divided for it (`WantedScore.divide`).
 
-    Without made outliers in training nothing is chosen: a network that was taught by its classes alone may give unknown
-    images scores so close to the threshold that the best of them by AUROC does not hold there (docs/detection.md).
+    Raises:
+        UsageError: too few images can be read.
     """
-    images = [0 if part is None else len(part.indices) for part in (source.training, source.choices)]
-    if source.outliers and min(images) >= LEAST_UNASKED:
+    if wanted.kept is not None and (kept := _kept(source, wanted.kept, say)) is not None:
+        return kept
+    if wanted.chooses:
         try:
-            return _chosen(source, say, brief=True)
+            return _chosen(source, say, brief=not wanted.asked)
         except UsageError as error:
+            if wanted.asked:
+                raise
             say(f"no score can be chosen ({error}), so it is {DEFAULT_SCORE}")
-    elif source.outliers:
-        say(
-            f"the score is {DEFAULT_SCORE}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
-            f"choose another, and there are {images[0]} and {images[1]}"
-        )
-    return ShippedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE, source)
+            return ShippedScore(DEFAULT_SCORE, wanted.evidence)
+    if not has_state(wanted.name):
+        return ShippedScore(wanted.name, wanted.evidence)
+    data = fit_data(source, say)
+    detector = fit_score(wanted.name, data)
+    return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
 
 
 def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
     """The score that "auto" chooses."""
-    training, choices, source = divide(source, True, say)
+    choices = source.images.choices
     assert choices is not None
-    data = fit_data(source, training, say)
-    record: dict[str, Any] = {"data": training.description, "images": len(data.features)}
+    data = fit_data(source, say)
     chosen, candidate, figures = choose(source, choices, data, say, brief)
     for message in choices.unreadable:
         say(f"left out: {message}")
-    detector_record = record | {"settings": candidate.settings} if candidate is not None else {}
     evidence = f"auto: the best by AUROC and FPR on images made from {choices.description}, within the cost allowed"
-    return ShippedScore(chosen, evidence, source, candidate, detector_record, figures)
+    record = {} if candidate is None else _record(source, data, candidate)
+    return ShippedScore(chosen, evidence, candidate, record, figures)
+
+
+def _record(source: Source, data: FitData, detector: FittedScore) -> dict[str, Any]:
+    """What the spec says of the images that a state was fitted on."""
+    assert source.images.training is not None
+    return {
+        "data": source.images.training.description,
+        "images": len(data.features),
+        "settings": detector.settings,
+    }
 
 
 def _same_weights(source: Source, spec: Spec) -> bool:
@@ -137,80 +174,34 @@ def _same_weights(source: Source, spec: Spec) -> bool:
     ) and all(spec.source.get(key) == value for key, value in without_names(source.facts).items())
 
 
-def _kept(source: Source, place: Path, spec: Spec, say: Say) -> ShippedScore | None:
+def _kept(source: Source, earlier: Export, say: Say) -> ShippedScore | None:
     """The score of an export of the same weights as it is; None if its state is lost, or of other images than now."""
-    name, state = spec.score_name, None
+    spec, images, state = earlier.spec, source.images, None
+    name, evidence = spec.score_name, spec.score["evidence"]
     if spec.detector or spec.choice:
-        training, choices, source = divide(source, bool(spec.choice), say)
-        fitted_on, chosen_on = spec.detector.get("data"), spec.choice.get("known")
-        if fitted_on not in (None, training.description) or chosen_on not in (None, choices and choices.description):
-            say(f"'{place}' ships {name}, of other images: it is made anew")
+        fitted_on, chosen_on = (part and part.description for part in (images.training, images.choices))
+        if spec.detector.get("data", fitted_on) != fitted_on or spec.choice.get("known", chosen_on) != chosen_on:
+            say(f"'{earlier.folder}' ships {name}, of other images: it is made anew")
             return None
         try:
-            state = load_shipped(spec, place, source.model.classifier.in_features)
+            state = earlier.score_state(source.model.classifier.in_features)
         except ArtifactError as error:
             say(f"{error}: it is made anew")
             return None
-    if spec.score["evidence"] != DEFAULT_EVIDENCE:
+    if evidence != DEFAULT_EVIDENCE:
         say(f"score {name}, as in the export that is there; another with --score")
     record = {key: value for key, value in spec.detector.items() if key != "sha256"}
-    return ShippedScore(name, spec.score["evidence"], source, state, record, spec.choice)
+    return ShippedScore(name, evidence, state, record, spec.choice)
 
 
-def divide(source: Source, auto: bool, say: Say) -> tuple[Calibration, Calibration | None, Source]:
-    """Images to fit on, images to choose by (with "auto"), and the source with those left for the thresholds.
-
-    A run has its training, validation and calibration splits. For weights that were trained elsewhere, and runs whose
-    training data is gone, the images of --id are divided, and so are those of a calibration split if a run has no
-    validation images.
-
-    Raises:
-        UsageError: there are no images, or too few.
-    """
-    training, choices, calibration = source.training, source.choices, source.calibration
-    if training is None:
-        if calibration is None:
-            raise UsageError("a score with a state is fitted on in-distribution images. Name some: --id DATA")
-        training, rest = _halves(calibration, "half that fits the detector", "the other half")
-        say(
-            f"note: the images that the model was trained on are not at hand: the detector is fitted on "
-            f"{len(training.indices)} images of {calibration.description}, and the thresholds on others of them"
-        )
-        calibration, choices = rest, None
-    if auto and (choices is None or len(choices.indices) < LEAST_IMAGES):
-        if calibration is None:
-            raise UsageError("--score auto chooses on in-distribution images, and there are none. Name some: --id DATA")
-        choices, calibration = _halves(calibration, "part that chooses", "part for thresholds")
-        say(f"note: the score is chosen on {len(choices.indices)} images of {choices.description}")
-    for part, what in ((training, "fit a detector"), (choices, "choose a score") if auto else (training, "")):
-        if part is None or len(part.indices) < LEAST_IMAGES:
-            found = 0 if part is None else len(part.indices)
-            own = found and part is source.training  # not taken from --id
-            fix = (
-                "Train on more, or ship a score without a state (--score energy)" if own else "Name more with --id DATA"
-            )
-            raise UsageError(f"it takes at least {LEAST_IMAGES} images to {what}, got {found}. {fix}")
-    return training, choices, replace(source, calibration=calibration)
-
-
-def _halves(images: Calibration, first: str, second: str) -> tuple[Calibration, Calibration]:
-    """Two seeded halves, with one list of unreadable images."""
-    order = np.random.default_rng(1).permutation(images.indices)
-    middle = len(order) // 2
-    parts = ((np.sort(order[:middle]), first), (np.sort(order[middle:]), second))
-    one, other = (
-        replace(images, indices=indices, description=f"{images.description}, {name}") for indices, name in parts
-    )
-    return one, other
-
-
-def fit_data(source: Source, training: Calibration, say: Say) -> FitData:
+def fit_data(source: Source, say: Say) -> FitData:
     """The features of a seeded choice of training images, through the deployment preprocessing.
 
     Raises:
         UsageError: too few of them can be read.
     """
-    model = source.model
+    model, training = source.model, source.images.training
+    assert training is not None
     chosen = np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES]
     say(f"fitting on the features of {len(chosen)} images of {training.description}")
     logits, id_logits, features, labels = [], [], [], []

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ssod_edge.detect.detectors import TINY, Array, Detector
 from ssod_edge.detect.sums import FittedScore
-from ssod_edge.ops import ood_score
 from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
 
 #: A detector whose rounding takes more of verification's tolerance than this is not shipped: an engine adds its own.
@@ -200,16 +199,30 @@ def lost_to_rounding(detector: Detector, features: NDArray[np.float32], logits: 
 
 
 def score_of_graph(name: str, logits: Tensor, probs: Tensor, id_logit: Tensor) -> Tensor:
-    """`ssod_edge.ops.ood_score` in as few operations.
+    """A score of `ssod_edge.detect.scores.ood_scores` in few operations; larger = more likely OOD.
 
     max log_softmax is the logarithm of the largest probability, which is at least 1/M and has been computed anyway.
     msp has no such short cut: 1 - max(probs) is a difference that vanishes when the network is sure.
+
+    Args:
+        name: of `ssod_edge.config.SCORES`.
+        logits, probs: fp32 [N, M], M >= 2.
+        id_logit: fp32 [N].
+
+    Returns:
+        fp32 [N].
     """
+    if name == "ssod":
+        return -id_logit
+    if name == "maxlogit":
+        return -logits.amax(dim=1)
     if name == "energy":
-        return probs.amax(dim=1).log() - logits.amax(dim=1)
+        return _energy(logits, probs)
     if name == "posterior":
         return F.softplus(-id_logit) - probs.amax(dim=1).log()
-    return ood_score(name, logits, id_logit)
+    top, index = logits.max(dim=1)
+    winner = F.one_hot(index, logits.shape[1]).to(torch.bool)
+    return torch.logsumexp(logits.masked_fill(winner, -torch.inf), dim=1) - top
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -221,9 +234,10 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def _energy(logits: Tensor) -> Tensor:
+def _energy(logits: Tensor, probs: Tensor | None = None) -> Tensor:
     """-logsumexp, without overflow in any engine."""
-    return torch.softmax(logits, dim=1).amax(dim=1).log() - logits.amax(dim=1)
+    probs = torch.softmax(logits, dim=1) if probs is None else probs
+    return probs.amax(dim=1).log() - logits.amax(dim=1)
 
 
 def _times(scale: float, score: Tensor) -> Tensor:

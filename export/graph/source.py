@@ -3,68 +3,23 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ssod_edge.config import NEED_OOD_ROW, Preprocess, resolve_backbone
-from ssod_edge.data.pixels import preprocess
-from ssod_edge.data.sources import ImageSource, open_dataset
-from ssod_edge.data.splits import read_splits
-from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
+from ssod_edge.data.images import Images, whole_dataset
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import same_data, sha256_file
-from ssod_edge.training.checkpoint import BEST, is_checkpoint, load_model, model_meta, model_tensors, save_checkpoint
-from ssod_edge.training.loop import load_config
+from ssod_edge.training.checkpoint import BEST, is_checkpoint, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, load_weights
+from ssod_edge.training.run import Run
 
 UNTRAINED_CLASSES = 1000
-BATCH = 32
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """In-distribution images that were not trained on.
-
-    Attributes:
-        source: where they come from.
-        indices: which of them.
-        description: for the record.
-        unreadable: message of each image that `batches` could not read, once.
-    """
-
-    source: ImageSource
-    indices: NDArray[np.int64]
-    description: str
-    unreadable: dict[str, None] = field(default_factory=dict)
-
-    def batches(
-        self, settings: Preprocess, indices: NDArray[np.int64] | None = None
-    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-        """(images uint8 [n, 3, S, S], labels int64 [n]) in batches. Unreadable images are left out.
-
-        Args:
-            settings: the model's preprocessing.
-            indices: which images; None for all.
-        """
-        chosen = self.indices if indices is None else indices
-        for start in range(0, len(chosen), BATCH):
-            images, labels = [], []
-            for index in chosen[start : start + BATCH].tolist():
-                try:
-                    images.append(preprocess(self.source.image(index), settings))
-                except ImageError as error:
-                    self.unreadable[str(error)] = None
-                else:
-                    labels.append(int(self.source.labels[index]))
-            if images:
-                yield np.stack(images), np.array(labels, np.int64)
 
 
 @dataclass(frozen=True)
@@ -76,11 +31,8 @@ class Source:
         trained: False for random weights.
         folder: the run folder; the export goes into `folder/export` unless another place is named.
         facts: the spec's `source`.
-        calibration: None if there are no images to fit thresholds on.
+        images: in-distribution, by what they may be used for.
         checkpoint: the run's; None if `folder` is yet to be made from the weights.
-        int8: in-distribution images to quantise with; None takes those of `calibration`.
-        training: images that the model was trained on, for the state of a detector; None if they cannot be had.
-        choices: images that choices may look at, the run's validation split; None if there are none.
         outliers: kinds of made images that the model was trained to reject, of `ssod_edge.config.OUTLIERS`.
     """
 
@@ -88,11 +40,8 @@ class Source:
     trained: bool
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
-    calibration: Calibration | None = None
+    images: Images = field(default_factory=Images)
     checkpoint: Path | None = None
-    int8: Calibration | None = None
-    training: Calibration | None = None
-    choices: Calibration | None = None
     outliers: tuple[str, ...] = ()
 
 
@@ -117,29 +66,27 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         UsageError: there is no checkpoint, or its training data is gone or changed and so has no calibration split.
         ArtifactError: the checkpoint is damaged.
     """
-    path = Path(path)
-    model, meta = load_model(path)
-    checkpoint = path / BEST if path.is_dir() else path
-    folder = checkpoint.parent
+    run = Run.at(path)
+    meta = run.meta
     recorded = data is None or same_data(data, meta.get("data"))
-    named = None if recorded else from_dataset(str(data))
+    named = None if recorded else whole_dataset(str(data))
     # In another place too: images that were trained on would fit the thresholds.
     moved = named is not None and named.source.fingerprint == meta.get("data_fingerprint")
     try:
-        splits = _run_splits(folder, meta, data if moved else None)
+        images = run.images(data if moved else None)
     except UsageError:
         if recorded or moved:
             raise
-        splits = {}
+        images = Images()
+    if not (recorded or moved):
+        images = replace(images, thresholds=named)
     facts = {
-        "run": folder.resolve().name,
-        "checkpoint_sha256": sha256_file(checkpoint),
+        "run": run.folder.resolve().name,
+        "checkpoint_sha256": run.checkpoint_sha256,
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    calibration = splits["calib"] if recorded or moved else named
-    source = Source(model, meta.get("trained") is True, folder, facts, calibration, checkpoint)
-    return replace(source, training=splits.get("train"), choices=splits.get("val"), outliers=_outliers(folder))
+    return Source(run.model, meta.get("trained") is True, run.folder, facts, images, run.checkpoint, _outliers(run))
 
 
 def from_weights(
@@ -166,11 +113,11 @@ def from_weights(
     """
     if weights is not None and is_checkpoint(weights):
         raise UsageError(f"'{weights}' is a run's checkpoint. Export it with: ssod-edge export {shlex.quote(weights)}")
-    calibration = from_dataset(data, labelled=classes_file is None) if data else None
+    thresholds = whole_dataset(data, labelled=classes_file is None) if data else None
     if classes_file is not None:
         classes = _read_classes(classes_file)
-    elif calibration is not None:
-        classes = calibration.source.classes
+    elif thresholds is not None:
+        classes = thresholds.source.classes
     else:
         classes = imagenet_classes()
     name = resolve_backbone(backbone)
@@ -182,9 +129,9 @@ def from_weights(
     facts: dict[str, Any] = {"run": f"{name}-{origin}", "weights": Path(weights).name if weights else "timm"}
     if weights is not None:
         facts["weights_sha256"] = sha256_file(weights)
-    if calibration is not None:
-        facts |= {"data": data, "data_fingerprint": calibration.source.fingerprint}
-    return Source(model.eval(), True, Path(runs) / facts["run"], facts, calibration)
+    if thresholds is not None:
+        facts |= {"data": data, "data_fingerprint": thresholds.source.fingerprint}
+    return Source(model.eval(), True, Path(runs) / facts["run"], facts, Images(thresholds=thresholds))
 
 
 def untrained(backbone: str, runs: str | Path = "runs", input_size: int | None = None) -> Source:
@@ -231,12 +178,6 @@ def check_run_folder(source: Source) -> None:
         raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
 
 
-def from_dataset(name: str, labelled: bool = False) -> Calibration:
-    """All images of a data set."""
-    images = open_dataset(name, labelled=labelled)
-    return Calibration(images, np.arange(len(images)), f"'{name}', fingerprint {images.fingerprint[:12]}")
-
-
 def imagenet_classes() -> tuple[str, ...]:
     """The 1000 classes of ImageNet-1k in label order: WordNet id and first name, "n01440764_tench"."""
     from timm.data import ImageNetInfo
@@ -246,41 +187,20 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(f"{info.index_to_label_name(index)}_{name}" for index, name in enumerate(names))
 
 
-def _outliers(folder: Path) -> tuple[str, ...]:
+def _outliers(run: Run) -> tuple[str, ...]:
     """The made images of a run's training; none where its settings are gone."""
     try:
-        loss = load_config(folder).loss
+        loss = run.config.loss
     except (UsageError, ArtifactError):
         return ()
     return loss.outliers if loss.trains_row_on_outliers else ()
-
-
-def _run_splits(folder: Path, meta: dict[str, Any], place: str | None) -> dict[str, Calibration]:
-    """The splits that training recorded: train, val and calib; `place` is where its data lies, None: where it lay."""
-    data, splits_hash = str(place or meta.get("data")), str(meta.get("splits_hash"))
-    try:
-        source = open_dataset(data)
-    except UsageError as error:
-        raise UsageError(f"the run's calibration images cannot be had ({error}). Name others with --id") from error
-    if source.fingerprint != meta.get("data_fingerprint"):
-        raise UsageError(f"the data set '{data}' changed since training. Name other images with --id")
-    splits = read_splits(folder, source, splits_hash)
-    parts = {"train": splits.train, "val": splits.val, "calib": splits.calib}
-    return {
-        name: Calibration(source, part, f"'{data}', {name} split {splits_hash[:12]}") for name, part in parts.items()
-    }
 
 
 def _pretrained(name: str, classes: tuple[str, ...], settings: Preprocess) -> SSODClassifier:
     count = timm.get_pretrained_cfg(name).num_classes
     if count != len(classes):
         raise UsageError(f"timm's weights of '{name}' have {count} classes, got {len(classes)}. Give --classes FILE")
-    try:
-        return build_model(name, classes, settings, pretrained=True)
-    except SsodEdgeError:
-        raise
-    except Exception as error:  # a download fails in many ways
-        raise UsageError(f"timm's weights of '{name}' cannot be had ({error}). Give a file with --weights") from error
+    return build_model(name, classes, settings, pretrained=True)
 
 
 def _load_all_weights(model: SSODClassifier, path: str) -> None:

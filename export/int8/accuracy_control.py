@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
+from ssod_edge.detect.made_images import make_for_choices
 from ssod_edge.detect.metrics import detection_metrics
-from ssod_edge.detect.pseudo_ood import pseudo_ood
 from ssod_edge.errors import UsageError, VerificationError
-from ssod_edge.export.graph.source import Calibration
 from ssod_edge.export.int8.quantize import Images, Infer, Quantizer
 from ssod_edge.training.model import SSODClassifier
 
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class CalibrationImages:
+class DrawnImages:
     """The images of an int8 export, no image in both parts.
 
     Attributes:
@@ -49,7 +49,7 @@ class CalibrationImages:
     description: str
 
 
-def draw_images(calibration: Calibration, model: SSODClassifier, say: Say) -> CalibrationImages:
+def draw_images(calibration: Subset, model: SSODClassifier, say: Say) -> DrawnImages:
     """A seeded choice: the last of a shuffled list for the ranges, because `reference.npz` takes the first.
 
     Args:
@@ -79,12 +79,12 @@ def draw_images(calibration: Calibration, model: SSODClassifier, say: Say) -> Ca
     control = labels[border:]
     if (control < 0).any():
         say(f"note: images of {calibration.description} have no class that the model knows: top-1 is not controlled")
-    return CalibrationImages(
+    return DrawnImages(
         images[:border], images[border:], None if (control < 0).any() else control, calibration.description
     )
 
 
-def check_count(count: int, calibration: Calibration) -> None:
+def check_count(count: int, calibration: Subset) -> None:
     """Raises UsageError if so many images are too few to quantise with."""
     if count < LEAST_IMAGES:
         raise UsageError(
@@ -104,7 +104,7 @@ class Figures:
 class AccuracyControl:
     """The drop from fp32 to int8 on held-out images: of top-1, and of the shipped score's AUROC.
 
-    The AUROC is that of the control images against images made from them (`ssod_edge.detect.pseudo_ood`), so that no
+    The AUROC is that of the control images against images made from them (`ssod_edge.detect.made_images`), so that no
     OOD set has a say in what is shipped.
 
     Args:
@@ -113,9 +113,9 @@ class AccuracyControl:
         max_drop: in points, for each of the two; one changed image is always allowed.
     """
 
-    def __init__(self, images: CalibrationImages, reference: Infer, max_drop: float):
+    def __init__(self, images: DrawnImages, reference: Infer, max_drop: float):
         self._known, self._labels = images.control, images.labels
-        self._unknown = pseudo_ood(images.control[:PSEUDO_OOD_IMAGES])
+        self._unknown = make_for_choices(images.control[:PSEUDO_OOD_IMAGES])
         self._ranking = images.control[:RANKING_IMAGES]
         self._expected = _run(reference, self._ranking)["logits"]
         self.max_drop = max_drop

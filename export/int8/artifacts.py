@@ -13,7 +13,7 @@ import onnx
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.graph.onnx import save_onnx
 from ssod_edge.export.graph.reference import synthetic_images
-from ssod_edge.export.graph.source import Calibration, Source
+from ssod_edge.export.graph.source import Source
 from ssod_edge.export.int8.accuracy_control import AccuracyControl, Say, check_count, draw_images, quantize_controlled
 from ssod_edge.export.int8.quantize import OnnxQuantizer, OpenVinoQuantizer, Quantizer, infer_onnx, layer_names
 from ssod_edge.spec import Artifact
@@ -33,7 +33,7 @@ def check_int8(source: Source) -> None:
         raise missing_extra("nncf", "exporting int8")
     if not source.trained:
         return
-    calibration = _images(source)
+    calibration = source.images.quantising
     if calibration is None:
         raise UsageError("int8 is quantised with in-distribution images, and there are none. Name some: --calib DATA")
     check_count(len(calibration.indices), calibration)
@@ -68,7 +68,7 @@ def int8_artifacts(
         VerificationError: int8 costs more than `max_drop`.
     """
     made_with = (*made_with, "nncf")
-    calibration = _images(source)
+    calibration = source.images.quantising
     if not source.trained or calibration is None:
         images = synthetic_images(SYNTHETIC_IMAGES, source.model.preprocess.input_size)
         data: dict[str, Any] = {"data": "seeded noise: untrained weights, for latency alone", "images": len(images)}
@@ -93,10 +93,6 @@ def int8_artifacts(
         if "onnxruntime" not in engines:
             path.unlink()
     return artifacts
-
-
-def _images(source: Source) -> Calibration | None:
-    return source.int8 or source.calibration
 
 
 def _quantize(

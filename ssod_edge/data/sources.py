@@ -20,7 +20,6 @@ from ssod_edge.errors import ImageError, UsageError
 IMAGE_LIST_SUFFIX = ".sha256"
 
 
-
 class ImageSource(Labelled, Protocol):
     """Labelled images by index.
 

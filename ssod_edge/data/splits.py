@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.errors import UsageError
+from ssod_edge.json_reader import from_json, read_json
 
 Indices = NDArray[np.int64]
 
@@ -101,12 +101,20 @@ def read_splits(
     """
     path = Path(folder) / "splits.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        val, calib = (np.asarray(record[part], dtype=np.int64) for part in ("val", "calib"))
+        record = read_json(path)
+        val, calib = (_indices(record.get(part), part) for part in ("val", "calib"))
         train = np.setdiff1d(np.arange(len(source)), np.concatenate([val, calib]))  # all the others
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"'{folder}' has no readable splits.json ({error}); {fix}") from error
     splits = Splits(train, val, calib)
     if splits.hash != splits_hash:
         raise UsageError(f"'{path}' was changed after training: its hash is not the checkpoint's. Restore it, or {fix}")
     return splits
+
+
+def _indices(value: object, name: str) -> Indices:
+    """Raises UsageError unless it is a list of different integers."""
+    indices = from_json(tuple[int, ...], value, name)
+    if len(set(indices)) < len(indices):
+        raise UsageError(f"{name} names an image twice")
+    return np.asarray(indices, dtype=np.int64)

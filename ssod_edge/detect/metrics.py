@@ -98,12 +98,7 @@ def _bootstrap(id_ranks: Counts, ood_ranks: Counts, bins: int, resamples: int, s
         id_counts = _counts(id_ranks[rng.integers(0, len(id_ranks), len(id_ranks))], bins)
         ood_counts = _counts(ood_ranks[rng.integers(0, len(ood_ranks), len(ood_ranks))], bins)
         rows.append(_detection(id_counts, ood_counts))
-    return {name: _interval([row[name] for row in rows]) for name in rows[0]}
-
-
-def _interval(samples: list[float]) -> list[float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return [float(low), float(high)]
+    return {name: np.quantile([row[name] for row in rows], [0.025, 0.975]).tolist() for name in rows[0]}
 
 
 def _counts(ranks: Counts, bins: int) -> Counts:
@@ -189,30 +184,6 @@ def tpr_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
-def threshold_metrics(
-    id_scores: npt.ArrayLike, ood_scores: npt.ArrayLike, threshold: float, correct: npt.ArrayLike | None = None
-) -> dict[str, Any]:
-    """What happens at a shipped threshold, where `known = score <= threshold`.
-
-    Args:
-        id_scores, ood_scores: [n_id] and [n_ood], finite, larger = more OOD.
-        threshold: finite.
-        correct: bool [n_id], whether the class of each ID image is right.
-
-    Returns:
-        A dict of fractions, intervals by `tpr_interval`: `id_tpr` (ID images known) and `id_tpr_ci`,
-        `false_reject` (ID images unknown) and `false_reject_ci`, `false_accept` (OOD images known) and
-        `false_accept_ci`; with `correct`, also `selective_accuracy` (accuracy over the known ID images) and
-        `selective_accuracy_ci`, None where there are none.
-
-    Raises:
-        UsageError: as in `detection_metrics`, a threshold that is not finite, or `correct` of another length.
-    """
-    _check_threshold(threshold)
-    known = _scores(id_scores, "id_scores") <= threshold
-    return {**_id_side(known, correct), **_ood_side(_scores(ood_scores, "ood_scores"), threshold)}
-
-
 def deployment_metrics(
     id_scores: npt.ArrayLike,
     ood_scores: Mapping[str, npt.ArrayLike],
@@ -221,7 +192,7 @@ def deployment_metrics(
     labels: npt.ArrayLike,
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """What shipping a score with a threshold means, as JSON-ready values.
+    """What shipping a score with a threshold means, where `known = score <= threshold`, as JSON-ready values.
 
     Args:
         id_scores: [n_id], finite, larger = more OOD.
@@ -233,16 +204,19 @@ def deployment_metrics(
 
     Returns:
         - threshold: the fields of `Threshold`.
-        - id_tpr, false_reject, selective_accuracy, each with its `_ci`: as `threshold_metrics`.
+        - id_tpr (ID images known), false_reject (ID images unknown), selective_accuracy (accuracy over the known ID
+          images, None where there are none), each a fraction with its interval by `tpr_interval`, `_ci`.
         - aurc, augrc: as `risk_coverage`, over the ID images.
         - rejected_by_class: class -> {rate, ci, n}, of the ID images that are unknown; None where n is 0.
-        - ood: OOD set -> {false_accept, false_accept_ci, oscr}.
+        - ood: OOD set -> {false_accept (OOD images known), false_accept_ci, oscr}.
 
     Raises:
-        UsageError: as in `threshold_metrics`, or labels of another length or outside the classes.
+        UsageError: as in `detection_metrics`, a threshold that is not finite, `correct` of another length, or labels of
+            another length or outside the classes.
     """
     ind = _scores(id_scores, "id_scores")
-    _check_threshold(threshold.value)
+    if not math.isfinite(threshold.value):
+        raise UsageError(f"threshold must be finite, got {threshold.value}")
     known, right = ind <= threshold.value, _flags(correct, len(ind))
     curve = risk_coverage(ind, right)
     return {
@@ -258,19 +232,16 @@ def deployment_metrics(
     }
 
 
-def _id_side(known: npt.NDArray[np.bool_], correct: npt.ArrayLike | None) -> dict[str, Any]:
-    n, accepted = len(known), int(known.sum())
-    result: dict[str, Any] = {
+def _id_side(known: npt.NDArray[np.bool_], correct: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    n, accepted, right = len(known), int(known.sum()), int(correct[known].sum())
+    return {
         "id_tpr": accepted / n,
         "id_tpr_ci": list(tpr_interval(accepted, n)),
         "false_reject": 1 - accepted / n,
         "false_reject_ci": list(tpr_interval(n - accepted, n)),
+        "selective_accuracy": right / accepted if accepted else None,
+        "selective_accuracy_ci": list(tpr_interval(right, accepted)) if accepted else None,
     }
-    if correct is not None:
-        right = int(_flags(correct, n)[known].sum())
-        result["selective_accuracy"] = right / accepted if accepted else None
-        result["selective_accuracy_ci"] = list(tpr_interval(right, accepted)) if accepted else None
-    return result
 
 
 def _ood_side(ood: Floats, threshold: float) -> dict[str, Any]:
@@ -293,11 +264,6 @@ def _rejected_by_class(
         name: {"rate": k / n if n else None, "ci": list(tpr_interval(k, n)) if n else None, "n": n}
         for name, k, n in zip(classes, counts.tolist(), totals.tolist(), strict=True)
     }
-
-
-def _check_threshold(threshold: float) -> None:
-    if not math.isfinite(threshold):
-        raise UsageError(f"threshold must be finite, got {threshold}")
 
 
 @dataclass(frozen=True)

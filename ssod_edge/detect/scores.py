@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float32]
 
 
 def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName, Array]:
-    """Every score of the fused graph, in fp32. None saturates as a probability does.
+    """Every score of the logits, in fp32: the definition that the graph is tested against. None saturates.
 
     With top = max_j logits_j, rest = logsumexp of the other logits and s = id_logit:
 
@@ -59,12 +59,6 @@ def probabilities(logits: npt.ArrayLike) -> Array:
         powers = np.exp(values - values.max(axis=1, keepdims=True))
     shares: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32, copy=False)
     return shares
-
-
-def confidence(logits: npt.ArrayLike) -> Array:
-    """The largest softmax probability, [N, M] -> float32 [N] in [1/M, 1]. To show, not to rank: it saturates at 1."""
-    largest: Array = probabilities(logits).max(axis=1)
-    return largest
 
 
 def _top_and_rest(logits: Array) -> tuple[Array, Array]:

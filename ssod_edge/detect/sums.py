@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import DETECTORS, DetectorName, ScoreName, score_parts
-from ssod_edge.detect.detectors import Array, Detector, FitData, Wide, fit, read_detector, write_detector
+from ssod_edge.detect.detectors import Array, Detector, Wide, read_detector, write_detector
+from ssod_edge.detect.fit import FitData, fit
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import write_atomic
@@ -49,22 +50,9 @@ class ScoreSum:
         return sum(detector.rows for detector in self.detectors.values())
 
     @property
-    def weight(self) -> Array:
-        """float32 [rows, D] of that Gemm."""
-        return np.concatenate([detector.weight for detector in self._in_gemm()])
-
-    @property
-    def bias(self) -> Array:
-        """float32 [rows] of that Gemm."""
-        return np.concatenate([detector.bias for detector in self._in_gemm()])
-
-    @property
     def multiply_adds(self) -> int:
         """Of its matrix products, for one image."""
         return sum(detector.multiply_adds for detector in self.detectors.values())
-
-    def _in_gemm(self) -> list[Detector]:
-        return [detector for detector in self.detectors.values() if detector.rows]
 
     def score(self, features: npt.ArrayLike, logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> Array:
         """Score images; [N, D], [N, M] and [N] -> float32 [N]."""
@@ -92,14 +80,14 @@ def part_scores(
     }
 
 
-def fit_score(name: str, data: FitData, seed: int = 0) -> FittedScore:
+def fit_score(name: str, data: FitData) -> FittedScore:
     """Fit a detector, or a sum of scores, by name.
 
     Raises:
         UsageError: an unknown name, too few images, or a part that is the same for all of them.
     """
     parts = score_parts(name)
-    detectors = {part: fit(cast(DetectorName, part), data, seed) for part in parts if part in DETECTORS}
+    detectors = {part: fit(cast(DetectorName, part), data) for part in parts if part in DETECTORS}
     return detectors[name] if name in detectors else sum_of(name, detectors, spreads(parts, detectors, data))
 
 

@@ -119,7 +119,7 @@ def _weight_alone(name: str) -> bool:
     return name == "weight"
 
 
-RECIPES = {
+BASELINES = {
     "MaxSoftmax": Recipe(LOGITS, lambda d, n: d.MaxSoftmax(None)),
     "MaxLogit": Recipe(LOGITS, lambda d, n: d.MaxLogit(None)),
     "EnergyBased": Recipe(LOGITS, lambda d, n: d.EnergyBased(None)),
@@ -163,7 +163,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     Raises:
         UsageError: a name that is not there.
     """
-    known = {name.lower(): name for name in (*RECIPES, *UNSUITED)}
+    known = {name.lower(): name for name in (*BASELINES, *UNSUITED)}
     if text.strip().lower() == "all":
         return tuple(known.values())
     wanted = [name.strip().lower() for name in text.split(",")]

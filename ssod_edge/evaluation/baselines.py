@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssod_edge.errors import missing_extra
-from ssod_edge.evaluation.baseline_recipes import FEATURES, IMAGES, LOGITS, MAPS, RECIPES, UNSUITED, Network, Recipe
+from ssod_edge.evaluation.baseline_recipes import BASELINES, FEATURES, IMAGES, LOGITS, MAPS, UNSUITED, Network, Recipe
 from ssod_edge.training.model import SSODClassifier
 
 Floats = NDArray[np.floating[Any]]
@@ -91,15 +91,15 @@ class Baselines:
     """
 
     def __init__(self, names: Sequence[str], model: SSODClassifier, batch_size: int = 64) -> None:
-        library = _library()
+        library = load_library()
         model.requires_grad_(False)
         head = copy.deepcopy(model.classifier).float().cpu()
         if head.bias is None:
             head.bias = nn.Parameter(torch.zeros(head.out_features), requires_grad=False)
         self.network = Network(model, head)
         self.batch_size = batch_size
-        self.all = [self._build(name, RECIPES[name], library) for name in names if name in RECIPES]
-        self.unsuited = [name for name in names if name not in RECIPES]
+        self.all = [self._build(name, BASELINES[name], library) for name in names if name in BASELINES]
+        self.unsuited = [name for name in names if name not in BASELINES]
 
     def _build(self, name: str, recipe: Recipe, library: ModuleType) -> Baseline:
         head = self.network.head
@@ -255,12 +255,8 @@ def library_version() -> str:
     return f"pytorch-ood {metadata.version('pytorch-ood')}"
 
 
-def check_library() -> None:
-    """Raises MissingExtraError if pytorch-ood is not installed."""
-    _library()
-
-
-def _library() -> ModuleType:
+def load_library() -> ModuleType:
+    """pytorch-ood's module of detectors. Raises MissingExtraError if it is not installed."""
     try:
         from pytorch_ood import detector
     except ImportError:

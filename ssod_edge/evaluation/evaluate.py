@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
-from ssod_edge.detect.sums import FittedScore, load_shipped
+from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
 from ssod_edge.evaluation.baselines import Baselines, library_version
@@ -25,7 +26,6 @@ from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
     id_images,
-    parse_named_data,
     warn_of_known_images,
     warn_of_used_images,
 )
@@ -34,44 +34,52 @@ from ssod_edge.evaluation.report import print_report
 from ssod_edge.files import check_output, write_json
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
-from ssod_edge.training.checkpoint import export_of, find_run, load_model
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.outputs import Outputs, collect
+from ssod_edge.training.run import Run
 
 #: Score or detector -> [N], larger = more OOD.
 Scores = dict[str, NDArray[np.floating[Any]]]
 #: Images, and which of them; None for all.
 ImageSet = tuple[ImageSource, Indices | None]
 
+#: Images of a pass through the network.
+BATCH_SIZE = 64
 #: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
 DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
 
 
-def evaluate(
-    run: str | Path,
-    id_data: str | None = None,
-    ood_data: Mapping[str, str] | None = None,
-    via_size: int | None = None,
-    bootstrap: int = 1000,
-    batch_size: int = 64,
-    workers: int = 1,
-    baselines: str | None = None,
-    fit_images: int | None = None,
-    keep: dict[str, Outputs] | None = None,
-) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Evaluate a run or checkpoint file.
+@dataclass(frozen=True)
+class EvalOptions(NamedData):
+    """What an evaluation is asked for, beside the images; without `ood_data` a run of the demo has the demo's.
 
-    Args:
-        run: run folder or checkpoint.
-        id_data: ID images, labelled with the model's classes; None: the run's validation split.
-        ood_data: name -> OOD images; None: those of the demo, if the run was trained on it.
-        via_size: every image is first resized to this many pixels ("via32"); None is protocol "native".
-        bootstrap: resamples of the confidence intervals.
+    Attributes:
         baselines: "all" or "NAME[,NAME...]": detectors of pytorch-ood to run beside the built-in scores.
         fit_images: how many training images they are fitted on; None: the whole training split.
-        keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
+        bootstrap: resamples of the confidence intervals.
+    """
 
-    A score with a state that the run's export ships is evaluated beside the others.
+    baselines: str | None = None
+    fit_images: int | None = None
+    bootstrap: int = 1000
+
+    def baseline_names(self) -> tuple[str, ...]:
+        """The detectors; raises UsageError if there is none of a name, or `fit_images` without any."""
+        if self.baselines is not None:
+            return parse_names(self.baselines)
+        if self.fit_images is not None:
+            raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
+        return ()
+
+
+def evaluate(
+    run: str | Path, options: EvalOptions | None = None, keep: dict[str, Outputs] | None = None, workers: int = 1
+) -> tuple[dict[str, Any], dict[str, Scores]]:
+    """Evaluate a run folder or checkpoint file. A score with a state that the run's export ships is evaluated too.
+
+    Args:
+        keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
+        workers: processes that read images.
 
     Returns:
         The JSON face: `id_accuracy`, `default_score` (what the export ships), `ood_row_trained`, `results` (a row for
@@ -85,25 +93,25 @@ def evaluate(
         ArtifactError: a checkpoint that cannot be read.
         MissingExtraError: baselines without pytorch-ood.
     """
-    names = parse_names(baselines) if baselines is not None else ()
-    if fit_images is not None and not names:
-        raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
-    model, meta = load_model(run)
+    options = options or EvalOptions()
+    names = options.baseline_names()
+    opened = Run.at(run)
+    model, meta = opened.model, opened.meta
     if torch.cuda.is_available():
         model.cuda()
-    peers = Baselines(names, model, batch_size) if names else None
-    spec, state = _shipped(run, model)
-    source, indices = id_images(run, meta, id_data, model.classes)
-    warn_of_used_images(source, id_data, meta, spec)
-    if ood_data is None:
-        ood_data = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
+    peers = Baselines(names, model, BATCH_SIZE) if names else None
+    spec, state = _shipped(opened)
+    source, indices = id_images(opened, options.id_data)
+    warn_of_used_images(source, options.id_data, meta, spec)
+    demo = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
+    ood_data = demo if options.ood_data is None else options.ood_data
     # Every set is opened before the first image is run: a wrong name shows at once.
-    sets: dict[str, ImageSet] = {"id": (source, indices)}
-    sets |= {name: (open_dataset(data, labelled=False), None) for name, data in ood_data.items()}
-    warn_of_known_images(ood_data, {name: item[0] for name, item in sets.items()}, source, meta)
-    fit = baseline_images(run, meta, peers.to_fit, fit_images) if peers and peers.to_fit else None
-    calibration = calibration_images(run, meta)
-    found = _read(model, sets, fit, calibration, peers, state, Reading(via_size, batch_size, workers))
+    ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
+    warn_of_known_images(ood_data, ood, source, meta)
+    sets: dict[str, ImageSet] = {"id": (source, indices), **{name: (images, None) for name, images in ood.items()}}
+    fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
+    calibration = calibration_images(opened)
+    found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
     if keep is not None:
         keep |= found.outputs
     report = {
@@ -112,35 +120,26 @@ def evaluate(
         "classes": list(model.classes),
         "epoch": meta["epoch"],
         "input_size": model.preprocess.input_size,
-        "protocol": _protocol(via_size),
-        "id_data": source.name if id_data else f"{source.name} (validation split)",
+        "protocol": options.protocol,
+        "id_data": source.name if options.id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
         "default_score": spec.score_name if spec else DEFAULT_SCORE,
         "ood_row_trained": bool(model.ood.weight.any()),
-        **_figures(found, _protocol(via_size), bootstrap, model.classes),
+        **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
     if peers:
-        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit, batch_size)}
+        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit)}
     return report, found.scores
 
 
-def _shipped(run: str | Path, model: SSODClassifier) -> tuple[Spec | None, FittedScore | None]:
+def _shipped(run: Run) -> tuple[Spec | None, FittedScore | None]:
     """The run's export and the state of its score; None where there is no export of this checkpoint."""
     try:
-        found = export_of(run)
-        return (None, None) if found is None else (found[0], load_shipped(*found, model.classifier.in_features))
+        export = run.export
+        return (None, None) if export is None else (export.spec, export.score_state(run.model.classifier.in_features))
     except ArtifactError as error:
         click.echo(f"the score of the export is left out: {error}", err=True)
         return None, None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How every image set of an evaluation is read; the fields are those of `collect`."""
-
-    via_size: int | None
-    batch_size: int
-    workers: int
 
 
 @dataclass(frozen=True)
@@ -172,14 +171,18 @@ def _read(
     calibration: ImageSet | None,
     peers: Baselines | None,
     state: FittedScore | None,
-    reading: Reading,
+    reading: Mapping[str, Any],
 ) -> Found:
-    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all."""
+    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all.
+
+    Args:
+        reading: arguments of `collect`.
+    """
     total = sum(
         len(s if chosen is None else chosen) for s, chosen in (*sets.values(), *filter(None, (fit, calibration)))
     )
     with image_bar("evaluating", total) as advance:
-        options: dict[str, Any] = {**asdict(reading), "advance": advance}
+        options: dict[str, Any] = {**reading, "batch_size": BATCH_SIZE, "advance": advance}
         if peers and fit:
             outputs = collect(model, *fit, **options)
             peers.fit(outputs.features, outputs.logits, outputs.labels)
@@ -232,13 +235,13 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
     return deployed
 
 
-def _setup(outputs: Outputs, fit: ImageSet | None, batch_size: int) -> dict[str, Any]:
+def _setup(outputs: Outputs, fit: ImageSet | None) -> dict[str, Any]:
     """What the costs of the baselines are to be read against."""
     return {
         "library": library_version(),
         "fit_data": None if fit is None or fit[1] is None else f"{len(fit[1])} training images of {fit[0].name}",
         "network_ms_per_image": outputs.ms_per_image,
-        "batch_size": batch_size,
+        "batch_size": BATCH_SIZE,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
     }
@@ -254,48 +257,47 @@ def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return means
 
 
+@dataclass(frozen=True)
+class EvalFiles:
+    """Where an evaluation is written; None leaves JSON and histograms to the run's folder, and makes no pictures."""
+
+    json_file: str | None = None
+    png_file: str | None = None
+    pictures: str | None = None
+
+
 def run_eval(
-    run: str | None,
-    runs: str,
-    backbone: str | None,
-    ood: tuple[str, ...],
-    via_size: int | None,
-    json_file: str | None,
-    png_file: str | None,
-    pictures: str | None = None,
-    **options: Any,
+    run: str | None, options: EvalOptions, files: EvalFiles, backbone: str | None = None, runs: str = "runs"
 ) -> None:
-    """The command `eval`: evaluate, print the table, write JSON and pictures."""
+    """The command `eval`: evaluate, print the table, write JSON and pictures.
+
+    Args:
+        run: run folder or checkpoint; None: the newest run under `runs`, of this backbone if one is given.
+    """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
-    folder = Path(run) if run else find_run(runs, backbone)
-    target = folder if folder.is_dir() else folder.parent
-    protocol = _protocol(via_size)
-    report_file = Path(json_file or target / f"eval-{protocol}.json")
-    png = Path(png_file or target / f"eval-{protocol}.png")
+    opened = Run.at(run) if run else Run.newest(runs, backbone)
+    report_file = Path(files.json_file or opened.folder / f"eval-{options.protocol}.json")
+    png = Path(files.png_file or opened.folder / f"eval-{options.protocol}.png")
     _check_outputs(report_file, png)
-    if pictures:
-        check_output(Path(pictures) / "roc.png")
+    if files.pictures:
+        check_output(Path(files.pictures) / "roc.png")
     outputs: dict[str, Outputs] = {}
-    report, raw = evaluate(folder, ood_data=parse_named_data(ood) or None, via_size=via_size, keep=outputs, **options)
+    report, raw = evaluate(run or opened.folder, options, keep=outputs)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:
         written.append(save_histograms(raw, report["default_score"], png))
     except MissingExtraError as error:
-        if png_file:
+        if files.png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
-    if pictures:
+    if files.pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
         known, features = outputs["id"], {name: part.features for name, part in outputs.items()}
         correct = known.logits.argmax(axis=1) == known.labels
-        written += save_evaluation(raw, auroc, correct, features, known.labels, report["classes"], pictures)
+        written += save_evaluation(raw, auroc, correct, features, known.labels, report["classes"], files.pictures)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)
-
-
-def _protocol(via_size: int | None) -> str:
-    return f"via{via_size}" if via_size else "native"
 
 
 def _check_outputs(report_file: Path, png: Path) -> None:

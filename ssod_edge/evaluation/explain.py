@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ssod_edge.config import LossConfig, check_gamma
+from ssod_edge.config import LossConfig, check_gamma, from_dict
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import ImageLike, load_image, preprocess
 from ssod_edge.detect.scores import ood_scores
-from ssod_edge.detect.sums import FittedScore, load_shipped
+from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
 from ssod_edge.evaluation.pictures import PatchMap, save_patches
 from ssod_edge.files import check_output
+from ssod_edge.json_reader import read_json
 from ssod_edge.ops import patch_sample
-from ssod_edge.runtime.report import printable, standard_input
-from ssod_edge.training.checkpoint import export_of, find_run, load_model
+from ssod_edge.terminal import printable, standard_input
 from ssod_edge.training.model import SSODClassifier, normalise
+from ssod_edge.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The threshold of the export beside a run: `known = score <= threshold`; and the score's state, if it has one."""
+class ShippedThreshold:
+    """That of the export beside a run: `known = score <= value`; and the score's state, if it has one."""
 
     score: str
-    threshold: float
+    value: float
     state: FittedScore | None = None
 
 
@@ -132,48 +132,43 @@ def run_explain(
         MissingExtraError: matplotlib is not installed.
         OutputError: the pictures cannot be written.
     """
-    run = find_run(runs, backbone) if backbone else Path(arguments[0])
+    run = Run.newest(runs, backbone) if backbone else Run.at(arguments[0])
     no_images: dict[str, str] = {}
     images = list_images(arguments if backbone else arguments[1:], standard_input(), no_images)
-    model, _ = load_model(run)
+    model = run.model
     gamma = _gamma_of(run) if gamma is None else gamma
     check_gamma(gamma)
     if class_name is not None:
         _class_index(model, class_name)
-    verdict = export_verdict(run, model.classifier.in_features)
-    targets = _targets(images, out, run if run.is_dir() else run.parent)
+    threshold = shipped_threshold(run)
+    targets = _targets(images, out, run.folder)
     failed = False
     for image, target in zip(images, targets, strict=True):
         try:
             if image in no_images:
                 raise ImageError(no_images[image])
-            explanation = explain(model, image, gamma, class_name, verdict.state if verdict else None)
+            explanation = explain(model, image, gamma, class_name, threshold.state if threshold else None)
         except ImageError as error:
             failed = True
             click.echo(f"error: {printable(str(error))}", err=True)
             continue
-        title = _title(Path(image).name, explanation, verdict)
+        title = _title(Path(image).name, explanation, threshold)
         click.echo(save_patches(explanation.patches, title, target))
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
-def export_verdict(run: Path, width: int) -> Verdict | None:
-    """The fp32 threshold of the export in a run folder, if it is of this very checkpoint.
-
-    Args:
-        width: of the model's features.
-    """
+def shipped_threshold(run: Run) -> ShippedThreshold | None:
+    """The fp32 threshold of the export in a run folder, if it is of this very checkpoint."""
     try:
-        found = export_of(run)
-        if found is None:
+        export = run.export
+        if export is None:
             return None
-        spec, export = found
-        state = load_shipped(spec, export, width)
+        state = export.score_state(run.model.classifier.in_features)
     except SsodEdgeError as error:
         click.echo(f"no verdict: {printable(str(error))}", err=True)
         return None
-    fitted = [artifact.threshold for artifact in spec.artifacts if artifact.precision == "fp32" and artifact.threshold]
-    return Verdict(spec.score_name, fitted[0].value, state) if fitted else None
+    fitted = [a.threshold for a in export.spec.artifacts if a.precision == "fp32" and a.threshold]
+    return ShippedThreshold(export.spec.score_name, fitted[0].value, state) if fitted else None
 
 
 def _class_index(model: SSODClassifier, name: str) -> int:
@@ -183,13 +178,11 @@ def _class_index(model: SSODClassifier, name: str) -> int:
     raise UsageError(f"the model has no class '{name}'; give one of its {len(model.classes)}: {', '.join(close)}, ...")
 
 
-def _gamma_of(run: Path) -> float:
+def _gamma_of(run: Run) -> float:
     """The gamma that a run was trained with; the default where it is not recorded."""
-    folder = run if run.is_dir() else run.parent
     try:
-        gamma = json.loads((folder / "config.json").read_text(encoding="utf-8"))["loss"]["gamma"]
-        return float(gamma)
-    except (OSError, ValueError, KeyError, TypeError):
+        return from_dict(LossConfig, read_json(run.folder / "config.json")["loss"]).gamma
+    except (OSError, ValueError, KeyError):
         return LossConfig().gamma
 
 
@@ -216,14 +209,14 @@ def _targets(images: Sequence[str], out: str | None, folder: Path) -> list[Path]
     return targets
 
 
-def _title(name: str, explanation: Explanation, verdict: Verdict | None) -> str:
+def _title(name: str, explanation: Explanation, threshold: ShippedThreshold | None) -> str:
     scores = "  ".join(f"{score} {value:.2f}" for score, value in explanation.scores.items())
     lines = [f"{_plain(name)}: '{_plain(explanation.class_name)}', {explanation.confidence:.1%}"]
     lines.append(f"OOD scores (larger: more likely OOD): {scores}")
-    if verdict is not None:
-        score = explanation.scores[verdict.score]
-        word, sign = ("KNOWN", "<=") if np.float32(score) <= verdict.threshold else ("UNKNOWN", ">")
-        lines.append(f"{word}: {verdict.score} {score:.3f} {sign} threshold {verdict.threshold:.3f}")
+    if threshold is not None:
+        score = explanation.scores[threshold.score]
+        word, sign = ("KNOWN", "<=") if np.float32(score) <= threshold.value else ("UNKNOWN", ">")
+        lines.append(f"{word}: {threshold.score} {score:.3f} {sign} threshold {threshold.value:.3f}")
     return "\n".join(lines)
 
 

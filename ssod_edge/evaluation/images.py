@@ -10,38 +10,17 @@ import click
 import numpy as np
 
 from ssod_edge.data.sources import ImageSource, open_dataset
-from ssod_edge.data.splits import MIN_CALIB, Indices, Splits, read_splits
+from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data
 from ssod_edge.spec import Spec
+from ssod_edge.training.run import Run
 
 
-def recorded_data(run: str | Path, meta: Mapping[str, Any], fix: str) -> tuple[ImageSource, Splits]:
-    """The data that a run was trained on, and its splits.
-
-    Args:
-        fix: what the user can do where they cannot be had, as the end of the message.
-    """
-    data = meta.get("data")
-    if data is None:
-        raise UsageError(f"'{run}' records no training data, so it has no splits; {fix}")
-    try:
-        source = open_dataset(str(data))
-    except UsageError as error:
-        raise UsageError(
-            f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "
-            f"go there, or {fix}"
-        ) from error
-    if source.fingerprint != meta["data_fingerprint"]:
-        raise UsageError(f"the data set '{data}' changed since training; {fix}")
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    return source, read_splits(folder, source, meta["splits_hash"], fix)
-
-
-def calibration_images(run: str | Path, meta: Mapping[str, Any]) -> tuple[ImageSource, Indices] | None:
+def calibration_images(run: Run) -> tuple[ImageSource, Indices] | None:
     """The run's calibration split; None, and a line that says why, where it has none that can be read."""
     try:
-        source, splits = recorded_data(run, meta, "there are no thresholds without them")
+        source, splits = run.splits("there are no thresholds without them")
         if len(splits.calib) < MIN_CALIB:
             raise UsageError(
                 f"the calibration split has {len(splits.calib)} images, and a 95% threshold needs {MIN_CALIB}. "
@@ -53,22 +32,19 @@ def calibration_images(run: str | Path, meta: Mapping[str, Any]) -> tuple[ImageS
     return source, splits.calib
 
 
-def baseline_images(
-    run: str | Path, meta: Mapping[str, Any], names: list[str], fit_images: int | None
-) -> tuple[ImageSource, Indices]:
+def baseline_images(run: Run, names: list[str], fit_images: int | None) -> tuple[ImageSource, Indices]:
     """Training images for the baselines that are fitted."""
-    source, splits = recorded_data(run, meta, f"leave out the baselines that are fitted on it: {', '.join(names)}")
+    source, splits = run.splits(f"leave out the baselines that are fitted on it: {', '.join(names)}")
     return source, choose_images(source.labels, splits.train, fit_images)
 
 
-def id_images(
-    run: str | Path, meta: dict[str, Any], id_data: str | None, classes: tuple[str, ...]
-) -> tuple[ImageSource, Indices | None]:
+def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices | None]:
+    """The images of known classes: the run's validation split, or those that are named."""
     if id_data is None:
-        source, splits = recorded_data(run, meta, "name the ID images with --id")
+        source, splits = run.splits("name the ID images with --id")
         return source, splits.val
     source = open_dataset(id_data)
-    check_classes(id_data, source.classes, classes)
+    check_classes(id_data, source.classes, run.model.classes)
     return source, None
 
 
@@ -133,21 +109,6 @@ def _overlap(one: str, other: str) -> bool:
     """Whether two folders are the same, or one lies in the other."""
     a, b = Path(one).resolve(), Path(other).resolve()
     return a.is_dir() and b.is_dir() and (a.is_relative_to(b) or b.is_relative_to(a))
-
-
-def parse_named_data(items: tuple[str, ...]) -> dict[str, str]:
-    """("NAME=DATA", ...) -> {NAME: DATA}.
-
-    Raises:
-        UsageError: no "=", an empty part, a name given twice, or the name "id".
-    """
-    named: dict[str, str] = {}
-    for item in items:
-        name, equals, data = item.partition("=")
-        if not (name and equals and data) or name in named or name == "id":
-            raise UsageError(f"expected --ood NAME=DATA with a name of its own (not 'id'), got '{item}'")
-        named[name] = data
-    return named
 
 
 def choose_images(labels: Indices, indices: Indices, n: int | None, seed: int = 0) -> Indices:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ssod_edge.detect.metrics import risk_coverage
 from ssod_edge.errors import missing_extra
 from ssod_edge.files import write_atomic
-from ssod_edge.runtime.report import printable
+from ssod_edge.terminal import printable
 
 Floats = npt.NDArray[np.floating[Any]]
 #: {"id": {score: [n]}, OOD set: {score: [n]}}, larger = more OOD.

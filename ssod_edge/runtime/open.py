@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
-from ssod_edge.runtime.runner import OUTPUTS, Runner
-from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
-
-__all__ = ["AUTO_ENGINES", "AUTO_PRECISIONS", "ENGINES", "OUTPUTS", "Runner", "choose_artifact", "find_export"]
-__all__ += ["PLAN_ENGINES", "is_installed", "open_runner", "why_not_here"]
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.runner import Runner
+from ssod_edge.runtime.verify import require_verified
+from ssod_edge.spec import Artifact, Spec
 
 #: Engine -> the module it needs.
 ENGINES = {
@@ -77,27 +76,11 @@ def open_runner(
         if precision not in ("auto", "fp32") or artifact is not None:
             raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
         return _open_eager(Path(folder), device, threads, allow_untrained)
-    folder = find_export(folder)
-    spec = load_spec(folder)
-    require_trained(spec, allow_untrained)
-    chosen = choose_artifact(spec, engine, precision, artifact)
-    path = check_files(folder, chosen)
-    check_hash(folder / REFERENCE_NAME, spec.reference_sha256)
-    runner = _open(spec, chosen, path, device, threads)
-    if verify:
-        from ssod_edge.runtime.verify import require_verified
-
-        require_verified(runner, folder)
-    return runner
-
-
-def find_export(folder: str | os.PathLike[str]) -> Path:
-    """The export folder that is meant by `folder`: itself, or `export/` inside a run folder."""
-    folder = Path(folder)
-    inner = folder / "export"
-    if not (folder / SPEC_NAME).is_file() and (inner / SPEC_NAME).is_file():
-        return inner
-    return folder
+    export = Export.at(folder)
+    require_trained(export.spec, allow_untrained)
+    chosen = choose_artifact(export.spec, engine, precision, artifact)
+    runner = _open(export.spec, chosen, export.check(chosen), device, threads)
+    return require_verified(runner, export.folder) if verify else runner
 
 
 def require_trained(spec: Spec, allow_untrained: bool) -> None:

@@ -31,7 +31,7 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Verdict:
     """The verdict on one image; the fields are the keys of a JSON line.
 
     Attributes:
@@ -85,7 +85,7 @@ class Predictor:
         """Release the engine."""
         self.runner.__exit__(None, None, None)
 
-    def predict(self, image: ImageLike) -> Prediction:
+    def predict(self, image: ImageLike) -> Verdict:
         """The verdict on one image.
 
         Args:
@@ -102,7 +102,7 @@ class Predictor:
 
     def predict_many(
         self, images: Iterable[ImageLike], batch: int = BATCH, workers: int | None = None
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Verdict]:
         """The verdicts on many images, in their order. One that cannot be read gives a verdict with `error` set.
 
         Decoding runs ahead on `workers` threads, by a fixed number of images, so memory does not grow with the
@@ -123,7 +123,7 @@ class Predictor:
             raise UsageError(f"workers must be at least 1, got {workers}")
         return self._stream(iter(images), batch, workers)
 
-    def _stream(self, images: Iterator[ImageLike], batch: int, workers: int) -> Iterator[Prediction]:
+    def _stream(self, images: Iterator[ImageLike], batch: int, workers: int) -> Iterator[Verdict]:
         size = self._settings.input_size
         ahead = max(2, math.ceil(AHEAD * workers / batch))
         free = deque(np.zeros((batch, 3, size, size), np.uint8) for _ in range(1 + ahead))
@@ -157,7 +157,7 @@ class Predictor:
             return str(error)
         return None
 
-    def _finish(self, sources: list[ImageLike], pixels: Pixels, errors: list[str | None]) -> list[Prediction]:
+    def _finish(self, sources: list[ImageLike], pixels: Pixels, errors: list[str | None]) -> list[Verdict]:
         """Run the engine, unless no image of the batch could be read. A row that has no image holds old pixels."""
         if all(error is not None for error in errors):
             return self.verdicts(sources, {}, errors)
@@ -165,7 +165,7 @@ class Predictor:
 
     def verdicts(
         self, sources: Sequence[ImageLike], outputs: dict[str, Array], errors: Sequence[str | None] | None = None
-    ) -> list[Prediction]:
+    ) -> list[Verdict]:
         """The verdicts that a run of the engine comes to.
 
         Args:
@@ -179,15 +179,15 @@ class Predictor:
             for row, (source, error) in enumerate(zip(sources, errors, strict=True))
         ]
 
-    def _verdict(self, name: str, output: dict[str, Any], error: str | None) -> Prediction:
+    def _verdict(self, name: str, output: dict[str, Any], error: str | None) -> Verdict:
         runner = self.runner
         if error is None and not (np.isfinite(output["ood_score"]) and np.isfinite(output["probs"]).all()):
             error = f"'{name}': the model's output is not finite; verify the artifact, or use another precision"
         if error is not None:
             empty = (None, None, None, None)
-            return Prediction(name, *empty, self.threshold, None, runner.engine, runner.precision, error)
+            return Verdict(name, *empty, self.threshold, None, runner.engine, runner.precision, error)
         index, score = int(output["logits"].argmax()), float(output["ood_score"])
-        return Prediction(
+        return Verdict(
             image=name,
             class_index=index,
             class_name=runner.spec.classes[index],

@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from ssod_edge.data.inputs import list_images
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import Prediction, Predictor
+from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.runner import Runner
+from ssod_edge.terminal import bars, printable, standard_input
 
 
-def run_predict(
-    folder: str, images: Sequence[str], as_json: bool, batch: int, monitor: str | None = None, **options: Any
-) -> int:
+@dataclass(frozen=True)
+class PredictOptions:
+    """How verdicts are given.
+
+    Attributes:
+        as_json: one JSON object a line, as soon as it is known.
+        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
+        batch: images per run of the engine.
+        camera, smooth, realtime: of frames instead of images; see `ssod_edge.runtime.field.stream`.
+    """
+
+    as_json: bool = False
+    monitor: str | None = None
+    batch: int = 8
+    camera: str | None = None
+    smooth: float | None = None
+    realtime: bool = False
+
+
+def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **opening: Any) -> int:
     """Print the verdict on each image; returns the exit code.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         images: see `ssod_edge.data.inputs.list_images`.
-        as_json: one JSON object a line, as soon as it is known.
-        batch: images per run of the engine.
-        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes every verdict.
-        options: of `ssod_edge.runtime.open_runner`.
+        opening: options of `ssod_edge.runtime.open.open_runner`.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
     paths = list_images(images, standard_input(), no_images)
-    with Predictor(open_runner(folder, **options)) as predictor, open_monitor(monitor, predictor) as watch:
+    with Predictor(open_runner(folder, **opening)) as predictor, open_monitor(options.monitor, predictor) as watch:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -45,10 +59,10 @@ def run_predict(
             click.echo(
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
-        verdicts = _in_place(predictor, predictor.predict_many(paths, batch), no_images)
+        verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
         if watch is not None:
             verdicts = map(watch.add, verdicts)
-        failed = _print_json(verdicts) if as_json else _print_table(verdicts, len(paths), predictor.runner)
+        failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)
     return EXIT_SOME_FAILED if failed or (watch is not None and watch.problem) else EXIT_OK
 
 
@@ -59,24 +73,14 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
 
 
-def standard_input() -> Iterator[str]:
-    """The lines of standard input, which is not touched before the first is drawn."""
-    if sys.stdin is None:
-        raise UsageError("'-' was given, and standard input is closed")
-    for line in sys.stdin.buffer:
-        yield os.fsdecode(line)
-
-
-def _in_place(
-    predictor: Predictor, verdicts: Iterable[Prediction], no_images: Mapping[str, str]
-) -> Iterator[Prediction]:
+def _in_place(predictor: Predictor, verdicts: Iterable[Verdict], no_images: Mapping[str, str]) -> Iterator[Verdict]:
     """The verdicts, where an argument that stands for no image says why."""
     for verdict in verdicts:
         reason = no_images.get(verdict.image)
         yield verdict if reason is None else predictor.verdicts([verdict.image], {}, [reason])[0]
 
 
-def _print_json(verdicts: Iterable[Prediction]) -> int:
+def _print_json(verdicts: Iterable[Verdict]) -> int:
     """Returns how many images failed."""
     failed = 0
     for verdict in verdicts:
@@ -85,9 +89,9 @@ def _print_json(verdicts: Iterable[Prediction]) -> int:
     return failed
 
 
-def _print_table(verdicts: Iterable[Prediction], total: int, runner: Runner) -> int:
+def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner) -> int:
     """Returns how many images failed. An interrupt still prints the rows that are done."""
-    done: list[Prediction] = []
+    done: list[Verdict] = []
     try:
         for verdict in _with_progress(verdicts, total):
             done.append(verdict)
@@ -97,17 +101,12 @@ def _print_table(verdicts: Iterable[Prediction], total: int, runner: Runner) -> 
     return sum(verdict.error is not None for verdict in done)
 
 
-def _with_progress(verdicts: Iterable[Prediction], total: int) -> Iterator[Prediction]:
-    if total < 20 or sys.stderr is None or not sys.stderr.isatty():
-        yield from verdicts
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(verdicts, "images", total, console=Console(stderr=True), transient=True)
+def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]:
+    with bars(shown=total >= 20) as progress:
+        yield from progress.track(verdicts, total, description="images")
 
 
-def _print_rows(verdicts: Sequence[Prediction], runner: Runner) -> None:
+def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -135,19 +134,7 @@ WIDE = 100_000
 WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
 
 
-def printable(text: str) -> str:
-    """For one line of a terminal: bytes that are not UTF-8 are replaced, control and line characters escaped."""
-    return "".join(_printable_character(character) for character in text)
-
-
-def _printable_character(character: str) -> str:
-    kind = unicodedata.category(character)
-    if kind == "Cs":  # a surrogate stands for a byte that is not UTF-8
-        return "\ufffd"
-    return character.encode("unicode_escape").decode() if kind in ("Cc", "Zl", "Zp") else character
-
-
-def _summary(verdicts: Sequence[Prediction], runner: Runner) -> str:
+def _summary(verdicts: Sequence[Verdict], runner: Runner) -> str:
     known = sum(v.known is True for v in verdicts)
     unknown = sum(v.known is False for v in verdicts)
     failed = sum(v.error is not None for v in verdicts)

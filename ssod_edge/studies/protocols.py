@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ssod_edge.data.readers import ReaderImages
 from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, open_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
-from ssod_edge.studies.study import STUDY, check_evaluation, plan_study, run_study
+from ssod_edge.studies.study import StudyOptions, check_evaluation, plan_study, read_study, run_study
 from ssod_edge.terminal import image_bar
 
 #: Appendix A.3: images of each set, "randomly selected"; all of them where there are fewer.
@@ -178,32 +177,23 @@ TABLES: dict[str, Table] = {
 }  # fmt: skip
 
 
-def run_reproduce(
-    name: str,
-    root: str,
-    out: str,
-    lists: str | None,
-    images: int,
-    vary: tuple[str, ...],
-    seeds: str,
-    via_size: int | None,
-    baselines: str | None,
-    fit_images: int | None,
-    check: bool,
-    options: Mapping[str, Any],
-) -> bool:
+@dataclass(frozen=True)
+class ImageLists:
+    """Where the lists of the ID and OOD images lie, None to make them in the study's folder; and images of each."""
+
+    folder: str | None = None
+    images: int = IMAGES
+
+
+def run_reproduce(name: str, root: str, out: str, study: StudyOptions, lists: ImageLists, check: bool = False) -> bool:
     """The command `reproduce`: find the data, fix its images, train, evaluate, and print the table.
 
     Args:
         name: of `TABLES`.
         root: folder of the data sets.
         out: folder of the study.
-        lists: folder of image lists that are there already; None makes them in `out`.
-        images: of each ID and OOD set.
-        vary: another grid than the table's own.
+        study: its grid, if there is one, and options of `train` win over the table's. The images are the table's.
         check: stop before training.
-        options: of `train`; they win over the table's.
-        The others are those of `ssod_edge.studies.study.run_study`.
 
     Returns:
         whether every run has its figures.
@@ -215,33 +205,28 @@ def run_reproduce(
     """
     table = TABLES[name]
     found = _find_all(table, Path(root))
-    grid, training = vary or table.vary, found[table.train.name]
-    cells, settings = plan_study(training, grid, seeds, _settings(table, grid, options))
-    check_evaluation(
-        training,
-        {"id_data": found[table.known.name], "ood_data": {}, "baselines": baselines, "fit_images": fit_images},
-    )
+    training, grid = found[table.train.name], study.vary or table.vary
+    study = replace(study, vary=grid, training=_settings(table, grid, study.given))
+    cells = plan_study(training, study)
+    check_evaluation(training, replace(study.evaluation, id_data=found[table.known.name]))
     folder = make_directory(Path(out))
-    fixed = {data.name: _fix_images(found[data.name], data.name, folder, lists, images)
-             for data in (table.known, *table.unknown)}  # fmt: skip
+    listed = {
+        data.name: _fix_images(found[data.name], data.name, folder, lists) for data in (table.known, *table.unknown)
+    }
     if check:
         click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
         return True
-    done = run_study(
-        training, out, grid, seeds, fixed[table.known.name],
-        tuple(f"{data.name}={fixed[data.name]}" for data in table.unknown), via_size, baselines, fit_images,
-        settings,
-    )  # fmt: skip
-    text = markdown(table, json.loads((folder / STUDY).read_text(encoding="utf-8"))["runs"])
+    evaluation = replace(study.evaluation, id_data=listed.pop(table.known.name), ood_data=listed)
+    done = run_study(training, out, replace(study, evaluation=evaluation))
+    text = markdown(table, read_study(folder)["runs"])
     file = folder / f"table{table.number}.md"
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     click.echo(text)
     return done
 
 
-def _settings(table: Table, grid: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(table: Table, grid: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Of all runs: the paper's, the table's, and over them those that are given."""
-    given = {key: value for key, value in options.items() if value is not None}
     varied = {item.partition("=")[0].strip().replace("-", "_") for item in grid}
     if "backbone" in given and "backbone" in varied:
         raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
@@ -261,23 +246,26 @@ def _find_all(table: Table, root: Path) -> dict[str, str]:
     return {name: data for name, data in found.items() if data is not None}
 
 
-def _fix_images(data: str, name: str, out: Path, lists: str | None, images: int) -> str:
+def _fix_images(data: str, name: str, out: Path, lists: ImageLists) -> str:
     """What `open_dataset` takes for exactly the images of a list, which is made if there is none."""
-    file = (Path(lists) if lists else make_directory(out / LISTS)) / f"{name}{IMAGE_LIST_SUFFIX}"
+    folder = Path(lists.folder) if lists.folder else make_directory(out / LISTS)
+    file = folder / f"{name}{IMAGE_LIST_SUFFIX}"
     source = open_dataset(data, labelled=False)
     if not isinstance(source, ReaderImages):
         raise UsageError(f"'{data}' is no folder, archive or torchvision data set")
     if not file.exists():
-        if lists:
-            raise UsageError(f"'{lists}' has no list '{file.name}'. Leave --lists out to make one")
-        chosen = choose_seeded(source, images, seed=0)
+        if lists.folder:
+            raise UsageError(f"'{lists.folder}' has no list '{file.name}'. Leave --lists out to make one")
+        chosen = choose_seeded(source, lists.images, seed=0)
         with image_bar(f"list of {name}", len(chosen)) as advance:
             write_image_list(source, chosen, file, advance)
-        if len(chosen) < images:
-            click.echo(f"{name}: all {len(chosen)} images; {images} were asked for", err=True)
+        if len(chosen) < lists.images:
+            click.echo(f"{name}: all {len(chosen)} images; {lists.images} were asked for", err=True)
     count = len(find_listed(source, str(file))[0])
-    if not lists and count != min(images, len(source)):
-        raise UsageError(f"'{file}' lists {count} images, not the {images} of --images. Choose another folder with -o")
+    if not lists.folder and count != min(lists.images, len(source)):
+        raise UsageError(
+            f"'{file}' lists {count} images, not the {lists.images} of --images. Choose another folder with -o"
+        )
     return f"{data}@{file}"
 
 

@@ -6,26 +6,28 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import click
 import torch
 
-from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, LossConfig, TrainConfig, score_parts, to_dict
+from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types, to_dict
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
-from ssod_edge.evaluation.baseline_recipes import parse_names
-from ssod_edge.evaluation.baselines import check_library
-from ssod_edge.evaluation.evaluate import evaluate
-from ssod_edge.evaluation.images import check_classes, check_fit_images, parse_named_data
+from ssod_edge.evaluation.baselines import load_library
+from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
+from ssod_edge.evaluation.images import check_classes, check_fit_images
 from ssod_edge.export.engines.artifact import check_engines
 from ssod_edge.export.graph.build import ExportOptions, export_run
 from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json
+from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.spec import Spec
-from ssod_edge.training.checkpoint import BEST, LAST, export_of, load_checkpoint
-from ssod_edge.training.loop import load_config, resume_run, run_config, start_run
+from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint
+from ssod_edge.training.loop import resume_run, start_run
+from ssod_edge.training.run import Run, load_config
+from ssod_edge.training.settings import run_config
 
 #: In OUT: what was asked for, and what came of it.
 STUDY, TABLE = "study.json", "study.md"
@@ -54,6 +56,36 @@ class Cell:
         """Of its run folder. A slash, as in the path of --weights, is written "%2F"."""
         name = "-".join([*(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
         return name.replace("%", "%25").replace("/", "%2F")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a study is asked for.
+
+    Attributes:
+        vary, seeds: see `parse_grid`.
+        training: options of `train`, for all runs; None is as if it were not there.
+        evaluation: of every run. No intervals are computed, whatever `bootstrap` says.
+        score: each run is exported with it ("auto" chooses one for each) before it is evaluated; None exports nothing.
+    """
+
+    vary: Sequence[str]
+    seeds: str
+    training: Mapping[str, Any]
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
+    score: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options of training that are there."""
+        return {key: value for key, value in self.training.items() if value is not None}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the records say of the evaluation and the score."""
+        asked = {**asdict(self.evaluation), "ood_data": dict(self.evaluation.ood_data or {})}
+        del asked["bootstrap"]
+        return asked if self.score is None else {**asked, "score": self.score}
 
 
 #: In the table: whichever score each run's export ships.
@@ -92,8 +124,7 @@ def convert(key: str, text: str) -> Any:
     Raises:
         UsageError: no such setting, or a value of the wrong type.
     """
-    kinds = {**get_type_hints(TrainConfig), **get_type_hints(LossConfig), "size": int}
-    kinds = {name: kind for name, kind in kinds.items() if name not in _FIXED}
+    kinds = {name: kind for name, kind in {**setting_types(), "size": int}.items() if name not in _FIXED}
     if key not in kinds:
         raise UsageError(f"unknown setting '{key}' in --vary. Known: {', '.join(sorted(kinds))}")
     kind = kinds[key]
@@ -109,28 +140,12 @@ def convert(key: str, text: str) -> Any:
     return text
 
 
-def run_study(
-    data: str,
-    out: str,
-    vary: Sequence[str],
-    seeds: str,
-    id_data: str | None,
-    ood: tuple[str, ...],
-    via_size: int | None,
-    baselines: str | None,
-    fit_images: int | None,
-    options: Mapping[str, Any],
-    score: str | None = None,
-) -> bool:
+def run_study(data: str, out: str, study: StudyOptions) -> bool:
     """The command `study`: train and evaluate what is not done yet, then write the table.
 
     Args:
         data: to train on.
         out: folder of the study; its runs lie in it.
-        vary, seeds: see `parse_grid`.
-        id_data, ood, via_size, baselines, fit_images: as `ssod_edge.evaluation.evaluate.run_eval`.
-        options: of `train`, for all runs.
-        score: each run is exported with it ("auto" chooses one for each) before it is evaluated; None exports nothing.
 
     Returns:
         whether every run of the grid has its figures.
@@ -140,16 +155,11 @@ def run_study(
             study of other settings.
         MissingExtraError: a package that is needed after training is not installed.
     """
-    cells, given = plan_study(data, vary, seeds, options)
-    asked = {
-        "id_data": id_data, "ood_data": parse_named_data(ood), "via_size": via_size,
-        "baselines": baselines, "fit_images": fit_images,
-    }  # fmt: skip
-    check_evaluation(data, asked, score)
+    cells = plan_study(data, study)
+    check_evaluation(data, study.evaluation, study.score)
     folder = make_directory(Path(out))
-    if score is not None:
-        asked["score"] = score
-    _record_study(folder, {"data": data, "options": json.loads(json.dumps(given)), "evaluation": asked})
+    record = {"data": data, "options": json.loads(json.dumps(study.given)), "evaluation": study.asked}
+    _record_study(folder, record)
     rows: dict[Cell, dict[str, Any]] = {}
     errors: dict[Cell, Exception] = {}
     todo = cells
@@ -160,7 +170,7 @@ def run_study(
             click.echo(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}{waiting}", err=True)
             try:
                 with claim(folder / f".{cell.name}.lock", f"'{cell.name}' is being worked on", wait=again):
-                    rows[cell] = _finished(cell, data, folder, given, asked)
+                    rows[cell] = _finished(cell, data, folder, study)
             except (MissingExtraError, OutputError):
                 raise  # the next run would meet it too
             except (SsodEdgeError, MemoryError, torch.OutOfMemoryError) as error:
@@ -170,7 +180,7 @@ def run_study(
                     continue
                 click.echo(f"failed: {error}", err=True)
                 errors[cell] = error
-            _write(folder, {"data": data, "options": given, "evaluation": asked}, cells, rows, errors)
+            _write(folder, record, cells, rows, errors)
         todo = busy
     if not rows and all(isinstance(error, UsageError) for error in errors.values()):
         raise next(iter(errors.values()))
@@ -178,19 +188,13 @@ def run_study(
     return not errors
 
 
-def plan_study(
-    data: str, vary: Sequence[str], seeds: str, options: Mapping[str, Any]
-) -> tuple[list[Cell], dict[str, Any]]:
-    """The runs of a study and the options they share, before anything is written.
-
-    Args:
-        The arguments are those of `run_study`.
+def plan_study(data: str, study: StudyOptions) -> list[Cell]:
+    """The runs of a study, before anything is written.
 
     Raises:
         UsageError: a wrong grid or data, or options with which no run of the grid can begin.
     """
-    cells = parse_grid(vary, seeds)
-    given = {key: value for key, value in options.items() if value is not None}
+    cells, given = parse_grid(study.vary, study.seeds), study.given
     if "seed" in given:
         raise UsageError("a study takes --seeds, not --seed")
     both = [key for key, _ in cells[0].settings if key in given and key not in ("recipe", "backbone")]
@@ -207,15 +211,14 @@ def plan_study(
             errors.append(error)
     if len(errors) == len(cells):
         raise errors[0]
-    return cells, given
+    return cells
 
 
-def check_evaluation(data: str, asked: Mapping[str, Any], score: str | None = None) -> None:
+def check_evaluation(data: str, asked: EvalOptions, score: str | None = None) -> None:
     """Find out before hours of training whether the evaluation can be made.
 
     Args:
         data: to train on.
-        asked: `id_data`, `ood_data`, `baselines` and `fit_images` as `ssod_edge.evaluation.evaluate.evaluate`.
         score: to export with, if any.
 
     Raises:
@@ -226,17 +229,14 @@ def check_evaluation(data: str, asked: Mapping[str, Any], score: str | None = No
         ExportOptions(score=score)
         check_engines(("onnxruntime",))
     classes = open_dataset(data).classes
-    if asked["id_data"] is not None:
-        check_classes(asked["id_data"], open_dataset(asked["id_data"]).classes, classes)
-    for unknown in asked["ood_data"].values():
+    if asked.id_data is not None:
+        check_classes(asked.id_data, open_dataset(asked.id_data).classes, classes)
+    for unknown in (asked.ood_data or {}).values():
         open_dataset(unknown, labelled=False)
-    if asked["baselines"] is not None:
-        parse_names(asked["baselines"])
-        check_library()
-    if asked["fit_images"] is not None:
-        if asked["baselines"] is None:
-            raise UsageError("--fit-images says what baselines are fitted on; name them with --baselines")
-        check_fit_images(asked["fit_images"], len(classes))
+    if asked.baseline_names():
+        load_library()
+    if asked.fit_images is not None:
+        check_fit_images(asked.fit_images, len(classes))
 
 
 def _record_study(folder: Path, asked: dict[str, Any]) -> None:
@@ -244,14 +244,7 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
 
     Runs that were trained with other settings would stand in one table with these.
     """
-    try:
-        record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("no JSON object")
-    except FileNotFoundError:
-        record = None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"'{folder / STUDY}' is damaged ({error}); remove it to write it anew") from error
+    record = read_study(folder) if (folder / STUDY).exists() else None
     changed = [key for key in ("data", "options") if record is not None and record.get(key) != asked[key]]
     if record is not None and changed and any(folder.glob(f"*/{LAST}")):
         raise UsageError(
@@ -262,15 +255,28 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
         write_json(folder / STUDY, {**asked, "summary": [], "runs": [], "failed": []})
 
 
-def _finished(cell: Cell, data: str, folder: Path, given: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def read_study(folder: Path) -> dict[str, Any]:
+    """The record of a study, with its `runs`: an object for each.
+
+    Raises:
+        ArtifactError: it is not there, or damaged.
+    """
+    try:
+        record = read_json(folder / STUDY)
+        from_json(tuple[dict[str, Any], ...], record.get("runs"), "runs")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{folder / STUDY}' is damaged ({error}); remove it to write it anew") from error
+    return record
+
+
+def _finished(cell: Cell, data: str, folder: Path, study: StudyOptions) -> dict[str, Any]:
     """The report of a cell's run, trained, exported and evaluated as far as it is not done yet."""
-    score = asked.get("score")
-    loss = run_config(data, _cell_options(cell, given)).loss
-    reads_row = score not in (None, AUTO_SCORE) and {"ssod", "posterior"} & set(score_parts(str(score)))
+    score, loss = study.score, run_config(data, _cell_options(cell, study.given)).loss
+    reads_row = score is not None and score != AUTO_SCORE and set(NEED_OOD_ROW) & set(score_parts(score))
     if reads_row and not loss.trains_row:
         raise UsageError(f"--score {score} needs the OOD row, and these settings do not train it")
-    run = _trained(cell, data, folder, given)
-    return _evaluated(run, asked, _exported(run, score) if score is not None else None)
+    run = _trained(cell, data, folder, study.given)
+    return _evaluated(run, study, _exported(run, score) if score is not None else None)
 
 
 def _cell_options(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,11 +311,11 @@ def _check_same_settings(run: Path, found: Mapping[str, Any], wanted: Mapping[st
 def _exported(run: Path, score: str) -> Spec:
     """The export of a run's best weights with a score: as it lies there, or an fp32 ONNX export that is made now."""
     try:
-        found = export_of(run)
+        found = Run.at(run).export
     except ArtifactError:
         found = None  # damaged, or of other weights
-    if found is not None and _has_score(found[0], score):
-        return found[0]
+    if found is not None and _has_score(found.spec, score):
+        return found.spec
     return export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
 
 
@@ -320,22 +326,23 @@ def _has_score(spec: Spec, score: str) -> bool:
     return not spec.choice and set(score_parts(spec.score_name)) == set(score_parts(score))
 
 
-def _evaluated(run: Path, asked: dict[str, Any], export: Spec | None) -> dict[str, Any]:
+def _evaluated(run: Path, study: StudyOptions, export: Spec | None) -> dict[str, Any]:
     """The report of `evaluate`, from the last time if it was asked the same of the same weights and the same score."""
     path = run / EVALUATION
     shipped = [export.score_name, export.detector.get("sha256")] if export is not None else None
     meta = load_checkpoint(run / BEST)[1]
+    asked = study.asked
     named = [asked["id_data"] or meta["data"], *asked["ood_data"].values()]
     images = [open_dataset(data, labelled=False).fingerprint for data in named]
     record = {"asked": asked, "weights": meta["tensors_sha256"], "images": images, "shipped": shipped}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
+        report = from_json(dict[str, Any], stored.get("report"), "report")
     except (OSError, ValueError):  # none yet, or a damaged one: it is made again
-        stored = {}
-    if isinstance(stored, dict) and {**stored, "report": None} == {**record, "report": None}:
-        return dict(stored["report"])
-    arguments: dict[str, Any] = {key: value or None for key, value in asked.items() if key != "score"}
-    report, _ = evaluate(run, bootstrap=0, **arguments)
+        stored, report = {}, {}
+    if {**stored, "report": None} == {**record, "report": None}:
+        return report
+    report, _ = evaluate(run, replace(study.evaluation, bootstrap=0))
     if export is not None:
         if report["default_score"] != export.score_name:
             raise ArtifactError(f"the score '{export.score_name}' of the export of '{run}' could not be evaluated")
@@ -385,29 +392,22 @@ def _write(
     """The record and the table of what there is so far, in the order of the grid, by this process and by others."""
     keys = {cell: {"settings": cell.label, "seed": cell.seed} for cell in cells}
     with exclusive(folder):
-        rows = _rows_of_others(
-            folder, study, [keys[cell] for cell in cells if cell not in found and cell not in errors]
-        )
-        rows += [{**keys[cell], **row} for cell, row in found.items()]
-        order = list(keys.values())
-        rows.sort(key=lambda row: order.index({"settings": row["settings"], "seed": row["seed"]}))
-        failed = [
-            {**keys[cell], "error": str(errors[cell]) or type(errors[cell]).__name__}
-            for cell in cells
-            if cell in errors
-        ]
+        found = {**_rows_of_others(folder, study, cells), **found}
+        rows = [{**keys[c], **found[c]} for c in cells if c in found and c not in errors]
+        failed = [{**keys[c], "error": str(errors[c]) or type(errors[c]).__name__} for c in cells if c in errors]
         summary = summarise(rows)
         write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
         text = markdown(summary, failed)
         write_atomic(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
     """What the record has of runs that this process has not come to yet, if it is of the same study."""
-    record = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-    if any(record.get(key) != json.loads(json.dumps(value)) for key, value in study.items()):
-        return []
-    return [row for row in record["runs"] if {"settings": row["settings"], "seed": row["seed"]} in cells]
+    record = read_study(folder)
+    if any(record.get(key) != value for key, value in study.items()):
+        return {}
+    rows = {(row.get("settings"), row.get("seed")): row for row in record["runs"]}
+    return {cell: rows[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in rows}
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,6 @@ from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError
 
 
-
 class EvalImages(Dataset[tuple[Tensor, int, int]]):
     """(uint8 image [3, S, S], label, index) by the one deployment preprocessing.
 

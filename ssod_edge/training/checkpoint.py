@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssod_edge.config import Preprocess, resolve_backbone
+from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
-from ssod_edge.files import sha256_file, write_atomic
-from ssod_edge.spec import SPEC_NAME, Spec, from_json, load_spec
-from ssod_edge.training.model import SSODClassifier, build_model
+from ssod_edge.files import write_atomic
+from ssod_edge.json_reader import from_json, parse_json
+from ssod_edge.training.model import SSODClassifier
 
 SCHEMA_VERSION = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -58,14 +58,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         # In one piece: safetensors opens a path twice, and training may put a newer file there in between.
         content = path.read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        meta = json.loads(header["__metadata__"]["ssod_edge"])
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        meta = parse_json(header["__metadata__"]["ssod_edge"])
         tensors = load(content)
     except KeyError:
         raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"checkpoint '{path}' is damaged or cut short ({error})") from error
-    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    version = meta.get("schema_version")
     if type(version) is not int or version < 1:
         raise ArtifactError(f"checkpoint '{path}' is damaged: its metadata has no schema version")
     if version > SCHEMA_VERSION:
@@ -111,43 +111,8 @@ def _hash(tensors: dict[str, Tensor]) -> str:
 
 
 def model_meta(model: SSODClassifier) -> dict[str, Any]:
-    """What `load_model` needs to build the model again."""
+    """What `ssod_edge.training.run.Run` needs to build the model again."""
     return {"backbone": model.backbone_name, "classes": list(model.classes), "preprocess": asdict(model.preprocess)}
-
-
-def load_model(path: str | Path) -> tuple[SSODClassifier, dict[str, Any]]:
-    """The trained model of a run folder or checkpoint file, in eval mode, and the checkpoint's metadata.
-
-    Raises:
-        UsageError: there is no such checkpoint.
-        ArtifactError: as `load_checkpoint`, or tensors that do not fit the backbone named in it.
-    """
-    path = Path(path) / BEST if Path(path).is_dir() else Path(path)
-    tensors, meta = load_checkpoint(path)
-    try:
-        backbone = from_json(str, meta["backbone"], "backbone")
-        classes = from_json(tuple[str, ...], meta["classes"], "classes")
-        model = build_model(backbone, classes, from_json(Preprocess, meta["preprocess"], "preprocess"))
-    except UsageError as error:
-        raise ArtifactError(f"checkpoint '{path}' does not describe a model ({error})") from error
-    load_state(model, tensors, path)
-    return model.eval(), meta
-
-
-def export_of(run: str | Path) -> tuple[Spec, Path] | None:
-    """The export beside a run's best checkpoint: its spec and its folder; None where there is none.
-
-    Raises:
-        ArtifactError: it is damaged, or of another checkpoint.
-    """
-    checkpoint = Path(run) / BEST if Path(run).is_dir() else Path(run)
-    export = checkpoint.parent / "export"
-    if not (export / SPEC_NAME).is_file():
-        return None
-    spec = load_spec(export)
-    if spec.source.get("checkpoint_sha256") != sha256_file(checkpoint):
-        raise ArtifactError(f"'{export}' is of another checkpoint; export the run again")
-    return spec, export
 
 
 def load_preprocess(path: str | Path) -> Preprocess:
@@ -182,24 +147,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def find_run(root: str | Path = "runs", backbone: str | None = None) -> Path:
-    """The newest finished or running run folder under `root`, of this backbone if one is given.
-
-    Raises:
-        UsageError: there is none.
-    """
-    wanted = resolve_backbone(backbone) if backbone else None
-    found: list[tuple[float, Path]] = []
-    for checkpoint in Path(root).glob(f"*/{BEST}"):
-        try:
-            config = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if wanted is None or resolve_backbone(str(config.get("backbone"))) == wanted:
-            found.append((checkpoint.stat().st_mtime, checkpoint.parent))
-    if not found:
-        what = f"run of '{backbone}'" if backbone else "run"
-        raise UsageError(f"there is no {what} under '{root}'. Train one with: ssod-edge train DATA")
-    return max(found)[1]

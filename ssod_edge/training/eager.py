@@ -12,14 +12,12 @@ import torch
 from ssod_edge.config import DEFAULT_SCORE
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import ood_scores, probabilities
-from ssod_edge.detect.sums import load_shipped
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
-from ssod_edge.files import sha256_file
+from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Array, check_images, closed_error
-from ssod_edge.runtime.verify import load_reference
-from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, load_spec
-from ssod_edge.training.checkpoint import BEST, load_model
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 from ssod_edge.training.model import SSODClassifier, normalise
+from ssod_edge.training.run import Run
 
 
 class EagerRunner:
@@ -50,9 +48,10 @@ class EagerRunner:
     ) -> None:
         if device not in ("auto", "CPU"):
             raise EngineError(f"the eager engine runs on 'CPU' here, got device '{device}'")
-        checkpoint, export = _locate(folder)
-        model, meta = load_model(checkpoint)
-        self.spec = _spec(model, meta.get("trained") is True) if export is None else load_spec(export)
+        run = Run.at(folder)
+        model, checkpoint, digest = run.model, run.checkpoint, run.checkpoint_sha256
+        export = Export.at(run.folder / "export") if (run.folder / "export" / SPEC_NAME).is_file() else None
+        self.spec = _spec(model, run.meta.get("trained") is True) if export is None else export.spec
         if not self.spec.trained and not allow_untrained:
             raise UsageError(f"'{checkpoint}' holds untrained weights. Train a model, or pass --allow-untrained.")
         if len(self.spec.classes) != len(model.classes):
@@ -60,7 +59,6 @@ class EagerRunner:
                 f"{SPEC_NAME} names {len(self.spec.classes)} classes, and '{checkpoint}' has {len(model.classes)}. "
                 "Export the run again."
             )
-        digest = sha256_file(checkpoint)
         if export is not None and self.spec.source.get("checkpoint_sha256", digest) != digest:
             raise ArtifactError(f"'{checkpoint}' is not the checkpoint of this export. Export the run again.")
         self.artifact = Artifact(
@@ -70,14 +68,14 @@ class EagerRunner:
             files={checkpoint.name: digest},
             opset=0,
             versions={"torch": torch.__version__},
-            threshold=None if export is None else _threshold(self.spec, export),
+            threshold=None if export is None else _threshold(export),
         )
-        self._detector = None if export is None else load_shipped(self.spec, export, model.classifier.in_features)
+        self._detector = None if export is None else export.score_state(model.classifier.in_features)
         self._threads_before = torch.get_num_threads()  # a setting of the whole process: given back at the end
         if threads is not None:
             torch.set_num_threads(threads)
         self.details = {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
-        self._model: SSODClassifier | None = model.eval()
+        self._model: SSODClassifier | None = model
 
     def __enter__(self) -> EagerRunner:
         return self
@@ -103,17 +101,6 @@ class EagerRunner:
         return {"logits": logits, "probs": probabilities(logits), "id_logit": id_logit, "ood_score": score}
 
 
-def _locate(folder: Path) -> tuple[Path, Path | None]:
-    """(checkpoint file, export folder or None) of a run folder, its export folder, or a checkpoint file."""
-    if folder.is_file():
-        run, checkpoint = folder.parent, folder
-    else:
-        run = folder.resolve().parent if (folder / SPEC_NAME).is_file() else folder
-        checkpoint = run / BEST
-    export = run / "export"
-    return checkpoint, export if (export / SPEC_NAME).is_file() else None
-
-
 def _spec(model: SSODClassifier, trained: bool) -> Spec:
     return Spec(
         backbone=model.backbone_name,
@@ -125,13 +112,14 @@ def _spec(model: SSODClassifier, trained: bool) -> Spec:
     )
 
 
-def _threshold(spec: Spec, export: Path) -> Threshold | None:
+def _threshold(export: Export) -> Threshold | None:
     """That of the artifact that computes what PyTorch does: it comes from all calibration images."""
+    spec = export.spec
     found = {a.precision: a.threshold for a in spec.artifacts if a.threshold is not None}
     if not spec.trained or not found:
         return None
     if "fp32" in found:
         return found["fp32"]
     target = next(iter(found.values())).target_tpr
-    scores = np.asarray(load_reference(export, spec)[f"score_{spec.score_name}"])
+    scores = np.asarray(export.reference()[f"score_{spec.score_name}"])
     return conformal_threshold(scores, target, "eager scores of reference.npz")

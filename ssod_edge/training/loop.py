@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -24,13 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone, to_dict, train_config
+from ssod_edge.config import TrainConfig, to_dict
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Splits, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim, write_atomic, write_json
+from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.ops import kernel_in_use
-from ssod_edge.spec import from_json
 from ssod_edge.training.batches import TrainImages, load_batches
 from ssod_edge.training.checkpoint import (
     BEST,
@@ -38,7 +37,6 @@ from ssod_edge.training.checkpoint import (
     is_checkpoint,
     load_checkpoint,
     load_optimizer,
-    load_preprocess,
     load_state,
     model_meta,
     model_tensors,
@@ -46,13 +44,13 @@ from ssod_edge.training.checkpoint import (
     save_checkpoint,
 )
 from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
-from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, check_size
+from ssod_edge.training.meters import Meters, epoch_figures
+from ssod_edge.training.model import SSODClassifier, build_model, check_size
 from ssod_edge.training.objective import TrainStep
 from ssod_edge.training.outputs import collect
-
-#: Losses, as means over the images of an epoch, and counts.
-_LOSSES = ("loss", "ce", "ood", "norm", "outlier")
-_METERS = (*_LOSSES, "correct", "images", "n_id", "n_ood", "n_ignored", "n_invalid")
+from ssod_edge.training.run import load_config
+from ssod_edge.training.schedule import learning_rate, make_optimizer
+from ssod_edge.training.settings import default_name, run_config
 
 
 @dataclass
@@ -94,7 +92,7 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
         with _claimed(run):
             if not resume and (run / LAST).exists():
                 raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
-            loop = _start(config, run, resume, device, save_minutes)
+            loop = _Loop(config, run, resume, device, save_minutes)
             if loop.progress.epoch >= config.epochs:
                 _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
             loop.run_epochs()
@@ -127,39 +125,13 @@ def _claimed(run: Path) -> Iterator[None]:
                         run.parent.rmdir()
 
 
-def _start(config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float) -> _Loop:
-    """Data, model and optimizer, as new or as the last checkpoint has them, and the run folder."""
+def _open_data(data: str, resume: bool) -> ImageSource:
     try:
-        source = open_dataset(config.data)
+        return open_dataset(data)
     except UsageError as error:
         if not resume:
             raise
         raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
-    splits = split_dataset(source, config.val_fraction, config.calib_fraction, config.seed)
-    restored = resume and (run / LAST).exists()
-    if config.weights and not restored and is_checkpoint(config.weights):
-        _check_same_splits(config, source, splits)
-    torch.manual_seed(config.seed)
-    pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
-    model = build_model(config.backbone, source.classes, config.preprocess, pretrained, weights)
-    if config.half_size_epochs:
-        check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
-    if config.sync_bn and device.type == "cuda":
-        model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = _optimizer(model, config)
-    progress = _Progress()
-    if restored:
-        progress = _restore(run, model, optimizer, source, splits)
-    elif is_main():
-        write_json(run / "config.json", to_dict(config))
-        write_json(run / "splits.json", _splits_record(source, splits))
-        if len(splits.calib) < MIN_CALIB:
-            _say(
-                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
-                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
-            )
-    return _Loop(config, run, model, optimizer, source, splits, device, progress, save_minutes)
 
 
 def _kernel_in_use(device: torch.device, kernel: str) -> str:
@@ -203,30 +175,6 @@ def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
     return train(run_config(data, options), out)
 
 
-def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
-    """The settings of `start_run`.
-
-    Raises:
-        UsageError: no such backbone, or a value out of range.
-        ArtifactError: the checkpoint that training is to start from cannot be read.
-    """
-    options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
-    options["preprocess"] = to_dict(_starting_preprocess(options))
-    if options.get("precision") is None:
-        # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
-        options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
-    return train_config(options.pop("recipe"), options)
-
-
-def _starting_preprocess(options: dict[str, Any]) -> Preprocess:
-    """The preprocessing of the weights that training starts from, at the size asked for."""
-    size, weights = options.pop("size"), options.get("weights")
-    if weights and is_checkpoint(weights):
-        preprocess = load_preprocess(weights)
-        return preprocess if size is None else replace(preprocess, input_size=size)
-    return backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
-
-
 def resume_run(run: str | Path) -> Path:
     """Go on with a run folder, with the settings stored in it.
 
@@ -242,18 +190,23 @@ def resume_run(run: str | Path) -> Path:
 
 
 class _Loop:
-    """The state one training run carries from batch to batch."""
+    """The state one training run carries from batch to batch: as new, or as the last checkpoint has it."""
 
-    def __init__(
-        self, config: TrainConfig, run: Path, model: SSODClassifier, optimizer: torch.optim.Optimizer,
-        source: ImageSource, splits: Splits, device: torch.device, progress: _Progress, save_minutes: float,
-    ):  # fmt: skip
-        self.config, self.run, self.model, self.optimizer = config, run, model, optimizer
-        self.splits, self.device, self.progress, self.save_minutes = splits, device, progress, save_minutes
-        self.source, self.interrupted = source, False
-        self.images = TrainImages(source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
+    def __init__(self, config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float):
+        self.config, self.run, self.device, self.save_minutes = config, run, device, save_minutes
+        self.interrupted = False
+        restored = resume and (run / LAST).exists()
+        self.source = _open_data(config.data, resume)
+        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
+        self.model = self._make_model(restored)
+        self.optimizer = make_optimizer(self.model, config)
+        self.progress = self._restore() if restored else _Progress()
+        if not restored and is_main():
+            self._begin_folder()
+        self.meters = Meters(device, self.progress.meters)
+        self.images = TrainImages(self.source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = _kernel_in_use(device, config.kernel)
-        step: nn.Module = TrainStep(model, config.loss, config.precision, config.kernel)
+        step: nn.Module = TrainStep(self.model, config.loss, config.precision, config.kernel)
         if dist.is_initialized():
             # The OOD row takes no part while the OOD loss warms up.
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
@@ -261,8 +214,55 @@ class _Loop:
         self.steps_per_epoch = len(self._batches(0))
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"'{config.data}' leaves {len(splits.train)} training images, fewer than one batch of "
+                f"'{config.data}' leaves {len(self.splits.train)} training images, fewer than one batch of "
                 f"{config.batch_size * world_size()}. Use a smaller --batch-size"
+            )
+
+    def _make_model(self, restored: bool) -> SSODClassifier:
+        config, classes = self.config, self.source.classes
+        if config.weights and not restored and is_checkpoint(config.weights):
+            _check_same_splits(config, self.source, self.splits)
+        torch.manual_seed(config.seed)
+        pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
+        model = build_model(config.backbone, classes, config.preprocess, pretrained, weights)
+        if config.half_size_epochs:
+            check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
+        if config.sync_bn and self.device.type == "cuda":
+            model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def _restore(self) -> _Progress:
+        """Put back what the last checkpoint holds."""
+        path = self.run / LAST
+        tensors, meta = load_checkpoint(path)
+        if (meta["data_fingerprint"], meta["splits_hash"]) != (self.source.fingerprint, self.splits.hash):
+            raise UsageError(
+                f"the data set '{self.source.name}' changed since the run '{self.run}' began; start a new run"
+            )
+        load_state(self.model, tensors, path)
+        try:
+            load_optimizer(self.optimizer, tensors)
+            return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
+        except (UsageError, ValueError, KeyError) as error:
+            raise ArtifactError(f"checkpoint '{path}' does not hold a run to go on with ({error})") from error
+
+    def _begin_folder(self) -> None:
+        """Write the settings and splits of a new run, and say what they leave out."""
+        splits = self.splits
+        write_json(self.run / "config.json", to_dict(self.config))
+        record = {
+            "data": self.source.name,
+            "data_fingerprint": self.source.fingerprint,
+            "splits_hash": splits.hash,
+            "train": len(splits.train),
+            "val": splits.val.tolist(),
+            "calib": splits.calib.tolist(),
+        }
+        write_json(self.run / "splits.json", record)
+        if len(splits.calib) < MIN_CALIB:
+            _say(
+                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
+                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
             )
 
     def run_epochs(self) -> None:
@@ -304,8 +304,8 @@ class _Loop:
             loss, log = self._train_batch(image, target, index, global_step)
             progress.step += 1
             progress.seconds = before + time.monotonic() - started
-            self._count(loss, log, len(index))
-            bar.update(progress.epoch, progress.step, lambda: epoch_figures(progress.meters))
+            self.meters.add({**log, "loss": loss}, len(index))
+            bar.update(progress.epoch, progress.step, lambda: epoch_figures(self.meters.read()))
             if (self.interrupted or time.monotonic() - saved > self.save_minutes * 60) and is_main():
                 self._save(LAST)
                 saved = time.monotonic()
@@ -323,11 +323,10 @@ class _Loop:
         warm = global_step >= config.loss.warmup_epochs * self.steps_per_epoch
         target = target.to(self.device, non_blocking=True)
         loss, log = self.train_step(image.to(self.device, non_blocking=True), target, warm)
-        self._check_finite("loss", loss, index)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        self._check_finite("gradient's norm", norm, index)
+        self._check_finite(loss.detach(), norm, index)
         self.optimizer.step()
         return loss.detach(), log
 
@@ -337,40 +336,36 @@ class _Loop:
         world, size = world_size(), self.config.batch_size * world_size()
         return [order[i : i + size][rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
 
-    def _check_finite(self, what: str, value: Tensor, index: Tensor) -> None:
-        if not math.isfinite(value.item()):
-            where = f"The last good checkpoint is '{self.run / LAST}'." if (self.run / LAST).exists() else ""
-            raise TrainingError(
-                f"the {what} is {value.item()} at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, "
-                f"on the images {index.tolist()}. Lower --lr, or look at these images. {where}"
-            )
-
-    def _count(self, loss: Tensor, log: dict[str, Tensor], n: int) -> None:
-        meters = self.progress.meters
-        values = {name: float(value) for name, value in log.items() if name in _METERS}
-        for name in _LOSSES:
-            values[name] = (float(loss) if name == "loss" else values.get(name, 0.0)) * n
-        for name, value in {**values, "images": float(n)}.items():
-            meters[name] = meters.get(name, 0.0) + value
+    def _check_finite(self, loss: Tensor, norm: Tensor, index: Tensor) -> None:
+        """Before the step that would spoil the weights. Both in one tensor: each read waits for the GPU."""
+        values = torch.stack([loss.float(), norm.float()]).tolist()
+        for what, value in zip(("loss", "gradient's norm"), values, strict=True):
+            if not math.isfinite(value):
+                where = f"The last good checkpoint is '{self.run / LAST}'." if (self.run / LAST).exists() else ""
+                raise TrainingError(
+                    f"the {what} is {value} at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, "
+                    f"on the images {index.tolist()}. Lower --lr, or look at these images. {where}"
+                )
 
     def _finish_epoch(self, bar: Any) -> None:
-        progress = self.progress
+        progress, meters = self.progress, self.meters.read()
         held_out = collect(
             self.model, self.source, self.splits.val, batch_size=self.config.batch_size, workers=self.config.workers
         )
         accuracy = held_out.accuracy
         row = {
             "epoch": progress.epoch + 1,
-            **epoch_figures(progress.meters),
+            **epoch_figures(meters),
             "val_accuracy": accuracy,
             "seconds": round(progress.seconds, 3),
-            "images_per_second": round(progress.meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
+            "images_per_second": round(meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
             "kernel": self.kernel,
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
         # A model from before the OOD loss is kept only until there is a later one.
         warming = not self.config.loss.is_plain and progress.epoch < self.config.loss.warmup_epochs
         self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
+        self.meters = Meters(self.device, {})
         if is_main():
             if best:
                 self._save(BEST, accuracy)
@@ -392,101 +387,23 @@ class _Loop:
             "kernel": self.kernel,
         }
         if name == LAST:
+            self.progress.meters = self.meters.read() if self.progress.step else {}
             tensors |= optimizer_tensors(self.optimizer)
             meta["progress"] = dataclasses.asdict(self.progress)
         save_checkpoint(self.run / name, tensors, meta)
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Rate of an optimizer step: "paper" halves it every 30 epochs; the others warm up, then a cosine to 1%."""
-    if config.recipe == "paper":
-        return config.lr * 0.5 ** (step // (30 * steps_per_epoch))
-    total = config.epochs * steps_per_epoch
-    warmup = max(1, round(config.lr_warmup_fraction * total))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
-
-
-def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
-    """Means over the images of an epoch, and the shares of ID, OOD and ignored patches."""
-    images = max(meters.get("images", 0.0), 1.0)
-    patches = max(sum(meters.get(name, 0.0) for name in ("n_id", "n_ood", "n_ignored")), 1.0)
-    return {
-        "loss": meters.get("loss", 0.0) / images,
-        "ce": meters.get("ce", 0.0) / images,
-        "ood_loss": meters.get("ood", 0.0) / images,
-        "norm_loss": meters.get("norm", 0.0) / images,
-        "outlier_loss": meters.get("outlier", 0.0) / images,
-        "accuracy": meters.get("correct", 0.0) / images,
-        "id_patches": meters.get("n_id", 0.0) / patches,
-        "ood_patches": meters.get("n_ood", 0.0) / patches,
-        "ignored_patches": meters.get("n_ignored", 0.0) / patches,
-        "invalid_patches": meters.get("n_invalid", 0.0),
-    }
-
-
-def default_name(config: TrainConfig) -> str:
-    """Run folder name: "<backbone>-<data set>"."""
-    # Of "." and "..", the folder's own name.
-    path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
-    return f"{config.backbone}-{Path(path).name.removesuffix('.tar') or 'data'}"
-
-
-def load_config(run: Path) -> TrainConfig:
-    """The settings of a run folder.
-
-    Raises:
-        UsageError: there is no such run, or its config.json has unknown keys.
-        ArtifactError: config.json is damaged.
-    """
-    try:
-        return from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UsageError(f"there is no run '{run}' to resume; leave --resume out to start one") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise ArtifactError(f"'{run / 'config.json'}' is damaged ({error})") from error
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or, from scratch, SGD; biases and normalisation parameters are not decayed."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if config.recipe == "scratch":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=config.lr)
-
-
-def _restore(
-    run: Path, model: SSODClassifier, optimizer: torch.optim.Optimizer, source: ImageSource, splits: Splits
-) -> _Progress:
-    tensors, meta = load_checkpoint(run / LAST)
-    if (meta["data_fingerprint"], meta["splits_hash"]) != (source.fingerprint, splits.hash):
-        raise UsageError(f"the data set '{source.name}' changed since the run '{run}' began; start a new run")
-    load_state(model, tensors, run / LAST)
-    try:
-        load_optimizer(optimizer, tensors)
-        return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
-    except (UsageError, ValueError, KeyError) as error:
-        raise ArtifactError(f"checkpoint '{run / LAST}' does not hold a run to go on with ({error})") from error
-
-
-def _splits_record(source: ImageSource, splits: Splits) -> dict[str, Any]:
-    return {
-        "data": source.name,
-        "data_fingerprint": source.fingerprint,
-        "splits_hash": splits.hash,
-        "train": len(splits.train),
-        "val": splits.val.tolist(),
-        "calib": splits.calib.tolist(),
-    }
-
-
 def _append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
-    write_atomic(path, lambda temporary: temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n"))
+    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it.
+
+    A line that is damaged is left out, and said so: it is not worth the epoch that was trained.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if from_json(int, parse_json(line).get("epoch"), "epoch") < row["epoch"]:
+                kept.append(line)
+        except UsageError as error:
+            _say(f"left out line {number} of '{path}', which is damaged ({error})")
+    write_atomic(path, lambda temporary: temporary.write_bytes(b"\n".join([*kept, json.dumps(row).encode(), b""])))

@@ -198,15 +198,20 @@ def build_model(
         size = {"img_size": preprocess.input_size}
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **size)
+    except MemoryError:
+        raise
     except Exception as error:  # a download fails in many ways, and each family has its own rules for sizes
-        if size and not (pretrained and _can_be_built(name, size)):
-            raise _wrong_size(name, preprocess.input_size, error, "Choose another --size") from error
-        if pretrained:
+        failed = _why_not_built(name, len(classes), size) if pretrained else error
+        if failed is None:
+            # torch's own error for tensors that are no part of the model; everything else is the way to the weights.
+            what = "do not fit it" if "loading state_dict" in str(error) else "cannot be had"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"timm's weights of '{name}' cannot be had ({reason}). Give a local file with --weights FILE"
+                f"timm's weights of '{name}' {what} ({reason}). Give a local file with --weights FILE"
             ) from error
-        raise UsageError(f"backbone '{name}' cannot be built: {error}") from error
+        if size:
+            raise _wrong_size(name, preprocess.input_size, failed, "Choose another --size") from error
+        raise UsageError(f"backbone '{name}' cannot be built: {failed}") from error
     classifier = cast(Any, model).get_classifier()
     if isinstance(classifier, nn.Linear) and not (pretrained and len(classes) == model.default_cfg["num_classes"]):
         # Some timm families scale this layer by 1/sqrt(classes): with ten of them MobileNetV3 would begin with
@@ -217,12 +222,13 @@ def build_model(
     return SSODClassifier(model, name, classes, preprocess)
 
 
-def _can_be_built(name: str, size: dict[str, int]) -> bool:
+def _why_not_built(name: str, classes: int, size: dict[str, int]) -> Exception | None:
+    """What fails without any weights too; None if it is the weights alone."""
     try:
-        timm.create_model(name, **size)
-    except Exception:
-        return False
-    return True
+        timm.create_model(name, num_classes=classes, **size)
+    except Exception as error:
+        return error
+    return None
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

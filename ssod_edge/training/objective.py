@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod_edge.config import LossConfig
+from ssod_edge.detect.made_images import make_for_training
 from ssod_edge.errors import UsageError
-from ssod_edge.ops import background_norm, ssod_loss
-from ssod_edge.training.made_images import make_outliers
+from ssod_edge.ops import background_norm, ood_loss, sample_patches
 from ssod_edge.training.model import SSODClassifier, normalise
 
 
@@ -37,7 +39,7 @@ class TrainStep(nn.Module):
         config, n = self.config, len(image)
         outliers = warm and config.trains_row_on_outliers
         if outliers:
-            made = make_outliers(image, config.outliers, max(1, round(config.outlier_share * n)))
+            made = make_for_training(image, config.outliers, max(1, round(config.outlier_share * n)))
             image = torch.cat([image, made])
         patches = n if warm and config.labels_patches else 0
         x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
@@ -59,15 +61,18 @@ class TrainStep(nn.Module):
         config, classifier, row = self.config, self.model.classifier, self.model.ood
         bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
         total, log = z.new_zeros((), dtype=torch.float32), {}
+        # Sampled once, whatever reads it: it is a product with all classes.
+        known = (classifier.weight, bias)
         if config.trains_row_on_patches:
-            ood, stats = ssod_loss(
-                z, classifier.weight, bias, row.weight, row.bias, target,
-                config.gamma, config.balance, kernel=self.kernel,
-            )  # fmt: skip
-            total, log = total + config.alpha * ood, {"ood": ood.detach(), **stats}
+            sampled = sample_patches(z, *known, row.weight, row.bias, target, config.gamma, self.kernel)
+        else:
+            sampled = sample_patches(z.detach(), *known, None, None, target, config.gamma, self.kernel)
         if config.shrinks_background:
-            norm, stats = background_norm(z, classifier.weight, bias, target, config.gamma, self.kernel)
-            total, log = total + config.norm_weight * norm, {**stats, **log, "norm": norm.detach()}
+            norm, stats = background_norm(z, sampled[1])
+            total, log = total + config.norm_weight * norm, {**stats, "norm": norm.detach()}
+        if config.trains_row_on_patches:
+            ood, stats = ood_loss(sampled, target, config.balance, math.prod(z.shape[1:-1]))
+            total, log = total + config.alpha * ood, {**log, "ood": ood.detach(), **stats}
         return total, log
 
 

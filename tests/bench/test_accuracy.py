@@ -12,10 +12,12 @@ import pytest
 from colour import CLASSES, SIZE, colour_images, edit_graph, edit_spec, write_colours
 from PIL import Image
 
-from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, collect
+from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.images import BenchImages, choose_images, query_images
 from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
+from ssod_edge.data.named import NamedData
 from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import Threshold, load_spec
 
@@ -25,7 +27,7 @@ THRESHOLD = Threshold(value=-2.5, target_tpr=0.95, n=100, data="others", fitted_
 @pytest.mark.parametrize("pair", [Pair("onnxruntime", "fp32"), Pair("openvino", "fp32"), Pair("openvino", "fp16")])
 def test_plain_classifier_is_the_same_without_the_row(export: Path, tmp_path: Path, pair: Pair) -> None:
     images = colour_images(7)
-    export_plain(export, load_spec(export), pair, tmp_path)
+    export_plain(Export.at(export), pair, tmp_path)
     with open_plain(tmp_path) as plain, open_runner(export, artifact=pair.fused) as fused:
         assert plain.artifact.name == f"plain-{pair.fused}"
         outputs, expected = plain.infer({"image": images}), fused.infer({"image": images})
@@ -142,7 +144,7 @@ def photo_set(n: int, missing: tuple[int, ...] = (), name: str = "id", labels: n
 def test_each_image_is_read_once_for_all_backends_and_a_bad_one_is_left_out(export: Path) -> None:
     images, counted = photo_set(70, missing=(3, 69)), []
     with open_runner(export, engine="openvino") as one, open_runner(export, engine="onnxruntime") as other:
-        found = collect({"one": one, "other": other}, images, one.spec.preprocess, counted.append)
+        found = run_backends({"one": one, "other": other}, images, one.spec.preprocess, counted.append)
         expected = one.infer({"image": np.delete(colour_images(70), (3, 69), axis=0)})
     assert counted == [32, 32, 4]
     assert found.rows == [i for i in range(70) if i not in (3, 69)]
@@ -153,7 +155,7 @@ def test_each_image_is_read_once_for_all_backends_and_a_bad_one_is_left_out(expo
 
 def test_no_readable_image_gives_no_outputs(export: Path) -> None:
     with open_runner(export) as runner:
-        found = collect({"one": runner}, photo_set(2, missing=(0, 1)), runner.spec.preprocess)
+        found = run_backends({"one": runner}, photo_set(2, missing=(0, 1)), runner.spec.preprocess)
     assert found.outputs == {}
     assert len(found.unreadable) == 2
 
@@ -161,29 +163,29 @@ def test_no_readable_image_gives_no_outputs(export: Path) -> None:
 def test_output_that_is_not_finite_is_an_error_of_that_backend(export: Path) -> None:
     edit_graph(export, "onnx-fp32", bias=np.array([np.nan, 0, 0, 0], np.float32))
     with open_runner(export, engine="openvino") as good, open_runner(export, artifact="onnx-fp32") as bad:
-        found = collect({"good": good, "bad": bad}, photo_set(40), good.spec.preprocess)
+        found = run_backends({"good": good, "bad": bad}, photo_set(40), good.spec.preprocess)
     assert list(found.outputs) == ["good"]
     assert "the output of 'bad' is not finite" in str(found.errors["bad"])
 
 
 def test_without_data_the_reference_is_timed(export: Path) -> None:
     spec = load_spec(export)
-    images = choose_images(export, spec, None, {}, None, quick=False)
+    images = choose_images(Export(export, spec), NamedData())
     assert images.sets == ()
     assert "no recorded validation split" in str(images.note)
-    found, origin = query_images(images, export, spec, 5)
+    found, origin = query_images(images, Export.at(export), 5)
     assert [image.size for image in found] == [(SIZE, SIZE)] * 5
     assert origin == f"5 images of reference.npz, {SIZE}x{SIZE}, as JPEG in memory"
     with pytest.raises(UsageError, match="--ood needs in-distribution images"):
-        choose_images(export, spec, None, {"far": "demo:shapes"}, None, quick=False)
+        choose_images(Export(export, spec), NamedData(ood_data={"far": "demo:shapes"}))
 
 
 def test_query_images_are_spread_and_the_unreadable_left_out(export: Path) -> None:
-    found, origin = query_images(BenchImages(photo_set(100, missing=(0, 99))), export, load_spec(export), 5)
+    found, origin = query_images(BenchImages(photo_set(100, missing=(0, 99))), Export.at(export), 5)
     assert len(found) == 3
     assert origin.startswith("3 images of photos")
     with pytest.raises(ArtifactError, match="none of 5 images"):
-        query_images(BenchImages(photo_set(3, missing=(0, 1, 2))), export, load_spec(export), 5)
+        query_images(BenchImages(photo_set(3, missing=(0, 1, 2))), Export.at(export), 5)
 
 
 def test_named_data_are_opened(export: Path, tmp_path: Path) -> None:
@@ -192,7 +194,9 @@ def test_named_data_are_opened(export: Path, tmp_path: Path) -> None:
     (data / "zebra").mkdir()
     Image.new("RGB", (9, 9)).save(data / "zebra" / "1.png")
     spec = load_spec(export)
-    images = choose_images(export, spec, str(data), {"far": str(data / "zebra")}, 8, quick=False)
+    images = choose_images(
+        Export(export, spec), NamedData(id_data=str(data), ood_data={"far": str(data / "zebra")}, via_size=8)
+    )
     assert [(s.name, len(s.indices), s.via) for s in images.sets] == [("id", 12, 8), ("far", 1, 8)]
     assert images.known is not None
     assert images.known.labels is not None
@@ -200,15 +204,15 @@ def test_named_data_are_opened(export: Path, tmp_path: Path) -> None:
     assert names == ["blue"] * 4 + ["green"] * 4 + ["red"] * 4, "the model's numbering, not the folder's"
     assert images.known.load(0).size == (8, 8)
     with pytest.raises(UsageError, match="shares no class with the model"):
-        choose_images(export, replace(spec, classes=("cat", "dog")), str(data), {}, None, quick=False)
+        choose_images(Export(export, replace(spec, classes=("cat", "dog"))), NamedData(id_data=str(data)))
     with pytest.raises(UsageError, match="does not exist"):
-        choose_images(export, spec, str(tmp_path / "none"), {}, None, quick=False)
+        choose_images(Export(export, spec), NamedData(id_data=str(tmp_path / "none")))
 
 
 def test_quick_takes_some_images_of_all(export: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs the extra train")
     monkeypatch.setattr("ssod_edge.bench.images.QUICK_IMAGES", 4)
-    images = choose_images(export, load_spec(export), str(write_colours(tmp_path / "data")), {}, None, quick=True)
+    images = choose_images(Export.at(export), NamedData(id_data=str(write_colours(tmp_path / "data"))), quick=True)
     assert images.known is not None
     assert images.known.indices.tolist() == [0, 4, 7, 11]
 
@@ -229,7 +233,7 @@ def test_the_recorded_split_is_used_only_while_the_data_are_the_same(export: Pat
     spec = load_spec(export)
     record = tmp_path / "splits.json"
     record.write_text(json.dumps({"val": [1, 5, 9], "calib": [6]}))
-    images = choose_images(export, spec, None, {}, None, quick=False)
+    images = choose_images(Export(export, spec), NamedData())
     assert images.known is not None
     assert images.known.indices.tolist() == [1, 5, 9]
     assert images.note is None
@@ -238,8 +242,8 @@ def test_the_recorded_split_is_used_only_while_the_data_are_the_same(export: Pat
         ("{", "no readable splits.json"),
     ):
         record.write_text(edited)
-        images = choose_images(export, spec, None, {}, None, quick=False)
+        images = choose_images(Export(export, spec), NamedData())
         assert images.known is None
         assert reason in str(images.note)
     (data / "red" / "0.png").rename(data / "red" / "other.png")
-    assert "changed since the run" in str(choose_images(export, spec, None, {}, None, quick=False).note)
+    assert "changed since the run" in str(choose_images(Export(export, spec), NamedData()).note)

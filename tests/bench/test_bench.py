@@ -27,10 +27,11 @@ from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
 from ssod_edge.bench.record import load_record, save_record
 from ssod_edge.bench.report import DEPLOYMENT, markdown, print_record
-from ssod_edge.bench.run import bench, exit_code, newest_export, parse_unknown, run_bench
+from ssod_edge.bench.run import BenchOutput, bench, exit_code, run_bench
 from ssod_edge.cli import main
 from ssod_edge.detect.metrics import deployment_metrics
 from ssod_edge.errors import UsageError
+from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Threshold, load_spec
 
 GOLDEN_FILE = GOLDEN / "bench.json"
@@ -57,12 +58,12 @@ def no_bf16() -> Iterator[None]:
 
 def test_bf16_is_a_row_of_its_own(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
-    with Backends(export, load_spec(export), tmp_path / "a", None) as backends:
+    with Backends(Export.at(export), tmp_path / "a", None) as backends:
         row = backends.named(BF16)
     assert (row.status, row.error) == ("missing", "this CPU has no bf16 arithmetic, only FP32, INT8")
     monkeypatch.setattr("ssod_edge.runtime.engines.openvino.cpu_capabilities", lambda: ["FP32", "BF16"])
     (tmp_path / "b").mkdir()
-    with Backends(export, load_spec(export), tmp_path / "b", None) as backends:
+    with Backends(Export.at(export), tmp_path / "b", None) as backends:
         row = backends.named(BF16)
     assert (row.status, row.error, row.sha256) == (
         "ok",
@@ -196,7 +197,7 @@ def test_what_a_threshold_does_is_a_table_of_its_own(golden: dict[str, Any]) -> 
 
 def test_a_damaged_source_fails_the_plain_rows_too(export: Path, tmp_path: Path) -> None:
     (export / "model-fp32.onnx").write_bytes(b"")
-    backends = Backends(export, load_spec(export), tmp_path / "scratch", None)
+    backends = Backends(Export.at(export), tmp_path / "scratch", None)
     status = {backend.name: backend.status for backend in backends.all}
     assert status["plain-onnx-fp32"] == status["plain-openvino-fp32"] == "failed"
     with backends:
@@ -208,8 +209,8 @@ def test_a_damaged_source_fails_the_plain_rows_too(export: Path, tmp_path: Path)
 def test_a_missing_engine_is_not_a_failure(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("ssod_edge.runtime.is_installed", lambda engine: engine != "openvino")
-    with Backends(export, load_spec(export), tmp_path / "scratch", None) as backends:
+    monkeypatch.setattr("ssod_edge.runtime.open.is_installed", lambda engine: engine != "openvino")
+    with Backends(Export.at(export), tmp_path / "scratch", None) as backends:
         found = backends.named("openvino-fp32")
         backends.open(found)
     assert (found.status, found.runner) == ("missing", None)
@@ -250,7 +251,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_bench_of_a_real_export(tiny_run: Path) -> None:
     far = tiny_run.parent / "data" / "red"
-    record = bench(tiny_run, BenchOptions(threads=1, plan=BRIEF, unknown={"far": str(far)}))
+    record = bench(tiny_run, BenchOptions(threads=1, plan=BRIEF, ood_data={"far": str(far)}))
     names = ["onnx-fp32", "openvino-fp32", BF16, "eager", "plain-onnx-fp32", "plain-openvino-fp32"]
     assert [row["artifact"] for row in record["rows"]] == names
     record["rows"] = [row for row in record["rows"] if row["artifact"] != BF16]
@@ -283,7 +284,7 @@ def test_without_the_eager_model_the_first_fp32_artifact_is_compared_with(tiny_r
     shutil.copytree(tiny_run / "export", tmp_path / "export")
     far = write_colours(tmp_path / "far", n=4)
     known = str(tiny_run.parent / "data")
-    record = bench(tmp_path / "export", BenchOptions(threads=1, plan=BRIEF, known=known, unknown={"far": str(far)}))
+    record = bench(tmp_path / "export", BenchOptions(threads=1, plan=BRIEF, id_data=known, ood_data={"far": str(far)}))
     assert record["data"]["reference"] == "onnx-fp32"
     rows = {row["artifact"]: row for row in record["rows"]}
     assert rows["eager"]["status"] == "missing" and rows["onnx-fp32"]["agreement"] is None
@@ -306,17 +307,17 @@ def test_plain_classifier_of_a_real_backbone_is_its_graph_up_to_the_softmax(tiny
 
 def test_newest_export_by_time_and_backbone(tmp_path: Path, make_export: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match=r"there is no export under .* ssod-edge export"):
-        newest_export(tmp_path)
+        Export.newest(tmp_path)
     for age, name in ((300, "old"), (100, "new"), (200, "middle")):
         make_export(tmp_path / name / "export")
         stamp = time.time() - age
         os.utime(tmp_path / name / "export" / "ssod.json", (stamp, stamp))
-    assert newest_export(tmp_path) == tmp_path / "new" / "export"
-    assert newest_export(tmp_path, "colour") == tmp_path / "new" / "export"
+    assert Export.newest(tmp_path).folder == tmp_path / "new" / "export"
+    assert Export.newest(tmp_path, "colour").folder == tmp_path / "new" / "export"
     (tmp_path / "new" / "export" / "ssod.json").write_text("{")
-    assert newest_export(tmp_path, "colour") == tmp_path / "middle" / "export"
+    assert Export.newest(tmp_path, "colour").folder == tmp_path / "middle" / "export"
     with pytest.raises(UsageError, match="ssod-edge export --backbone mobilenetv3"):
-        newest_export(tmp_path, "mobilenetv3")
+        Export.newest(tmp_path, "mobilenetv3")
 
 
 def test_the_bench_itself_loads_no_engine() -> None:
@@ -327,17 +328,7 @@ def test_the_bench_itself_loads_no_engine() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_ood_options() -> None:
-    assert parse_unknown(("near=demo:near", "far=a=b")) == {"near": "demo:near", "far": "a=b"}
-    for wrong in ("near", "=x", "near="):
-        with pytest.raises(UsageError, match="NAME=DATA"):
-            parse_unknown((wrong,))
-    for taken in (("a=1", "a=2"), ("id=1",)):
-        with pytest.raises(UsageError, match="is taken"):
-            parse_unknown(taken)
-
-
-@pytest.mark.parametrize("field", ["batch", "threads", "via"])
+@pytest.mark.parametrize("field", ["batch", "threads", "via_size"])
 def test_options_below_one(field: str) -> None:
     with pytest.raises(UsageError, match=f"{field} must be at least 1, got 0"):
         BenchOptions(**{field: 0})
@@ -369,7 +360,7 @@ def test_wrong_use_is_told_before_anything_is_measured(
 
 def test_a_folder_is_no_json_file(export: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it is a folder"):
-        run_bench(str(export), None, BenchOptions(plan=BRIEF), json_file=str(tmp_path))
+        run_bench(str(export), BenchOptions(plan=BRIEF), BenchOutput(json_file=str(tmp_path)))
 
 
 def test_command_saves_prints_and_compares(

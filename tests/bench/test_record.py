@@ -130,6 +130,13 @@ def test_a_row_has_no_other_keys() -> None:
         (lambda r: r["rows"][0].pop("status"), "lack keys"),
         (lambda r: r.update(schema_version=99), "schema version 99"),
         (lambda r: r.update(rows=3), "lack keys"),
+        (lambda r: r["rows"][0].update(sha256=[]), r"rows\[0\].sha256 must be text, got \[\]\). Make it again"),
+        (lambda r: r["rows"][1].update(batch="1"), r"rows\[1\].batch must be an integer"),
+        (lambda r: r["rows"][0]["latency_ms"].update(p50="1"), r"rows\[0\].latency_ms.p50 must be a finite number"),
+        (lambda r: r["rows"][0]["repeats_ms"].update(p50=[None]), r"rows\[0\].repeats_ms.p50\[0\] must be a finite"),
+        (lambda r: r["method"].update(quick=float("nan")), "method.quick must be a finite number, got NaN"),
+        (lambda r: r.update(data=[]), "data must be an object"),
+        (lambda r: r.update(schema_version=True), "schema version True"),
     ],
 )
 def test_records_that_cannot_be_used(golden: dict[str, Any], tmp_path: Path, edit: Any, message: str) -> None:

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ssod_edge import __version__, errors
-from ssod_edge.cli import Commands, describe, main
+from ssod_edge.cli import main
+from ssod_edge.cli.group import Commands, describe
 
 COMMAND = [sys.executable, "-m", "ssod_edge"]
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from ssod_edge.config import DETECTORS
-from ssod_edge.detect.detectors import (
+from ssod_edge.detect.detectors import Detector
+from ssod_edge.detect.fit import (
     RIDGE,
-    Detector,
     FitData,
+    _spherical_kmeans,
     fit,
     fit_knn,
     fit_mahalanobis,
     fit_scale,
     fit_vim,
-    spherical_kmeans,
 )
 from ssod_edge.detect.sums import load_score, save_score
 from ssod_edge.errors import UsageError
@@ -147,9 +147,9 @@ def test_spherical_kmeans_finds_the_groups_and_repeats() -> None:
     axes = np.eye(6, dtype=np.float32)[:3]
     points = np.repeat(axes, 50, axis=0) + rng.normal(0, 0.05, (150, 6)).astype(np.float32)
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
-    centres = spherical_kmeans(unit, 3, np.random.default_rng(3))
+    centres = _spherical_kmeans(unit, 3, np.random.default_rng(3))
     assert sorted((centres @ axes.T).argmax(axis=1)) == [0, 1, 2] and (centres @ axes.T).max(axis=1).min() > 0.99
-    np.testing.assert_array_equal(centres, spherical_kmeans(unit, 3, np.random.default_rng(3)))
+    np.testing.assert_array_equal(centres, _spherical_kmeans(unit, 3, np.random.default_rng(3)))
 
 
 def test_react_is_the_energy_of_clipped_features(data: FitData, images: FitData) -> None:

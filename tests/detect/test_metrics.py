@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from ssod_edge.detect.metrics import (
     detection_metrics,
     oscr,
     risk_coverage,
-    threshold_metrics,
     tpr_interval,
 )
 from ssod_edge.errors import UsageError
@@ -203,7 +203,7 @@ def test_scores_that_cannot_be_ranked_are_refused(values: object, reason: str) -
         ("id_scores", lambda: conformal_threshold(values)),  # type: ignore[arg-type]
         ("scores", lambda: risk_coverage(values, right)),  # type: ignore[arg-type]
         ("ood_scores", lambda: oscr(fine, right, values)),  # type: ignore[arg-type]
-        ("id_scores", lambda: threshold_metrics(values, fine, 0.0)),  # type: ignore[arg-type]
+        ("id_scores", lambda: at_threshold(values, fine, 0.0)),
     ]:
         with pytest.raises(UsageError, match=f"^{name}.*{reason}"):
             call()
@@ -274,8 +274,16 @@ def test_impossible_counts_are_refused(k: int, n: int, level: float) -> None:
         tpr_interval(k, n, level)
 
 
+def at_threshold(ind: Any, ood: Any, threshold: float, correct: Any = None) -> dict[str, Any]:
+    """What `deployment_metrics` says of one class and one OOD set."""
+    right = np.ones(np.size(ind), bool) if correct is None else correct
+    shipped = Threshold(threshold, 0.95, 99, "calib", 0.96)
+    found = deployment_metrics(ind, {"ood_scores": ood}, shipped, right, np.zeros(np.size(ind), int), ("a",))
+    return {**found, **found["ood"]["ood_scores"]}
+
+
 def test_what_happens_at_the_threshold() -> None:
-    found = threshold_metrics([1, 2, 3, 4], [2, 9, 9, 9, 9], 2.0, correct=[True, False, True, True])
+    found = at_threshold([1, 2, 3, 4], [2, 9, 9, 9, 9], 2.0, correct=[True, False, True, True])
     assert (found["id_tpr"], found["false_reject"], found["false_accept"]) == (0.5, 0.5, 0.2)
     assert found["selective_accuracy"] == 0.5
     assert found["id_tpr_ci"] == list(tpr_interval(2, 4))
@@ -283,10 +291,9 @@ def test_what_happens_at_the_threshold() -> None:
     assert found["false_reject_ci"] == list(tpr_interval(2, 4))
     assert found["selective_accuracy_ci"] == list(tpr_interval(1, 2))
     assert json.loads(json.dumps(found)) == found
-    nothing_known = threshold_metrics([1, 2], [3], 0.0, correct=[True, True])
+    nothing_known = at_threshold([1, 2], [3], 0.0, correct=[True, True])
     assert nothing_known["selective_accuracy"] is nothing_known["selective_accuracy_ci"] is None
     assert nothing_known["id_tpr"] == 0
-    assert "selective_accuracy" not in threshold_metrics([1], [2], 1.5)
 
 
 def test_deployment_figures_by_hand() -> None:
@@ -296,8 +303,7 @@ def test_deployment_figures_by_hand() -> None:
         [1, 2, 3, 4], {"far": [2, 9], "near": [1, 1, 0]}, threshold, right, [0, 2, 2, 0], ("a", "b", "c")
     )
     assert found["threshold"] == {"value": 2.0, "target_tpr": 0.95, "n": 99, "data": "calib", "fitted_tpr": 0.96}
-    same = threshold_metrics([1, 2, 3, 4], [2, 9], 2.0, right)
-    assert {key: found[key] for key in same if key in found} == {k: v for k, v in same.items() if "accept" not in k}
+    assert (found["id_tpr"], found["false_reject"], found["selective_accuracy"]) == (0.5, 0.5, 0.5)
     half = {"rate": 0.5, "ci": list(tpr_interval(1, 2)), "n": 2}
     assert found["rejected_by_class"] == {"a": half, "b": {"rate": None, "ci": None, "n": 0}, "c": half}
     # risks 0, 1/2, 1/3, 1/4 at coverages 1/4 to 1
@@ -320,7 +326,7 @@ def test_labels_that_do_not_fit_are_refused(labels: list[int]) -> None:
 def test_the_threshold_at_95_percent_gives_the_fpr_at_95_percent() -> None:
     rng = np.random.default_rng(5)
     ind, ood = rng.normal(size=400), rng.normal(1, 1, 300)
-    at_95 = threshold_metrics(ind, ood, float(np.sort(ind)[379]))
+    at_95 = at_threshold(ind, ood, float(np.sort(ind)[379]))
     assert at_95["id_tpr"] == 0.95
     assert at_95["false_accept"] == detection_metrics(ind, ood, 0)["fpr_at_id_tpr95"]
 
@@ -328,7 +334,7 @@ def test_the_threshold_at_95_percent_gives_the_fpr_at_95_percent() -> None:
 @pytest.mark.parametrize("threshold", [float("nan"), float("inf")])
 def test_a_threshold_that_is_not_finite_is_refused(threshold: float) -> None:
     with pytest.raises(UsageError, match="threshold must be finite"):
-        threshold_metrics([1], [2], threshold)
+        at_threshold([1], [2], threshold)
 
 
 # ---------------------------------------------------------------- risk, coverage, OSCR
@@ -392,7 +398,7 @@ def test_correct_must_be_one_bool_an_image(correct: object) -> None:
     for call in (
         lambda: risk_coverage([1, 2], correct),  # type: ignore[arg-type]
         lambda: oscr([1, 2], correct, [3]),  # type: ignore[arg-type]
-        lambda: threshold_metrics([1, 2], [3], 1.0, correct=correct),  # type: ignore[arg-type]
+        lambda: at_threshold([1, 2], [3], 1.0, correct=correct),
     ):
         with pytest.raises(UsageError, match=r"correct must be bool of shape \[2\]"):
             call()

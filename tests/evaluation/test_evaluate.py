@@ -21,14 +21,15 @@ from ssod_edge.data.pixels import preprocess
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.detect.metrics import detection_metrics
 from ssod_edge.errors import UsageError
-from ssod_edge.evaluation.evaluate import collect, evaluate, parse_named_data, run_eval
+from ssod_edge.evaluation.evaluate import EvalFiles, EvalOptions, collect, evaluate, run_eval
 from ssod_edge.evaluation.images import warn_of_used_images
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.export.graph.build import export_run
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import DETECTOR_NAME, Spec
-from ssod_edge.training.checkpoint import BEST, load_checkpoint, load_model, save_checkpoint
+from ssod_edge.training.checkpoint import BEST, load_checkpoint, save_checkpoint
 from ssod_edge.training.loop import train
+from ssod_edge.training.run import Run
 
 METRICS = {"auroc", "aupr_in", "aupr_out", "fpr_at_id_tpr95", "fpr_at_ood_tpr95", "ci", "tie_fraction", "n_id", "n_ood"}
 
@@ -53,7 +54,8 @@ def place(tmp_path_factory):
 
 def test_the_report_has_every_score_on_every_set(place, capsys):
     report, raw = evaluate(
-        place / "run", str(place / "test"), {"grey": str(place / "grey"), "more": str(place / "grey")}, bootstrap=20
+        place / "run",
+        EvalOptions(str(place / "test"), {"grey": str(place / "grey"), "more": str(place / "grey")}, bootstrap=20),
     )
     assert report["n_id"] == 15 and 0 <= report["id_accuracy"] <= 1 and report["protocol"] == "native"
     assert [(row["ood"], row["score"]) for row in report["results"]] == [
@@ -69,7 +71,7 @@ def test_the_report_has_every_score_on_every_set(place, capsys):
 
 
 def test_collect_is_the_model_on_the_deployment_bytes_in_order(place):
-    model, _ = load_model(place / "run")
+    model = Run.at(place / "run").model
     source = open_dataset(str(place / "test"))
     whole = collect(model, source, batch_size=4)
     part = collect(model, source, np.array([7, 2]), batch_size=4, workers=0)
@@ -80,14 +82,16 @@ def test_collect_is_the_model_on_the_deployment_bytes_in_order(place):
 
 
 def test_via_sends_every_image_through_that_size(place):
-    native, _ = evaluate(place / "run", str(place / "test"), {"grey": str(place / "grey")}, bootstrap=0)
-    through, raw = evaluate(place / "run", str(place / "test"), {"grey": str(place / "grey")}, via_size=8, bootstrap=0)
+    native, _ = evaluate(place / "run", EvalOptions(str(place / "test"), {"grey": str(place / "grey")}, bootstrap=0))
+    through, raw = evaluate(
+        place / "run", EvalOptions(str(place / "test"), {"grey": str(place / "grey")}, via_size=8, bootstrap=0)
+    )
     assert through["protocol"] == through["results"][0]["protocol"] == "via8"
     assert through["results"][3]["auroc"] != native["results"][3]["auroc"] or raw["grey"]["energy"].std() > 0
 
 
 def test_without_id_data_the_recorded_validation_split_is_used(place):
-    report, _ = evaluate(place / "run", bootstrap=0)
+    report, _ = evaluate(place / "run", EvalOptions(bootstrap=0))
     splits = json.loads((place / "run" / "splits.json").read_text())
     assert report["n_id"] == len(splits["val"]) and report["results"] == [] and report["ood_row_trained"]
     assert "validation split" in report["id_data"]
@@ -96,10 +100,10 @@ def test_without_id_data_the_recorded_validation_split_is_used(place):
 def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
     images = {"same": str(small_run.parent / "data")}
-    before, _ = evaluate(run, images["same"], images, bootstrap=0)
+    before, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
     assert before["default_score"] == "energy" and set(before["mean"]) == set(SCORES)
     export_run(run, precisions=("fp32",), engines=("onnxruntime",), score="energy+rmd")
-    report, raw = evaluate(run, images["same"], images, bootstrap=0)
+    report, raw = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
     assert report["default_score"] == "energy+rmd" and set(report["mean"]) == {*SCORES, "energy+rmd"}
     assert "energy+rmd" in report["deployment"]
     with open_runner(run / "export") as runner:
@@ -110,16 +114,16 @@ def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "shipped *" in printed and "* energy+rmd: the score that the run's export ships" in printed
     (run / "export" / DETECTOR_NAME).write_bytes(b"")
-    damaged, _ = evaluate(run, images["same"], images, bootstrap=0)
+    damaged, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
     assert damaged["default_score"] == "energy" and "left out" in capsys.readouterr().err
 
 
 def test_other_classes_missing_data_and_a_checkpoint_without_splits_are_refused(place, tmp_path):
     write_folder(tmp_path / "four", classes=4, per_class=2)
     with pytest.raises(UsageError, match="is none of the model's"):
-        evaluate(place / "run", str(tmp_path / "four"))
+        evaluate(place / "run", EvalOptions(str(tmp_path / "four")))
     with pytest.raises(UsageError, match="does not exist"):
-        evaluate(place / "run", str(place / "test"), {"none": str(tmp_path / "none")})
+        evaluate(place / "run", EvalOptions(str(place / "test"), {"none": str(tmp_path / "none")}))
     (tmp_path / "copy.safetensors").write_bytes((place / "run" / "best.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"no readable splits\.json"):
         evaluate(tmp_path / "copy.safetensors")
@@ -138,13 +142,15 @@ def copy_run(place, target, **meta):
 def test_id_images_of_some_of_the_models_classes_are_matched_by_name(place, tmp_path, capsys):
     (tmp_path / "some.txt").write_text("class1\nclass2\n")
     (tmp_path / "other.txt").write_text("class0\n")
-    _, every = evaluate(place / "run", str(place / "test"), bootstrap=0)
+    _, every = evaluate(place / "run", EvalOptions(str(place / "test"), bootstrap=0))
     keep: dict = {}
     report, some = evaluate(
         place / "run",
-        f"{place / 'test'}@{tmp_path / 'some.txt'}",
-        {"other": f"{place / 'test'}@{tmp_path / 'other.txt'}"},
-        bootstrap=0,
+        EvalOptions(
+            f"{place / 'test'}@{tmp_path / 'some.txt'}",
+            {"other": f"{place / 'test'}@{tmp_path / 'other.txt'}"},
+            bootstrap=0,
+        ),
         keep=keep,
     )
     assert np.array_equal(some["id"]["energy"], every["id"]["energy"][5:]) and report["n_id"] == 10
@@ -172,14 +178,17 @@ def test_data_that_moved_are_named_as_the_path_of_that_time(place, tmp_path):
 def test_ood_sets_that_are_in_distribution_get_a_warning(place, capsys):
     shutil.copytree(place / "data", place / "copy", dirs_exist_ok=True)
     ood = {"same": "copy", "part": "data/class1", "test": "test", "grey": "grey"}
-    evaluate(place / "run", str(place / "test"), {name: str(place / data) for name, data in ood.items()}, bootstrap=0)
+    evaluate(
+        place / "run",
+        EvalOptions(str(place / "test"), {name: str(place / data) for name, data in ood.items()}, bootstrap=0),
+    )
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the OOD set")]
     assert [line.split("'")[1] for line in warned] == ["same", "part", "test"]
 
 
 def test_id_images_that_are_not_new_get_a_warning(place, tmp_path, capsys):
     run = copy_run(place, tmp_path / "run")
-    model, meta = load_model(run)
+    model, meta = (opened := Run.at(run)).model, opened.meta
     source, fingerprint = open_dataset(str(place / "test")), open_dataset(str(place / "test")).fingerprint[:12]
     spec = Spec(
         model.backbone_name, model.classes, model.preprocess, {"name": "rmd", "evidence": ""}, True, "",
@@ -198,7 +207,7 @@ def test_id_images_that_are_not_new_get_a_warning(place, tmp_path, capsys):
     for data, shipped, expected in cases:
         warn_of_used_images(open_dataset(data) if data == str(moved) else source, data, meta, shipped)
         assert capsys.readouterr().err.startswith(expected) if expected else not capsys.readouterr().err
-    evaluate(run, str(place / "data"), {"grey": str(place / "grey")}, bootstrap=0)
+    evaluate(run, EvalOptions(str(place / "data"), {"grey": str(place / "grey")}, bootstrap=0))
     assert "warning: the network was trained on" in capsys.readouterr().err
 
 
@@ -230,13 +239,6 @@ def test_wrong_options_are_found_before_an_image_is_read(place, monkeypatch, arg
     assert result.exit_code == code and re.search(reason, result.stderr), result.stderr
 
 
-@pytest.mark.parametrize("items", [("grey",), ("=x",), ("a=",), ("a=x", "a=y"), ("id=x",)])
-def test_names_of_ood_sets_are_checked(items):
-    with pytest.raises(UsageError, match="expected --ood NAME=DATA"):
-        parse_named_data(items)
-    assert parse_named_data(("a=x", "b=torch/y:z=1")) == {"a": "x", "b": "torch/y:z=1"}
-
-
 def test_the_command_prints_a_table_and_writes_json_and_png(place):
     args = [
         "eval",
@@ -261,15 +263,14 @@ def test_the_command_prints_a_table_and_writes_json_and_png(place):
 def test_a_run_on_data_whose_name_begins_with_demo_is_not_the_demo(place, tmp_path, monkeypatch):
     shutil.copytree(place / "data", tmp_path / "demos")
     monkeypatch.chdir(tmp_path)
-    report, _ = evaluate(copy_run(place, tmp_path / "run", data="demos"), bootstrap=0)
+    report, _ = evaluate(copy_run(place, tmp_path / "run", data="demos"), EvalOptions(bootstrap=0))
     assert report["results"] == [] and report["ood_data"] == {}
 
 
 def test_names_are_printed_as_they_are_and_the_report_is_there_before(place, tmp_path, monkeypatch, capsys):
     run = copy_run(place, tmp_path / "run[new]")
-    options = {"bootstrap": 0, "id_data": str(place / "test")}
-    grey = (f"[/a]={place / 'grey'}",)
-    run_eval(str(run), "", None, grey, None, None, str(tmp_path / "eval.png"), **options)
+    options = EvalOptions(str(place / "test"), {"[/a]": str(place / "grey")}, bootstrap=0)
+    run_eval(str(run), options, EvalFiles(png_file=str(tmp_path / "eval.png")))
     out = capsys.readouterr().out
     assert out.startswith("run[new]  (") and "[/a]" in out
 
@@ -279,7 +280,7 @@ def test_names_are_printed_as_they_are_and_the_report_is_there_before(place, tmp
 
     monkeypatch.setattr("ssod_edge.evaluation.evaluate.print_report", closed)
     with pytest.raises(BrokenPipeError):
-        run_eval(str(run), "", None, grey, None, str(tmp_path / "report.json"), str(tmp_path / "eval.png"), **options)
+        run_eval(str(run), options, EvalFiles(str(tmp_path / "report.json"), str(tmp_path / "eval.png")))
 
 
 def test_a_broken_ood_image_is_named(place, tmp_path):

@@ -15,17 +15,18 @@ from small import CLASSES, SIZE, make_model, random_images
 from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import load_image, preprocess
-from ssod_edge.detect.detectors import FitData
+from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import fit_score, save_score
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.evaluation import pictures
-from ssod_edge.evaluation.explain import Verdict, explain, export_verdict
+from ssod_edge.evaluation.explain import ShippedThreshold, explain, shipped_threshold
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.files import sha256_file
 from ssod_edge.ops import patch_sample
 from ssod_edge.spec import DETECTOR_NAME, Artifact, Spec, Threshold, save_spec
-from ssod_edge.training.checkpoint import BEST, load_model
+from ssod_edge.training.checkpoint import BEST
 from ssod_edge.training.model import normalise
+from ssod_edge.training.run import Run
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 
@@ -137,10 +138,12 @@ def test_gamma_is_the_runs(run, image, monkeypatch):
     )
     (run / "config.json").write_text(json.dumps({"loss": {"gamma": 0.7}}))
     command(run, image)
-    (run / "config.json").write_text("{}")
-    command(run, image)
+    others = ("{}", "[]", "[" * 100_000, '{"loss": []}', '{"loss": {"gamma": NaN}}', '{"loss": {"gamma": 7}}')
+    for other in others:
+        (run / "config.json").write_text(other)
+        command(run, image)
     command(run, image, "--gamma", "0.8")
-    assert seen == [0.7, 0.95, 0.8]
+    assert seen == [0.7, *[0.95] * len(others), 0.8]
 
 
 def save_export(run, digest, score="msp", detector=None):
@@ -167,23 +170,22 @@ def save_export(run, digest, score="msp", detector=None):
 
 
 def test_the_verdict_is_that_of_the_export_of_this_checkpoint(run, image, monkeypatch, capsys):
-    width = load_model(run)[0].classifier.in_features
-    assert export_verdict(run, width) is None
+    assert shipped_threshold(Run.at(run)) is None
     save_export(run, sha256_file(run / BEST))
-    assert export_verdict(run, width) == export_verdict(run / BEST, width) == Verdict("msp", -1.5)
+    assert shipped_threshold(Run.at(run)) == shipped_threshold(Run.at(run / BEST)) == ShippedThreshold("msp", -1.5)
     titles = []
     monkeypatch.setattr("ssod_edge.evaluation.explain.save_patches", lambda patches, title, path: titles.append(title))
     command(run, image)
     word = "UNKNOWN" if float(titles[0].split("msp ")[1].split()[0]) > -1.5 else "KNOWN"
     assert titles[0].splitlines()[2].startswith(f"{word}: msp ") and "threshold -1.500" in titles[0]
     save_export(run, "0")
-    assert export_verdict(run, width) is None and "of another checkpoint" in capsys.readouterr().err
+    assert shipped_threshold(Run.at(run)) is None and "of another checkpoint" in capsys.readouterr().err
     (run / "export" / "ssod.json").write_text("{")
-    assert export_verdict(run, width) is None
+    assert shipped_threshold(Run.at(run)) is None
 
 
 def test_the_verdict_of_a_fitted_score(run, image, monkeypatch):
-    model, rng = load_model(run)[0], np.random.default_rng(0)
+    model, rng = Run.at(run).model, np.random.default_rng(0)
     weight, bias = (part[: len(CLASSES)].detach().numpy() for part in model.head_weight())
     features = rng.normal(size=(40, weight.shape[1])).astype(np.float32)
     data = FitData(features, rng.integers(0, len(CLASSES), 40), features @ weight.T + bias, weight, bias)

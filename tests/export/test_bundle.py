@@ -142,7 +142,9 @@ def test_a_bench_record_of_a_run_folder_is_found(export: Path, tmp_path: Path) -
     ("content", "message"),
     [
         (b"{", "cannot be read"),
-        (b"[]", "not a bench record"),
+        (b"[]", "must be an object"),
+        (b"{}", "not a bench record"),
+        (b'{"rows": [{"sha256": []}]}', "no figures of these"),
         (b'{"rows": [{"sha256": "0"}, 1]}', "no figures of these"),
     ],
 )

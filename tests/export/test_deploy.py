@@ -20,6 +20,7 @@ from ssod_edge.cli import main
 from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
+from ssod_edge.export.release import Targets
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import Spec, Threshold, load_spec
@@ -73,7 +74,7 @@ def test_artifacts_are_made_and_verified(export: Path, bundle: Path, out: Path) 
 
 
 def test_only_what_belongs_to_the_artifacts_is_released(bundle: Path, out: Path) -> None:
-    deploy(bundle, out, ["openvino"], ["fp16"])
+    deploy(bundle, out, Targets(("fp16",), ("openvino",)))
     assert set(snapshot(out)) == {
         "openvino-fp16/model.bin", "openvino-fp16/model.xml", "reference.npz", "ssod.json",
     }  # fmt: skip
@@ -81,7 +82,7 @@ def test_only_what_belongs_to_the_artifacts_is_released(bundle: Path, out: Path)
 
 
 def test_an_artifact_that_travelled_keeps_its_threshold(export: Path, bundle: Path, out: Path) -> None:
-    for artifact in deploy(bundle, out, ["onnxruntime"]).artifacts:
+    for artifact in deploy(bundle, out, Targets(engines=("onnxruntime",))).artifacts:
         assert artifact.threshold == load_spec(export).artifact(artifact.name).threshold
         assert "taken over" not in artifact.threshold.data
 
@@ -90,7 +91,7 @@ def test_an_artifact_that_travelled_keeps_its_threshold(export: Path, bundle: Pa
 def test_a_new_artifact_takes_over_a_threshold_with_the_evidence(
     export: Path, bundle: Path, out: Path, precision: str
 ) -> None:
-    (made,) = deploy(bundle, out, ["openvino"], [precision]).artifacts
+    (made,) = deploy(bundle, out, Targets((precision,), ("openvino",))).artifacts
     graph = load_spec(export).artifact(f"onnx-{precision}").threshold
     evidence = f"calib; fitted to onnx-{precision} and taken over: 0 of 40 reference images change sides"
     assert made.threshold == replace(graph, data=evidence)
@@ -104,7 +105,7 @@ def test_no_threshold_is_taken_over_that_the_reference_cannot_show(
     edit_spec(export, with_threshold(float(reference_scores(export)[-1]) + shift))
     write_bundle(export, tmp_path / "b.tar")
     lines: list[str] = []
-    (made,) = deploy(tmp_path / "b.tar", out, ["openvino"], ["fp32"], say=lines.append).artifacts
+    (made,) = deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",)), say=lines.append).artifacts
     assert made.threshold is None and made.verification["decision_flips"] is None
     assert f"openvino-fp32: no threshold: all 40 reference images are {side}" in lines[-1]
     assert "calibrate DIR --id DATA" in lines[-1]
@@ -122,7 +123,7 @@ def test_no_threshold_is_taken_over_at_which_images_change_sides(export: Path, t
     edit_spec(export, with_threshold(value), rehash=True)
     write_bundle(export, tmp_path / "b.tar")
     lines: list[str] = []
-    (made,) = deploy(tmp_path / "b.tar", out, ["openvino"], ["fp16"], say=lines.append).artifacts
+    (made,) = deploy(tmp_path / "b.tar", out, Targets(("fp16",), ("openvino",)), say=lines.append).artifacts
     assert made.threshold is None and made.verification["passed"]
     assert f"no threshold: {flips} of 40 reference images change sides" in lines[-1]
 
@@ -148,7 +149,7 @@ def test_untrained_weights_are_deployed_for_their_latency(make_export: MakeExpor
 
 def test_images_on_the_device_give_every_artifact_its_own_threshold(bundle: Path, tmp_path: Path, out: Path) -> None:
     photos = write_colours(tmp_path / "photos", 10)
-    spec = deploy(bundle, out, data=str(photos), target_tpr=0.9)
+    spec = deploy(bundle, out, data=str(photos), targets=Targets(target_tpr=0.9))
     for artifact in spec.artifacts:
         threshold = artifact.threshold
         assert (threshold.n, threshold.target_tpr, threshold.data) == (30, 0.9, "folder 'photos', 30 images")
@@ -191,18 +192,18 @@ def test_an_int8_ir_is_taken_as_it_is(export: Path, tmp_path: Path, out: Path) -
     ir = replace(load_spec(export).artifact("openvino-fp32"), versions={"nncf": "3.4.0"})
     edit_spec(export, lambda spec: spec.with_artifact(ir))
     write_bundle(export, tmp_path / "b.tar")
-    assert "nncf" not in deploy(tmp_path / "b.tar", out, ["openvino"], ["fp32"]).artifacts[0].versions
+    assert "nncf" not in deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",))).artifacts[0].versions
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ssod_edge.export.bundle.travels", lambda artifact: True)
         write_bundle(export, tmp_path / "b.tar")
-    assert deploy(tmp_path / "b.tar", out, ["openvino"], ["fp32"]).artifacts[0].versions == {"nncf": "3.4.0"}
+    assert deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",))).artifacts[0].versions == {"nncf": "3.4.0"}
 
 
 def test_what_is_not_made_again_is_kept(bundle: Path, out: Path) -> None:
-    deploy(bundle, out, ["openvino"])
+    deploy(bundle, out, Targets(engines=("openvino",)))
     (out / "notes.txt").write_text("mine")
     lines: list[str] = []
-    spec = deploy(bundle, out, ["onnxruntime"], ["fp32"], say=lines.append)
+    spec = deploy(bundle, out, Targets(("fp32",), ("onnxruntime",)), say=lines.append)
     assert [a.name for a in spec.artifacts] == ["onnx-fp32", "openvino-fp32", "openvino-fp16"]
     assert "kept openvino-fp16 of the earlier export" in lines and (out / "notes.txt").exists()
 
@@ -228,7 +229,7 @@ def test_a_damaged_bundle_leaves_nothing(bundle: Path, out: Path) -> None:
 def test_a_missing_engine_is_named_before_the_work(bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"exporting for openvino needs .*pip install 'ssod-edge\[openvino\]'"):
-        deploy(bundle, out, ["openvino"])
+        deploy(bundle, out, Targets(engines=("openvino",)))
     assert not out.parent.exists()
 
 
@@ -236,8 +237,10 @@ def test_a_precision_that_is_not_there_is_refused_with_the_fix(export: Path, tmp
     edit_spec(export, lambda spec: replace(spec, artifacts=spec.artifacts[:1]))
     write_bundle(export, tmp_path / "b.tar")
     with pytest.raises(UsageError, match="no ONNX graph in fp16; it has: fp32.*export RUN --target onnx --fp16"):
-        deploy(tmp_path / "b.tar", out, ["openvino"], ["fp16"])
-    assert [a.name for a in deploy(tmp_path / "b.tar", out, ["openvino"]).artifacts] == ["openvino-fp32"]
+        deploy(tmp_path / "b.tar", out, Targets(("fp16",), ("openvino",)))
+    assert [a.name for a in deploy(tmp_path / "b.tar", out, Targets(engines=("openvino",))).artifacts] == [
+        "openvino-fp32"
+    ]
 
 
 # The command

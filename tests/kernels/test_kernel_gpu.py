@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernel import DTYPES, ROWS, exact, features, mixed
+from kernel_inputs import DTYPES, ROWS, exact, features, mixed
 
 from ssod_edge import ops
 from ssod_edge.ops import patch_sample, ssod_loss

@@ -120,7 +120,7 @@ def test_a_read_only_export_is_found_before_the_work(
 ) -> None:
     photos = save_photos(tmp_path / "photos", 60)
     monkeypatch.setattr("ssod_edge.files.os.access", lambda path, mode: False)
-    monkeypatch.setattr("ssod_edge.runtime.calibration.calibrate", lambda *_: pytest.fail("no image may be run"))
+    monkeypatch.setattr("ssod_edge.runtime.calibrate.calibrate", lambda *_: pytest.fail("no image may be run"))
     code, out, err = run(export, "--id", photos)
     assert (code, out) == (1, "") and "its folder is read-only" in err
 

@@ -19,7 +19,8 @@ from colour import CLASSES, SIZE, colour_images, colour_outputs, edit_graph, edi
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.runtime.engines.openvino import request_config
-from ssod_edge.runtime.open import choose_artifact, find_export, open_runner
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import choose_artifact, open_runner
 from ssod_edge.runtime.runner import check_graph
 from ssod_edge.spec import load_spec
 
@@ -281,7 +282,7 @@ def test_an_unknown_device_is_refused(export: Path, engine: str) -> None:
 def test_missing_folder_and_run_folder(export: Path) -> None:
     with pytest.raises(UsageError, match="ssod-edge export"):
         open_runner(export / "nowhere")
-    assert find_export(export.parent) == export
+    assert Export.at(export.parent).folder == export
     with open_runner(export.parent) as runner:
         assert runner.artifact.name == "openvino-fp32"
 
@@ -426,8 +427,8 @@ def run_folder(tmp_path: Path) -> Path:
 def test_eager_runs_the_checkpoint(run_folder: Path) -> None:
     import torch
 
-    from ssod_edge.training.checkpoint import load_model
     from ssod_edge.training.model import normalise
+    from ssod_edge.training.run import Run
 
     images = colour_images(3)
     threads = torch.get_num_threads()
@@ -437,7 +438,7 @@ def test_eager_runs_the_checkpoint(run_folder: Path) -> None:
         assert (runner.engine, runner.precision, runner.device) == ("eager", "fp32", "CPU")
         assert runner.artifact.threshold is None and runner.spec.trained
     assert torch.get_num_threads() == threads, "the number of threads is the whole process's"
-    model, _ = load_model(run_folder)
+    model = Run.at(run_folder).model
     with torch.no_grad():
         logits, id_logit = model(normalise(torch.from_numpy(images), model.preprocess))
     # one thread adds in another order than several

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 from small import write_images
 
-from ssod_edge.cli import main, reproduce
+from ssod_edge.cli import main
+from ssod_edge.cli.train import reproduce
 from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_list
 from ssod_edge.data.readers import ReaderImages
 from ssod_edge.data.sources import ListedImages, open_dataset

@@ -17,7 +17,17 @@ from small import write_images
 from ssod_edge.cli import main
 from ssod_edge.errors import TrainingError, UsageError, VerificationError
 from ssod_edge.spec import SPEC_NAME, load_spec
-from ssod_edge.studies.study import EVALUATION, STUDY, TABLE, _exported, markdown, parse_grid, plan_study, summarise
+from ssod_edge.studies.study import (
+    EVALUATION,
+    STUDY,
+    TABLE,
+    StudyOptions,
+    _exported,
+    markdown,
+    parse_grid,
+    plan_study,
+    summarise,
+)
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 
 TINY = ["--backbone", "test_efficientnet", "--size", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
@@ -316,7 +326,7 @@ def test_an_interrupted_first_run_fixes_the_options(data, tmp_path, monkeypatch)
     assert other.exit_code == 2 and "holds a study with other options" in other.stderr
 
 
-@pytest.mark.parametrize("damaged", ["{", "[]"])
+@pytest.mark.parametrize("damaged", ["{", "[]", "[" * 100_000, '{"runs": [3]}', '{"runs": [], "data": NaN}'])
 def test_a_damaged_record_is_named(data, tmp_path, damaged):
     (tmp_path / STUDY).write_text(damaged)
     result = study(data, tmp_path)
@@ -326,7 +336,7 @@ def test_a_damaged_record_is_named(data, tmp_path, damaged):
 def test_the_example_of_the_help_can_be_run(data):
     text = CliRunner().invoke(main, ["study", "--help"]).stdout.partition("Options:")[0]
     example = re.findall(r"--vary\s+(\S+=[^\s.]+)", text)
-    cells, _ = plan_study(str(data), example, "0", {"backbone": "test_efficientnet", "size": 40})
+    cells = plan_study(str(data), StudyOptions(example, "0", {"backbone": "test_efficientnet", "size": 40}))
     assert len(example) == 2 and len(cells) == 4
 
 
@@ -372,6 +382,7 @@ def test_an_evaluation_of_other_images_or_weights_is_made_again(data, tmp_path, 
     changed = {**tensors, name: tensors[name] + 1}
     save_checkpoint(best, changed, {key: value for key, value in meta.items() if key not in own})
     assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == 3
-    for number, damaged in enumerate(("{", "[]"), 4):
+    without_report = json.dumps(json.loads((best.parent / EVALUATION).read_text()) | {"report": None})
+    for number, damaged in enumerate(("{", "[]", without_report), 4):
         (best.parent / EVALUATION).write_text(damaged)
         assert one_cell(data, out, *options).exit_code == 0 and len(evaluated) == number

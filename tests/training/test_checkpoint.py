@@ -17,9 +17,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
 from ssod_edge.training.checkpoint import (
     BEST,
-    find_run,
     load_checkpoint,
-    load_model,
     load_optimizer,
     model_meta,
     model_tensors,
@@ -27,6 +25,7 @@ from ssod_edge.training.checkpoint import (
     save_checkpoint,
 )
 from ssod_edge.training.model import build_model
+from ssod_edge.training.run import Run
 
 
 @pytest.fixture
@@ -51,18 +50,18 @@ def rewrite(path, change):
 
 
 def test_a_model_comes_back_whole(model, path):
-    loaded, meta = load_model(path)
+    loaded, meta = (opened := Run.at(path)).model, opened.meta
     assert meta["epoch"] == 3 and loaded.classes == ("a", "b", "c") and loaded.preprocess == Preprocess(input_size=48)
     x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         assert torch.equal(model.eval()(x)[0], loaded(x)[0])
-    assert torch.equal(load_model(path.parent)[0](x)[1], loaded(x)[1])
+    assert torch.equal(Run.at(path.parent).model(x)[1], loaded(x)[1])
 
 
 def test_channels_last_tensors_are_stored(model, path):
     model.to(memory_format=torch.channels_last)
     save_checkpoint(path, model_tensors(model), model_meta(model))
-    assert torch.equal(load_model(path)[0].backbone.conv_stem.weight, model.backbone.conv_stem.weight)
+    assert torch.equal(Run.at(path).model.backbone.conv_stem.weight, model.backbone.conv_stem.weight)
 
 
 def test_the_optimizer_goes_on_where_it_was(model, path):
@@ -88,7 +87,7 @@ def test_the_optimizer_goes_on_where_it_was(model, path):
 def test_a_checkpoint_cut_short_is_refused(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match="damaged or cut short"):
-        load_model(path)
+        Run.at(path).model.eval()
 
 
 def test_an_edited_checkpoint_is_refused(path):
@@ -96,31 +95,31 @@ def test_an_edited_checkpoint_is_refused(path):
     data[-1000] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="hash does not match"):
-        load_model(path)
+        Run.at(path).model.eval()
 
 
 def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_path):
     original = path.read_bytes()
     rewrite(path, lambda meta: meta.update(schema_version=99))
     with pytest.raises(ArtifactError, match=r"schema version 99.*pip install -U"):
-        load_model(path)
+        Run.at(path).model.eval()
     path.write_bytes(original)
     rewrite(path, lambda meta: meta.update(backbone="test_resnet"))
     with pytest.raises(ArtifactError, match="holds another model than test_resnet"):
-        load_model(path)
+        Run.at(path).model.eval()
     path.write_bytes(original)
     rewrite(path, lambda meta: meta["preprocess"].update(crop_pct=2.0))
     with pytest.raises(ArtifactError, match="does not describe a model"):
-        load_model(path)
+        Run.at(path).model.eval()
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ArtifactError, match="not written by ssod-edge"):
-        load_model(tmp_path / "other.safetensors")
+        Run.at(tmp_path / "other.safetensors").model.eval()
     with pytest.raises(UsageError, match="does not exist"):
-        load_model(tmp_path / "none.safetensors")
+        Run.at(tmp_path / "none.safetensors").model.eval()
     with pytest.raises(UsageError, match=f"none/{BEST}' does not exist|none' does not exist"):
-        load_model(tmp_path / "none")
+        Run.at(tmp_path / "none").model.eval()
 
 
 @pytest.mark.parametrize(
@@ -135,13 +134,15 @@ def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_p
         (lambda meta: meta.update(classes=["a", None, "c"]), r"classes\[1\] must be text"),
         (lambda meta: meta.update(preprocess=[]), "preprocess must be an object"),
         (lambda meta: meta["preprocess"].update(input_size="48"), "preprocess.input_size must be an integer"),
+        (lambda meta: meta.update(val_accuracy=float("nan")), "val_accuracy must be a finite number, got NaN"),
+        (lambda meta: meta.update(classes=["a", "\ud800", "c"]), r"classes\[1\] must be text of valid Unicode"),
     ],
 )
 def test_damaged_metadata_is_refused_with_the_name_of_the_file(path, change, message):
     rewrite(path, change)
     for source in (path, path.parent):
         with pytest.raises(ArtifactError, match=message) as caught:
-            load_model(source)
+            Run.at(source).model.eval()
         assert f"'{path}'" in str(caught.value)
 
 
@@ -192,10 +193,14 @@ def test_find_run_takes_the_newest_of_a_backbone(model, tmp_path):
         (tmp_path / name / BEST).write_bytes(b"")
         os.utime(tmp_path / name / BEST, (time.time() - 100 * age,) * 2)
     (tmp_path / "started").mkdir()  # no checkpoint yet
-    assert find_run(tmp_path).name == "other"
-    assert find_run(tmp_path, "mobilenetv3").name == "new"
+    for number, damaged in enumerate(("{", "[]", "Infinity", "[" * 100_000)):
+        (tmp_path / f"damaged-{number}").mkdir()
+        (tmp_path / f"damaged-{number}" / "config.json").write_text(damaged)
+        (tmp_path / f"damaged-{number}" / BEST).write_bytes(b"")
+    assert Run.newest(tmp_path).folder.name == "other"
+    assert Run.newest(tmp_path, "mobilenetv3").folder.name == "new"
     with pytest.raises(UsageError, match="no run of 'regnet'"):
-        find_run(tmp_path, "regnet")
+        Run.newest(tmp_path, "regnet")
 
 
 def test_a_file_replaced_while_it_is_read_is_whole(tmp_path):

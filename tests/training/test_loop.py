@@ -23,10 +23,14 @@ from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.terminal import TrainingBar
-from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
-from ssod_edge.training.loop import _Loop, default_name, epoch_figures, learning_rate, load_config, resume_run, train
+from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from ssod_edge.training.loop import _Loop, resume_run, train
+from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import build_model
 from ssod_edge.training.objective import TrainStep
+from ssod_edge.training.run import Run, load_config
+from ssod_edge.training.schedule import learning_rate
+from ssod_edge.training.settings import default_name
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def rows(run):
 
 def test_a_run_learns_and_records_what_it_did(config, tmp_path):
     run = train(config, tmp_path)
-    model, meta = load_model(run)
+    model, meta = (opened := Run.at(run)).model, opened.meta
     history = rows(run)
     assert run == tmp_path / "run" and not model.training
     assert [row["epoch"] for row in history] == [1, 2, 3]
@@ -66,13 +70,13 @@ def test_a_class_list_trains_on_those_classes_alone(config, tmp_path):
     (tmp_path / "known.txt").write_text("class0\nclass2\n")
     data = f"{config.data}@{tmp_path / 'known.txt'}"
     run = train(replace(config, data=data, loss=LossConfig(method="ce")), tmp_path)
-    assert load_model(run)[0].classes == ("class0", "class2") and rows(run)[-1]["val_accuracy"] == 1.0
+    assert Run.at(run).model.classes == ("class0", "class2") and rows(run)[-1]["val_accuracy"] == 1.0
 
 
 def test_a_transformer_trains_with_made_images_at_its_one_size(config, tmp_path):
     loss = LossConfig(method="ce", outliers=("rotate", "blend"), warmup_epochs=0)
     vit = replace(config, backbone="test_vit", epochs=1, half_size_epochs=0, loss=loss, preprocess=Preprocess(48))
-    model, _ = load_model(train(vit, tmp_path))
+    model = Run.at(train(vit, tmp_path)).model
     assert model.no_patches and (model.ood.weight != 0).any()
     with pytest.raises(UsageError, match=r"does not run at 24 px \(.*\). Train without it: --half-size-epochs 0"):
         train(replace(vit, epochs=2, half_size_epochs=1), tmp_path / "other")
@@ -113,12 +117,12 @@ def test_a_start_that_fails_leaves_the_run_of_another_alone(config, tmp_path, mo
 def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.5, 0.4])  # the warm-up epoch has the highest
     monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies)))
-    assert load_model(train(config, tmp_path))[1]["epoch"] == 2
+    assert Run.at(train(config, tmp_path)).meta["epoch"] == 2
 
 
 def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
     run = train(replace(config, epochs=2, loss=LossConfig(alpha=0.0)), tmp_path)
-    assert not load_model(run)[0].ood.weight.any() and rows(run)[-1]["ood_loss"] == 0
+    assert not Run.at(run).model.ood.weight.any() and rows(run)[-1]["ood_loss"] == 0
 
 
 @pytest.mark.parametrize(
@@ -169,16 +173,16 @@ def test_a_runs_name_is_one_folder(config, tmp_path, name):
 
 def test_training_starts_from_a_checkpoint_and_its_preprocessing(config, pictures, tmp_path):
     first = train(replace(config, epochs=1, half_size_epochs=0, loss=LossConfig(warmup_epochs=0.0)), tmp_path)
-    donor = load_model(first)[0]
+    donor = Run.at(first).model
     arguments = ["train", str(pictures), "--backbone", "test_efficientnet", "--weights", str(first / LAST)]
     options = ["--epochs", "1", "--batch-size", "8", "--lr", "1e-9", "-o", str(tmp_path), "--name", "second"]
     assert CliRunner().invoke(main, [*arguments, *options]).exit_code == 0
-    model = load_model(tmp_path / "second")[0]
+    model = Run.at(tmp_path / "second").model
     torch.testing.assert_close(model.classifier.weight, donor.classifier.weight, rtol=0, atol=1e-6)
     assert model.preprocess == donor.preprocess == Preprocess(input_size=40)
     assert donor.ood.weight.any() and not model.ood.weight.abs().max() > 1e-6  # the OOD row begins anew
     assert CliRunner().invoke(main, [*arguments, *options[:-1], "third", "--size", "32"]).exit_code == 0
-    assert load_model(tmp_path / "third")[0].preprocess == Preprocess(input_size=32)
+    assert Run.at(tmp_path / "third").model.preprocess == Preprocess(input_size=32)
     leak = CliRunner().invoke(main, [*arguments, *options[:-1], "fourth", "--seed", "1"])
     assert leak.exit_code == 2 and "another split of these images" in leak.stderr
     assert not (tmp_path / "fourth").exists()
@@ -350,9 +354,43 @@ def test_runs_are_not_overwritten_and_need_enough_images(config, tmp_path, pictu
         train(replace(config, name="big", batch_size=64), tmp_path)
     with pytest.raises(UsageError, match="no run .* to resume"):
         train(replace(config, name="none"), tmp_path, resume=True)
-    (run / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match="is damaged"):
-        train(config, tmp_path, resume=True)
+    for damaged in ("{", "[]", "Infinity", "[" * 100_000, '{"seed": NaN}', '{"seed": 1, "seed": 2}'):
+        (run / "config.json").write_text(damaged)
+        with pytest.raises(ArtifactError, match="config.json' is damaged .*Restore it, or start a new run"):
+            train(config, tmp_path, resume=True)
+        result = CliRunner().invoke(main, ["train", "--resume", str(run)])
+        assert result.exit_code == 4 and "should not happen" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": "3"}, 'epochs must be an integer, got "3"'),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"loss": []}, "loss must be an object"),
+        ({"loss": {"outliers": ["spin"]}}, r"loss.outliers\[0\] must be one of rotate"),
+        ({"epochs": 0}, "config.json': epochs must be at least 1"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": "resnet18", "data": "photos", **change}))
+    with pytest.raises(UsageError, match=message):
+        load_config(tmp_path)
+
+
+def test_a_damaged_line_of_the_metrics_costs_no_epoch(config, tmp_path, capsys):
+    config = replace(config, half_size_epochs=0)
+    run = train(replace(config, epochs=1), tmp_path)
+    first = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(first[:20] + b"\n" + first + b'[]\n{"epoch": "1"}\n{"epoch": NaN}\n\xff\n')
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
+    train(config, tmp_path, resume=True)
+    assert [row["epoch"] for row in rows(run)] == [1, 2] and (run / "metrics.jsonl").read_bytes().startswith(first)
+    said = capsys.readouterr().err
+    for number in (1, 3, 4, 5, 6):
+        assert f"left out line {number} of '{run / 'metrics.jsonl'}', which is damaged" in said
+    assert load_checkpoint(run / LAST)[1]["progress"]["epoch"] == 2
 
 
 def test_resuming_on_other_data_is_refused(config, tmp_path):
@@ -396,7 +434,7 @@ def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tm
     loss = LossConfig(method="ce", outliers=("rotate", "shuffle"), warmup_epochs=0.0)
     config = replace(config, epochs=2, half_size_epochs=0, loss=loss)
     whole = train(config, tmp_path / "whole")
-    assert load_model(whole)[0].ood.weight.any()
+    assert Run.at(whole).model.ood.weight.any()
     last = rows(whole)[-1]
     assert last["outlier_loss"] > 0 == last["ood_loss"] and last["id_patches"] == 0
     finish = _Loop._finish_epoch
@@ -414,6 +452,50 @@ def test_made_outliers_teach_the_row_and_a_resumed_run_makes_the_same(config, tm
     assert rows(resumed)[-1]["outlier_loss"] == last["outlier_loss"]
 
 
+def test_a_step_waits_for_the_device_at_most_once(config, tmp_path, monkeypatch):
+    """Reading a number waits for a GPU. The optimizer's own reads are of steps that lie on the CPU."""
+    reads, steps, counting = [], [], [False]
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        original = getattr(torch.Tensor, name)
+
+        def read(self, *given, original=original, name=name):
+            if counting[0]:
+                reads.append(name)
+            return original(self, *given)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    batch, add, step = _Loop._train_batch, Meters.add, torch.optim.AdamW.step
+
+    def counted(function, value):
+        def run(*given, **named):
+            before, counting[0] = counting[0], value
+            try:
+                return function(*given, **named)
+            finally:
+                counting[0] = before
+
+        return run
+
+    monkeypatch.setattr(_Loop, "_train_batch", counted(lambda *given: (steps.append(1), batch(*given))[1], True))
+    monkeypatch.setattr(Meters, "add", counted(add, True))
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted(step, False))
+    loss = LossConfig(method="ce", outliers=("zoom",), warmup_epochs=0.0)
+    train(replace(config, epochs=1, half_size_epochs=0, loss=loss), tmp_path)
+    assert reads == ["tolist"] * len(steps) and steps
+
+
+def test_meters_are_sums_in_double_precision():
+    torch.manual_seed(0)
+    meters, expected = Meters(torch.device("cpu"), {"loss": 1.5, "images": 2.0}), 1.5
+    for n in (3, 5, 7):
+        loss = torch.randn(())
+        meters.add({"loss": loss, "correct": torch.tensor(n - 1), "unknown": loss}, n)
+        expected += float(loss) * n
+    found = meters.read()
+    assert (found["loss"], found["correct"], found["images"], found["n_id"]) == (expected, 12.0, 17.0, 0.0)
+    assert "unknown" not in found
+
+
 def test_an_epoch_without_patches_has_no_shares():
     assert epoch_figures({"images": 4.0, "loss": 8.0})["loss"] == 2.0
     assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
@@ -426,7 +508,7 @@ def test_torchrun_trains_one_run_folder(pictures, tmp_path):
                "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert len(rows(tmp_path / "run")) == 2 and load_model(tmp_path / "run")[1]["epoch"] >= 1
+    assert len(rows(tmp_path / "run")) == 2 and Run.at(tmp_path / "run").meta["epoch"] >= 1
 
 
 @pytest.mark.parametrize(

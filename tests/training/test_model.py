@@ -261,12 +261,37 @@ def test_preprocessing_is_the_backbones_own():
         backbone_preprocess("tf_efficientnet_lite0", 0)
 
 
-def test_published_weights_that_cannot_be_had_are_one_line_with_the_fix(monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route to host\nand a long explanation")
+def failing(error, always=False):
+    """`timm.create_model` where published weights, or all models, fail."""
+    create = timm.create_model
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(
-        UsageError, match=r"cannot be had \(no route to host\)\. Give a local file with --weights FILE$"
-    ):
+    def fail(*given, pretrained=False, **named):
+        if pretrained or always:
+            raise error
+        return create(*given, **named)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "always", "message"),
+    [
+        (OSError("no route to host\nmore"), False, r"cannot be had \(no route to host\)\. Give .* --weights FILE$"),
+        (
+            RuntimeError("Error(s) in loading state_dict for ResNet:\nx"),
+            False,
+            r"do not fit it \(Error.*--weights FILE$",
+        ),
+        (RuntimeError("no such layer"), True, r"'test_efficientnet' cannot be built: no such layer$"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_told_from_a_backbone_that_fails(monkeypatch, error, always, message):
+    monkeypatch.setattr(timm, "create_model", failing(error, always))
+    with pytest.raises(UsageError, match=message):
+        build_model("test_efficientnet", CLASSES, Preprocess(64), pretrained=True)
+
+
+def test_a_lack_of_memory_is_not_a_lack_of_weights(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", failing(MemoryError()))
+    with pytest.raises(MemoryError):
         build_model("test_efficientnet", CLASSES, Preprocess(64), pretrained=True)

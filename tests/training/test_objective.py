@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from ssod_edge import ops
 from ssod_edge.config import LossConfig, Preprocess
 from ssod_edge.errors import UsageError
 from ssod_edge.ops import background_norm, patch_sample
@@ -108,12 +109,33 @@ def test_outliers_teach_the_row_on_pooled_features():
     torch.testing.assert_close(outlier_loss(s, 2), expected)
 
 
+@pytest.mark.parametrize(("method", "row"), [("ssod", True), ("lbf", False), ("both", True)])
+def test_patches_are_sampled_once_whatever_reads_them(method, row, monkeypatch):
+    step, image, target = made_step(method=method)
+    sample, calls = ops._sample, []
+    monkeypatch.setattr(ops, "_sample", lambda *given: (calls.append(given[3] is not None), sample(*given))[1])
+    step(image, target, True)
+    assert calls == [row]
+
+
+def test_both_is_the_sum_of_its_terms():
+    logs = {}
+    for method in ("ssod", "lbf", "both"):
+        step, image, target = made_step(method=method, alpha=0.7, norm_weight=0.2)
+        torch.manual_seed(5)
+        logs[method] = step(image, target, True)
+    (loss, log), ssod, lbf = logs["both"], logs["ssod"][1], logs["lbf"][1]
+    assert torch.equal(log["ood"], ssod["ood"]) and torch.equal(log["norm"], lbf["norm"])
+    assert all(torch.equal(log[name], ssod[name]) for name in ("n_id", "n_ood", "n_ignored", "n_invalid"))
+    torch.testing.assert_close(loss, log["ce"] + 0.7 * log["ood"] + 0.2 * log["norm"])
+
+
 def test_background_norm_is_the_mean_over_ood_patches_alone():
     torch.manual_seed(1)
     z = torch.randn(40, 6, requires_grad=True)
     weight, bias, target = torch.randn(3, 6), torch.zeros(3), torch.randint(0, 3, (40,))
-    loss, stats = background_norm(z, weight, bias, target, gamma=0.8)
-    ood = patch_sample(z.detach(), weight, bias, target, 0.8)[1] == 0
+    label = patch_sample(z.detach(), weight, bias, target, 0.8)[1]
+    ood, (loss, stats) = label == 0, background_norm(z, label)
     assert 0 < ood.sum() < 40 and stats["n_ood"] == ood.sum()
     torch.testing.assert_close(loss, z[ood].norm(dim=1).mean())
     loss.backward()
@@ -122,11 +144,14 @@ def test_background_norm_is_the_mean_over_ood_patches_alone():
 
 def test_background_norm_of_nothing_and_of_a_nan_that_is_ignored():
     z = torch.zeros(4, 2, requires_grad=True)
-    loss, _ = background_norm(z, torch.zeros(2, 2), torch.zeros(2), torch.zeros(4, dtype=torch.int64))  # all ignored
+    label = patch_sample(z.detach(), torch.zeros(2, 2), torch.zeros(2), torch.zeros(4, dtype=torch.int64))[1]
+    assert (label == -1).all()
+    loss, _ = background_norm(z, label)
     loss.backward()
     assert loss == 0 and not z.grad.any()
     z = torch.tensor([[0.0, 3.0], [torch.nan, 1.0]], requires_grad=True)
-    loss, stats = background_norm(z, 5 * torch.eye(2), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    label = patch_sample(z.detach(), 5 * torch.eye(2), torch.zeros(2), torch.zeros(2, dtype=torch.int64))[1]
+    loss, stats = background_norm(z, label)
     loss.backward()
     assert loss == 3 and stats["n_ood"] == 1 and z.grad.isfinite().all()
 

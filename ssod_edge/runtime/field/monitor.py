@@ -20,6 +20,7 @@ import numpy as np
 
 from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.files import check_output, exclusive, write_json
+from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.runtime.field.drift import (
     CALM,
     MEMORY,
@@ -30,8 +31,8 @@ from ssod_edge.runtime.field.drift import (
     new_state,
     reference,
 )
-from ssod_edge.runtime.predict import Prediction, Predictor
-from ssod_edge.spec import Artifact, Spec, Threshold, from_json
+from ssod_edge.runtime.predict import Predictor, Verdict
+from ssod_edge.spec import Artifact, Spec, Threshold
 
 SCHEMA_VERSION = 1
 #: Scores wait in memory for this long at most before they are written, so a kill loses no more. Seldom enough for an SD
@@ -39,6 +40,8 @@ SCHEMA_VERSION = 1
 FLUSH_S = 5.0
 #: And no more than this many of them.
 _FLUSH_IMAGES = 4096
+#: More than an artifact's scores, which are fp32, can be, and fewer than overflow in what is computed of them.
+_LARGEST_SCORE, _MOST_IMAGES = 1e39, 2**53
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Record:
     drift: DriftState
 
     def __post_init__(self) -> None:
-        if min(self.images, self.unknown, self.failed, *self.histogram) < 0 or sum(self.histogram) != self.images:
+        counts = (self.images, self.unknown, self.failed, *self.histogram)
+        if min(counts) < 0 or max(counts) > _MOST_IMAGES or sum(self.histogram) != self.images:
             raise UsageError("its counts do not add up")
 
 
@@ -122,7 +126,7 @@ class Monitor:
     ) -> None:
         self.flush()
 
-    def add(self, verdict: Prediction) -> Prediction:
+    def add(self, verdict: Verdict) -> Verdict:
         """Count a verdict, and hand it on; one with an error counts as failed."""
         self.add_score(verdict.ood_score)
         return verdict
@@ -189,17 +193,20 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
     """
     fix = "Give another name, or delete it to start over."
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"'{path}' does not exist. Make one with: ssod-edge predict ... --monitor FILE") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as a monitor file ({error}). {fix}") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    version = values.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         raise ArtifactError(f"'{path}' was written by a newer release. Update with: pip install -U ssod-edge")
     try:
         record: Record = from_json(Record, values)
-        bins = reference(record.threshold) if record.threshold.id_quantiles else None
+        threshold = record.threshold
+        if max(map(abs, (threshold.value, *threshold.id_quantiles))) > _LARGEST_SCORE or threshold.n > _MOST_IMAGES:
+            raise UsageError("its threshold is none of any scores")
+        bins = reference(threshold) if threshold.id_quantiles else None
         if bins is None or len(record.histogram) != len(bins.id_shares) or not fits(record.drift, len(bins.gaps)):
             raise UsageError("its bins are not those of its threshold")
     except UsageError as error:

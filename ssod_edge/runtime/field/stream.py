@@ -19,9 +19,10 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
 from ssod_edge.runtime.field.frames import FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import Prediction, Predictor
-from ssod_edge.runtime.report import WORDS, describe_run, open_monitor, printable
+from ssod_edge.runtime.predict import Predictor, Verdict
+from ssod_edge.runtime.report import WORDS, PredictOptions, describe_run, open_monitor
 from ssod_edge.runtime.runner import Array, Runner
+from ssod_edge.terminal import printable
 
 #: Time over which the frame rate is measured.
 RATE_WINDOW_S = 1.0
@@ -76,7 +77,7 @@ class Smoother:
 
 @dataclass(frozen=True)
 class FrameVerdict:
-    """The verdict on one frame; as JSON it is one object with the keys of `Prediction` and these.
+    """The verdict on one frame; as JSON it is one object with the keys of `Verdict` and these.
 
     Attributes:
         prediction: its `image` is the name of the source.
@@ -84,7 +85,7 @@ class FrameVerdict:
         fps: verdicts a second, over the last second; None for the first one.
     """
 
-    prediction: Prediction
+    prediction: Verdict
     frame: int
     time_s: float
     fps: float | None
@@ -132,41 +133,30 @@ def _verdicts(
         yield FrameVerdict(prediction, frame.index, frame.time_s, (len(done) - 1) / span if span > 0 else None)
 
 
-def run_stream(
-    folder: str,
-    sources: Sequence[str],
-    camera: str | None = None,
-    as_json: bool = False,
-    smooth: float | None = None,
-    realtime: bool = False,
-    monitor: str | None = None,
-    **options: Any,
-) -> int:
+def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **opening: Any) -> int:
     """Print the verdict on each frame of a video, camera or stream; returns the exit code: 1 if it ended too early.
 
     Args:
         folder: an export folder, or the run folder that holds it.
         sources: one video file or address, or none if there is a camera.
-        camera, realtime: see `FrameReader`.
-        as_json: one JSON object a line, as soon as it is known; the summary goes to standard error.
-        smooth: see `Smoother`; None does not smooth.
-        monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`; see `predict_frames`.
-        options: of `ssod_edge.runtime.open_runner`.
+        options: as JSON, the summary goes to standard error.
+        opening: options of `ssod_edge.runtime.open.open_runner`.
 
     Raises:
         UsageError: more than one source, or images beside it.
     """
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
+    camera, as_json = options.camera, options.as_json
     if len(sources) + (camera is not None) != 1:
         given = ", ".join([f"'{source}'" for source in sources] + ([f"--camera {camera}"] if camera else []))
         raise UsageError(f"a video, camera or stream is taken alone, got {given}. Run predict once for each")
-    if smooth is not None:
-        Smoother(smooth)  # before anything is opened
+    if options.smooth is not None:
+        Smoother(options.smooth)  # before anything is opened
     with (
-        Predictor(open_runner(folder, **options)) as predictor,
-        open_monitor(monitor, predictor) as watch,
-        FrameReader(sources[0] if sources else None, camera, realtime) as frames,
+        Predictor(open_runner(folder, **opening)) as predictor,
+        open_monitor(options.monitor, predictor) as watch,
+        FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
@@ -174,7 +164,7 @@ def run_stream(
         if not as_json:
             click.echo(table.head())
         try:
-            for verdict in predict_frames(predictor, frames, smooth, watch):
+            for verdict in predict_frames(predictor, frames, options.smooth, watch):
                 table.add(verdict)
                 click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
         finally:  # after Ctrl-C too

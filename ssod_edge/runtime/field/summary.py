@@ -13,7 +13,7 @@ from ssod_edge.detect.metrics import tpr_interval
 from ssod_edge.errors import EXIT_OK
 from ssod_edge.runtime.field.drift import FALSE_ALARM_RATE, coarse, log_evidence, quantiles, reference, stability_index
 from ssod_edge.runtime.field.monitor import Record, read_monitor
-from ssod_edge.runtime.report import printable
+from ssod_edge.terminal import printable
 
 #: Quantiles that are shown.
 _SHOWN = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

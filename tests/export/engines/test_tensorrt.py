@@ -26,7 +26,7 @@ from small import CLASSES, make_model, random_images
 
 from ssod_edge.cli import main
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, VerificationError
-from ssod_edge.export.command import engines_for, run_export
+from ssod_edge.export.command import SourceOptions, TargetOptions, engines_for, run_export
 from ssod_edge.export.engines import tensorrt
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.engines.tensorrt import PlanOptions, build_plan, parse_batch
@@ -34,6 +34,7 @@ from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.onnx import fused_graph, save_onnx
 from ssod_edge.export.graph.source import from_run
+from ssod_edge.export.release import Draft
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.engines.plans import graph_hash, plan_key
@@ -479,7 +480,10 @@ def test_a_plan_for_another_machine_is_released_unverified(
 ) -> None:
     install(monkeypatch, None, importlib.import_module("tensorrt_rtx"))
     out = tmp_path / "out"
-    assert run_export(str(small_run), out=str(out), precisions=("fp16",), target="tensorrt-rtx", batch="1,2,4") == 0
+    assert (
+        run_export(SourceOptions(str(small_run)), TargetOptions(str(out), ("fp16",), "tensorrt-rtx", batch="1,2,4"))
+        == 0
+    )
     shown = capsys.readouterr()
     (row,) = [line for line in shown.out.splitlines() if "tensorrt-rtx-fp16" in line]
     assert row.split()[-4:] == ["none", "on", "first", "run"]
@@ -539,10 +543,8 @@ def test_two_exports_into_one_folder_at_once_keep_both(
 ) -> None:
     out, failures = tmp_path / "out", []
     both_built = threading.Barrier(2, timeout=300)
-    import ssod_edge.export.graph.build as run
-
-    prove = run._prove
-    monkeypatch.setattr(run, "_prove", lambda *a: (prove(*a), both_built.wait())[0])
+    prove = Draft.prove
+    monkeypatch.setattr(Draft, "prove", lambda *a, **named: (prove(*a, **named), both_built.wait())[0])
 
     def export(engine: str) -> None:
         try:

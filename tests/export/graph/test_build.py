@@ -18,7 +18,7 @@ from small import CLASSES, SIZE, eager, random_images, write_run
 
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.errors import ArtifactError, MissingExtraError, OutputError, UsageError, VerificationError
-from ssod_edge.export.command import run_export
+from ssod_edge.export.command import SourceOptions, TargetOptions, run_export
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.export.graph.build import ExportOptions, _overflow_record, export_run, export_source
 from ssod_edge.export.graph.fp16 import HalfReport
@@ -337,7 +337,7 @@ def test_an_interrupt_leaves_the_earlier_export(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssod_edge.export.graph.build.verify_runner", interrupted)
+    monkeypatch.setattr("ssod_edge.export.release.verify_runner", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_run(small_run, out)
     assert snapshot(out) == snapshot(exported)
@@ -356,7 +356,9 @@ def test_unreadable_images_are_left_out_and_named(
     spec = export_source(from_run(tmp_path / "run"), None, options, say=lines.append)
     assert spec.artifacts[0].threshold is not None and spec.artifacts[0].threshold.n == 41
     assert any("left out" in line and "000.png" in line for line in lines)
-    assert run_export(str(tmp_path / "run"), target="onnx", precisions=("fp32",)) == 1, "some inputs failed"
+    assert run_export(SourceOptions(str(tmp_path / "run")), TargetOptions(precisions=("fp32",), target="onnx")) == 1, (
+        "some inputs failed"
+    )
 
 
 def test_too_few_images_for_a_threshold(small_run: Path, traced_once: None, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from small import CLASSES, eager, make_model, random_images, run_onnx
 
 from ssod_edge.config import SCORES, ScoreName
-from ssod_edge.detect.scores import ood_scores
-from ssod_edge.errors import VerificationError
+from ssod_edge.detect.scores import ood_scores, probabilities
+from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.fused import FusedClassifier
 from ssod_edge.export.graph.onnx import check_fused, fused_graph
@@ -35,15 +35,36 @@ def test_fused_module_gives_what_the_model_and_the_scores_give(small_model: SSOD
     assert np.ptp(expected["id_logit"]) > 1e-2 and np.ptp(expected["logits"]) > 0.1
 
 
+def graph_scores(score: str, logits: np.ndarray, id_logit: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(logits)
+    found: np.ndarray = score_of_graph(score, x, x.softmax(1), torch.from_numpy(id_logit)).numpy()
+    return found
+
+
+@pytest.mark.parametrize(("n", "classes"), [(0, 3), (1, 2), (5, 6), (64, 10), (9, 1000)])
 @pytest.mark.parametrize("score", SCORES)
-def test_scores_in_the_graph_neither_saturate_nor_overflow(score: ScoreName) -> None:
+def test_scores_in_the_graph_are_those_of_the_definition(score: ScoreName, n: int, classes: int) -> None:
+    """On logits of any size: neither saturating nor overflowing, with ties at the top among them."""
     rng = np.random.default_rng(0)
-    scale = np.array([0.01, 1, 10, 80, 1000], np.float32)
-    logits = (rng.normal(0, 1, (5, 6)) * scale[:, None]).astype(np.float32)
-    id_logit = np.array([-1000, -20, 0, 20, 1000], np.float32)
-    tensors = torch.from_numpy(logits), torch.from_numpy(logits).softmax(1), torch.from_numpy(id_logit)
+    scale = np.resize(np.array([0.01, 1, 10, 80, 1000, 0, 1e30], np.float32), n)
+    logits = (rng.normal(0, 1, (n, classes)) * scale[:, None]).astype(np.float32)
+    id_logit = np.resize(np.array([-1000, -20, 0, 20, 1000, 1e30], np.float32), n)
     expected = ood_scores(logits, id_logit)[score]
-    np.testing.assert_allclose(score_of_graph(score, *tensors).numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(graph_scores(score, logits, id_logit), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["ssod", "msp", "maxlogit", "energy"])
+def test_scores_in_the_graph_do_not_saturate_where_a_probability_does(score: ScoreName) -> None:
+    logits, id_logit = np.zeros((2, 3), np.float32), np.array([40, 41], np.float32)
+    logits[:, 0] = id_logit
+    first, second = graph_scores(score, logits, id_logit)
+    assert first > second
+    assert len(np.unique(probabilities(logits).max(axis=1))) == 1
+
+
+def test_an_unknown_score_is_refused(small_model: SSODClassifier) -> None:
+    with pytest.raises(UsageError, match="score must be one of"):
+        FusedClassifier(small_model, "entropy")
 
 
 @pytest.mark.parametrize("n", [1, 5])

@@ -16,7 +16,7 @@ from small import CLASSES, random_images, write_run
 
 from ssod_edge.cli import main
 from ssod_edge.errors import UsageError
-from ssod_edge.export.command import choose_source
+from ssod_edge.export.command import SourceOptions, choose_source
 from ssod_edge.export.graph.build import export_run
 from ssod_edge.export.graph.source import from_run, from_weights, imagenet_classes, untrained
 from ssod_edge.runtime.open import open_runner
@@ -40,9 +40,9 @@ def test_changed_training_data_has_no_calibration_split(
 
 def test_the_training_data_by_its_name_gives_the_images_that_were_held_out(small_run: Path) -> None:
     given, own = from_run(small_run, str(small_run / ".." / "data")), from_run(small_run)
-    assert given.calibration is not None and own.calibration is not None
-    np.testing.assert_array_equal(given.calibration.indices, own.calibration.indices)
-    assert given.calibration.description == own.calibration.description
+    assert given.images.thresholds is not None and own.images.thresholds is not None
+    np.testing.assert_array_equal(given.images.thresholds.indices, own.images.thresholds.indices)
+    assert given.images.thresholds.description == own.images.thresholds.description
 
 
 def test_an_edited_calibration_split_is_refused(small_run: Path, small_model: SSODClassifier, tmp_path: Path) -> None:
@@ -67,11 +67,11 @@ def test_a_score_of_an_untrained_ood_row_is_refused(
 
 def test_choose_source(small_run: Path, tmp_path: Path) -> None:
     runs = str(small_run.parent)
-    assert choose_source(str(small_run)).checkpoint == small_run / BEST
-    assert choose_source(str(small_run / BEST)).folder == small_run
-    assert choose_source(None, runs).folder == small_run
-    assert choose_source(None, runs, "mobilenetv3_small_050").trained
-    fresh = choose_source(None, str(tmp_path), "mobilenetv3_small_050", size=32)
+    assert choose_source(SourceOptions(str(small_run))).checkpoint == small_run / BEST
+    assert choose_source(SourceOptions(str(small_run / BEST))).folder == small_run
+    assert choose_source(SourceOptions(None, runs)).folder == small_run
+    assert choose_source(SourceOptions(None, runs, "mobilenetv3_small_050")).trained
+    fresh = choose_source(SourceOptions(None, str(tmp_path), "mobilenetv3_small_050", size=32))
     assert not fresh.trained and len(fresh.model.classes) == 1000 and fresh.model.preprocess.input_size == 32
     assert fresh.folder == tmp_path / "mobilenetv3_small_050-untrained"
 
@@ -91,7 +91,7 @@ def test_choose_source(small_run: Path, tmp_path: Path) -> None:
 )
 def test_contradictions_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_source(**arguments)
+        choose_source(SourceOptions(**arguments))
 
 
 def test_weights_from_a_file_must_have_the_named_classes(
@@ -153,13 +153,13 @@ def test_the_training_data_in_another_place_gives_the_images_that_were_held_out(
 ) -> None:
     shutil.copytree(small_run.parent / "data", tmp_path / "data")
     write_run(tmp_path / "run", small_model, str(tmp_path / "data"))
-    own = from_run(tmp_path / "run").calibration
+    own = from_run(tmp_path / "run").images.thresholds
     (tmp_path / "data").rename(tmp_path / "moved")
     found = from_run(tmp_path / "run", str(tmp_path / "moved"))
-    assert own is not None and found.calibration is not None and found.training is not None
-    np.testing.assert_array_equal(found.calibration.indices, own.indices)
-    assert "moved', calib split" in found.calibration.description
+    assert own is not None and found.images.thresholds is not None and found.images.training is not None
+    np.testing.assert_array_equal(found.images.thresholds.indices, own.indices)
+    assert "moved', calib split" in found.images.thresholds.description
     shutil.copytree(tmp_path / "moved", tmp_path / "others")
     (tmp_path / "others" / "a" / "000.png").unlink()
-    others = from_run(tmp_path / "run", str(tmp_path / "others")).calibration
+    others = from_run(tmp_path / "run", str(tmp_path / "others")).images.thresholds
     assert others is not None and len(others.indices) == len(others.source)

@@ -19,14 +19,14 @@ from small import CLASSES, SIZE, make_model, random_images, write_images, write_
 pytest.importorskip("nncf", reason="needs the extra int8")
 
 from ssod_edge.cli import main
-from ssod_edge.detect.pseudo_ood import pseudo_ood
+from ssod_edge.data.images import Images, whole_dataset
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.onnx import fused_graph
-from ssod_edge.export.graph.source import Source, from_dataset
+from ssod_edge.export.graph.source import Source
 from ssod_edge.export.int8.accuracy_control import (
     LEAST_IMAGES,
     AccuracyControl,
-    CalibrationImages,
+    DrawnImages,
     draw_images,
     quantize_controlled,
     rank_nodes,
@@ -223,7 +223,7 @@ def control(fp32: onnx.ModelProto) -> AccuracyControl:
     """Its labels are fp32's own classes, so that top-1 counts every class that changes."""
     known = images(120, seed=5)
     labels = infer_onnx(fp32)(known)["logits"].argmax(axis=1)
-    return AccuracyControl(CalibrationImages(images(24), known, labels, "noise"), infer_onnx(fp32), max_drop=10.0)
+    return AccuracyControl(DrawnImages(images(24), known, labels, "noise"), infer_onnx(fp32), max_drop=10.0)
 
 
 def test_the_layer_that_costs_accuracy_goes_back_to_floating_point(
@@ -287,20 +287,6 @@ def test_a_drop_is_held_against_each_figure(control: AccuracyControl) -> None:
     assert control.holds(Figures(None, auroc)), "without labels the AUROC alone decides"
 
 
-def test_pseudo_ood_is_made_of_the_images_and_nothing_else() -> None:
-    known = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
-    made = pseudo_ood(known)
-    assert made.shape == known.shape and made.dtype == np.uint8
-    np.testing.assert_array_equal(made, pseudo_ood(known))
-    for index in (0, 3):
-        assert not np.array_equal(made[index], known[index])
-        np.testing.assert_array_equal(np.sort(made[index], axis=None), np.sort(known[index], axis=None))
-    blends = [(known[2].astype(int) + other) // 2 for other in known]
-    assert [np.array_equal(made[2], blend) for blend in blends].count(True) == 1
-    assert not np.array_equal(made[2], known[2])
-    assert made[1].std() < known[1].std(), "a corner blown up has less detail"
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8") / "data"
@@ -310,7 +296,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_images_are_drawn_once_for_ranges_and_others_for_control(data: Path, model: SSODClassifier) -> None:
     lines: list[str] = []
-    drawn = draw_images(from_dataset(str(data)), model, lines.append)
+    drawn = draw_images(whole_dataset(str(data)), model, lines.append)
     assert (len(drawn.statistics), len(drawn.control)) == (42, 42) and lines == []
     both = {image.tobytes() for image in drawn.statistics} & {image.tobytes() for image in drawn.control}
     assert not both and drawn.labels is not None and set(drawn.labels) == set(range(len(CLASSES)))
@@ -323,27 +309,27 @@ def test_labels_go_by_the_names_of_the_classes(tmp_path: Path, model: SSODClassi
             path.rename(tmp_path / "data" / "g" / path.name)
         (tmp_path / "data" / name).rmdir()
     lines: list[str] = []
-    drawn = draw_images(from_dataset(str(tmp_path / "data")), model, lines.append)
+    drawn = draw_images(whole_dataset(str(tmp_path / "data")), model, lines.append)
     assert drawn.labels is not None and set(drawn.labels) == {CLASSES.index("g")}
     assert "all images of" in lines[0] and "one class, 'g'" in lines[0]
     (tmp_path / "data" / "g").rename(tmp_path / "data" / "zebra")
-    drawn = draw_images(from_dataset(str(tmp_path / "data")), model, lines.append)
+    drawn = draw_images(whole_dataset(str(tmp_path / "data")), model, lines.append)
     assert drawn.labels is None and "top-1 is not controlled" in lines[1]
 
 
 def test_too_few_images_are_refused(tmp_path: Path, model: SSODClassifier) -> None:
     write_images(tmp_path / "data", LEAST_IMAGES)
-    draw_images(from_dataset(str(tmp_path / "data")), model, lambda line: None)
+    draw_images(whole_dataset(str(tmp_path / "data")), model, lambda line: None)
     (tmp_path / "data" / "a" / "000.png").write_bytes(b"broken")
     with pytest.raises(UsageError, match=r"at least 32 readable .* got 31 of .*--calib"):
-        draw_images(from_dataset(str(tmp_path / "data")), model, lambda line: None)
+        draw_images(whole_dataset(str(tmp_path / "data")), model, lambda line: None)
 
 
 def test_a_list_that_is_too_short_is_refused_before_any_work(tmp_path: Path, model: SSODClassifier) -> None:
     write_images(tmp_path / "data", LEAST_IMAGES - 1)
-    few = from_dataset(str(tmp_path / "data"))
+    few = whole_dataset(str(tmp_path / "data"))
     with pytest.raises(UsageError, match=r"at least 32 readable .* got \d+ of .*--calib"):
-        check_int8(Source(model, trained=True, folder=tmp_path, calibration=few))
+        check_int8(Source(model, trained=True, folder=tmp_path, images=Images(thresholds=few)))
 
 
 @pytest.fixture(scope="module")

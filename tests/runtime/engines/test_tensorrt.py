@@ -349,7 +349,7 @@ def test_a_plan_that_is_swapped_while_it_is_opened(
     tensorrt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version_compatible: bool
 ) -> None:
     export = write_export(tmp_path / "export", version_compatible=version_compatible)
-    monkeypatch.setattr("ssod_edge.runtime.open.check_files", lambda folder, artifact: folder / artifact.main_file)
+    monkeypatch.setattr("ssod_edge.runtime.export.check_files", lambda folder, artifact: folder / artifact.main_file)
     (export / "tensorrt-fp32" / "model.plan").write_bytes(b"another plan")
     with pytest.raises(ArtifactError, match="was changed while it was opened"):
         open_runner(export)

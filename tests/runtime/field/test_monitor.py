@@ -333,6 +333,35 @@ def test_a_damaged_file_is_refused(ready: Path, tmp_path: Path, change: Callable
     assert command("monitor", file).exit_code == 4
 
 
+def places_of_numbers(value: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Where numbers stand in a document; of a long list the first and the last."""
+    if isinstance(value, dict):
+        return [place for key, item in value.items() for place in places_of_numbers(item, (*path, key))]
+    if isinstance(value, list):
+        return [
+            place for index in {0, len(value) - 1} for place in places_of_numbers(value[index], (*path, index)) if value
+        ]
+    return [path] if type(value) in (int, float) else []
+
+
+@pytest.mark.parametrize("huge", [10**400, 2**63, 2**62, -(2**62), 1.7e308, -1.7e308])
+def test_a_huge_number_is_refused_or_does_no_harm(ready: Path, tmp_path: Path, huge: float) -> None:
+    file = tmp_path / "m.json"
+    save_photo = photos(tmp_path / "photos", 3, 3)
+    assert command("predict", ready, save_photo, "--monitor", file).exit_code == 0
+    whole = file.read_text()
+    for *path, last in places_of_numbers(json.loads(whole)):
+        values = inner = json.loads(whole)
+        for key in path:
+            inner = inner[key]
+        inner[last] = huge
+        file.write_text(json.dumps(values))
+        for options in ((), ("--json",)):
+            result = command("monitor", file, *options)
+            assert result.exit_code in (0, 1, 4), (path, last, result.output)
+            assert "should not happen" not in result.output, (path, last, result.output)
+
+
 def test_what_is_no_file_or_no_score_is_refused(ready: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with ssod_edge.open(ready) as model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ssod_edge.export.release import staged
+from ssod_edge.export.staging import staged
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ssod_edge.export.release import staged
+from ssod_edge.export.staging import staged
 with staged(Path(sys.argv[1])) as folder:
     (folder / "model.onnx").write_bytes(b"x" * 1000)
     os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
@@ -44,10 +45,29 @@ def test_what_another_export_is_filling_stays(tmp_path: Path) -> None:
             assert (first / "model.onnx").exists() and second != first
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_new_folder_follows_the_umask_and_an_earlier_one_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int, swap: bool
+) -> None:
+    if not swap:
+        monkeypatch.setattr("ssod_edge.export.staging._exchange", lambda one, other: False)
+    door, earlier = tmp_path / "door", os.umask(umask)
+    try:
+        for expected in (0o777 & ~umask, 0o750):
+            with staged(door) as folder:
+                (folder / "ssod.json").touch()
+            assert door.stat().st_mode & 0o777 == expected
+            door.chmod(0o750)
+    finally:
+        os.umask(earlier)
+    assert names(tmp_path) == ["door"]
+
+
 KILLED_WHILE_PUBLISHING = """
 import os, signal, sys
 from pathlib import Path
-from ssod_edge.export import release as staging
+from ssod_edge.export import staging as staging
 # It dies after its first step, whichever that is.
 kill = lambda *given, **options: os.kill(os.getpid(), signal.SIGKILL)
 rename = Path.rename
@@ -74,7 +94,7 @@ def test_an_export_replaces_another_and_takes_over_foreign_files(
     tmp_path: Path, can_swap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_swap:  # an NFS, for example
-        monkeypatch.setattr("ssod_edge.export.release.RENAME_EXCHANGE", 1 << 30)  # an unknown flag: EINVAL
+        monkeypatch.setattr("ssod_edge.export.staging.RENAME_EXCHANGE", 1 << 30)  # an unknown flag: EINVAL
     for text in ("old", "new"):
         with staged(tmp_path / "door") as folder:
             (folder / "ssod.json").write_text(text)

@@ -1,0 +1,90 @@
+"""`export --score auto`: shows the network held-out images and images made from them, for the choice of a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssod_edge.data.images import Subset
+from ssod_edge.data.sources import model_labels
+from ssod_edge.detect import choice
+from ssod_edge.detect.choice_table import choice_in_brief, choice_table
+from ssod_edge.detect.fit import FitData
+from ssod_edge.detect.made_images import CHOICE_KINDS, make_for_choices
+from ssod_edge.detect.sums import FittedScore
+from ssod_edge.export.graph.reference import run_eager
+from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
+from ssod_edge.export.graph.source import Source
+from ssod_edge.export.release import Say
+from ssod_edge.terminal import image_bar
+from ssod_edge.training.model import SSODClassifier
+
+#: Held-out images that a score is chosen by; images of each kind are made from the first half of them.
+IMAGES = 2000
+
+
+def choose(
+    source: Source, choices: Subset, data: FitData, say: Say, brief: bool = False
+) -> tuple[str, FittedScore | None, dict[str, Any]]:
+    """Fit every candidate, and take the best (`ssod_edge.detect.choice.choose`).
+
+    Kinds of made images that the network was trained to reject (`train --outliers`) have no say.
+
+    Args:
+        source: a trained model.
+        choices: in-distribution images that were not trained on, and that no threshold is fitted to.
+        data: what detectors are fitted on.
+        say: gets the table.
+        brief: one line instead of it.
+
+    Returns:
+        the score's name, its state if it has one, and the figures for the spec.
+
+    Raises:
+        UsageError: no image can be read.
+    """
+    model = source.model
+    drawn = np.random.default_rng(0).permutation(choices.indices)[:IMAGES]
+    images, found = choices.read(model.preprocess, drawn)
+    labels = model_labels(found, choices.source.classes, model.classes)  # -1 where there is none
+    half = images[: max(1, len(images) // 2)]
+    kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
+    if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
+        say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
+    with image_bar("choosing", len(images) + len(kinds) * len(half)) as advance:
+        known = run_eager(model, images)
+        advance(len(images))
+        made = {}
+        for kind in kinds:
+            made[kind] = run_eager(model, make_for_choices(half, kinds=(kind,)))
+            advance(len(half))
+    logits, _, features = known
+    fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
+    candidates = choice.Candidates(fitted, data, bool(model.ood.weight.any()))
+    chosen = choice.choose(candidates, known, labels, made, multiply_adds(model))
+    for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(images), choices.description):
+        say(line)
+    figures = {
+        "known": choices.description,
+        "images": len(images),
+        "made_of_each_kind": len(half),
+        "mistaken": chosen.mistaken,
+        "cost": "multiply-adds over those of the network",
+        "most_cost": choice.MOST_COST,
+        "level": choice.LEVEL,
+        "candidates": chosen.rows,
+    }
+    return chosen.name, chosen.state, figures
+
+
+def multiply_adds(model: SSODClassifier) -> int:
+    """Of convolutions, linear layers and attention, for one image."""
+    size = model.preprocess.input_size
+    # Attention in plain matrix products: PyTorch does not count its fused form on a CPU.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.features(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2 + model.head_weight()[0].numel()

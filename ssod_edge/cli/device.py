@@ -1,0 +1,107 @@
+"""What a device runs: verdicts, how fast they come, thresholds on its own images, drift, and what is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ssod_edge.cli.options import COUNT, as_json, given, named_data, newest, take, threads, tpr
+
+ENGINES = click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"])
+PRECISIONS = click.Choice(["auto", "fp32", "fp16", "int8"])
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", required=False)
+@newest("Without DIR: the newest export of this backbone.")
+@click.option("--quick", is_flag=True, help="Seconds instead of minutes: fewer queries and images, more noise.")
+@named_data
+@click.option("--batch", type=COUNT, default=1, help="Images per query.")
+@threads
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the record to FILE.")
+@click.option("--compare", "compare_file", metavar="OLD.json", help="Show what moved since that record.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -> int:
+    """Measure latency and accuracy of every artifact of an export.
+
+    The checkpoint in PyTorch (`eager`) is measured beside them. DIR is an export folder, or the run folder that holds
+    it; default: the newest export.
+    """
+    from ssod_edge.bench.measurement import BenchOptions
+    from ssod_edge.bench.run import BenchOutput, run_bench
+
+    return run_bench(folder, take(BenchOptions, options), BenchOutput(**options), backbone, runs)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("images", metavar="IMAGE...", nargs=-1)
+@click.option("--camera", metavar="CAMERA", help="Instead of IMAGE: a number, a device file, or a GStreamer pipeline.")
+@click.option("--smooth", type=float, metavar="SECONDS", help="Of a video: judge the mean over about this time.")
+@click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
+@click.option("--engine", type=ENGINES, default="auto", help="auto: the first that is there; eager: in PyTorch itself.")
+@click.option("--precision", type=PRECISIONS, default="auto", help="auto: the first that is there.")
+@click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
+@click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
+@threads
+@click.option("--batch", type=COUNT, default=8, help="Images per run of the engine.")
+@click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
+def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
+    """Classify images, and say which ones are UNKNOWN to the model.
+
+    DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
+    'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
+    (rtsp://, http:// ...) or --camera gives a verdict a frame.
+    """
+    from ssod_edge.runtime.field.frames import is_stream
+    from ssod_edge.runtime.field.stream import run_stream
+    from ssod_edge.runtime.report import PredictOptions, run_predict
+
+    wanted = take(PredictOptions, options)
+    if not images and wanted.camera is None:
+        raise click.UsageError("give at least one IMAGE, or --camera")
+    if wanted.camera is not None or any(is_stream(image) for image in images):
+        if "--batch" in given():
+            raise click.UsageError("--batch belongs to images: a video, a camera or a stream runs frame by frame")
+        return run_stream(folder, images, wanted, **options)
+    if wanted.smooth is not None or wanted.realtime:
+        raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")
+    return run_predict(folder, images, wanted, **options)
+
+
+@click.command()
+@click.argument("file", metavar="FILE")
+@as_json
+def monitor(file: str, as_json: bool) -> int:
+    """Show what predict --monitor has counted, and any drift."""
+    from ssod_edge.runtime.field.summary import run_monitor
+
+    return run_monitor(file, as_json)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--id", "data", required=True, metavar="DATA", help="Images of known things that were not trained on.")
+@tpr
+@click.option("--artifact", help="Name of the only artifact to calibrate. Default: all of them.")
+def calibrate(folder: str, data: str, tpr: float, artifact: str | None) -> int:
+    """Refit the thresholds of an export on your own images.
+
+    DIR is an export folder, or the run folder that holds it. DATA is a folder of images; with the extra `train`
+    also a .tar file, demo, torch/... or hfds/...
+    """
+    from ssod_edge.runtime.calibrate import run_calibrate
+
+    return run_calibrate(folder, data, tpr, artifact)
+
+
+@click.command()
+@as_json
+def doctor(as_json: bool) -> int:
+    """Try every engine and device, and name what is missing."""
+    from ssod_edge.doctor import run_doctor
+
+    return run_doctor(as_json=as_json)

@@ -1,0 +1,51 @@
+"""Looking at what was trained: figures of a run, and what it sees in an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ssod_edge.cli.options import baselines, named_data, newest, take
+
+
+@click.command()
+@click.argument("run", required=False)
+@newest("Without RUN: the newest run of this backbone.")
+@named_data
+@click.option(
+    "--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of the confidence intervals; 0: none."
+)
+@baselines
+@click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
+@click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")
+@click.option(
+    "--pictures", type=click.Path(), metavar="DIR", help="Write histograms, ROC, risk-coverage and t-SNE as PNG."
+)
+def eval(run: str | None, backbone: str | None, runs: str, **options: Any) -> None:
+    """Measure accuracy, and how well scores tell the unknown.
+
+    RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. The PROTOCOL in file names is native, or
+    via32 with --via 32.
+    """
+    from ssod_edge.evaluation.evaluate import EvalFiles, EvalOptions, run_eval
+
+    run_eval(run, take(EvalOptions, options), EvalFiles(**options), backbone, runs)
+
+
+@click.command()
+@click.argument("arguments", metavar="[RUN] IMAGE...", nargs=-1, required=True)
+@newest("Without RUN: the newest run of this backbone.")
+@click.option("-o", "--out", type=click.Path(), help="A folder, or a .png for one image. Default: RUN/explain.")
+@click.option("--gamma", type=float, help="Confidence from which a patch shows a known thing. Default: the run's.")
+@click.option("--class", "class_name", metavar="NAME", help="Class to explain. Default: the predicted one.")
+def explain(arguments: tuple[str, ...], **options: Any) -> int:
+    """Show which patches of an image look known, and which do not.
+
+    Each image becomes a PNG: which patches the network takes for a known thing, for background or for neither, and the
+    ID logit of each, which is the higher, the more it looks known. RUN is a run folder or a checkpoint, IMAGE as in
+    predict.
+    """
+    from ssod_edge.evaluation.explain import run_explain
+
+    return run_explain(arguments, **options)

@@ -1,0 +1,78 @@
+"""From a trained network to what a device runs: artifacts, and the bundle that carries them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ssod_edge.cli.options import COUNT, given, newest, take, tpr
+from ssod_edge.config import SHIPPED_SCORES
+
+
+@click.command()
+@click.argument("run", required=False)
+@newest("Without RUN: the newest run of this backbone, or its untrained weights.")
+@click.option("-o", "--out", type=click.Path(), help="Export folder. Default: RUN/export.")
+@click.option("--fp16", is_flag=True, help="Make fp16 artifacts. Default: fp32 and fp16.")
+@click.option("--fp32", is_flag=True, help="Make fp32 artifacts.")
+@click.option("--int8", is_flag=True, help="Make int8 artifacts, quantised with real images (extra int8).")
+@click.option("--calib", metavar="DATA", help="Images to quantise with. Default: those of the thresholds.")
+@click.option("--max-drop", type=float, default=1.0, help="Percentage points of accuracy and of AUROC int8 may cost.")
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "openvino", "tensorrt", "tensorrt-rtx", "all"]),
+    default="all",
+    help="all: what is installed and runs here. tensorrt-rtx also builds without a GPU, for any from Ampere on.",
+)
+@click.option("--batch", metavar="MIN,OPT,MAX", default="1,1,8", help="Images per run that a TensorRT plan is for.")
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="A TensorRT plan that later releases of its major version and the lean runtime open; larger, maybe slower.",
+)
+@click.option(
+    "--score",
+    metavar="NAME|NAME+NAME...|auto",
+    help=f'Which score says "unknown": {", ".join(SHIPPED_SCORES)}, or a sum of some; auto: the best on held-out '
+    "images for at most 1% more multiply-adds. Default: that of the export that is there, else auto for a network "
+    "that was trained with spoiled copies (--outliers), else energy.",
+)
+@tpr
+@click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")
+@click.option("--weights", type=click.Path(), help="Export this .safetensors or .pth file, trained elsewhere.")
+@click.option("--pretrained", is_flag=True, help="Export timm's published weights.")
+@click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
+@click.option("--size", type=COUNT, help="Input size in pixels, of weights not trained here.")
+@click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
+def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
+    """Make verified artifacts for ONNX, OpenVINO and TensorRT.
+
+    Each has a threshold of its own, above which an image is unknown. RUN is a run folder or a checkpoint; default: the
+    newest run. With --backbone and no run of it, untrained weights are exported, to measure latency. With --from no
+    PyTorch is needed, and --id takes a folder of images.
+    """
+    from ssod_edge.export.command import SourceOptions, TargetOptions, run_deploy, run_export
+
+    options["precisions"] = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)
+    target = take(TargetOptions, options)
+    if bundle is not None:
+        if others := given(besides=("bundle", "data", "fp16", "fp32", "int8", *vars(target))):
+            raise click.UsageError(f"{', '.join(others)} cannot be given with --from: a bundle holds its model")
+        return run_deploy(bundle, target, options["data"])
+    return run_export(take(SourceOptions, options), target, **options)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.option("-o", "--out", type=click.Path(), default="bundle.tar", help="The bundle.")
+@click.option("--bench", metavar="FILE", help="A record of bench --json to put in. Default: bench.json of DIR, if any.")
+def package(folder: str, out: str, bench: str | None) -> int:
+    """Pack an export into one file for a device.
+
+    DIR is an export folder, or the run folder that holds it. The device makes its own engines of the file, without
+    PyTorch: ssod-edge export --from BUNDLE --target onnx, openvino, ...
+    """
+    from ssod_edge.export.command import run_package
+
+    return run_package(folder, out, bench)

@@ -1,0 +1,85 @@
+"""The frame of every command: what it returns is the exit code; what it raises, one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from ssod_edge import __version__
+from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
+
+
+class Commands(click.Group):
+    """The group of commands: lists them in the order of work, and turns results and errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            try:
+                # A name that the terminal's encoding has no letters for must not cost the whole table.
+                if isinstance(sys.stdout, io.TextIOWrapper):
+                    sys.stdout.reconfigure(errors="backslashreplace")
+                code = super().invoke(ctx)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code is set
+            if code:
+                ctx.exit(code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            # The reader (head, less) has gone: point stdout elsewhere, or the flush at exit complains.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            ctx.exit(EXIT_SOME_FAILED)
+        except (KeyboardInterrupt, Exception) as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            message, code = describe(error)
+            click.echo(message, err=True)
+            ctx.exit(code)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # `--help` itself could not be written
+            message, code = describe(error)
+            click.echo(message, err=True)
+            sys.exit(code)
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """What the user reads for an error, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in EXTRAS:
+        error = missing_extra(error.name.split(".")[0], "this command")
+    if isinstance(error, SsodEdgeError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "error: out of memory. Use a smaller batch or input size, or free some memory.", EXIT_SOME_FAILED
+    if isinstance(error, OSError):
+        where = f" '{error.filename}'" if error.filename else ""
+        return f"error: {error.strerror or error}{':' if where else ''}{where}", EXIT_SOME_FAILED
+    text = str(error) or "no message"
+    return (
+        f"error: {type(error).__name__}: {text}\nThis should not happen; see where it comes from with: "
+        "ssod-edge --debug COMMAND ...",
+        EXIT_SOME_FAILED,
+    )
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", message="ssod-edge %(version)s")
+@click.option("--debug", is_flag=True, envvar="SSOD_EDGE_DEBUG", show_default=False, help="Show tracebacks.")
+def main(debug: bool) -> None:
+    """Train, check and ship image classifiers that know when to say "unknown"."""

@@ -1,0 +1,144 @@
+"""Options that several commands have, and those of training, which are made from the settings themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from ssod_edge.config import RECIPES, LossConfig, TrainConfig, setting_types, train_config
+from ssod_edge.data.named import parse_named_data
+
+T = TypeVar("T")
+Decorator = Callable[[Any], Any]
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator; `--help` shows them in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def take(cls: type[T], options: dict[str, Any]) -> T:
+    """A dataclass of the options that bear the names of its fields; they leave `options`."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: options.pop(name) for name in names if name in options})
+
+
+def given(besides: tuple[str, ...] = ()) -> list[str]:
+    """The options that stand on the command line."""
+    ctx, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    options = [option for option in ctx.command.params if option.name not in besides]
+    return [option.opts[-1] for option in options if ctx.get_parameter_source(str(option.name)) is typed]
+
+
+def newest(what: str) -> Decorator:
+    """--backbone and --runs, which stand for a run or an export that is not named."""
+    runs = click.option("--runs", default="runs", help="Folder of runs.")
+    return together(click.option("--backbone", help=what), runs)
+
+
+COUNT = click.IntRange(min=1)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+backbone = click.option("--backbone", default="mobilenetv3", help="Of the paper's Table 6, or a model of timm.")
+size = click.option("--size", type=COUNT, help="Input height and width in pixels. Default: the backbone's.")
+threads = click.option("--threads", type=COUNT, help="Threads of an engine. Default: its own choice.")
+tpr = click.option("--tpr", type=float, default=0.95, help="Share of known images that a threshold keeps known.")
+vary = click.option(
+    "--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; repeat for a grid."
+)
+via = click.option("--via", "via_size", type=COUNT, help="First resize every image to so many pixels (32: via32).")
+named_data = together(
+    click.option("--id", "id_data", metavar="DATA", help="Known images (ID). Default: the run's validation split."),
+    click.option(
+        "--ood",
+        "ood_data",
+        multiple=True,
+        metavar="NAME=DATA",
+        callback=lambda _context, _option, items: parse_named_data(items) or None,
+        help="Unknown images (OOD), under a name of your choice; may be given several times.",
+    ),
+    via,
+)
+baselines = together(
+    click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, and show their cost."),
+    click.option("--fit-images", type=COUNT, help="Training images that these are fitted on. Default: all."),
+)
+
+_TYPES = setting_types()
+_DEFAULTS = {recipe: train_config(recipe, {"backbone": "", "data": ""}) for recipe in RECIPES}
+
+
+def train_options(recipe: str = "short", many_seeds: bool = False) -> Decorator:
+    """The settings of `ssod_edge.config.TrainConfig` and its loss, under the same names.
+
+    Args:
+        recipe: the default one.
+        many_seeds: the command has --seeds: --seed is not shown, and an error there.
+    """
+    more: dict[str, dict[str, Any]] = {"recipe": {"default": recipe}, "seed": {"hidden": many_seeds}}
+    options = []
+    for cls in (TrainConfig, LossConfig):
+        texts = _attributes(cls)
+        for field in dataclasses.fields(cls):
+            if field.metadata.get("option", True):
+                help = texts.get(field.name, "") + _default_text(field.name)
+                flags = "--" + field.name.replace("_", "-")
+                options.append(click.option(flags, help=help, **_value(_TYPES[field.name]), **more.get(field.name, {})))
+    return together(*options)
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """Attribute -> what the docstring of its class says of it, as a sentence."""
+    found = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
+    return {name: text[0].upper() + " ".join(text[1:].split()) for name, text in found}
+
+
+def _default_text(name: str) -> str:
+    """The default of a setting with the first recipe, and where another one has another."""
+    words = {recipe: _words({**vars(config), **vars(config.loss)}[name]) for recipe, config in _DEFAULTS.items()}
+    first, *_ = words.values()
+    if name in ("recipe", "precision") or not first:  # --recipe shows its own; a GPU decides the other
+        return ""
+    others = ", ".join(f"{recipe}: {text}" for recipe, text in words.items() if text != first)
+    return f" Default: {first} ({others})." if others else f" Default: {first}."
+
+
+def _words(value: Any) -> str:
+    """A value as it is written on the command line; nothing for a flag, and for what is not there."""
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _value(kind: Any) -> dict[str, Any]:
+    """How an option takes a value of a type. An option that is left out is None: the recipe's."""
+    if kind is bool:
+        return {"is_flag": True, "default": None}
+    if get_origin(kind) is Literal:
+        return {"type": click.Choice(get_args(kind))}
+    if get_origin(kind) is tuple:
+        kinds = get_args(get_args(kind)[0])
+        return {"metavar": "KIND,...|none", "callback": lambda _context, _option, text: _split_kinds(text, kinds)}
+    return {"type": kind if kind in (int, float) else click.Path()}
+
+
+def _split_kinds(text: str | None, kinds: tuple[str, ...]) -> tuple[str, ...] | None:
+    """ "a, b" -> ("a", "b"), and "none" -> (). Nothing at all is refused: it would train without any."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise click.BadParameter(f"no kind in '{text}'; give some of {', '.join(kinds)}, or none")
+    return () if names == ("none",) else names

@@ -1,0 +1,97 @@
+"""Training: one run, a grid of runs, and the tables of the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ssod_edge.cli.options import COUNT, backbone, baselines, given, named_data, size, take, train_options, vary, via
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
+
+
+@click.command()
+@click.argument("data", required=False)
+@backbone
+@size
+@click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
+@click.option("-o", "--out", default="runs", help="Folder of runs.")
+@click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
+@train_options()
+def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
+    """Train a classifier that knows when to say "unknown".
+
+    DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
+    DATA@LIST has only the classes that a text file names, one a line.
+    Several processes: torchrun --nproc-per-node N -m ssod_edge train DATA ...
+    """
+    if (data is None) == (resume is None):
+        raise click.UsageError("give DATA to train on, or --resume RUN to go on with a run")
+    if resume is not None and (others := given(besides=("data", "resume"))):
+        raise click.UsageError(
+            f"{', '.join(others)} cannot be given with --resume: a run goes on with its own settings and folder"
+        )
+    from ssod_edge.training.loop import resume_run, start_run
+
+    run = start_run(data, out, options) if data is not None else resume_run(str(resume))
+    click.echo(run)
+
+
+@click.command()
+@click.argument("data")
+@backbone
+@size
+@click.option("-o", "--out", required=True, help="Folder of the study; its runs lie in it.")
+@vary
+@click.option("--seeds", default="0,1,2", metavar="N,...", help="One run of each setting a seed.")
+@named_data
+@baselines
+@click.option("--score", metavar="NAME|auto", help="Also export every run with this score, and evaluate it: `shipped`.")
+@train_options(many_seeds=True)
+def study(data: str, out: str, **options: Any) -> int:
+    """Train and evaluate a grid of settings, each with several seeds.
+
+    The table has means and deviations over the seeds.
+    A setting is an option of train, with any of its values: --vary method=ce,ssod --vary outliers=none,rotate+zoom.
+    What is done is not done again: run the same command once more after an interruption, or with more seeds. Processes
+    of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES.
+    """
+    from ssod_edge.evaluation.evaluate import EvalOptions
+    from ssod_edge.studies.study import StudyOptions, run_study
+
+    evaluation, score = take(EvalOptions, options), options.pop("score")
+    wanted = StudyOptions(options.pop("vary"), options.pop("seeds"), options, evaluation, score)
+    done = run_study(data, out, wanted)
+    return EXIT_OK if done else EXIT_SOME_FAILED
+
+
+@click.command()
+@click.argument("table", type=click.Choice(["imagenet", "cifar10", "hard", "alpha", "balance", "backbones"]))
+@click.option("--root", required=True, metavar="DIR", help="Folder of the data sets; what is missing is named.")
+@click.option("-o", "--out", required=True, help="Folder of the study; its runs, lists and table lie in it.")
+@click.option("--check", is_flag=True, help="Find the data, make the lists, show the runs, and stop.")
+@click.option("--lists", "folder", metavar="DIR", help="Use these image lists. Default: OUT/lists, made on first use.")
+@click.option("--images", type=click.IntRange(min=20), default=10_000, help="Images of each ID and OOD set.")
+@vary
+@click.option("--seeds", default="0", metavar="N,...", help="One run of each setting a seed.")
+@via
+@baselines
+@click.option("--backbone", help="Another backbone than the table's.")
+@click.option("--size", type=COUNT, help="Input height and width in pixels. Default: 224.")
+@train_options("paper", many_seeds=True)
+def reproduce(table: str, root: str, out: str, check: bool, **options: Any) -> int:
+    """Make a table of the paper, beside the figures it reports.
+
+    It trains the table's models and evaluates them on its data sets.
+    Tables: imagenet (1), cifar10 (2), hard (3), alpha (4), balance (5), backbones (6). Settings are the paper's
+    (--recipe paper), and options of train win over them; --vary replaces the table's own grid. Run the same command
+    again to go on after an interruption.
+    """
+    from ssod_edge.evaluation.evaluate import EvalOptions
+    from ssod_edge.studies.protocols import ImageLists, run_reproduce
+    from ssod_edge.studies.study import StudyOptions
+
+    lists, evaluation = take(ImageLists, options), take(EvalOptions, options)
+    wanted = StudyOptions(options.pop("vary"), options.pop("seeds"), options, evaluation)
+    done = run_reproduce(table, root, out, wanted, lists, check)
+    return EXIT_OK if done else EXIT_SOME_FAILED

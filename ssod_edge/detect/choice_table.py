@@ -1,0 +1,52 @@
+"""What `export --score auto` prints of its choice."""
+
+from __future__ import annotations
+
+from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.detect.choice import LEVEL, MOST_COST, Choice
+
+#: Rows of the table that is printed; the spec has all of them.
+SHOWN = 15
+
+
+def choice_in_brief(choice: Choice) -> str:
+    """The choice in one line."""
+    rows, best = choice.rows, choice.name
+
+    def shown(name: str) -> str:
+        return f"AUROC {rows[name]['mean_auroc']:.1%}, FPR {rows[name]['mean_fpr']:.1%}"
+
+    text = f"score {best}: {shown(best)} on images made from held-out ones"
+    if best != DEFAULT_SCORE:
+        text += f" ({DEFAULT_SCORE}: {shown(DEFAULT_SCORE)})"
+    return f"{text}; --score auto shows all {len(rows)} candidates, --score NAME takes another"
+
+
+def choice_table(choice: Choice, images: int, known: str) -> list[str]:
+    """The evidence in fixed columns, the best first; of the sums only some.
+
+    Args:
+        images: how many held-out images there were.
+        known: what they are.
+    """
+    rows, best, kinds = choice.rows, choice.name, choice.kinds
+    width = max(map(len, rows))
+    lines = [f"choosing a score by {images} images of {known}: AUROC % for each kind, means, and FPR % at 95% TPR"]
+    lines.append(
+        f"{'score':<{width}} {'figure':>6} {'AUROC':>6} {'FPR':>6} "
+        + " ".join(f"{k:>8}" for k in kinds)
+        + f" {'cost':>7}"
+    )
+    ranked = sorted(rows, key=lambda name: -rows[name]["figure"])
+    for place, name in enumerate(ranked):
+        if place >= SHOWN and "+" in name and name != best:
+            continue
+        row = rows[name]
+        cells = [f"{100 * row[key]:6.1f}" for key in ("figure", "mean_auroc", "mean_fpr")]
+        cells += [f"{100 * row['auroc'][kind]:8.1f}" for kind in kinds]
+        note = "  <- shipped" if name == best else "  too costly" if row["cost"] > MOST_COST else ""
+        lines.append(f"{name:<{width}} {' '.join(cells)} {row['cost']:7.2%}{note}")
+    if len(rows) > len(lines) - 2:
+        lines.append(f"{len(rows) - len(lines) + 2} sums below these are in the spec")
+    lines.append(f"shipped: of those within {100 * LEVEL:.0f} point of the best, the one of most parts")
+    return lines

@@ -1,0 +1,287 @@
+"""How each detector is fitted: from the features of training images to the rows and numbers of `Detector`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.config import DETECTORS, DetectorName
+from ssod_edge.detect.detectors import TINY, Array, Detector
+from ssod_edge.errors import UsageError
+
+Labels = npt.NDArray[np.int64]
+
+#: Share of the mean variance that is added to every direction of a covariance: features have directions in which
+#: nothing varies, and 16-bit noise must not be blown up along them.
+RIDGE = 1e-3
+#: Principal directions that ViM and Mahalanobis keep if there are no more classes.
+PRINCIPAL = 64
+#: Largest term over the result (ViM's squared residual) or its spread (Mahalanobis), up to which a difference is taken
+#: in fp32: it loses 1e-7 of the term.
+CANCELLATION = 1e3
+#: Prototypes of a class, as long as all classes together have no more than so many.
+PROTOTYPES, MOST_PROTOTYPES = 10, 1000
+KMEANS_ROUNDS = 20
+REACT_QUANTILE = 0.9
+SCALE_PERCENTILE = 0.85
+ASH_PERCENTILE = 0.9
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What detectors are fitted on: N training images.
+
+    Attributes:
+        features: float32 [N, D], pooled.
+        labels: int64 [N]; -1 where unknown, for which the classifier's own answer stands in.
+        logits: float32 [N, M].
+        weight: float32 [M, D], the classifier's.
+        bias: float32 [M].
+        id_logit: float32 [N]; what is left out counts as 0.
+    """
+
+    features: Array
+    labels: Labels
+    logits: Array
+    weight: Array
+    bias: Array
+    id_logit: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def __post_init__(self) -> None:
+        n, d = self.features.shape
+        if n < 2 or len(self.labels) != n or self.logits.shape != (n, len(self.bias)) or self.weight.shape[1] != d:
+            raise UsageError(
+                f"a detector is fitted on two images or more, with features [N, D], labels [N] and logits [N, M], got "
+                f"{list(self.features.shape)}, {list(self.labels.shape)} and {list(self.logits.shape)}"
+            )
+        if not (np.isfinite(self.features).all() and np.isfinite(self.logits).all()):
+            raise UsageError("the features of the training images are not finite, so that no detector can be fitted")
+        if not self.id_logit.size:
+            object.__setattr__(self, "id_logit", np.zeros(n, np.float32))
+
+    def classes(self) -> Labels:
+        """The class of each image, int64 [N]."""
+        return np.where(self.labels >= 0, self.labels, self.logits.argmax(axis=1)).astype(np.int64)
+
+
+def fit(name: DetectorName, data: FitData) -> Detector:
+    """Fit a detector by name.
+
+    Raises:
+        UsageError: an unknown name, or too few images.
+    """
+    if name not in DETECTORS:
+        raise UsageError(f"detector must be one of {', '.join(DETECTORS)}, got '{name}'")
+    if name in ("ash", "scale"):
+        return fit_scale(data, name)
+    fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn, "react": fit_react}
+    return fits[name](data)
+
+
+def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
+    """ViM (Wang et al., CVPR 2022): how far a feature lies from the space that training features span.
+
+    With o = -pinv(W) b the point where all logits are 0, P [d, D] the d principal directions of z - o about 0 and R the
+    others: score = alpha |R (z - o)| - logsumexp(logits), where alpha = mean(max logit) / mean |R (z - o)| over the
+    training images.
+
+    |R v|^2 is |v|^2 - |P v|^2, which takes d rows instead of D - d. It stays exact if v is first moved along P to the
+    middle of the training features: R does not see that, and both terms become small.
+
+    Args:
+        dimensions: d; None takes one for each class, at least `PRINCIPAL` and at most D / 2. That is the paper's
+            1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better with ten classes, and takes
+            eight times the rows (docs/detection.md).
+    """
+    z, width = data.features.astype(np.float64), data.features.shape[1]
+    if dimensions is None:
+        dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
+    if not 0 < dimensions < width:
+        raise UsageError(f"ViM's dimensions must lie between 0 and {width}, got {dimensions}")
+    origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
+    v = z - origin
+    _, vectors = np.linalg.eigh(v.T @ v / len(v))  # ascending
+    principal, residual = vectors[:, width - dimensions :].T, vectors[:, : width - dimensions].T
+    norms = np.linalg.norm(v @ residual.T, axis=1)
+    alpha = float(data.logits.astype(np.float64).max(axis=1).mean() / max(norms.mean(), TINY))
+    middle = origin + principal.T @ (principal @ v.mean(axis=0))
+    share = np.square(z - middle).sum(axis=1) / np.maximum(np.square(norms), TINY)
+    settings: dict[str, float | str] = {"dimensions": dimensions}
+    if dimensions < width - dimensions and share.max() <= CANCELLATION:
+        settings["rows"] = "principal space"
+        rows, center, numbers = principal, middle, {"alpha": alpha}
+        return Detector("vim", _f(rows), _f(-rows @ center), _f(center), numbers, settings)
+    settings["rows"] = "residual space"
+    return Detector("vim", _f(residual), _f(-residual @ origin), numbers={"alpha": alpha}, settings=settings)
+
+
+def fit_mahalanobis(data: FitData, dimensions: int | None = None) -> Detector:
+    """Mahalanobis distance (Lee et al., NeurIPS 2018): min over classes of (z - m_c)' S^-1 (z - m_c).
+
+    S is the covariance within the classes plus `RIDGE` times its mean variance in every direction. Of its D variances
+    the d largest are kept, and the others take their mean v (the covariance of probabilistic PCA, Tipping and Bishop,
+    1999), which tells images apart as well (docs/detection.md) and takes d + C rows instead of D + C:
+    S^-1 = I / v - A' A with A [d, D] the d directions, each times sqrt(1 / v - 1 / its variance).
+
+    With m the mean of all features and o_c = m_c - m, the distance is
+    (z - m)' S^-1 (z - m) - 2 o_c' S^-1 (z - m) + o_c' S^-1 o_c. Taken about m, no term is much larger than the
+    distance, so that fp32 holds the difference; where one is, all D directions are rows and nothing is subtracted.
+
+    Args:
+        dimensions: d; None takes one for each class, at least `PRINCIPAL` and at most D / 2. D takes them all.
+    """
+    groups, width = _Groups(data), data.features.shape[1]
+    if dimensions is None:
+        dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
+    if not 0 < dimensions <= width:
+        raise UsageError(f"Mahalanobis's dimensions must lie between 1 and {width}, got {dimensions}")
+    settings = groups.settings | {"dimensions": dimensions}
+    if dimensions < width:
+        largest = groups.variances[width - dimensions :]
+        rest = float(groups.variances[: width - dimensions].mean())
+        rows = np.sqrt(np.maximum(1 / rest - 1 / largest, 0))[:, None] * groups.directions[:, width - dimensions :].T
+        inverse = np.eye(width) / rest - rows.T @ rows
+        v = data.features.astype(np.float64) - groups.mean
+        distance = np.einsum("nd,nd->n", v @ inverse, v)
+        if np.square(v).sum(axis=1).max() / rest <= CANCELLATION * max(float(distance.std()), TINY):
+            weight = np.concatenate([rows, -2 * groups.offsets @ inverse])
+            bias = -weight @ groups.mean
+            bias[dimensions:] += np.einsum("cd,cd->c", groups.offsets @ inverse, groups.offsets)
+            numbers = {"quadratic": dimensions, "scale": 1 / rest}
+            return Detector("mahalanobis", _f(weight), _f(bias), _f(groups.mean), numbers, settings)
+        settings["dimensions"] = width
+    u = groups.offsets @ groups.whitening.T
+    weight = np.concatenate([groups.whitening, -2 * u @ groups.whitening])
+    bias = -weight @ groups.mean
+    bias[width:] += np.square(u).sum(axis=1)
+    return Detector("mahalanobis", _f(weight), _f(bias), numbers={"quadratic": width}, settings=settings)
+
+
+def fit_rmd(data: FitData) -> Detector:
+    """Relative Mahalanobis distance (Ren et al., 2021): the distance to the nearest class, less that to all images.
+
+    min over c of (z - m_c)' S^-1 (z - m_c) - (z - m)' S0^-1 (z - m), with S0 = S + B the covariance of all features,
+    B that between the class means m_c. B has at most C - 1 directions, so S^-1 - S0^-1 = A' A has as many: with
+    S^-1 = L' L and L B L' = V diag(t) V', A = diag(sqrt(t / (1 + t))) V' L. So 2 C - 1 rows do instead of 2 D.
+    """
+    groups = _Groups(data)
+    if len(groups.shares) < 2:
+        raise UsageError("the training features are all of one class: its distance is that to all images, and no score")
+    scaled = (groups.offsets * np.sqrt(groups.shares)[:, None]) @ groups.whitening.T  # L B L' = scaled' scaled
+    _, singular, directions = np.linalg.svd(scaled, full_matrices=False)
+    t = np.square(singular)
+    used = t > 1e-9 * max(t.max(), TINY)
+    quadratic = (np.sqrt(t / (1 + t))[:, None] * directions)[used] @ groups.whitening
+    u = groups.offsets @ groups.whitening.T
+    weight = np.concatenate([quadratic, -2 * u @ groups.whitening])
+    bias = -weight @ groups.mean
+    bias[len(quadratic) :] += np.square(u).sum(axis=1)
+    return Detector("rmd", _f(weight), _f(bias), numbers={"quadratic": len(quadratic)}, settings=groups.settings)
+
+
+def fit_knn(data: FitData, prototypes: int | None = None, seed: int = 0) -> Detector:
+    """Nearest neighbour (Sun et al., ICML 2022) among prototypes: 1 - max over k of cos(z, p_k).
+
+    The prototypes are the centres that spherical k-means finds for each class, so that the training images need not
+    travel.
+
+    Args:
+        prototypes: of each class; None takes `PROTOTYPES`, less where the classes are many. A class of fewer images
+            has one for each.
+        seed: of the images that k-means starts from.
+    """
+    classes = data.classes()
+    present = np.unique(classes)
+    if prototypes is None:
+        prototypes = max(1, min(PROTOTYPES, MOST_PROTOTYPES // len(present)))
+    unit = _unit(data.features)
+    rng = np.random.default_rng(seed)
+    rows = np.concatenate([_spherical_kmeans(unit[classes == c], prototypes, rng) for c in present])
+    settings: dict[str, float | str] = {"prototypes": len(rows), "classes": len(present), "seed": seed}
+    return Detector("knn", _f(rows), np.zeros(len(rows), np.float32), settings=settings)
+
+
+def _spherical_kmeans(unit: Array, k: int, rng: np.random.Generator) -> Array:
+    """Centres of length 1 that unit vectors gather around, by their cosine.
+
+    Args:
+        unit: float32 [N, D], each of length 1.
+        k: at most so many centres.
+
+    Returns:
+        float32 [min(k, N), D].
+    """
+    centres = unit[rng.permutation(len(unit))[:k]]
+    for _ in range(KMEANS_ROUNDS if len(unit) > k else 0):
+        nearest = (unit @ centres.T).argmax(axis=1)
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, unit)
+        filled = np.linalg.norm(sums, axis=1) > 0
+        moved = np.where(filled[:, None], _unit(sums), centres)
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def fit_react(data: FitData, quantile: float = REACT_QUANTILE) -> Detector:
+    """ReAct (Sun et al., NeurIPS 2021): the energy of features that are cut off at a quantile of all activations."""
+    clip = float(np.quantile(data.features, quantile))
+    return Detector("react", _f(data.weight), _f(data.bias), numbers={"clip": clip}, settings={"quantile": quantile})
+
+
+def fit_scale(data: FitData, name: DetectorName = "scale", percentile: float | None = None) -> Detector:
+    """SCALE (Xu et al., ICLR 2024) and ASH-S (Djurisic et al., ICLR 2023): the energy of scaled features.
+
+    Both multiply the features by r = exp(sum of activations / sum of the largest ones), the largest being those above
+    the percentile; ASH-S also sets the others to 0. As W (r z) + b = r (W z) + b, SCALE needs no second Gemm. The
+    papers' activations come from a ReLU; those below 0, which other networks have, count as 0 in the sums.
+
+    Args:
+        percentile: in (0, 1); None takes `SCALE_PERCENTILE` or `ASH_PERCENTILE`.
+    """
+    if percentile is None:
+        percentile = ASH_PERCENTILE if name == "ash" else SCALE_PERCENTILE
+    width = data.features.shape[1]
+    k = max(1, width - int(width * percentile))
+    weight = data.weight if name == "ash" else np.zeros((0, width))
+    return Detector(name, _f(weight), _f(data.bias), numbers={"k": k}, settings={"percentile": percentile})
+
+
+class _Groups:
+    """Class means and the whitening of the covariance that the classes share.
+
+    Attributes:
+        mean: [D], of all images.
+        offsets: [C, D], class means less `mean`, of the C classes that have images.
+        shares: [C], of the images.
+        variances, directions: [D], ascending, and [D, D], a column each: of the ridged covariance within the classes.
+        whitening: L [D, D], with L' L its inverse.
+    """
+
+    def __init__(self, data: FitData) -> None:
+        z, classes = data.features.astype(np.float64), data.classes()
+        present, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        self.mean = z.mean(axis=0)
+        means = np.stack([z[index == i].mean(axis=0) for i in range(len(present))])
+        self.offsets, self.shares = means - self.mean, counts / len(z)
+        within = z - means[index]
+        covariance = within.T @ within / len(z)
+        ridge = RIDGE * float(np.trace(covariance)) / len(covariance)
+        values, vectors = np.linalg.eigh(covariance)
+        if not ridge > 0:
+            raise UsageError("the training features do not vary within their classes: there is no covariance to fit")
+        self.variances, self.directions = np.maximum(values, 0) + ridge, vectors
+        self.whitening = vectors.T / np.sqrt(self.variances)[:, None]
+        self.settings: dict[str, float | str] = {"classes": len(present), "ridge": RIDGE}
+
+
+def _unit(vectors: Array) -> Array:
+    value: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(TINY))
+    return value
+
+
+def _f(values: npt.ArrayLike) -> Array:
+    return np.ascontiguousarray(values, np.float32)

@@ -1,0 +1,85 @@
+"""An export folder, opened once and handed on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssod_edge.config import resolve_backbone
+from ssod_edge.detect.sums import FittedScore, load_shipped
+from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError
+from ssod_edge.runtime.runner import Array
+from ssod_edge.runtime.verify import load_reference
+from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `ssod-edge export` wrote. Attributes: its folder, and what `ssod.json` in it says."""
+
+    folder: Path
+    spec: Spec
+
+    @classmethod
+    def at(cls, folder: str | os.PathLike[str]) -> Export:
+        """The export that is meant by its folder, or by the run folder that holds it; errors as `load_spec`."""
+        folder = Path(folder)
+        inner = folder / "export"
+        if not (folder / SPEC_NAME).is_file() and (inner / SPEC_NAME).is_file():
+            folder = inner
+        return cls(folder, load_spec(folder))
+
+    @classmethod
+    def in_place(cls, folder: Path) -> Export | None:
+        """The export in this very folder; None if there is none, or it is damaged."""
+        try:
+            return cls(folder, load_spec(folder))
+        except SsodEdgeError:
+            return None
+
+    @classmethod
+    def newest(cls, root: str | Path = "runs", backbone: str | None = None) -> Export:
+        """The export under `root` that was written last, of this backbone if one is given.
+
+        Raises:
+            UsageError: there is none.
+        """
+        wanted = None if backbone is None else resolve_backbone(backbone)
+        found = []
+        for path in Path(root).glob(f"*/export/{SPEC_NAME}"):
+            try:
+                export = cls(path.parent, load_spec(path.parent))
+            except ArtifactError:
+                continue
+            if wanted is None or export.spec.backbone == wanted:
+                found.append((path.stat().st_mtime, path.parent, export))
+        if not found:
+            what = f"export of '{backbone}'" if backbone else "export"
+            option = f" --backbone {backbone}" if backbone else ""
+            raise UsageError(f"there is no {what} under '{root}'. Make one with: ssod-edge export{option}")
+        return max(found, key=lambda item: item[:2])[2]
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder that it lies in, where that is here: it says which images were held out."""
+        parent = self.folder.resolve().parent
+        return parent if (parent / "splits.json").is_file() else None
+
+    def check(self, artifact: Artifact) -> Path:
+        """The file that the engine opens, after every hash of the artifact and of the reference was compared.
+
+        Raises:
+            ArtifactError: see `check_files`.
+        """
+        path = check_files(self.folder, artifact)
+        check_hash(self.folder / REFERENCE_NAME, self.spec.reference_sha256)
+        return path
+
+    def reference(self) -> dict[str, Array]:
+        """The arrays of `reference.npz`; see `load_reference`."""
+        return load_reference(self.folder, self.spec)
+
+    def score_state(self, width: int) -> FittedScore | None:
+        """The state of the score that it ships, for features of this width; see `load_shipped`."""
+        return load_shipped(self.spec, self.folder, width)

@@ -1,0 +1,31 @@
+"""What moves the weights, and how fast."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ssod_edge.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Rate of an optimizer step: "paper" halves it every 30 epochs; the others warm up, then a cosine to 1%."""
+    if config.recipe == "paper":
+        return config.lr * 0.5 ** (step // (30 * steps_per_epoch))
+    total = config.epochs * steps_per_epoch
+    warmup = max(1, round(config.lr_warmup_fraction * total))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or, from scratch, SGD; biases and normalisation parameters are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.recipe == "scratch":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr)

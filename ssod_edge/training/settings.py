@@ -1,0 +1,45 @@
+"""The settings of a new run, from the options that a user gives."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssod_edge.config import Preprocess, TrainConfig, resolve_backbone, to_dict, train_config
+from ssod_edge.training.checkpoint import is_checkpoint, load_preprocess
+from ssod_edge.training.model import backbone_preprocess
+
+
+def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
+    """The settings of `start_run`.
+
+    Raises:
+        UsageError: no such backbone, or a value out of range.
+        ArtifactError: the checkpoint that training is to start from cannot be read.
+    """
+    options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
+    options["preprocess"] = to_dict(_starting_preprocess(options))
+    if options.get("precision") is None:
+        # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
+        options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
+    return train_config(options.pop("recipe"), options)
+
+
+def _starting_preprocess(options: dict[str, Any]) -> Preprocess:
+    """The preprocessing of the weights that training starts from, at the size asked for."""
+    size, weights = options.pop("size"), options.get("weights")
+    if weights and is_checkpoint(weights):
+        preprocess = load_preprocess(weights)
+        return preprocess if size is None else replace(preprocess, input_size=size)
+    return backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
+
+
+def default_name(config: TrainConfig) -> str:
+    """Run folder name: "<backbone>-<data set>"."""
+    # Of "." and "..", the folder's own name.
+    path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
+    return f"{config.backbone}-{Path(path).name.removesuffix('.tar') or 'data'}"
