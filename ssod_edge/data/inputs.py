@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ssod_edge.config import IMAGE_SUFFIXES
+from ssod_edge.data.layout import walk_images
 from ssod_edge.errors import UsageError
 
 
@@ -72,7 +73,7 @@ def _expand(argument: str) -> list[str]:
     if os.path.lexists(argument) or not glob.has_magic(argument):
         return [argument]
     matches = sorted(glob.glob(argument, recursive=True))  # Path.glob takes no absolute pattern
-    images = [path for match in matches for path in (_walk(match) if Path(match).is_dir() else [match])]
+    images = [path for match in matches for path in (walk_images(match) if Path(match).is_dir() else [match])]
     if not images:
         raise UsageError(f"no image matches '{argument}'")
     # "**" matches a folder and also what lies in it.
@@ -80,25 +81,7 @@ def _expand(argument: str) -> list[str]:
 
 
 def _folder(folder: str) -> list[str]:
-    images = list(_walk(folder))
+    images = list(walk_images(folder))
     if not images:
         raise UsageError(f"the folder '{folder}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return images
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """Images below a folder: each folder's own first, by name. Links to folders are not followed.
-
-    Hidden names are passed over: macOS puts a `._a.jpg`, which is no image, beside `a.jpg` on foreign disks.
-    """
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(parent, name)
-            # A pipe or socket would wait for ever; a link that leads nowhere stays, to be reported.
-            if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists()):
-                yield str(path)
-
-
-def _raise(error: OSError) -> None:
-    raise UsageError(f"the folder '{error.filename}' cannot be read: {error.strerror}") from error

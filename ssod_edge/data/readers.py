@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.config import IMAGE_SUFFIXES
+from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, sort_key
 from ssod_edge.data.pixels import load_image
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError, UsageError
-
-EXPECTED = "Give a folder of CLASS/IMAGE files, a .tar file of one, 'demo', 'torch/...' or 'hfds/...'"
 
 
 class ReaderImages:
@@ -30,12 +27,16 @@ class ReaderImages:
         self._reader, self.labels, self.classes = _open_reader(name)
         if len(self.labels) == 0:
             raise _no_images(name)
-        self._pid = os.getpid()
         # File names are bytes: one that is not UTF-8 comes with surrogates.
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for index in range(len(self)):
             digest.update(f"{self.source(index)}\0{self.labels[index]}\n".encode(errors="surrogateescape"))
         self.fingerprint = digest.hexdigest()
+
+    @property
+    def layout(self) -> FolderReader | TarReader | None:
+        """The files, of a folder or .tar file."""
+        return self._reader if isinstance(self._reader, (FolderReader, TarReader)) else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,8 +60,6 @@ class ReaderImages:
 
     def _load(self, index: int) -> tuple[Image.Image, bytes | None]:
         """RGB image, and its file where there is one."""
-        if self._pid != os.getpid():
-            self._forget_open_files()
         try:
             item = self._reader[index][0]
             if isinstance(item, Image.Image):
@@ -75,15 +74,6 @@ class ReaderImages:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ImageError(f"'{self.source(index)}' of '{self.name}': {reason}") from error
 
-    def _forget_open_files(self) -> None:
-        """A forked worker must not share a tar file's position with its parent."""
-        self._pid = os.getpid()
-        state = getattr(self._reader, "tar_state", None)
-        for tar in state.values() if isinstance(state, dict) else [state] if state else []:
-            tar.tf = None
-            for child in tar.children.values():
-                child.tf = None
-
 
 def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
     """(reader, labels, class names) of a folder, tar file, torchvision or Hugging Face data set."""
@@ -95,37 +85,17 @@ def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
 
 
 def _open_path(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
-    """(reader, labels, class names) of a folder or tar file, hidden files left out."""
-    from timm.data.readers import create_reader
-    from timm.data.readers.img_extensions import add_img_extensions
-
+    """(reader, labels, class names) of a folder or tar file."""
     path = Path(name)
     if not path.exists():
         raise UsageError(f"data set '{name}' does not exist. {EXPECTED}")
     if path.is_file() and path.suffix != ".tar":
         raise UsageError(f"data set '{name}' is a file, and no .tar file. {EXPECTED}")
-    add_img_extensions(sorted(IMAGE_SUFFIXES))  # timm knows three; its tar reader takes no list of its own
-    try:
-        reader = create_reader("", root=name, **({"cache_tarinfo": False} if path.is_file() else {}))
-    except tarfile.TarError as error:
-        raise UsageError(f"'{name}' is no .tar file, or is cut short ({error}). Copy or pack it again") from error
-    except (RuntimeError, ValueError) as error:
-        raise _no_images(name) from error
-    if path.is_dir():
-        labels, classes = np.array([s[1] for s in reader.samples], dtype=np.int64), _names(reader.class_to_idx)
-    else:
-        labels, classes = np.asarray(reader.targets, dtype=np.int64), _names(reader.class_name_to_idx)
-    shown = [index for index, file in enumerate(reader.filenames()) if not _is_hidden(file)]
-    if len(shown) < len(labels):
-        reader.samples = [reader.samples[index] for index in shown]
-        used, labels = np.unique(labels[shown], return_inverse=True)
-        classes = tuple(classes[label] for label in used)
-    return reader, labels, classes
-
-
-def _is_hidden(file: str) -> bool:
-    """Whether a name in a path begins with a dot: `._0001.jpg` and `.thumbs/` are a system's notes, not images."""
-    return any(part[:1] == "." and part != "." for part in file.split("/"))
+    reader = FolderReader(name) if path.is_dir() else TarReader(name)
+    found = class_names(reader.names)
+    classes = sorted(set(found), key=sort_key)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return reader, np.array([numbers[name] for name in found], dtype=np.int64), tuple(classes)
 
 
 def _no_images(name: str) -> UsageError:
@@ -133,10 +103,6 @@ def _no_images(name: str) -> UsageError:
     return UsageError(
         f"'{name}' holds no images ({suffixes}). Expected CLASS/IMAGE.jpg folders, or a .tar file of them"
     )
-
-
-def _names(class_to_index: dict[str, int]) -> tuple[str, ...]:
-    return tuple(sorted(class_to_index, key=lambda name: class_to_index[name]))
 
 
 def _open_torchvision(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
@@ -179,7 +145,8 @@ def _open_hugging_face(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
 
 def check_labels(source: ReaderImages) -> None:
     """Raises UsageError for a wrong layout, an empty class, or a label outside the class list."""
-    _check_layout(source)
+    if source.layout is not None:
+        check_layout(source.name, source.layout)
     lowest, highest = int(source.labels.min()), int(source.labels.max())
     if lowest < 0 or highest >= len(source.classes):
         wrong = lowest if lowest < 0 else highest
@@ -187,28 +154,3 @@ def check_labels(source: ReaderImages) -> None:
     missing = set(range(len(source.classes))) - set(np.unique(source.labels).tolist())
     if missing:
         raise UsageError(f"class '{source.classes[min(missing)]}' of '{source.name}' holds no images")
-
-
-def _check_layout(source: ReaderImages) -> None:
-    """Raises UsageError unless every image of a folder is CLASS/IMAGE: timm takes the innermost folder as the class."""
-    stray = [label for label, name in enumerate(source.classes) if name in ("", ".")]
-    if stray:
-        if len(source.classes) == 1:
-            raise UsageError(f"'{source.name}' holds images, but no class folders. {EXPECTED}")
-        file = source.source(int(np.flatnonzero(source.labels == stray[0])[0]))
-        raise UsageError(f"'{file}' of '{source.name}' is in no class folder. Move it into one, or remove it")
-    path = Path(source.name)
-    if not path.is_dir():
-        return
-    files = [source.source(index) for index in range(len(source))]
-    deep = next((file for file in files if file.count("/") > 1), None)
-    if deep is not None:
-        if deep.split("/")[0] in ("train", "val", "valid", "validation", "test") and (path / "train").is_dir():
-            raise UsageError(f"'{source.name}' holds splits, not classes. Give '{path / 'train'}'")
-        raise UsageError(
-            f"'{deep}' of '{source.name}' is in a folder below its class folder. Move it up: expected CLASS/IMAGE.jpg"
-        )
-    used = {file.split("/")[0] for file in files}
-    empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in used and p.name[:1] != ".")
-    if empty:
-        raise UsageError(f"class folder '{empty[0]}' of '{source.name}' holds no images. Add some or remove it")

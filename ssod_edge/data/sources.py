@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.data.image_lists import find_listed
-from ssod_edge.data.readers import EXPECTED, ReaderImages, check_labels
+from ssod_edge.data.layout import EXPECTED
+from ssod_edge.data.readers import ReaderImages, check_labels
 from ssod_edge.data.splits import Indices, Labelled, Splits
 from ssod_edge.errors import ImageError, UsageError
 
