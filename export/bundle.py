@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
+from ssod_edge.export.release import Say
 from ssod_edge.files import check_output, sha256_file, write_atomic
 from ssod_edge.json_reader import parse_json
 from ssod_edge.runtime.export import Export
@@ -29,7 +29,6 @@ MAX_FILES = 1000
 MAX_TEXT_BYTES = 64 << 20
 
 Content = Path | bytes
-Say = Callable[[str], None]
 
 
 def travels(artifact: Artifact) -> bool:
@@ -75,7 +74,7 @@ def write_bundle(
     if record is not None:
         contents[BENCH_NAME] = record
     contents |= {name: folder / name for name in spec.shared_files}
-    contents[SPEC_NAME] = _json(asdict(packed))
+    contents[SPEC_NAME] = (json.dumps(asdict(packed), indent=2, allow_nan=False) + "\n").encode()
     contents[README_NAME] = _readme(packed, record, Path(path).name).encode()
     for name in contents:
         _check_name(name, Path(path))
@@ -217,10 +216,6 @@ def _timings(record: bytes | None) -> list[str]:
     if not rows:
         return []
     return ["| artifact | ran as | median ms |", "|---|---|---|", *rows]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _hash(content: Content) -> str:
