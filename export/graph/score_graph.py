@@ -120,9 +120,7 @@ def _squares(distances: list[tuple[Detector, float]]) -> _Squares:
 def _residual(vim: Detector, scale: float) -> _Squares:
     """ViM without its energy."""
     factor = (scale * vim.numbers["alpha"]) ** 2
-    if not vim.center.size:
-        return _Squares(vim.weight, vim.bias, np.full(len(vim.bias), factor), vim.center, root=True)
-    factors = np.repeat([factor, -factor], [len(vim.center), len(vim.bias)])
+    factors = np.repeat([factor, -factor if vim.center.size else factor], [len(vim.center), len(vim.bias)])
     return _Squares(vim.weight, vim.bias, factors, vim.center, root=True)
 
 
