@@ -129,7 +129,6 @@ def unpack(path: str | Path, folder: Path) -> Spec:
 def _report_missing_graphs(spec: Spec, folder: Path, say: Say) -> None:
     """Say which precisions cannot be made on a device, because the export holds no ONNX graph in them."""
     graphs = {artifact.precision for artifact in spec.artifacts if artifact.engine == "onnxruntime"}
-    without = [a for a in spec.artifacts if a.precision not in graphs]
     fix = "Add it with: ssod-edge export RUN --target onnx --{}, which keeps the other artifacts"
     if not graphs:
         found = ", ".join(artifact.name for artifact in spec.artifacts) or "no artifacts"
@@ -137,8 +136,8 @@ def _report_missing_graphs(spec: Spec, folder: Path, say: Say) -> None:
             f"'{folder}' holds no ONNX graph, from which a device makes its engine; it has: {found}. "
             + fix.format("fp32")
         )
-    for precision in dict.fromkeys(a.precision for a in without):
-        left = [a.name for a in without if a.precision == precision and not travels(a)]
+    for precision in dict.fromkeys(a.precision for a in spec.artifacts if a.precision not in graphs):
+        left = [a.name for a in spec.artifacts if a.precision == precision and not travels(a)]
         if left:
             say(f"left out {', '.join(left)}: there is no ONNX graph in {precision}. {fix.format(precision)}")
 

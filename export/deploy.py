@@ -165,8 +165,8 @@ def _doubt(figures: Verification, bundled: Export, threshold: Threshold) -> str 
 
 def _remove_the_rest(spec: Spec, folder: Path) -> None:
     """What was unpacked and belongs to no artifact of the export."""
-    kept = {folder / name for artifact in spec.artifacts for name in artifact.files}
-    kept |= {folder / name for name in (SPEC_NAME, BENCH_NAME, *spec.shared_files)}
+    files = (name for artifact in spec.artifacts for name in artifact.files)
+    kept = {folder / name for name in (SPEC_NAME, BENCH_NAME, *spec.shared_files, *files)}
     for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what lies in it
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -75,7 +75,11 @@ def _remove_left_over(place: Path, prefix: str) -> None:
 
 def _publish(temporary: Path, folder: Path) -> None:
     for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -115,11 +119,3 @@ def _unlisted(folder: Path) -> list[str]:
         files = [*spec.shared_files, *(name for artifact in spec.artifacts for name in artifact.files)]
     listed = {Path(name).parts[0] for name in files}
     return [path.name for path in folder.iterdir() if path.name not in listed]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

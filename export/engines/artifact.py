@@ -59,8 +59,7 @@ def make_artifact(
         made_with: packages beside the engine's whose versions are recorded.
         ir: an OpenVINO model that stands for what OpenVINO would read from `onnx_path`: the int8 one.
         plans: how plans are built, for TensorRT.
-        earlier: an earlier export; a plan of the same graph, TensorRT, GPU and options is taken from
-            it instead of being built again.
+        earlier: a plan of the same graph, TensorRT, GPU and options is taken from it instead of being built again.
 
     Raises:
         MissingExtraError: the engine is not installed.

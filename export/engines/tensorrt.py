@@ -80,22 +80,20 @@ def parse_batch(text: str) -> tuple[int, int, int]:
 def runs_here(engine: str) -> bool:
     """Whether a plan that is built here can run here: there is a GPU, and this engine has code for it."""
     try:
-        return _target(engine)[1] is not None
+        return check_builder(engine)[1] is not None
     except SsodEdgeError:
         return False
 
 
-def check_builder(engine: str) -> None:
+def check_builder(engine: str) -> tuple[Any, Gpu | None, list[str]]:
     """Find out before the work whether plans can be built here.
+
+    Returns:
+        the module, the GPU that is here, and the compute capabilities that a plan is built for.
 
     Raises:
         MissingExtraError, EngineError: see `save_plan`.
     """
-    _target(engine)
-
-
-def _target(engine: str) -> tuple[Any, Gpu | None, list[str]]:
-    """The module, the GPU that is here, and the compute capabilities that a plan is built for."""
     module = load_module(engine)
     gpu = open_gpu(extra=CUDA_EXTRAS[engine]) if engine == "tensorrt" or has_gpu() else None
     return module, gpu, _capabilities(module, gpu)
@@ -117,8 +115,7 @@ def save_plan(
         precision: of the graph, for the record; the graph alone decides what is computed in.
         onnx_path: the graph.
         folder: gets `model.plan`.
-        options: see `PlanOptions`.
-        earlier: an export.
+        options, earlier: see `ssod_edge.export.engines.artifact.make_artifact`.
 
     Returns:
         the plan's path and what `Artifact.build` records of it (`PLAN_FIELDS` of
@@ -131,7 +128,7 @@ def save_plan(
         ArtifactError: the ONNX file is cut short, or its external data is missing or outside its folder.
         OutputError: the plan cannot be written.
     """
-    module, gpu, capabilities = _target(engine)
+    module, gpu, capabilities = check_builder(engine)
     build: dict[str, Any] = {
         "onnx_sha256": graph_hash({p.as_posix(): sha256_file(p) for p in (onnx_path, *external_files(onnx_path))}),
         "engine": engine,

@@ -25,9 +25,9 @@ from ssod_edge.export.engines.artifact import (
 )
 from ssod_edge.export.graph.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
 from ssod_edge.export.graph.onnx import MADE_WITH, fused_graph, head_rows, make_from
-from ssod_edge.export.graph.reference import IMAGES, synthetic_images, write_reference
+from ssod_edge.export.graph.reference import IMAGES, SYNTHETIC_IMAGES, synthetic_images, write_reference
 from ssod_edge.export.graph.score import ShippedScore, ship_score, want_score
-from ssod_edge.export.graph.source import Source, check_run_folder, from_run, save_run
+from ssod_edge.export.graph.source import Source, from_run, save_run
 from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
 from ssod_edge.export.release import Say, Targets, release
 from ssod_edge.files import sha256_file
@@ -36,9 +36,6 @@ from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import Verification
 from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec
 from ssod_edge.terminal import image_bar
-
-#: Images in a reference that has to do without real ones.
-SYNTHETIC_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,8 @@ def export_source(
     check_engines(options.engines)
     if "int8" in options.precisions:
         check_int8(source)
-    if out is None:
-        check_run_folder(source)
+    if out is None and source.checkpoint is None and (source.folder / "config.json").exists():
+        raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
     place = Path(out) if out is not None else source.folder / "export"
     earlier = Export.in_place(place)
     wanted = want_score(source, options.score, earlier, say)

@@ -42,17 +42,15 @@ def fused_graph(
     Inputs: `image` uint8 [N, 3, S, S]. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N].
 
     Args:
-        model: in evaluation mode.
-        score: the OOD score to compute.
+        model, score, detector: see `FusedClassifier`.
         trained: recorded in the metadata.
-        detector: the state of the score, if it has one.
 
     Raises:
         MissingExtraError: onnxscript is not installed.
         UsageError: the exporter cannot handle this backbone, or the graph is over 2 GB.
         VerificationError: the exported graph does not have the fused form.
     """
-    graph = _export(FusedClassifier(model, score, detector), OUTPUTS, model.preprocess.input_size)
+    graph = _export(FusedClassifier(model, score, detector), model.preprocess.input_size)
     check_fused(graph, head_rows(model, detector))
     onnx.helper.set_model_props(
         graph,
@@ -163,7 +161,7 @@ def _behind(producer: dict[str, onnx.NodeProto], names: list[str], ends: set[str
     return seen
 
 
-def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.ModelProto:
+def _export(module: nn.Module, size: int) -> onnx.ModelProto:
     if importlib.util.find_spec("onnxscript") is None:
         raise missing_extra("onnxscript", "exporting to ONNX")
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
@@ -174,7 +172,7 @@ def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.Mode
                 module,
                 (example,),
                 input_names=[INPUT],
-                output_names=list(outputs),
+                output_names=list(OUTPUTS),
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
@@ -183,8 +181,7 @@ def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.Mode
             )
     except torch.onnx.OnnxExporterError as error:
         raise UsageError(f"this backbone cannot be exported: {str(error).splitlines()[0]}") from error
-    if program is None:
-        raise UsageError("this backbone cannot be exported: the exporter gave no graph")
+    assert program is not None  # of a failure it raises
     try:
         graph = program.model_proto
     except ValueError as error:

@@ -16,6 +16,8 @@ from ssod_edge.files import write_atomic
 from ssod_edge.training.model import SSODClassifier, normalise
 
 IMAGES = 256
+#: Images that have to do for a reference, and to quantise with, where there are no real ones.
+SYNTHETIC_IMAGES = 32
 BATCH = 32
 
 

@@ -179,12 +179,6 @@ def save_run(source: Source) -> Path:
     return source.folder / BEST
 
 
-def check_run_folder(source: Source) -> None:
-    """Raises UsageError if the folder that a source is about to make belongs to a training run."""
-    if source.checkpoint is None and (source.folder / "config.json").exists():
-        raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
-
-
 def imagenet_classes() -> tuple[str, ...]:
     """The 1000 classes of ImageNet-1k in label order: WordNet id and first name, "n01440764_tench"."""
     from timm.data import ImageNetInfo

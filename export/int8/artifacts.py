@@ -13,15 +13,12 @@ import onnx
 
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.graph.onnx import MADE_WITH, make_from
-from ssod_edge.export.graph.reference import synthetic_images
+from ssod_edge.export.graph.reference import SYNTHETIC_IMAGES, synthetic_images
 from ssod_edge.export.graph.source import Source
 from ssod_edge.export.int8.accuracy_control import AccuracyControl, check_count, draw_images, quantize_controlled
 from ssod_edge.export.int8.quantize import OnnxQuantizer, OpenVinoQuantizer, Quantizer, infer_onnx, layer_names
 from ssod_edge.export.release import Say
 from ssod_edge.spec import Artifact
-
-#: Images that untrained weights are quantised with: their int8 graph is for latency alone.
-SYNTHETIC_IMAGES = 32
 
 
 def check_int8(source: Source) -> None:
@@ -55,8 +52,7 @@ def int8_artifacts(
 
     Args:
         source: what is exported.
-        fp32: its fused graph.
-        rows: of its final Gemm.
+        fp32, rows: its fused graph, and those of its final Gemm.
         engines: of `ssod_edge.export.engines.artifact.TARGETS`.
         max_drop: see `AccuracyControl`.
         folder, make: see `ssod_edge.export.graph.onnx.make_from`.
