@@ -204,11 +204,8 @@ def quantize_controlled(
 
 def rank_nodes(quantizer: Quantizer, model: Any, control: AccuracyControl) -> list[str]:
     """The nodes that read quantised activations, the one that costs most first."""
-    error = {
-        node: control.error(quantizer.infer(quantizer.bypassed(model, node)))
-        for node in quantizer.quantized_nodes(model)
-    }
-    return sorted(error, key=lambda node: error[node])
+    nodes = quantizer.quantized_nodes(model)
+    return sorted(nodes, key=lambda node: control.error(quantizer.infer(quantizer.bypassed(model, node))))
 
 
 def _run(infer: Infer, images: Images) -> dict[str, NDArray[np.float32]]:
