@@ -141,9 +141,7 @@ def run_export(
 def run_deploy(bundle: str, target: TargetOptions, data: str | None = None) -> int:
     """`export --from`: make artifacts on a device, and print their table; returns the exit code, as `run_export` does.
 
-    Args:
-        bundle: what `package` wrote.
-        data: see `ssod_edge.export.deploy.deploy`.
+    See `ssod_edge.export.deploy.deploy` for `bundle` and `data`.
     """
     started = time.monotonic()
     unreadable: dict[str, None] = {}

@@ -60,8 +60,7 @@ class ShippedScore:
     """What an export computes as `ood_score`.
 
     Attributes:
-        name: see `ssod_edge.config.score_parts`.
-        evidence: why this one, in words.
+        name, evidence: see `WantedScore`; never "auto".
         detector: the state, if the score has one.
         record: what it was fitted on, for the spec.
         choice: the evidence of "auto" in figures, for the spec.
