@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
+from ssod_edge.export.release import Say
 from ssod_edge.files import check_output, sha256_file, write_atomic
 from ssod_edge.json_reader import parse_json
 from ssod_edge.runtime.export import Export
@@ -29,7 +29,6 @@ MAX_FILES = 1000
 MAX_TEXT_BYTES = 64 << 20
 
 Content = Path | bytes
-Say = Callable[[str], None]
 
 
 def travels(artifact: Artifact) -> bool:
@@ -75,7 +74,7 @@ def write_bundle(
     if record is not None:
         contents[BENCH_NAME] = record
     contents |= {name: folder / name for name in spec.shared_files}
-    contents[SPEC_NAME] = _json(asdict(packed))
+    contents[SPEC_NAME] = (json.dumps(asdict(packed), indent=2, allow_nan=False) + "\n").encode()
     contents[README_NAME] = _readme(packed, record, Path(path).name).encode()
     for name in contents:
         _check_name(name, Path(path))
@@ -130,7 +129,6 @@ def unpack(path: str | Path, folder: Path) -> Spec:
 def _report_missing_graphs(spec: Spec, folder: Path, say: Say) -> None:
     """Say which precisions cannot be made on a device, because the export holds no ONNX graph in them."""
     graphs = {artifact.precision for artifact in spec.artifacts if artifact.engine == "onnxruntime"}
-    without = [a for a in spec.artifacts if a.precision not in graphs]
     fix = "Add it with: ssod-edge export RUN --target onnx --{}, which keeps the other artifacts"
     if not graphs:
         found = ", ".join(artifact.name for artifact in spec.artifacts) or "no artifacts"
@@ -138,8 +136,8 @@ def _report_missing_graphs(spec: Spec, folder: Path, say: Say) -> None:
             f"'{folder}' holds no ONNX graph, from which a device makes its engine; it has: {found}. "
             + fix.format("fp32")
         )
-    for precision in dict.fromkeys(a.precision for a in without):
-        left = [a.name for a in without if a.precision == precision and not travels(a)]
+    for precision in dict.fromkeys(a.precision for a in spec.artifacts if a.precision not in graphs):
+        left = [a.name for a in spec.artifacts if a.precision == precision and not travels(a)]
         if left:
             say(f"left out {', '.join(left)}: there is no ONNX graph in {precision}. {fix.format(precision)}")
 
@@ -217,10 +215,6 @@ def _timings(record: bytes | None) -> list[str]:
     if not rows:
         return []
     return ["| artifact | ran as | median ms |", "|---|---|---|", *rows]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _hash(content: Content) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
-from ssod_edge.export.deploy import default_folder, deploy
+from ssod_edge.export.deploy import deploy
 from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, check_engines
 from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.export.release import Targets
@@ -85,9 +85,22 @@ class TargetOptions:
     version_compatible: bool = False
 
     def targets(self) -> Targets:
-        """Errors as `plan_options`."""
-        engines = engines_for(self.target)
-        return Targets(self.precisions, engines, self.tpr, plan_options(engines, self.batch, self.version_compatible))
+        """The engines that are meant, and how plans are built.
+
+        Raises:
+            UsageError: `batch` is not as in `parse_batch`; or it, or version-compatible plans, are asked for and none
+                are made.
+        """
+        engines, plans = engines_for(self.target), PlanOptions(parse_batch(self.batch), self.version_compatible)
+        if plans.batch != PlanOptions().batch and not set(engines) & set(PLAN_ENGINES):
+            raise UsageError(
+                f"--batch is for TensorRT's plans, and this makes: {', '.join(engines)}. Others take any number"
+            )
+        if self.version_compatible and "tensorrt" not in engines:
+            raise UsageError(
+                f"--version-compatible is for the plans of --target tensorrt, and this makes: {', '.join(engines)}"
+            )
+        return Targets(self.precisions, engines, self.tpr, plans)
 
 
 def run_export(
@@ -106,7 +119,7 @@ def run_export(
     from ssod_edge.data.images import whole_dataset
     from ssod_edge.export.graph.build import ExportOptions, export_source
 
-    started, console = time.monotonic(), _console()
+    started = time.monotonic()
     asked = target.targets()
     precisions = asked.precisions or DEFAULT_PRECISIONS
     options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop)
@@ -117,41 +130,34 @@ def run_export(
     if calib is not None:
         model = replace(model, images=replace(model.images, int8=whole_dataset(calib)))
     if not model.trained:
-        warning = UNTRAINED_WARNING.format(backbone=model.model.backbone_name, runs=source.runs)
-        console.print(Text(warning, "bold red"))
+        _say(UNTRAINED_WARNING.format(backbone=model.model.backbone_name, runs=source.runs), "bold red")
     elif model.images.thresholds is None:
-        console.print(Text(NO_IMAGES_NOTE, "yellow"))
+        _say(NO_IMAGES_NOTE, "yellow")
     folder = Path(target.out) if target.out else model.folder / "export"
-    spec = export_source(model, target.out, options, say=lambda line: console.print(Text(line)))
-    _show(spec, folder, started, console)
+    _show(export_source(model, target.out, options, _say), folder, started)
     return EXIT_SOME_FAILED if model.images.unreadable else EXIT_OK
 
 
 def run_deploy(bundle: str, target: TargetOptions, data: str | None = None) -> int:
     """`export --from`: make artifacts on a device, and print their table; returns the exit code, as `run_export` does.
 
-    Args:
-        bundle: what `package` wrote.
-        data: see `ssod_edge.export.deploy.deploy`.
+    See `ssod_edge.export.deploy.deploy` for `bundle` and `data`.
     """
-    started, console = time.monotonic(), _console()
+    started = time.monotonic()
     unreadable: dict[str, None] = {}
-    folder = default_folder(bundle) if target.out is None else Path(target.out)
-    spec = deploy(
-        bundle, folder, target.targets(), data, unreadable.setdefault, say=lambda line: console.print(Text(line))
-    )
+    folder = Path(Path(bundle).name.removesuffix(".tar") if target.out is None else target.out)
+    spec = deploy(bundle, folder, target.targets(), data, unreadable.setdefault, _say)
     for message in unreadable:
-        console.print(Text(f"left out: {message}"))
-    _show(spec, folder, started, console)
+        _say(f"left out: {message}")
+    _show(spec, folder, started)
     return EXIT_SOME_FAILED if unreadable else EXIT_OK
 
 
 def run_package(folder: str, out: str, bench: str | None = None) -> int:
     """`package`: pack an export into one file; returns the exit code. See `ssod_edge.export.bundle.write_bundle`."""
-    console = _console()
-    spec = write_bundle(folder, out, bench, say=lambda line: console.print(Text(line, "yellow")))
+    spec = write_bundle(folder, out, bench, say=partial(_say, style="yellow"))
     held = ", ".join(artifact.name for artifact in spec.artifacts)
-    console.print(Text(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB"))
+    _say(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB")
     return EXIT_OK
 
 
@@ -166,25 +172,6 @@ def engines_for(target: str) -> tuple[str, ...]:
         found += tuple(engine for engine in PLAN_ENGINES if is_installed(engine) and runs_here(engine))
         return found or CPU_TARGETS
     return ("onnxruntime" if target == "onnx" else target.replace("-", "_"),)
-
-
-def plan_options(engines: Sequence[str], batch: str, version_compatible: bool) -> PlanOptions:
-    """How plans are built.
-
-    Raises:
-        UsageError: `batch` is not as in `parse_batch`; or it, or version-compatible plans, are asked for and none are
-            made.
-    """
-    options = PlanOptions(parse_batch(batch), version_compatible)
-    if options.batch != PlanOptions().batch and not set(engines) & set(PLAN_ENGINES):
-        raise UsageError(
-            f"--batch is for TensorRT's plans, and this makes: {', '.join(engines)}. Others take any number"
-        )
-    if version_compatible and "tensorrt" not in engines:
-        raise UsageError(
-            f"--version-compatible is for the plans of --target tensorrt, and this makes: {', '.join(engines)}"
-        )
-    return options
 
 
 def choose_source(options: SourceOptions) -> Source:
@@ -219,17 +206,12 @@ def choose_source(options: SourceOptions) -> Source:
     return from_run(run, options.data)
 
 
-def _console() -> Console:
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+def _say(line: str, style: str = "") -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style))
 
 
-def _show(spec: Spec, folder: Path, started: float, console: Console) -> None:
-    print_artifacts(spec, folder)
-    console.print(Text(f"exported to {folder} in {time.monotonic() - started:.0f} s"))
-
-
-def print_artifacts(spec: Spec, folder: Path) -> None:
-    """The table of an export on standard output."""
+def _show(spec: Spec, folder: Path, started: float) -> None:
+    """The table of an export on standard output, then where it is."""
     table = Table(box=None, pad_edge=False)
     table.add_column("artifact", no_wrap=True)
     for heading in ("size", "max |dlogit|", "agreement", "flips", "threshold", "verified"):
@@ -238,6 +220,7 @@ def print_artifacts(spec: Spec, folder: Path) -> None:
         table.add_row(*_row(artifact, folder))
     # Off a terminal a row is one line.
     Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+    _say(f"exported to {folder} in {time.monotonic() - started:.0f} s")
 
 
 def _row(artifact: Artifact, folder: Path) -> tuple[str, ...]:

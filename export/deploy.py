@@ -13,7 +13,7 @@ from ssod_edge.detect.metrics import check_target_tpr
 from ssod_edge.errors import UsageError
 from ssod_edge.export.bundle import BENCH_NAME, check_bundle, unpack
 from ssod_edge.export.engines.artifact import PRECISIONS, check_engines, make_artifact
-from ssod_edge.export.release import Targets, release
+from ssod_edge.export.release import Say, Targets, release
 from ssod_edge.files import same_data
 from ssod_edge.runtime.calibrate import fit_threshold, trained_on
 from ssod_edge.runtime.export import Export
@@ -25,19 +25,10 @@ from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 #: threshold is itself the score of one image, which any rounding moves across it.
 MAX_FLIPS = 1
 
-Say = Callable[[str], None]
-#: `make_artifact`, but for what is the same for all.
-Make = Callable[[str, str, Path, Path], Artifact]
-
-
-def default_folder(bundle: str | Path) -> Path:
-    """Where a bundle goes if no place is named: its name without `.tar`, in the current folder."""
-    return Path(Path(bundle).name.removesuffix(".tar"))
-
 
 def deploy(
     bundle: str | Path,
-    out: str | Path | None = None,
+    out: str | Path,
     targets: Targets | None = None,
     data: str | None = None,
     unreadable: Callable[[str], Any] | None = None,
@@ -52,8 +43,7 @@ def deploy(
 
     Args:
         bundle: what `ssod_edge.export.bundle.write_bundle` wrote.
-        out: the export folder; None is `default_folder(bundle)`. Artifacts of an earlier export of the same model that
-            are not made again are kept.
+        out: the export folder. Artifacts of an earlier export of the same model that are not made again are kept.
         targets: what to make; None makes all that the bundle holds, for the CPU.
         data: a folder of in-distribution images, on whose scores every artifact's threshold is fitted.
         unreadable: takes the message of each of those images that cannot be read.
@@ -75,13 +65,12 @@ def deploy(
     check_bundle(bundle)
     images = None if data is None else _id_images(data)
     check_target_tpr(targets.target_tpr, None if images is None else len(images))
-    place = default_folder(bundle) if out is None else Path(out)
-    with release(place, say) as draft:
+    with release(Path(out), say) as draft:
         bundled = unpack(bundle, draft.folder)
         if data is not None and bundled.source.get("splits_hash") and same_data(data, bundled.source.get("data")):
             raise trained_on(data)
         say(f"unpacked {bundled.backbone} at {bundled.preprocess.input_size} px, score {bundled.score_name}")
-        make = partial(make_artifact, plans=targets.plans, earlier=Export.in_place(place))
+        make = partial(make_artifact, plans=targets.plans, earlier=Export.in_place(Path(out)))
         draft.write(replace(bundled, artifacts=tuple(_make(bundled, draft.folder, targets, make, say))))
 
         def fit(runners: Sequence[Runner]) -> Mapping[str, Verification]:
@@ -106,7 +95,7 @@ def _id_images(data: str) -> list[str]:
     return list_images([data])
 
 
-def _make(bundled: Spec, folder: Path, targets: Targets, make: Make, say: Say) -> list[Artifact]:
+def _make(bundled: Spec, folder: Path, targets: Targets, make: Callable[..., Artifact], say: Say) -> list[Artifact]:
     """Every engine's artifacts: those in the bundle as they are, the others from its ONNX graphs."""
     graphs = _graphs(bundled)
     ready = {(artifact.engine, artifact.precision): artifact for artifact in bundled.artifacts}
@@ -117,7 +106,12 @@ def _make(bundled: Spec, folder: Path, targets: Targets, make: Make, say: Say) -
                 made.append(ready[engine, precision])
             elif precision in graphs:
                 say(f"making {engine} in {precision}")
-                made.append(_from_graph(engine, graphs[precision], folder, make))
+                graph = graphs[precision]
+                new = make(engine, precision, folder / graph.main_file, folder)
+                # It remembers how its graph came about.
+                versions = {name: version for name, version in graph.versions.items() if name != graph.engine}
+                versions, build = {**versions, **new.versions}, {**graph.build, **new.build}
+                made.append(replace(new, opset=graph.opset, versions=versions, build=build))
             elif targets.precisions:
                 raise UsageError(
                     f"the bundle holds no ONNX graph in {precision}; it has: {', '.join(graphs) or 'none'}. Export it "
@@ -132,13 +126,6 @@ def _make(bundled: Spec, folder: Path, targets: Targets, make: Make, say: Say) -
 def _graphs(bundled: Spec) -> dict[str, Artifact]:
     """Precision -> the artifact that is its ONNX graph."""
     return {artifact.precision: artifact for artifact in bundled.artifacts if artifact.engine == "onnxruntime"}
-
-
-def _from_graph(engine: str, graph: Artifact, folder: Path, make: Make) -> Artifact:
-    """A new artifact, which remembers how its graph came about."""
-    made = make(engine, graph.precision, folder / graph.main_file, folder)
-    versions = {name: version for name, version in graph.versions.items() if name != graph.engine}
-    return replace(made, opset=graph.opset, versions={**versions, **made.versions}, build={**graph.build, **made.build})
 
 
 def _take_over(runner: Runner, bundled: Export, say: Say) -> Mapping[str, Verification]:
@@ -178,8 +165,8 @@ def _doubt(figures: Verification, bundled: Export, threshold: Threshold) -> str 
 
 def _remove_the_rest(spec: Spec, folder: Path) -> None:
     """What was unpacked and belongs to no artifact of the export."""
-    kept = {folder / name for artifact in spec.artifacts for name in artifact.files}
-    kept |= {folder / name for name in (SPEC_NAME, BENCH_NAME, *spec.shared_files)}
+    files = (name for artifact in spec.artifacts for name in artifact.files)
+    kept = {folder / name for name in (SPEC_NAME, BENCH_NAME, *spec.shared_files, *files)}
     for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what lies in it
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

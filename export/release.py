@@ -60,10 +60,10 @@ class Targets:
 
 
 class Draft:
-    """An export that is being made. Attributes: its folder, which is a temporary one; its place; its spec so far."""
+    """An export that is being made. Attributes: its folder, which is a temporary one; its spec so far."""
 
-    def __init__(self, folder: Path, place: Path, say: Say):
-        self.folder, self.place, self._say = folder, place, say
+    def __init__(self, folder: Path, say: Say):
+        self.folder, self._say = folder, say
         self.spec: Spec
 
     def write(self, spec: Spec) -> None:
@@ -117,7 +117,7 @@ def release(place: Path, say: Say) -> Iterator[Draft]:
         OutputError: it cannot be written. In every case an earlier export is unchanged.
     """
     with ExitStack() as publishing, staged(place) as folder:
-        draft = Draft(folder, place, say)
+        draft = Draft(folder, say)
         yield draft
         # Another process may be exporting to the same place: what it has published by now is kept too.
         publishing.enter_context(exclusive(place.resolve().parent))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ssod_edge.errors import OutputError, UsageError
 from ssod_edge.files import beside, exclusive, make_directory
-from ssod_edge.spec import SPEC_NAME, Spec, load_spec
+from ssod_edge.spec import SPEC_NAME, load_spec
 
 #: Of Linux's fcntl.h and fs.h.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -39,8 +39,9 @@ def staged(folder: Path) -> Iterator[Path]:
     make_directory(folder.parent)
     try:
         with exclusive(folder.parent):
-            _remove_left_over(folder)
-            temporary = beside(folder, _prefix(folder))
+            prefix = f".{folder.name}.ssod-edge-"
+            _remove_left_over(folder.parent, prefix)
+            temporary = beside(folder, prefix)
             temporary.mkdir()
             mark = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks
@@ -60,13 +61,9 @@ def staged(folder: Path) -> Iterator[Path]:
         os.close(mark)
 
 
-def _prefix(folder: Path) -> str:
-    return f".{folder.name}.ssod-edge-"
-
-
-def _remove_left_over(folder: Path) -> None:
+def _remove_left_over(place: Path, prefix: str) -> None:
     """Remove temporary folders that no process holds; call it inside `exclusive`, where no new one appears."""
-    for left in folder.parent.glob(f"{escape(_prefix(folder))}*"):
+    for left in place.glob(f"{escape(prefix)}*"):
         with suppress(OSError):  # held, not a folder, or not ours
             mark = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -78,7 +75,11 @@ def _remove_left_over(folder: Path) -> None:
 
 def _publish(temporary: Path, folder: Path) -> None:
     for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -112,18 +113,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _unlisted(folder: Path) -> list[str]:
     """Names in an export folder that its spec does not account for."""
-    try:
-        spec: Spec | None = load_spec(folder)
-    except Exception:  # a damaged spec lists nothing
-        spec = None
-    files = [name for artifact in spec.artifacts for name in artifact.files] + [*spec.shared_files] if spec else []
+    files: list[str] = []
+    with suppress(Exception):  # a damaged spec lists nothing
+        spec = load_spec(folder)
+        files = [*spec.shared_files, *(name for artifact in spec.artifacts for name in artifact.files)]
     listed = {Path(name).parts[0] for name in files}
     return [path.name for path in folder.iterdir() if path.name not in listed]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,9 +24,8 @@ from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.engines.tensorrt import check_builder
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.onnx import fused_graph, save_onnx
-from ssod_edge.export.graph.reference import synthetic_images
+from ssod_edge.export.graph.reference import SYNTHETIC_IMAGES, synthetic_images
 from ssod_edge.export.graph.source import untrained
-from ssod_edge.export.int8.artifacts import SYNTHETIC_IMAGES
 from ssod_edge.export.int8.quantize import OnnxQuantizer
 
 ENGINE = "tensorrt_rtx"

@@ -59,8 +59,7 @@ def make_artifact(
         made_with: packages beside the engine's whose versions are recorded.
         ir: an OpenVINO model that stands for what OpenVINO would read from `onnx_path`: the int8 one.
         plans: how plans are built, for TensorRT.
-        earlier: an earlier export; a plan of the same graph, TensorRT, GPU and options is taken from
-            it instead of being built again.
+        earlier: a plan of the same graph, TensorRT, GPU and options is taken from it instead of being built again.
 
     Raises:
         MissingExtraError: the engine is not installed.
@@ -75,12 +74,11 @@ def make_artifact(
     if engine in PLAN_ENGINES:
         path, build = save_plan(engine, precision, onnx_path, folder / name, plans or PlanOptions(), earlier)
         paths: Sequence[Path] = [path]
-        versions[engine] = build["version"]  # JetPack's TensorRT is no package that pip knows
     elif engine == "openvino":
         paths = save_ir(onnx_path, folder / name) if ir is None else write_ir(ir, folder / name)
-        versions[engine] = version(engine)
     else:
-        paths, versions[engine] = [onnx_path], version(engine)
+        paths = [onnx_path]
+    versions[engine] = build["version"] if build else version(engine)  # JetPack's TensorRT is no package of pip's
     return Artifact(
         name=name,
         engine=engine,

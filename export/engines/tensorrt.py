@@ -31,8 +31,6 @@ INPUT = "image"
 PLAN_NAME = "model.plan"
 #: TensorRT for RTX has no fp32 matrix product for Turing (7.5), and the last layer of every graph is one.
 OLDEST_CAPABILITY = 80
-
-
 #: Images in one run of a plan. A builder accepts any number, and reserves memory for it when the plan is opened.
 MOST_IMAGES = 4096
 
@@ -67,9 +65,8 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     Raises:
         UsageError: not one or three whole numbers.
     """
-    parts = text.split(",")
     try:
-        numbers = [int(part) for part in parts]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if len(numbers) == 1:
@@ -82,22 +79,20 @@ def parse_batch(text: str) -> tuple[int, int, int]:
 def runs_here(engine: str) -> bool:
     """Whether a plan that is built here can run here: there is a GPU, and this engine has code for it."""
     try:
-        return _target(engine)[1] is not None
+        return check_builder(engine)[1] is not None
     except SsodEdgeError:
         return False
 
 
-def check_builder(engine: str) -> None:
+def check_builder(engine: str) -> tuple[Any, Gpu | None, list[str]]:
     """Find out before the work whether plans can be built here.
+
+    Returns:
+        the module, the GPU that is here, and the compute capabilities that a plan is built for.
 
     Raises:
         MissingExtraError, EngineError: see `save_plan`.
     """
-    _target(engine)
-
-
-def _target(engine: str) -> tuple[Any, Gpu | None, list[str]]:
-    """The module, the GPU that is here, and the compute capabilities that a plan is built for."""
     module = load_module(engine)
     gpu = open_gpu(extra=CUDA_EXTRAS[engine]) if engine == "tensorrt" or has_gpu() else None
     return module, gpu, _capabilities(module, gpu)
@@ -119,8 +114,7 @@ def save_plan(
         precision: of the graph, for the record; the graph alone decides what is computed in.
         onnx_path: the graph.
         folder: gets `model.plan`.
-        options: see `PlanOptions`.
-        earlier: an export.
+        options, earlier: see `ssod_edge.export.engines.artifact.make_artifact`.
 
     Returns:
         the plan's path and what `Artifact.build` records of it (`PLAN_FIELDS` of
@@ -133,9 +127,9 @@ def save_plan(
         ArtifactError: the ONNX file is cut short, or its external data is missing or outside its folder.
         OutputError: the plan cannot be written.
     """
-    module, gpu, capabilities = _target(engine)
+    module, gpu, capabilities = check_builder(engine)
     build: dict[str, Any] = {
-        "onnx_sha256": _graph_hash(onnx_path),
+        "onnx_sha256": graph_hash({p.as_posix(): sha256_file(p) for p in (onnx_path, *external_files(onnx_path))}),
         "engine": engine,
         "version": str(module.__version__),
         "gpu": gpu.name if gpu is not None and engine == "tensorrt" else None,
@@ -163,22 +157,17 @@ def _copy_earlier(earlier: Export, key: str, path: Path) -> Path | None:
     return None
 
 
-def _graph_hash(onnx_path: Path) -> str:
-    """`graph_hash` of an ONNX file and its external data."""
-    return graph_hash({path.as_posix(): sha256_file(path) for path in (onnx_path, *external_files(onnx_path))})
-
-
 def _capabilities(module: Any, gpu: Gpu | None) -> list[str]:
     """The compute capabilities that a plan is built for, e.g. ["8.7"].
 
     Raises:
         EngineError: TensorRT for RTX has no code for the GPU that is here.
     """
-    names = getattr(getattr(module, "ComputeCapability", None), "__members__", None)
     if module.__name__ == "tensorrt":
         assert gpu is not None
         return [gpu.compute_capability]
-    numbers = sorted(int(name[2:]) for name in names or () if name.startswith("SM"))
+    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
+    numbers = sorted(int(name[2:]) for name in names if name.startswith("SM"))
     known = [f"{number // 10}.{number % 10}" for number in numbers if number >= OLDEST_CAPABILITY]
     if gpu is None:
         return known
@@ -273,15 +262,10 @@ def _parser_error(parser: Any, logger: Any) -> str:
     if parser.num_errors == 0:
         return str(logger.last())
     error = parser.get_error(0)
-    name, op = _text(error, "node_name"), _text(error, "node_operator")
+    name, op = (getattr(error, attribute, str)() for attribute in ("node_name", "node_operator"))
     where = f"node '{name}' ({op}): " if op else ""
     others = f" ({parser.num_errors - 1} more errors)" if parser.num_errors > 1 else ""
     return f"{where}{' '.join(str(error.desc()).split())}{others}"
-
-
-def _text(error: Any, attribute: str) -> str:
-    value = getattr(error, attribute, None)
-    return str(value() if value is not None else "")
 
 
 def _build(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
@@ -303,9 +287,7 @@ def _make_monitor(module: Any, bars: PhaseBars) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         """Shows the builder's phases; `cancelled` ends the build."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.cancelled = False
+        cancelled = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             bars.start(phase_name, num_steps)

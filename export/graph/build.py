@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,25 +24,18 @@ from ssod_edge.export.engines.artifact import (
     make_artifact,
 )
 from ssod_edge.export.graph.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
-from ssod_edge.export.graph.onnx import fused_graph, head_rows, save_onnx
-from ssod_edge.export.graph.reference import IMAGES, synthetic_images, write_reference
+from ssod_edge.export.graph.onnx import MADE_WITH, fused_graph, head_rows, make_from
+from ssod_edge.export.graph.reference import IMAGES, SYNTHETIC_IMAGES, synthetic_images, write_reference
 from ssod_edge.export.graph.score import ShippedScore, ship_score, want_score
-from ssod_edge.export.graph.source import Source, check_run_folder, from_run, save_run
+from ssod_edge.export.graph.source import Source, from_run, save_run
 from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
-from ssod_edge.export.release import Targets, release
+from ssod_edge.export.release import Say, Targets, release
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import Verification
 from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec
 from ssod_edge.terminal import image_bar
-
-#: Packages whose versions say how a graph came about.
-MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
-#: Images in a reference that has to do without real ones.
-SYNTHETIC_IMAGES = 32
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -116,8 +109,8 @@ def export_source(
     check_engines(options.engines)
     if "int8" in options.precisions:
         check_int8(source)
-    if out is None:
-        check_run_folder(source)
+    if out is None and source.checkpoint is None and (source.folder / "config.json").exists():
+        raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
     place = Path(out) if out is not None else source.folder / "export"
     earlier = Export.in_place(place)
     wanted = want_score(source, options.score, earlier, say)
@@ -137,7 +130,7 @@ def _build(
 ) -> Spec:
     """Write every artifact, the reference and the detector; the spec has neither thresholds nor figures yet."""
     detector = shipped.detector
-    make = partial(make_artifact, plans=options.plans, earlier=earlier)
+    make = partial(make_artifact, made_with=MADE_WITH, plans=options.plans, earlier=earlier)
     images, labels = _reference_images(source)
     reference = write_reference(folder / REFERENCE_NAME, source.model, images, labels, detector)
     state = shipped.record
@@ -148,22 +141,15 @@ def _build(
     rows = head_rows(source.model, detector)
     artifacts: list[Artifact] = []
     for precision in options.precisions:
-        graph, build = fp32, {}
-        path = folder / f"model-{precision}.onnx"
         if precision == "int8":
-            more = int8_artifacts(source, fp32, rows, options.engines, options.max_drop, path, MADE_WITH, make, say)
-            artifacts += more
+            artifacts += int8_artifacts(source, fp32, rows, options.engines, options.max_drop, folder, make, say)
             continue
+        graph, build = fp32, {}
         if precision == "fp16":
             graph, report = to_fp16(fp32, rows, images)
             build = _overflow_record(report)
-            for line in _half_lines(report):
-                say(line)
-        save_onnx(graph, path)
-        made = [make(engine, precision, path, folder, MADE_WITH) for engine in options.engines]
-        artifacts += [replace(artifact, build={**artifact.build, **build}) for artifact in made]
-        if "onnxruntime" not in options.engines:
-            path.unlink()
+            _tell(report, say)
+        artifacts += make_from(graph, precision, folder, options.engines, make, build)
     return Spec(
         backbone=source.model.backbone_name,
         classes=source.model.classes,
@@ -198,19 +184,14 @@ def _overflow_record(report: HalfReport) -> dict[str, Any]:
     return {"overflow": {"images": report.images, "largest": largest, "limit": OVERFLOW_LIMIT, "fp32_nodes": finite}}
 
 
-def _half_lines(report: HalfReport) -> list[str]:
-    limit = f"{OVERFLOW_LIMIT:.0f}, half of fp16's range"
-    return [_weights_line(report)] + [
-        f"fp16: node '{name}' reaches {largest:.3g} on {report.images} images: beyond {limit}, so it stays in fp32"
-        for name, largest in report.overflowing.items()
-    ]
-
-
-def _weights_line(report: HalfReport) -> str:
+def _tell(report: HalfReport, say: Say) -> None:
     line = f"fp16: {report.weights} weights, largest error {report.max_abs_error:.2g}"
     for count, what in ((report.clipped, "clipped to 65504"), (report.flushed, "rounded to 0")):
         line += f", {count} {what}" if count else ""
-    return line
+    say(line)
+    limit = f"{OVERFLOW_LIMIT:.0f}, half of fp16's range"
+    for name, largest in report.overflowing.items():
+        say(f"fp16: node '{name}' reaches {largest:.3g} on {report.images} images: beyond {limit}, so it stays in fp32")
 
 
 def _fit_thresholds(

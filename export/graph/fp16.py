@@ -12,6 +12,7 @@ graph is run on them first, and a layer that comes near the range stays in fp32,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ssod_edge.export.graph.onnx import LINEAR_OPS, check_fused
+from ssod_edge.export.graph.onnx import LINEAR_OPS, check_fused, open_session
 
 #: Where the fp32 end of a graph begins; the norms where a class token is read and nothing is pooled.
 POOLING_OPS = ("ReduceMean", "GlobalAveragePool", "ReduceMax", "GlobalMaxPool", "AveragePool")
@@ -90,15 +91,15 @@ def to_fp16(graph: ModelProto, rows: int, images: NDArray[np.uint8] | None = Non
     Raises:
         VerificationError: the graph does not have the fused form.
     """
-    half = ModelProto()
-    half.CopyFrom(graph)
+    half = deepcopy(graph)
     _fold_batch_norms(half)
     kept = kept_values(half, check_fused(half, rows))
     report = HalfReport()
     if images is not None:
         ranges = largest_magnitudes(half, sorted(_float_values(half) - kept), images)
-        report = _overflow(half, ranges, len(images))
-        kept |= _spared(half, report.overflowing)
+        overflowing, spared = _overflow(half, ranges)
+        report = HalfReport(images=len(images), largest=max(ranges.values(), default=0.0), overflowing=overflowing)
+        kept |= spared
     report = _convert(half, kept, report)
     del half.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(half, strict_mode=True), report
@@ -114,10 +115,7 @@ def largest_magnitudes(graph: ModelProto, names: Sequence[str], images: NDArray[
         names: of fp32 values that nodes compute.
         images: uint8 [n, 3, S, S], n >= 1.
     """
-    import onnxruntime
-
-    probed = ModelProto()
-    probed.CopyFrom(graph)
+    probed = deepcopy(graph)
     inner = probed.graph
     del inner.output[:]
     for index, name in enumerate(names):
@@ -125,9 +123,7 @@ def largest_magnitudes(graph: ModelProto, names: Sequence[str], images: NDArray[
         inner.node.append(helper.make_node("Abs", [name], [magnitude]))
         inner.node.append(helper.make_node("ReduceMax", [magnitude], [peak], keepdims=0))
         inner.output.append(helper.make_tensor_value_info(peak, TensorProto.FLOAT, []))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(probed)
     found = np.zeros(len(names), np.float32)
     for start in range(0, len(images) if names else 0, BATCH):
         peaks = np.stack(session.run(None, {"image": images[start : start + BATCH]}))
@@ -135,21 +131,19 @@ def largest_magnitudes(graph: ModelProto, names: Sequence[str], images: NDArray[
     return dict(zip(names, found.tolist(), strict=True))
 
 
-def _overflow(graph: ModelProto, ranges: dict[str, float], images: int) -> HalfReport:
-    """The report's entries on ranges; a node's magnitude is that of its largest output."""
+def _overflow(graph: ModelProto, ranges: dict[str, float]) -> tuple[dict[str, float], set[str]]:
+    """The nodes that reach too far, by their largest output; and the values to keep in fp32 so that none of those ever
+    becomes fp16: the outputs of these nodes, and what is computed from them at once.
+    """
     beyond: dict[str, float] = {}
+    large: set[str] = set()
     for node in graph.graph.node:
         magnitude = max((ranges.get(name, 0.0) for name in node.output), default=0.0)
         if magnitude > OVERFLOW_LIMIT:
             beyond[node.name or node.output[0]] = magnitude
-    return HalfReport(images=images, largest=max(ranges.values(), default=0.0), overflowing=beyond)
-
-
-def _spared(graph: ModelProto, overflowing: dict[str, float]) -> set[str]:
-    """Values to keep in fp32 so that the large ones never become fp16: theirs, and those computed from them at once."""
-    large = {name for node in graph.graph.node if (node.name or node.output[0]) in overflowing for name in node.output}
+            large.update(node.output)
     readers = (node for node in graph.graph.node if large.intersection(node.input))
-    return large | {name for node in readers for name in node.output}
+    return beyond, large | {name for node in readers for name in node.output}
 
 
 def kept_values(graph: ModelProto, head: NodeProto) -> set[str]:
@@ -202,12 +196,15 @@ def _convert(graph: ModelProto, kept: set[str], report: HalfReport) -> HalfRepor
     for node in inner.node:
         target = TensorProto.FLOAT if kept.intersection(node.output) else TensorProto.FLOAT16
         for index, name in enumerate(node.input):
-            if _must_be_fp32(node, index):
+            if node.op_type == "Resize" and index == 2:  # ONNX has its scales in fp32, whatever the type of the data
                 continue
             if name in weights:
                 if target == TensorProto.FLOAT16:
                     if name not in half_weights:
-                        half_weights[name], report = _halve(weights[name], report)
+                        before = numpy_helper.to_array(weights[name])
+                        after = np.clip(before, -LARGEST, LARGEST).astype(np.float16)
+                        half_weights[name] = numpy_helper.from_array(after, f"{name}_fp16")
+                        report = report.including(before, after)
                     node.input[index] = half_weights[name].name
             elif name in floats and (name in kept) != (target == TensorProto.FLOAT):
                 if name not in casts:
@@ -219,14 +216,10 @@ def _convert(graph: ModelProto, kept: set[str], report: HalfReport) -> HalfRepor
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
     tensors = [tensor for tensor in (*inner.initializer, *half_weights.values()) if tensor.name in used]
-    _replace(inner.node, nodes)
-    _replace(inner.initializer, tensors)
+    del inner.node[:], inner.initializer[:]
+    inner.node.extend(nodes)
+    inner.initializer.extend(tensors)
     return report
-
-
-def _must_be_fp32(node: NodeProto, index: int) -> bool:
-    """Inputs that ONNX defines as fp32 whatever the type of the data: the scales of a Resize."""
-    return node.op_type == "Resize" and index == 2
 
 
 def _float_values(graph: ModelProto) -> set[str]:
@@ -235,12 +228,6 @@ def _float_values(graph: ModelProto) -> set[str]:
     computed = {name for node in inferred.node for name in node.output}
     values = (*inferred.value_info, *inferred.output)
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT} & computed
-
-
-def _halve(tensor: TensorProto, report: HalfReport) -> tuple[TensorProto, HalfReport]:
-    before = numpy_helper.to_array(tensor)
-    after = np.clip(before, -LARGEST, LARGEST).astype(np.float16)
-    return numpy_helper.from_array(after, f"{tensor.name}_fp16"), report.including(before, after)
 
 
 def _halve_attributes(node: NodeProto) -> None:
@@ -273,13 +260,5 @@ def _fold_batch_norms(graph: ModelProto) -> None:
             inner.initializer.append(numpy_helper.from_array(array, f"{name}_{suffix}"))
         nodes.append(helper.make_node("Mul", [node.input[0], f"{name}_factor"], [f"{name}_scaled"]))
         nodes.append(helper.make_node("Add", [f"{name}_scaled", f"{name}_shift"], [name]))
-    _replace(inner.node, nodes)
-
-
-def _replace(field, values) -> None:  # type: ignore[no-untyped-def]
-    """Set a repeated protobuf field; the values may come from it."""
-    copies = [type(value)() for value in values]
-    for copy, value in zip(copies, values, strict=True):
-        copy.CopyFrom(value)
-    del field[:]
-    field.extend(copies)
+    del inner.node[:]
+    inner.node.extend(nodes)

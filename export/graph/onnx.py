@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -18,9 +20,11 @@ from ssod_edge.export.engines.artifact import OPSET
 from ssod_edge.export.graph.fused import FusedClassifier
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.runner import OUTPUTS
-from ssod_edge.spec import SCHEMA_VERSION
+from ssod_edge.spec import SCHEMA_VERSION, Artifact
 from ssod_edge.training.model import SSODClassifier
 
+#: Packages whose versions say how a graph came about.
+MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
 INPUT = "image"
 LINEAR_OPS = ("Gemm", "MatMul")
 
@@ -38,17 +42,15 @@ def fused_graph(
     Inputs: `image` uint8 [N, 3, S, S]. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N].
 
     Args:
-        model: in evaluation mode.
-        score: the OOD score to compute.
+        model, score, detector: see `FusedClassifier`.
         trained: recorded in the metadata.
-        detector: the state of the score, if it has one.
 
     Raises:
         MissingExtraError: onnxscript is not installed.
         UsageError: the exporter cannot handle this backbone, or the graph is over 2 GB.
         VerificationError: the exported graph does not have the fused form.
     """
-    graph = _export(FusedClassifier(model, score, detector), OUTPUTS, model.preprocess.input_size)
+    graph = _export(FusedClassifier(model, score, detector), model.preprocess.input_size)
     check_fused(graph, head_rows(model, detector))
     onnx.helper.set_model_props(
         graph,
@@ -78,6 +80,42 @@ def save_onnx(graph: onnx.ModelProto, path: str | Path) -> Path:
     return write_atomic(path, lambda temporary: temporary.write_bytes(graph.SerializeToString(deterministic=True)))
 
 
+def make_from(
+    graph: onnx.ModelProto,
+    precision: str,
+    folder: Path,
+    engines: Sequence[str],
+    make: Callable[..., Artifact],
+    build: dict[str, Any],
+) -> list[Artifact]:
+    """Save a graph, and make every engine's artifact from it; the file stays if an engine runs it as it is.
+
+    Args:
+        graph: of this precision.
+        precision: of `ssod_edge.export.engines.artifact.PRECISIONS`.
+        folder: the export folder that is being made.
+        engines: that read ONNX.
+        make: `ssod_edge.export.engines.artifact.make_artifact`, with what is the same for all.
+        build: how the graph came about, for `Artifact.build`.
+    """
+    path = save_onnx(graph, folder / f"model-{precision}.onnx")
+    made = [make(engine, precision, path, folder) for engine in engines]
+    if "onnxruntime" not in engines:
+        path.unlink()
+    return [replace(artifact, build={**artifact.build, **build}) for artifact in made]
+
+
+def open_session(graph: onnx.ModelProto, optimise: bool = True) -> Any:
+    """A graph in ONNX Runtime on the CPU, which says nothing but errors."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
     """The one linear layer that reads the features: it gives the classes, the ID logit and a detector's rows.
 
@@ -88,62 +126,42 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
         VerificationError: there are more, another one reads the same features, or its rows are not `rows`.
     """
     producer = {output: node for node in graph.graph.node for output in node.output}
+    linear = {name for name, node in producer.items() if node.op_type in LINEAR_OPS}
     outputs = [output.name for output in graph.graph.output]
-    found = _linear_behind(producer, [name for name in outputs if name != "ood_score"])
+    found = _behind(producer, [name for name in outputs if name != "ood_score"], linear) & linear
     if len(found) != 1:
         raise VerificationError(f"the classes must come from exactly one Gemm, found {len(found)}")
-    (head,) = found.values()
-    twins = [n for n in graph.graph.node if n.op_type in LINEAR_OPS and n.input[0] == head.input[0]]
+    head = producer[next(iter(found))]
+    features = head.input[0]
+    twins = [name for name in linear if producer[name].input[0] == features]
     weights = {w.name: tuple(w.dims) for w in graph.graph.initializer}
     shape = weights.get(head.input[1], ())
     if len(twins) != 1 or rows not in shape:
         raise VerificationError(
             f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
         )
-    behind_score = _linear_behind(producer, outputs, features=head.input[0])  # KNN's norm reads these by itself
-    own = [node for name, node in behind_score.items() if name not in found]
-    if len(own) > 1 or any(not _made_of(producer, node.input[0], head.input[0]) for node in own):
+    own = _behind(producer, outputs, {*linear, features}) & linear - found - {features}
+    layers = {name for name, node in producer.items() if node.op_type in (*LINEAR_OPS, "Conv")} | {INPUT}
+    ways = [_behind(producer, [producer[name].input[0]], {features}) for name in own]
+    if len(own) > 1 or any(features not in way or way & layers - {features} for way in ways):
         raise VerificationError(
             f"the score may have one Gemm of its own, on the features that the classes are read from, found {len(own)}"
         )
     return head
 
 
-def _linear_behind(
-    producer: dict[str, onnx.NodeProto], names: list[str], features: str = ""
-) -> dict[str, onnx.NodeProto]:
-    """The last linear layers on the way to these values, but none behind the features, by the name of their output."""
-    found: dict[str, onnx.NodeProto] = {}
-    pending, seen = list(names), {features}
+def _behind(producer: dict[str, onnx.NodeProto], names: list[str], ends: set[str]) -> set[str]:
+    """These values and all that they are computed from, back to `ends` and not beyond."""
+    pending, seen = list(names), set()
     while pending:
         name = pending.pop()
-        if name in seen or name not in producer:
-            continue
-        seen.add(name)
-        node = producer[name]
-        if node.op_type in LINEAR_OPS:
-            found[node.output[0]] = node
-        else:
-            pending.extend(node.input)
-    return found
+        if name not in seen:
+            seen.add(name)
+            pending.extend(producer[name].input if name in producer and name not in ends else ())
+    return seen
 
 
-def _made_of(producer: dict[str, onnx.NodeProto], name: str, features: str) -> bool:
-    """Whether a value is computed from the features, without a layer between, and from nothing before them."""
-    pending, seen, reached = [name], set(), False
-    while pending:
-        name = pending.pop()
-        reached |= name == features
-        if name == features or name in seen:
-            continue
-        seen.add(name)
-        if name == INPUT or (name in producer and producer[name].op_type in (*LINEAR_OPS, "Conv")):
-            return False
-        pending.extend(producer[name].input if name in producer else ())
-    return reached
-
-
-def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.ModelProto:
+def _export(module: nn.Module, size: int) -> onnx.ModelProto:
     if importlib.util.find_spec("onnxscript") is None:
         raise missing_extra("onnxscript", "exporting to ONNX")
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
@@ -154,7 +172,7 @@ def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.Mode
                 module,
                 (example,),
                 input_names=[INPUT],
-                output_names=list(outputs),
+                output_names=list(OUTPUTS),
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
@@ -163,8 +181,7 @@ def _export(module: nn.Module, outputs: tuple[str, ...], size: int) -> onnx.Mode
             )
     except torch.onnx.OnnxExporterError as error:
         raise UsageError(f"this backbone cannot be exported: {str(error).splitlines()[0]}") from error
-    if program is None:
-        raise UsageError("this backbone cannot be exported: the exporter gave no graph")
+    assert program is not None  # of a failure it raises
     try:
         graph = program.model_proto
     except ValueError as error:

@@ -16,6 +16,8 @@ from ssod_edge.files import write_atomic
 from ssod_edge.training.model import SSODClassifier, normalise
 
 IMAGES = 256
+#: Images that have to do for a reference, and to quantise with, where there are no real ones.
+SYNTHETIC_IMAGES = 32
 BATCH = 32
 
 
@@ -43,10 +45,10 @@ def write_reference(
     logits, id_logit, features = run_eager(model, images)
     if not (np.isfinite(logits).all() and np.isfinite(id_logit).all()):
         raise VerificationError("the model gives logits that are not finite, so there is nothing to compare with")
-    scores = {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
+    arrays: dict[str, Any] = {"image": images, "label": labels, "logits": logits, "id_logit": id_logit}
+    arrays |= {f"score_{name}": value for name, value in ood_scores(logits, id_logit).items()}
     if detector is not None:
-        scores[f"score_{detector.name}"] = detector.score(features, logits, id_logit)
-    arrays: dict[str, Any] = {"image": images, "label": labels, "logits": logits, "id_logit": id_logit, **scores}
+        arrays[f"score_{detector.name}"] = detector.score(features, logits, id_logit)
     return write_atomic(path, lambda temporary: np.savez_compressed(temporary, **arrays))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
 from ssod_edge.data.images import LEAST_IMAGES, Images
@@ -17,12 +17,10 @@ from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.source import Source, check_score
-from ssod_edge.export.release import without_names
+from ssod_edge.export.release import Say, without_names
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
-
-Say = Callable[[str], None]
 
 #: Training images that a detector is fitted on.
 FIT_IMAGES = 10_000
@@ -62,8 +60,7 @@ class ShippedScore:
     """What an export computes as `ood_score`.
 
     Attributes:
-        name: see `ssod_edge.config.score_parts`.
-        evidence: why this one, in words.
+        name, evidence: see `WantedScore`; never "auto".
         detector: the state, if the score has one.
         record: what it was fitted on, for the spec.
         choice: the evidence of "auto" in figures, for the spec.
@@ -204,19 +201,16 @@ def fit_data(source: Source, say: Say) -> FitData:
     assert training is not None
     chosen = np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES]
     say(f"fitting on the features of {len(chosen)} images of {training.description}")
-    logits, id_logits, features, labels = [], [], [], []
+    parts: list[tuple[NDArray[Any], ...]] = []
     with image_bar("fitting", len(chosen)) as advance:
         for images, found in training.batches(model.preprocess, np.sort(chosen)):
-            batch_logits, batch_id, batch_features = run_eager(model, images)
-            logits.append(batch_logits)
-            id_logits.append(batch_id)
-            features.append(batch_features)
-            labels.append(found)
+            parts.append((*run_eager(model, images), found))
             advance(len(images))
     for message in training.unreadable:
         say(f"left out: {message}")
-    if sum(map(len, labels)) < LEAST_IMAGES:
+    if sum(len(part[-1]) for part in parts) < LEAST_IMAGES:
         raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
     weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
-    known = model_labels(np.concatenate(labels), training.source.classes, model.classes)
-    return FitData(np.concatenate(features), known, np.concatenate(logits), weight, bias, np.concatenate(id_logits))
+    logits, id_logits, features, labels = map(np.concatenate, zip(*parts, strict=True))
+    known = model_labels(labels, training.source.classes, model.classes)
+    return FitData(features, known, logits, weight, bias, id_logits)

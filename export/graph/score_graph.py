@@ -42,11 +42,11 @@ class FusedScore(nn.Module):
         parts: dict[str, Detector] = {score.name: score} if isinstance(score, Detector) else score.detectors
         scales: dict[str, float] = {score.name: 1.0} if isinstance(score, Detector) else score.scales
         free = {name: scale for name, scale in scales.items() if name not in parts}
-        distances = {name: scales[name] for name in scales if name in ("mahalanobis", "rmd")}
+        distances = [(parts[name], scale) for name, scale in scales.items() if name in ("mahalanobis", "rmd")]
         terms: list[_Term] = []
         if distances:
-            terms.append(_squares([(parts[name], scale) for name, scale in distances.items()]))
-            lowest = [_Lowest(parts[name], scale) for name, scale in distances.items()]
+            terms.append(_squares(distances))
+            lowest = [_Lowest(*distance) for distance in distances]
             if "ssod" in free:
                 lowest[0].add_row(-free.pop("ssod"), *head)
             terms += lowest
@@ -120,9 +120,7 @@ def _squares(distances: list[tuple[Detector, float]]) -> _Squares:
 def _residual(vim: Detector, scale: float) -> _Squares:
     """ViM without its energy."""
     factor = (scale * vim.numbers["alpha"]) ** 2
-    if not vim.center.size:
-        return _Squares(vim.weight, vim.bias, np.full(len(vim.bias), factor), vim.center, root=True)
-    factors = np.repeat([factor, -factor], [len(vim.center), len(vim.bias)])
+    factors = np.repeat([factor, -factor if vim.center.size else factor], [len(vim.center), len(vim.bias)])
     return _Squares(vim.weight, vim.bias, factors, vim.center, root=True)
 
 
@@ -169,9 +167,8 @@ class _Shaped(_Term):
     def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
         bias = cast(Tensor, self.classes)
         if self.name == "react":
-            return _times(
-                self.scale, _energy(cast(nn.Linear, self.own)(features.clamp(max=self.numbers["clip"])) + bias)
-            )
+            product = cast(nn.Linear, self.own)(features.clamp(max=self.numbers["clip"]))
+            return _times(self.scale, _energy(product + bias))
         # k is fixed, so that TopK has a shape that every engine knows when it builds.
         kth = features.topk(int(self.numbers["k"]), dim=1).values[:, -1:]
         kept = torch.where(features >= kth, features, torch.zeros_like(features))

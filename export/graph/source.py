@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from ssod_edge.config import NEED_OOD_ROW, Preprocess, resolve_backbone
+from ssod_edge.config import NEED_OOD_ROW, resolve_backbone
 from ssod_edge.data.images import Images, whole_dataset
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import same_data, sha256_file
@@ -122,12 +122,19 @@ def from_weights(
         classes = imagenet_classes()
     name = resolve_backbone(backbone)
     settings = backbone_preprocess(backbone, input_size, pretrained=True)
-    model = _pretrained(name, classes, settings) if weights is None else build_model(name, classes, settings)
+    if weights is None:
+        count = timm.get_pretrained_cfg(name).num_classes
+        if count != len(classes):
+            raise UsageError(
+                f"timm's weights of '{name}' have {count} classes, got {len(classes)}. Give --classes FILE"
+            )
+        facts: dict[str, Any] = {"run": f"{name}-pretrained", "weights": "timm"}
+    else:
+        path = Path(weights)
+        facts = {"run": f"{name}-{path.stem}", "weights": path.name}
+    model = build_model(name, classes, settings, pretrained=weights is None)
     if weights is not None:
         _load_all_weights(model, weights)
-    origin = Path(weights).stem if weights else "pretrained"
-    facts: dict[str, Any] = {"run": f"{name}-{origin}", "weights": Path(weights).name if weights else "timm"}
-    if weights is not None:
         facts["weights_sha256"] = sha256_file(weights)
     if thresholds is not None:
         facts |= {"data": data, "data_fingerprint": thresholds.source.fingerprint}
@@ -172,12 +179,6 @@ def save_run(source: Source) -> Path:
     return source.folder / BEST
 
 
-def check_run_folder(source: Source) -> None:
-    """Raises UsageError if the folder that a source is about to make belongs to a training run."""
-    if source.checkpoint is None and (source.folder / "config.json").exists():
-        raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
-
-
 def imagenet_classes() -> tuple[str, ...]:
     """The 1000 classes of ImageNet-1k in label order: WordNet id and first name, "n01440764_tench"."""
     from timm.data import ImageNetInfo
@@ -194,13 +195,6 @@ def _outliers(run: Run) -> tuple[str, ...]:
     except (UsageError, ArtifactError):
         return ()
     return loss.outliers if loss.trains_row_on_outliers else ()
-
-
-def _pretrained(name: str, classes: tuple[str, ...], settings: Preprocess) -> SSODClassifier:
-    count = timm.get_pretrained_cfg(name).num_classes
-    if count != len(classes):
-        raise UsageError(f"timm's weights of '{name}' have {count} classes, got {len(classes)}. Give --classes FILE")
-    return build_model(name, classes, settings, pretrained=True)
 
 
 def _load_all_weights(model: SSODClassifier, path: str) -> None:

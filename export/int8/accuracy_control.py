@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from ssod_edge.detect.made_images import make_for_choices
 from ssod_edge.detect.metrics import detection_metrics
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.int8.quantize import Images, Infer, Quantizer
+from ssod_edge.export.release import Say
 from ssod_edge.training.model import SSODClassifier
 
 #: Images that the ranges of the activations come from: what NNCF takes by default, and more change nothing.
@@ -28,8 +28,6 @@ LEAST_IMAGES = 32
 #: Images that the layers are ranked with.
 RANKING_IMAGES = 64
 BATCH = 32
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -206,13 +204,10 @@ def quantize_controlled(
 
 def rank_nodes(quantizer: Quantizer, model: Any, control: AccuracyControl) -> list[str]:
     """The nodes that read quantised activations, the one that costs most first."""
-    error = {
-        node: control.error(quantizer.infer(quantizer.bypassed(model, node)))
-        for node in quantizer.quantized_nodes(model)
-    }
-    return sorted(error, key=lambda node: error[node])
+    nodes = quantizer.quantized_nodes(model)
+    return sorted(nodes, key=lambda node: control.error(quantizer.infer(quantizer.bypassed(model, node))))
 
 
 def _run(infer: Infer, images: Images) -> dict[str, NDArray[np.float32]]:
-    parts = [infer(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+    parts = [infer(batch) for batch in np.array_split(images, range(BATCH, len(images), BATCH))]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,13 @@ from typing import Any
 import onnx
 
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
-from ssod_edge.export.graph.onnx import save_onnx
-from ssod_edge.export.graph.reference import synthetic_images
+from ssod_edge.export.graph.onnx import MADE_WITH, make_from
+from ssod_edge.export.graph.reference import SYNTHETIC_IMAGES, synthetic_images
 from ssod_edge.export.graph.source import Source
-from ssod_edge.export.int8.accuracy_control import AccuracyControl, Say, check_count, draw_images, quantize_controlled
+from ssod_edge.export.int8.accuracy_control import AccuracyControl, check_count, draw_images, quantize_controlled
 from ssod_edge.export.int8.quantize import OnnxQuantizer, OpenVinoQuantizer, Quantizer, infer_onnx, layer_names
+from ssod_edge.export.release import Say
 from ssod_edge.spec import Artifact
-
-#: Images that untrained weights are quantised with: their int8 graph is for latency alone.
-SYNTHETIC_IMAGES = 32
 
 
 def check_int8(source: Source) -> None:
@@ -45,8 +44,7 @@ def int8_artifacts(
     rows: int,
     engines: Sequence[str],
     max_drop: float,
-    path: Path,
-    made_with: Sequence[str],
+    folder: Path,
     make: Callable[..., Artifact],
     say: Say,
 ) -> list[Artifact]:
@@ -54,20 +52,17 @@ def int8_artifacts(
 
     Args:
         source: what is exported.
-        fp32: its fused graph.
-        rows: of its final Gemm.
+        fp32, rows: its fused graph, and those of its final Gemm.
         engines: of `ssod_edge.export.engines.artifact.TARGETS`.
         max_drop: see `AccuracyControl`.
-        path: of `model-int8.onnx` in the export folder; it stays there if an engine runs it as it is.
-        made_with: packages whose versions are recorded.
-        make: `ssod_edge.export.engines.artifact.make_artifact`, with what is the same for all.
+        folder, make: see `ssod_edge.export.graph.onnx.make_from`.
         say: gets a line for each step.
 
     Raises:
         UsageError: too few images.
         VerificationError: int8 costs more than `max_drop`.
     """
-    made_with = (*made_with, "nncf")
+    make = partial(make, made_with=(*MADE_WITH, "nncf"))
     calibration = source.images.quantising
     if not source.trained or calibration is None:
         images = synthetic_images(SYNTHETIC_IMAGES, source.model.preprocess.input_size)
@@ -81,17 +76,12 @@ def int8_artifacts(
     artifacts = []
     if "openvino" in engines:
         ir, build = _quantize(OpenVinoQuantizer(fp32, rows, images), control, fp32, data, say)
-        made = make("openvino", "int8", path, path.parent, made_with, ir)
+        made = make("openvino", "int8", folder / "model-int8.onnx", folder, ir=ir)
         artifacts.append(replace(made, build={**made.build, **build}))
     others = [engine for engine in engines if engine != "openvino"]
     if others:
         graph, build = _quantize(OnnxQuantizer(fp32, rows, images), control, fp32, data, say)
-        save_onnx(graph, path)
-        for engine in others:
-            made = make(engine, "int8", path, path.parent, made_with)
-            artifacts.append(replace(made, build={**made.build, **build}))
-        if "onnxruntime" not in engines:
-            path.unlink()
+        artifacts += make_from(graph, "int8", folder, others, make, build)
     return artifacts
 
 
@@ -111,7 +101,8 @@ def _quantize(
     quantised = sum(layers.values())
     if not quantised:
         raise VerificationError(f"int8 ({quantizer.preset}): no layer of this network is quantised")
-    say(f"int8 ({quantizer.preset}): {quantised} of {len(layers)} layers are int8" + _named(names, excluded))
+    named = f"; in floating point for accuracy: {', '.join(names[name] for name in excluded)}" if excluded else ""
+    say(f"int8 ({quantizer.preset}): {quantised} of {len(layers)} layers are int8{named}")
     kept = [name for name, is_int8 in layers.items() if not is_int8]
     reasons = dict.fromkeys(quantizer.scope, "an fp32 end") | dict.fromkeys(excluded, "accuracy")
     build = {
@@ -123,7 +114,3 @@ def _quantize(
         "float_layers": {names[name]: reasons.get(name, "the quantiser's choice") for name in (*excluded, *kept)},
     }
     return model, build
-
-
-def _named(names: dict[str, str], excluded: Sequence[str]) -> str:
-    return f"; in floating point for accuracy: {', '.join(names[name] for name in excluded)}" if excluded else ""

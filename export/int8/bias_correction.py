@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ssod_edge.export.graph.onnx import open_session
 
 #: Images whose means are compared. The difference of two graphs on the same images is far steadier than either.
 CORRECTION_IMAGES = 64
@@ -30,8 +33,8 @@ def correct_biases(model: ModelProto, reference: ModelProto, images: NDArray[np.
     images = images[:CORRECTION_IMAGES]
     dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     layers = [n for n in model.graph.node if n.op_type in ("Conv", "ConvTranspose") and n.input[1] in dequantised]
-    expected = _Means(reference, [node.name for node in layers])
-    wanted = expected.of([node.name for node in layers], images)
+    names = [node.name for node in layers]
+    wanted = _Means(reference, names).of(names, images)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     biases = {
         node.name: numpy_helper.to_array(tensors[node.input[2]]).copy()
@@ -39,10 +42,9 @@ def correct_biases(model: ModelProto, reference: ModelProto, images: NDArray[np.
         else np.zeros_like(wanted[node.name])
         for node in layers
     }
-    found = _Means(model, [node.name for node in layers], biases)
+    found = _Means(model, names, biases)
     for node in layers:
-        shift = wanted[node.name] - found.of([node.name], images)[node.name]
-        biases[node.name] += shift
+        biases[node.name] += wanted[node.name] - found.of([node.name], images)[node.name]
         name = f"{node.name}_corrected_bias"
         if name not in tensors:
             tensors[name] = model.graph.initializer.add()
@@ -57,10 +59,7 @@ class _Means:
     """Mean of each channel of some layers' outputs; `biases` stand in for the layers' own, as they are at each run."""
 
     def __init__(self, graph: ModelProto, layers: list[str], biases: Mapping[str, Array] | None = None):
-        import onnxruntime
-
-        probed = ModelProto()
-        probed.CopyFrom(graph)
+        probed = deepcopy(graph)
         inner = probed.graph
         inner.initializer.append(numpy_helper.from_array(np.array([0, 2, 3]), "probe_axes"))
         del inner.output[:]
@@ -74,18 +73,14 @@ class _Means:
                 node.input[:] = [*node.input[:2], _bias(name)]
                 shape = self._biases[name].shape
                 inner.input.append(helper.make_tensor_value_info(_bias(name), TensorProto.FLOAT, shape))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         # As the graph says, in fp32 between the pairs: fused kernels want a bias that is a constant.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        data = probed.SerializeToString()
-        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self._session = open_session(probed, optimise=False)
 
     def of(self, layers: list[str], images: NDArray[np.uint8]) -> dict[str, Array]:
         """Layer -> float32 [channels]; what comes behind them in the graph does not run."""
         biases = {_bias(name): value for name, value in self._biases.items()}
         totals = [np.zeros(1, np.float64)] * len(layers)
-        for batch in _batches(images):
+        for batch in np.array_split(images, range(BATCH, len(images), BATCH)):
             means = self._session.run([_mean(name) for name in layers], {"image": batch, **biases})
             totals = [total + mean * (len(batch) / len(images)) for total, mean in zip(totals, means, strict=True)]
         return {name: total.astype(np.float32) for name, total in zip(layers, totals, strict=True)}
@@ -97,7 +92,3 @@ def _mean(layer: str) -> str:
 
 def _bias(layer: str) -> str:
     return f"{layer}_probe_bias"
-
-
-def _batches(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))

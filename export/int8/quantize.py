@@ -14,9 +14,11 @@ import contextlib
 import io
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ssod_edge.errors import VerificationError, missing_extra
 from ssod_edge.export.graph.fp16 import kept_values
-from ssod_edge.export.graph.onnx import check_fused
+from ssod_edge.export.graph.onnx import check_fused, open_session
 from ssod_edge.export.int8.bias_correction import correct_biases
 
 #: Operators with weights: what is meant by a layer.
@@ -45,7 +47,7 @@ Images = NDArray[np.uint8]
 Infer = Callable[[Images], dict[str, NDArray[np.float32]]]
 
 
-class Quantizer(Protocol):
+class Quantizer(ABC):
     """One way from the fp32 graph to int8. Nodes go by their names in the fp32 graph, whatever the engine calls them.
 
     Attributes:
@@ -55,28 +57,31 @@ class Quantizer(Protocol):
     """
 
     preset: str
-    scope: list[str]
-    images: Images
 
+    def __init__(self, graph: ModelProto, rows: int, images: Images):
+        self.images = images
+        self.scope = float_scope(graph, rows)
+        self._graph = graph
+
+    @abstractmethod
     def quantize(self, excluded: Sequence[str] = ()) -> Any:
         """The int8 model; the nodes named in `excluded` stay in floating point."""
-        ...
 
+    @abstractmethod
     def infer(self, model: Any) -> Infer:
         """Load a model into the engine it is for."""
-        ...
 
+    @abstractmethod
     def quantized_nodes(self, model: Any) -> list[str]:
         """Nodes that read a quantised activation, in the order they run."""
-        ...
 
+    @abstractmethod
     def bypassed(self, model: Any, node: str) -> Any:
         """A copy in which this node reads its activations unquantised."""
-        ...
 
+    @abstractmethod
     def layers(self, model: Any) -> dict[str, bool]:
         """Every layer, in the order they run, and whether its weights are int8."""
-        ...
 
 
 def layer_names(graph: ModelProto) -> dict[str, str]:
@@ -104,7 +109,7 @@ def float_scope(graph: ModelProto, rows: int) -> list[str]:
     return [node.name for node in graph.graph.node if kept.intersection(node.output)]
 
 
-class OnnxQuantizer:
+class OnnxQuantizer(Quantizer):
     """`Quantizer` to a symmetric QDQ graph: int8 activations and per-channel int8 weights, every zero-point 0.
 
     Biases stay fp32: TensorRT refuses those that are int32 behind a DequantizeLinear.
@@ -112,16 +117,10 @@ class OnnxQuantizer:
 
     preset = "performance"
 
-    def __init__(self, graph: ModelProto, rows: int, images: Images):
-        self.images = images
-        self.scope = float_scope(graph, rows)
-        self._graph = graph
-
     def quantize(self, excluded: Sequence[str] = ()) -> ModelProto:
         """Raises VerificationError if the graph is not symmetric int8 throughout."""
         items = [{"image": image[None]} for image in self.images]
-        source = ModelProto()
-        source.CopyFrom(self._graph)  # NNCF writes into what it is given
+        source = deepcopy(self._graph)  # NNCF writes into what it is given
         # NNCF's own full bias correction cannot cut graphs in which a shortcut has a convolution.
         parameters = _import_nncf().AdvancedQuantizationParameters(disable_bias_correction=True)
         model = _nncf_quantize(source, items, self.preset, [*self.scope, *excluded], advanced_parameters=parameters)
@@ -140,8 +139,7 @@ class OnnxQuantizer:
         return [node.name for node in model.graph.node if node.op_type not in QDQ and pairs.keys() & set(node.input)]
 
     def bypassed(self, model: ModelProto, node: str) -> ModelProto:
-        copy = ModelProto()
-        copy.CopyFrom(model)
+        copy = deepcopy(model)
         pairs = _activation_pairs(copy)
         (found,) = (other for other in copy.graph.node if other.name == node)
         found.input[:] = [pairs.get(name, name) for name in found.input]
@@ -152,24 +150,23 @@ class OnnxQuantizer:
         return {node.name: node.input[1] in dequantised for node in model.graph.node if node.op_type in LAYERS}
 
 
-class OpenVinoQuantizer:
+class OpenVinoQuantizer(Quantizer):
     """`Quantizer` to an OpenVINO model: asymmetric activations, symmetric per-channel weights."""
 
     preset = "mixed"
 
     def __init__(self, graph: ModelProto, rows: int, images: Images):
-        self.images = images
-        self.scope = float_scope(graph, rows)
-        self._graph = graph
+        super().__init__(graph, rows, images)
         # OpenVINO calls an operation that computes an output of the model by that output's name.
         self._nodes = {output: node.name for node in graph.graph.node for output in node.output}
 
     def quantize(self, excluded: Sequence[str] = ()) -> Any:
-        source = self._read()
+        import openvino
+
+        source = openvino.convert_model(io.BytesIO(self._graph.SerializeToString()))
         left = {*self.scope, *excluded}
-        names = [
-            op.get_friendly_name() for op in source.get_ordered_ops() if _is_compute(op) and self._node(op) in left
-        ]
+        ops = [op for op in source.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
+        names = [op.get_friendly_name() for op in ops if self._node(op) in left]
         return _nncf_quantize(source, list(self.images[:, None]), self.preset, names)
 
     def infer(self, model: Any) -> Infer:
@@ -185,8 +182,8 @@ class OpenVinoQuantizer:
         return infer
 
     def quantized_nodes(self, model: Any) -> list[str]:
-        found = (self._node(op) for op in model.get_ordered_ops() if any(map(_is_activation_quantizer, _sources(op))))
-        return list(dict.fromkeys(found))
+        inputs = ((op, value.get_node()) for op in model.get_ordered_ops() for value in op.input_values())
+        return list(dict.fromkeys(self._node(op) for op, source in inputs if _is_activation_quantizer(source)))
 
     def bypassed(self, model: Any, node: str) -> Any:
         copy = model.clone()
@@ -201,11 +198,6 @@ class OpenVinoQuantizer:
         ops = [op for op in model.get_ordered_ops() if op.get_type_name() in OPENVINO_LAYERS]
         return {self._node(op): _constant_type(op.input_value(1).get_node()) in ("i8", "u8") for op in ops}
 
-    def _read(self) -> Any:
-        import openvino
-
-        return openvino.convert_model(io.BytesIO(self._graph.SerializeToString()))
-
     def _node(self, op: Any) -> str:
         """The ONNX node that an operation was made for: "conv/WithoutBiases" is the convolution of "conv"."""
         name = str(op.get_friendly_name()).partition("/")[0]
@@ -217,11 +209,7 @@ QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 def infer_onnx(model: ModelProto) -> Infer:
     """A graph on ONNX Runtime's CPU provider."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return lambda images: dict(zip(OUTPUTS, session.run(OUTPUTS, {"image": images}), strict=True))
 
 
@@ -235,11 +223,10 @@ def check_symmetric(model: ModelProto) -> None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in (node for node in model.graph.node if node.op_type in QDQ):
         where = f"node '{node.name or node.output[0]}' ({node.op_type}) of the int8 graph"
-        values = [tensors.get(name) for name in node.input[1:3]]
-        if len(values) < 2 or None in values:
+        values = [tensors[name] for name in node.input[1:3] if name in tensors]
+        if len(values) < 2:
             raise VerificationError(f"{where} has no constant scale and zero-point")
         scale, zero_point = values
-        assert scale is not None and zero_point is not None
         kind = TensorProto.DataType.Name(zero_point.data_type).lower()
         if kind != "int8":
             what = "a bias, which has to stay fp32" if kind == "int32" else "expected int8"
@@ -272,14 +259,6 @@ def _activation_pairs(model: ModelProto) -> dict[str, str]:
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in producer
     }
-
-
-def _sources(op: Any) -> list[Any]:
-    return [value.get_node() for value in op.input_values()]
-
-
-def _is_compute(op: Any) -> bool:
-    return op.get_type_name() not in ("Constant", "Parameter", "Result")
 
 
 def _is_activation_quantizer(op: Any) -> bool:
