@@ -24,7 +24,7 @@ MAX_PIXELS = 89_478_485
 # each other's filters; and last, so that a filter of the host program wins.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -99,7 +99,7 @@ def preprocess(
         raise UsageError(
             f"out must be a C-contiguous uint8 array of shape (3, {size}, {size}), got {out.dtype} {out.shape}"
         )
-    resized = _square(image, size, settings.crop_pct, _RESAMPLE[settings.interpolation])
+    resized = _square(image, size, settings.crop_pct, RESAMPLE[settings.interpolation])
     for channel, band in enumerate("RGB"):  # band by band: half the time of unpacking [S, S, 3] and transposing it
         out[channel] = np.frombuffer(resized.tobytes("raw", band), np.uint8).reshape(size, size)
     return out

@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import preprocess, via
+from ssod_edge.data.pixels import RESAMPLE, preprocess, via
 from ssod_edge.data.sources import ImageSource, Indices
 from ssod_edge.errors import ImageError
-
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class EvalImages(Dataset[tuple[Tensor, int, int]]):
@@ -143,7 +141,7 @@ def augment(
     left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
     size = (settings.input_size, settings.input_size)
     box = (left, top, left + crop_width, top + crop_height)
-    pixels = np.asarray(image.resize(size, _RESAMPLE[settings.interpolation], box=box))
+    pixels = np.asarray(image.resize(size, RESAMPLE[settings.interpolation], box=box))
     if rng.uniform() < hflip:
         pixels = pixels[:, ::-1]
     # A copy at any size: one pixel is contiguous whatever its strides, and torch refuses negative ones.
