@@ -61,7 +61,7 @@ def _save(figure: Any, path: str | Path) -> Path:
 
     for text in figure.findobj(Text):  # a name with two dollar signs is no formula
         text.set_parse_math(False)
-        text.set_text(printable(text.get_text()))
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
         return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))

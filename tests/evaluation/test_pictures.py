@@ -128,3 +128,10 @@ def test_a_name_that_is_no_utf8_is_drawn_with_a_replacement(tmp_path, figures):
     raw = {"id": RAW["id"], "caf\udce9": RAW["near"]}
     pictures.save_histograms(raw, SCORES[0], tmp_path / "histograms.png")
     check(tmp_path / "histograms.png")
+
+
+def test_each_line_of_a_title_is_a_line(tmp_path, figures):
+    cell = np.zeros((1, 1))
+    patches = pictures.PatchMap(np.zeros((3, 8, 8), np.uint8), cell, cell.astype(np.int8), cell, 0.95, "a")
+    pictures.save_patches(patches, "first\x1b\nsecond", tmp_path / "x.png")
+    assert figures[0].get_suptitle() == "first\\x1b\nsecond"
