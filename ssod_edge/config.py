@@ -286,13 +286,10 @@ class TrainConfig:
             raise UsageError("--pretrained and --weights exclude each other")
 
 
-#: Kinds of made images that training takes where none are named. "rotate" finds unknown objects best; where training
-#: images lie in all orientations, it costs little (docs/detection.md).
-DEFAULT_OUTLIERS = OUTLIERS
-
 #: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
 #: Eq. 12 calls OOD are of images it gets wrong, and they undo what the made ones teach (docs/detection.md).
-_MADE_IMAGES = {"method": "ce", "outliers": DEFAULT_OUTLIERS}
+#: Of the kinds "rotate" finds unknown objects best; where training images lie in all orientations, it costs little.
+_MADE_IMAGES = {"method": "ce", "outliers": OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
     "short": {"loss": _MADE_IMAGES},
@@ -312,13 +309,8 @@ PATCH_SETTINGS = {"gamma", "alpha", "balance", "norm_weight"}
 T = TypeVar("T")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON-ready values; `from_dict` reads it back."""
-    return dataclasses.asdict(config)
-
-
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Build a configuration dataclass from a mapping; what is missing has its default.
+    """A configuration of what `dataclasses.asdict` gave of it; what is missing has its default.
 
     Raises:
         UsageError: an unknown key, or a value of another type or outside its range.
@@ -344,10 +336,9 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     """
     if recipe not in RECIPES:
         raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'")
-    loss_keys = {field.name for field in dataclasses.fields(LossConfig)}
     given = {key: value for key, value in options.items() if value is not None}
     base = dict(RECIPES[recipe])
-    asked = {key: given.pop(key) for key in loss_keys & set(given)}
+    asked = {field.name: given.pop(field.name) for field in dataclasses.fields(LossConfig) if field.name in given}
     loss = {**base.pop("loss", {}), **asked}
     if "method" in asked:
         loss["outliers"] = asked.get("outliers", ())

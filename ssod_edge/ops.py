@@ -68,9 +68,8 @@ def patch_sample(
         UsageError: a shape or dtype that does not fit, gamma out of range, an unknown kernel, or target >= M. On CUDA
             a target >= M gives NaN instead: to raise there would wait for the GPU.
     """
-    _check_inputs(z, weight, bias, target, gamma)
     with torch.no_grad():
-        confidence, label, _ = _sample(z, weight, bias, None, None, target, gamma, kernel)
+        confidence, label, _ = sample_patches(z, weight, bias, None, None, target, gamma, kernel)
     return confidence, label
 
 
@@ -95,17 +94,13 @@ def ssod_loss(
     result is scaled by the world size, so that averaged gradients are those of the global batch.
 
     Args:
-        z: patch features [P, D], patches of one image adjacent; or [N, ..., D].
-        weight, bias: classifier [M, D] and [M].
+        z, weight, bias, target, gamma, kernel: see `patch_sample`; in z the patches of one image are adjacent.
         ood_weight, ood_bias: the OOD row, [D] or [1, D], and [] or [1].
-        target: int64 [P]; [N] where z is [N, ..., D].
-        gamma: see `patch_sample`.
         balance: "lwb": half the mean over ID patches plus half the mean over OOD patches;
             "lw": mean over labelled patches, OOD ones weighted n_id / n_ood;
             "dr": as many ID as OOD patches, drawn at random in each image.
         patches_per_image: needed by "dr" where z is [P, D].
         generator: source of randomness for "dr".
-        kernel: see `kernel_in_use`.
 
     Returns:
         loss: scalar. An empty ID or OOD set contributes 0, with zero gradient.
@@ -140,7 +135,24 @@ def sample_patches(
         confidence fp32 [P], label int8 [P], s fp32 [P]; s is differentiable, and empty without the OOD row.
     """
     _check_inputs(z, weight, bias, target, gamma)
-    return _sample(z, weight, bias, ood_weight, ood_bias, target, gamma, kernel)
+    weight, bias = weight.detach(), bias.detach()
+    if ood_weight is not None and ood_bias is not None:
+        ood_weight, ood_bias = ood_weight.reshape(-1), ood_bias.reshape(())
+    dtypes = {tensor.dtype for tensor in (z, weight, bias, ood_weight, ood_bias) if tensor is not None}
+    if kernel_in_use(z.device, kernel) == "compiled" and dtypes <= set(_COMPILED_DTYPES):
+        patches = z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
+        if z.is_cuda:  # its matrix unit multiplies one type; the CPU widens each by itself
+            weight, bias = weight.to(z.dtype), bias.float()
+            if ood_weight is not None and ood_bias is not None:
+                ood_weight, ood_bias = ood_weight.to(z.dtype), ood_bias.float()
+        return torch.ops.ssod_edge.sample(patches, weight, bias, ood_weight, ood_bias, target, gamma, 1.0 - gamma)
+    target = target.repeat_interleave(math.prod(z.shape[1:-1]))
+    z = z.reshape(-1, z.shape[-1])
+    with torch.no_grad():
+        confidence, label = _label_patches(_linear_fp32(z, weight, bias), target, gamma)
+    if ood_weight is None or ood_bias is None:
+        return confidence, label, confidence.new_empty(0)
+    return confidence, label, _linear_fp32(z, ood_weight.unsqueeze(0), ood_bias.unsqueeze(0)).squeeze(1)
 
 
 def ood_loss(
@@ -168,9 +180,14 @@ def ood_loss(
     sum_id = torch.where(is_id, F.softplus(-torch.where(is_id, s, 0.0)), 0.0).sum()
     sum_ood = torch.where(is_ood, F.softplus(torch.where(is_ood, s, 0.0)), 0.0).sum()
     counts = torch.stack([is_id.sum(), is_ood.sum()])
-    loss = _balance(sum_id, sum_ood, counts, balance)
+    everywhere, processes = _all_counts(counts)
+    n_id, n_ood = everywhere.to(sum_id.dtype).unbind()
+    if balance == "lw":
+        loss = (sum_id + sum_ood * n_id / n_ood.clamp(min=1)) / (n_id + n_ood).clamp(min=1)
+    else:
+        loss = 0.5 * (sum_id / n_id.clamp(min=1) + sum_ood / n_ood.clamp(min=1))
     stats = {"sum_id": sum_id.detach(), "sum_ood": sum_ood.detach(), **_counted(label, counts), "n_invalid": n_invalid}
-    return loss, stats
+    return processes * loss, stats
 
 
 def background_norm(z: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -210,37 +227,6 @@ def _all_counts(counts: Tensor) -> tuple[Tensor, int]:
     return counts, dist.get_world_size()
 
 
-def _sample(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ood_weight: Tensor | None,
-    ood_bias: Tensor | None,
-    target: Tensor,
-    gamma: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(confidence [P], label [P], s [P]); s is differentiable, and empty without the OOD row."""
-    weight, bias = weight.detach(), bias.detach()
-    if ood_weight is not None and ood_bias is not None:
-        ood_weight, ood_bias = ood_weight.reshape(-1), ood_bias.reshape(())
-    dtypes = {tensor.dtype for tensor in (z, weight, bias, ood_weight, ood_bias) if tensor is not None}
-    if kernel_in_use(z.device, kernel) == "compiled" and dtypes <= set(_COMPILED_DTYPES):
-        patches = z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
-        if z.is_cuda:  # its matrix unit multiplies one type; the CPU widens each by itself
-            weight, bias = weight.to(z.dtype), bias.float()
-            if ood_weight is not None and ood_bias is not None:
-                ood_weight, ood_bias = ood_weight.to(z.dtype), ood_bias.float()
-        return torch.ops.ssod_edge.sample(patches, weight, bias, ood_weight, ood_bias, target, gamma, 1.0 - gamma)
-    target = target.repeat_interleave(math.prod(z.shape[1:-1]))
-    z = z.reshape(-1, z.shape[-1])
-    with torch.no_grad():
-        confidence, label = _label_patches(_linear_fp32(z, weight, bias), target, gamma)
-    if ood_weight is None or ood_bias is None:
-        return confidence, label, confidence.new_empty(0)
-    return confidence, label, _linear_fp32(z, ood_weight.unsqueeze(0), ood_bias.unsqueeze(0)).squeeze(1)
-
-
 @torch.compiler.assume_constant_result  # torch.compile would otherwise trace into the loading
 def _compiled(device: str) -> bool:
     """Whether the compiled operator runs on this type of device; says why not, once."""
@@ -277,27 +263,15 @@ def _load_library() -> str | None:
     return None
 
 
-def _sample_fake(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ood_weight: Tensor | None,
-    ood_bias: Tensor | None,
-    target: Tensor,
-    upper: float,
-    lower: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_fake(z: Tensor, weight: Tensor, bias: Tensor, ood_weight: Tensor | None, *_: Any) -> Sampled:
     """Shapes and dtypes of the operator's results, for torch.compile."""
     patches = z.shape[0] * z.shape[1]
     confidence = z.new_empty(patches, dtype=torch.float32)
-    return (
-        confidence,
-        z.new_empty(patches, dtype=torch.int8),
-        confidence.new_empty(0 if ood_weight is None else patches),
-    )
+    label = z.new_empty(patches, dtype=torch.int8)
+    return confidence, label, confidence.new_empty(0 if ood_weight is None else patches)
 
 
-def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: Sampled) -> None:
     ctx.save_for_backward(inputs[0], inputs[3])
     ctx.bias_dtype = None if inputs[4] is None else inputs[4].dtype
 
@@ -349,16 +323,6 @@ def _resample(label: Tensor, patches_per_image: int, generator: torch.Generator 
         rank = order.masked_fill(~mask, 2.0).argsort(dim=1).argsort(dim=1)
         kept[mask & (rank < keep)] = kind
     return kept.reshape(-1)
-
-
-def _balance(sum_id: Tensor, sum_ood: Tensor, counts: Tensor, balance: str) -> Tensor:
-    counts, world_size = _all_counts(counts)
-    n_id, n_ood = counts.to(sum_id.dtype).unbind()
-    if balance == "lw":
-        loss = (sum_id + sum_ood * n_id / n_ood.clamp(min=1)) / (n_id + n_ood).clamp(min=1)
-    else:
-        loss = 0.5 * (sum_id / n_id.clamp(min=1) + sum_ood / n_ood.clamp(min=1))
-    return world_size * loss
 
 
 def _check_inputs(z: Tensor, weight: Tensor, bias: Tensor, target: Tensor, gamma: float) -> None:

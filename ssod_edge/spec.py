@@ -154,12 +154,8 @@ class Spec:
 
     def with_artifact(self, artifact: Artifact) -> Spec:
         """A copy in which `artifact` is added, or replaces the one of the same name."""
-        names = [a.name for a in self.artifacts]
-        if artifact.name in names:
-            kept = tuple(artifact if a.name == artifact.name else a for a in self.artifacts)
-        else:
-            kept = (*self.artifacts, artifact)
-        return replace(self, artifacts=kept)
+        named = {a.name: a for a in (*self.artifacts, artifact)}  # a name keeps its place
+        return replace(self, artifacts=tuple(named.values()))
 
 
 def save_spec(spec: Spec, folder: str | Path) -> Path:
@@ -191,11 +187,10 @@ def load_spec(folder: str | Path) -> Spec:
             f"'{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
-    _add_id_quantiles(values.get("artifacts"))
-    if version == 1 and isinstance(values.get("artifacts"), list):  # it had no `build`
-        for artifact in values["artifacts"]:
-            if isinstance(artifact, dict):
-                artifact.setdefault("build", {})
+    artifacts = values.get("artifacts")
+    for artifact in artifacts if isinstance(artifacts, list) else ():
+        if isinstance(artifact, dict):
+            _complete(artifact, version)
     if version < 3:  # every score was one of the logits
         values |= {"detector": {}, "choice": {}, "schema_version": SCHEMA_VERSION}
     try:
@@ -205,12 +200,12 @@ def load_spec(folder: str | Path) -> Spec:
     return spec
 
 
-def _add_id_quantiles(artifacts: object) -> None:
-    """Give the thresholds of earlier releases the field that they did not have, empty."""
-    for artifact in artifacts if isinstance(artifacts, list) else ():
-        threshold = artifact.get("threshold") if isinstance(artifact, dict) else None
-        if isinstance(threshold, dict):
-            threshold.setdefault("id_quantiles", [])
+def _complete(artifact: dict[str, Any], version: int) -> None:
+    """Give an artifact of an earlier release the fields that it did not have, empty."""
+    if version == 1:
+        artifact.setdefault("build", {})
+    if isinstance(artifact.get("threshold"), dict):
+        artifact["threshold"].setdefault("id_quantiles", [])
 
 
 def check_files(folder: str | Path, artifact: Artifact) -> Path:

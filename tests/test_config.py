@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from ssod_edge.config import (
     ALIASES,
-    DEFAULT_OUTLIERS,
+    OUTLIERS,
     LossConfig,
     Preprocess,
     TrainConfig,
     from_dict,
     resolve_backbone,
-    to_dict,
     train_config,
 )
 from ssod_edge.errors import UsageError
@@ -22,7 +22,7 @@ from ssod_edge.errors import UsageError
 
 def test_json_gives_the_same_settings_back():
     config = TrainConfig("resnet18", "photos", loss=LossConfig(gamma=0.9, balance="dr"), preprocess=Preprocess(96))
-    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(TrainConfig, json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 0.0, -0.7, 1.5, float("nan")])
@@ -84,7 +84,7 @@ def test_aliases_are_the_papers_backbones_and_other_names_stay():
 @pytest.mark.parametrize(
     ("recipe", "loss", "method", "outliers"),
     [
-        ("short", {}, "ce", DEFAULT_OUTLIERS),
+        ("short", {}, "ce", OUTLIERS),
         ("scratch", {"outliers": ("rotate",), "outlier_share": 0.25}, "ce", ("rotate",)),
         ("scratch", {"method": "both"}, "both", ()),
         ("short", {"method": "ce"}, "ce", ()),

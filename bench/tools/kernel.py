@@ -61,7 +61,7 @@ def contestants(shape: str, images: int, dtype: str, device: torch.device) -> di
     separate = weight[:-1], bias[:-1], weight[-1], bias[-1]  # as the model holds them
 
     def ours() -> Any:
-        return ops._sample(rows, *separate, target, GAMMA, "auto")
+        return ops.sample_patches(rows, *separate, target, GAMMA, "auto")
 
     compiled = torch.compile(eager)
     steps: dict[str, Callable[[], Any]] = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ssod_edge.config import DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, SCORES, DetectorName
 from ssod_edge.detect.detectors import Array, Detector
@@ -75,7 +74,8 @@ def choose(candidates: Candidates, known: Outputs, labels: Labels, made: Mapping
     right = known[0].argmax(1) == labels
     wrong = ~right & (labels >= 0)
     if wrong.sum() >= LEAST_MISTAKES and right.any():
-        pairs[MISTAKEN] = _part(scores, right), _part(scores, wrong)
+        answered, missed = ({name: values[part] for name, values in scores.items()} for part in (right, wrong))
+        pairs[MISTAKEN] = answered, missed
     states = {name: candidates.state(name) for name in scores}
     costs = {name: state.multiply_adds / network if state else 0.0 for name, state in states.items()}
     rows = {name: {**_figures(name, pairs), "cost": costs[name]} for name in scores}
@@ -98,25 +98,16 @@ def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable
     return fitted
 
 
-def _part(scores: dict[str, Array], chosen: NDArray[np.bool_]) -> dict[str, Array]:
-    return {name: values[chosen] for name, values in scores.items()}
-
-
 def _figures(name: str, pairs: dict[str, tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, Any]:
     """Of one candidate: `auroc` and `fpr` (at 95% of known images) by kind, their means, and `figure`, to choose by."""
     found = {
         kind: detection_metrics(known[name], unknown[name], bootstrap=0) for kind, (known, unknown) in pairs.items()
     }
-    auroc = {kind: float(metrics["auroc"]) for kind, metrics in found.items()}
-    fpr = {kind: float(metrics["fpr_at_id_tpr95"]) for kind, metrics in found.items()}
-    means = float(np.mean(list(auroc.values()))), float(np.mean(list(fpr.values())))
-    return {
-        "figure": (means[0] + 1 - means[1]) / 2,
-        "mean_auroc": means[0],
-        "mean_fpr": means[1],
-        "auroc": auroc,
-        "fpr": fpr,
-    }
+    auroc = {kind: metrics["auroc"] for kind, metrics in found.items()}
+    fpr = {kind: metrics["fpr_at_id_tpr95"] for kind, metrics in found.items()}
+    mean_auroc, mean_fpr = (float(np.mean(list(values.values()))) for values in (auroc, fpr))
+    figure = (mean_auroc + 1 - mean_fpr) / 2
+    return {"figure": figure, "mean_auroc": mean_auroc, "mean_fpr": mean_fpr, "auroc": auroc, "fpr": fpr}
 
 
 def _best(rows: dict[str, dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import DETECTORS, DetectorName
-from ssod_edge.detect.detectors import TINY, Array, Detector
+from ssod_edge.detect.detectors import TINY, Array, Detector, Wide
 from ssod_edge.errors import UsageError
 
 Labels = npt.NDArray[np.int64]
@@ -152,11 +152,7 @@ def fit_mahalanobis(data: FitData, dimensions: int | None = None) -> Detector:
             numbers = {"quadratic": dimensions, "scale": 1 / rest}
             return Detector("mahalanobis", _f(weight), _f(bias), _f(groups.mean), numbers, settings)
         settings["dimensions"] = width
-    u = groups.offsets @ groups.whitening.T
-    weight = np.concatenate([groups.whitening, -2 * u @ groups.whitening])
-    bias = -weight @ groups.mean
-    bias[width:] += np.square(u).sum(axis=1)
-    return Detector("mahalanobis", _f(weight), _f(bias), numbers={"quadratic": width}, settings=settings)
+    return groups.nearest("mahalanobis", groups.whitening, settings)
 
 
 def fit_rmd(data: FitData) -> Detector:
@@ -174,14 +170,10 @@ def fit_rmd(data: FitData) -> Detector:
     t = np.square(singular)
     used = t > 1e-9 * max(t.max(), TINY)
     quadratic = (np.sqrt(t / (1 + t))[:, None] * directions)[used] @ groups.whitening
-    u = groups.offsets @ groups.whitening.T
-    weight = np.concatenate([quadratic, -2 * u @ groups.whitening])
-    bias = -weight @ groups.mean
-    bias[len(quadratic) :] += np.square(u).sum(axis=1)
-    return Detector("rmd", _f(weight), _f(bias), numbers={"quadratic": len(quadratic)}, settings=groups.settings)
+    return groups.nearest("rmd", quadratic, groups.settings)
 
 
-def fit_knn(data: FitData, prototypes: int | None = None, seed: int = 0) -> Detector:
+def fit_knn(data: FitData, prototypes: int | None = None) -> Detector:
     """Nearest neighbour (Sun et al., ICML 2022) among prototypes: 1 - max over k of cos(z, p_k).
 
     The prototypes are the centres that spherical k-means finds for each class, so that the training images need not
@@ -190,16 +182,15 @@ def fit_knn(data: FitData, prototypes: int | None = None, seed: int = 0) -> Dete
     Args:
         prototypes: of each class; None takes `PROTOTYPES`, less where the classes are many. A class of fewer images
             has one for each.
-        seed: of the images that k-means starts from.
     """
     classes = data.classes()
     present = np.unique(classes)
     if prototypes is None:
         prototypes = max(1, min(PROTOTYPES, MOST_PROTOTYPES // len(present)))
     unit = _unit(data.features)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = np.concatenate([_spherical_kmeans(unit[classes == c], prototypes, rng) for c in present])
-    settings: dict[str, float | str] = {"prototypes": len(rows), "classes": len(present), "seed": seed}
+    settings: dict[str, float | str] = {"prototypes": len(rows), "classes": len(present), "seed": 0}
     return Detector("knn", _f(rows), np.zeros(len(rows), np.float32), settings=settings)
 
 
@@ -226,10 +217,12 @@ def _spherical_kmeans(unit: Array, k: int, rng: np.random.Generator) -> Array:
     return centres
 
 
-def fit_react(data: FitData, quantile: float = REACT_QUANTILE) -> Detector:
+def fit_react(data: FitData) -> Detector:
     """ReAct (Sun et al., NeurIPS 2021): the energy of features that are cut off at a quantile of all activations."""
-    clip = float(np.quantile(data.features, quantile))
-    return Detector("react", _f(data.weight), _f(data.bias), numbers={"clip": clip}, settings={"quantile": quantile})
+    clip = float(np.quantile(data.features, REACT_QUANTILE))
+    return Detector(
+        "react", _f(data.weight), _f(data.bias), numbers={"clip": clip}, settings={"quantile": REACT_QUANTILE}
+    )
 
 
 def fit_scale(data: FitData, name: DetectorName = "scale", percentile: float | None = None) -> Detector:
@@ -276,6 +269,14 @@ class _Groups:
         self.variances, self.directions = np.maximum(values, 0) + ridge, vectors
         self.whitening = vectors.T / np.sqrt(self.variances)[:, None]
         self.settings: dict[str, float | str] = {"classes": len(present), "ridge": RIDGE}
+
+    def nearest(self, name: DetectorName, quadratic: Wide, settings: dict[str, float | str]) -> Detector:
+        """|A (z - m)|^2 of the rows A, and for each class what the distance to it adds."""
+        u = self.offsets @ self.whitening.T
+        weight = np.concatenate([quadratic, -2 * u @ self.whitening])
+        bias = -weight @ self.mean
+        bias[len(quadratic) :] += np.square(u).sum(axis=1)
+        return Detector(name, _f(weight), _f(bias), numbers={"quadratic": len(quadratic)}, settings=settings)
 
 
 def _unit(vectors: Array) -> Array:

@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -249,10 +248,6 @@ def _arrays(value: Any, seen: set[int]) -> Iterator[tuple[int, int]]:
         inside = value if isinstance(value, (dict, list, tuple)) else getattr(value, "__dict__", {})
         for part in inside.values() if isinstance(inside, dict) else inside:
             yield from _arrays(part, seen)
-
-
-def library_version() -> str:
-    return f"pytorch-ood {metadata.version('pytorch-ood')}"
 
 
 def load_library() -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
-from ssod_edge.evaluation.baselines import Baselines, library_version
+from ssod_edge.evaluation.baselines import Baselines
 from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
@@ -72,21 +73,17 @@ class EvalOptions(NamedData):
         return ()
 
 
-def evaluate(
-    run: str | Path, options: EvalOptions | None = None, keep: dict[str, Outputs] | None = None, workers: int = 1
-) -> tuple[dict[str, Any], dict[str, Scores]]:
+def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int = 1) -> tuple[dict[str, Any], Found]:
     """Evaluate a run folder or checkpoint file. A score with a state that the run's export ships is evaluated too.
 
     Args:
-        keep: gets the model's outputs on each set, under "id" and the OOD sets' names.
         workers: processes that read images.
 
     Returns:
         The JSON face: `id_accuracy`, `default_score` (what the export ships), `ood_row_trained`, `results` (a row for
         each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
         `deployment_metrics` at the threshold of the run's calibration split; None without one), with baselines also
-        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and the raw scores,
-        {"id": {score: values}, NAME: {score: values}}.
+        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
@@ -112,8 +109,6 @@ def evaluate(
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
     found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
-    if keep is not None:
-        keep |= found.outputs
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
@@ -129,7 +124,7 @@ def evaluate(
     }
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit)}
-    return report, found.scores
+    return report, found
 
 
 def _shipped(run: Run) -> tuple[Spec | None, FittedScore | None]:
@@ -238,7 +233,7 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
 def _setup(outputs: Outputs, fit: ImageSet | None) -> dict[str, Any]:
     """What the costs of the baselines are to be read against."""
     return {
-        "library": library_version(),
+        "library": f"pytorch-ood {metadata.version('pytorch-ood')}",
         "fit_data": None if fit is None or fit[1] is None else f"{len(fit[1])} training images of {fit[0].name}",
         "network_ms_per_image": outputs.ms_per_image,
         "batch_size": BATCH_SIZE,
@@ -279,30 +274,23 @@ def run_eval(
     opened = Run.at(run) if run else Run.newest(runs, backbone)
     report_file = Path(files.json_file or opened.folder / f"eval-{options.protocol}.json")
     png = Path(files.png_file or opened.folder / f"eval-{options.protocol}.png")
-    _check_outputs(report_file, png)
+    # Files that cannot be written are found before hours of evaluation and not after.
+    check_output(report_file)
+    check_output(png)
+    if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
+        raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
     if files.pictures:
         check_output(Path(files.pictures) / "roc.png")
-    outputs: dict[str, Outputs] = {}
-    report, raw = evaluate(run or opened.folder, options, keep=outputs)
+    report, found = evaluate(run or opened.folder, options)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:
-        written.append(save_histograms(raw, report["default_score"], png))
+        written.append(save_histograms(found.scores, report["default_score"], png))
     except MissingExtraError as error:
         if files.png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
     if files.pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
-        known, features = outputs["id"], {name: part.features for name, part in outputs.items()}
-        correct = known.logits.argmax(axis=1) == known.labels
-        written += save_evaluation(raw, auroc, correct, features, known.labels, report["classes"], files.pictures)
+        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], files.pictures)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)
-
-
-def _check_outputs(report_file: Path, png: Path) -> None:
-    """Find files that cannot be written before hours of evaluation and not after."""
-    check_output(report_file)
-    check_output(png)
-    if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
-        raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")

@@ -18,7 +18,7 @@ from ssod_edge.data.pixels import ImageLike, load_image, preprocess
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
-from ssod_edge.evaluation.pictures import PatchMap, save_patches
+from ssod_edge.evaluation.pictures import PatchMap, save_patches, shorten
 from ssod_edge.files import check_output
 from ssod_edge.json_reader import read_json
 from ssod_edge.ops import patch_sample
@@ -92,7 +92,7 @@ def explain(
     shape = z.shape[1:3]
     weight, bias = model.head_weight()
     labels = torch.tensor([shown], device=device)
-    confidence, label = patch_sample(z, weight[:-1].contiguous(), bias[:-1].contiguous(), labels, gamma)
+    confidence, label = patch_sample(z, weight[:-1], bias[:-1], labels, gamma)
     s = F.linear(z.float(), model.ood.weight.float(), model.ood.bias.float())
     patches = PatchMap(
         image=pixels,
@@ -211,16 +211,11 @@ def _targets(images: Sequence[str], out: str | None, folder: Path) -> list[Path]
 
 def _title(name: str, explanation: Explanation, threshold: ShippedThreshold | None) -> str:
     scores = "  ".join(f"{score} {value:.2f}" for score, value in explanation.scores.items())
-    lines = [f"{_plain(name)}: '{_plain(explanation.class_name)}', {explanation.confidence:.1%}"]
+    shown, class_name = (shorten(printable(text), 60) for text in (name, explanation.class_name))
+    lines = [f"{shown}: '{class_name}', {explanation.confidence:.1%}"]
     lines.append(f"OOD scores (larger: more likely OOD): {scores}")
     if threshold is not None:
         score = explanation.scores[threshold.score]
         word, sign = ("KNOWN", "<=") if np.float32(score) <= threshold.value else ("UNKNOWN", ">")
         lines.append(f"{word}: {threshold.score} {score:.3f} {sign} threshold {threshold.value:.3f}")
     return "\n".join(lines)
-
-
-def _plain(text: str, most: int = 60) -> str:
-    """For a title: printable, and of a bounded length."""
-    text = printable(text)
-    return text if len(text) <= most else f"{text[: most - 1]}\u2026"

@@ -16,6 +16,7 @@ from ssod_edge.detect.metrics import risk_coverage
 from ssod_edge.errors import missing_extra
 from ssod_edge.files import write_atomic
 from ssod_edge.terminal import printable
+from ssod_edge.training.outputs import Outputs
 
 Floats = npt.NDArray[np.floating[Any]]
 #: {"id": {score: [n]}, OOD set: {score: [n]}}, larger = more OOD.
@@ -61,37 +62,36 @@ def _save(figure: Any, path: str | Path) -> Path:
 
     for text in figure.findobj(Text):  # a name with two dollar signs is no formula
         text.set_parse_math(False)
-        text.set_text(printable(text.get_text()))
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
         return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))
 
 
-def _panels(names: Sequence[str], what: str, width: float = 4.2, height: float = 3.4, extra: float = 0.0) -> Any:
+def _panels(names: Sequence[str], what: str, height: float = 3.4) -> Any:
     """A figure, and one axes for each name, at most four side by side."""
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = _figure(width * columns, height * rows + extra, what)
+    figure = _figure(4.2 * columns, height * rows, what)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(len(names))]
 
 
-def _ood_sets(raw: RawScores) -> list[str]:
+def _ood_sets(raw: Mapping[str, Any]) -> list[str]:
     return [name for name in raw if name != "id"]
 
 
 def save_evaluation(
     raw: RawScores,
     auroc: Mapping[tuple[str, str], float],
-    correct: npt.NDArray[np.bool_],
-    features: Mapping[str, Floats],
-    labels: npt.NDArray[np.int64],
+    outputs: Mapping[str, Outputs],
     classes: Sequence[str],
     folder: str | Path,
 ) -> list[Path]:
     """All pictures of an evaluation: a histogram of each score, ROC (with an OOD set), risk-coverage and t-SNE.
 
     Args:
-        raw, auroc, correct, features, labels, classes: as of the functions below.
+        raw, auroc, classes: as of the functions below.
+        outputs: "id" and each OOD set -> what the model says of its images.
         folder: gets the files, and is made if need be.
 
     Returns:
@@ -104,8 +104,9 @@ def save_evaluation(
     written = [save_histograms(raw, score, folder / f"scores-{score}.png") for score in raw["id"]]
     if _ood_sets(raw):
         written.append(save_roc(raw, auroc, folder / "roc.png"))
-    written.append(save_risk_coverage(raw, correct, folder / "risk-coverage.png"))
-    written.append(save_features(features, labels, classes, folder / "features.png"))
+    written.append(save_risk_coverage(raw, outputs["id"].correct, folder / "risk-coverage.png"))
+    features = {name: part.features for name, part in outputs.items()}
+    written.append(save_features(features, outputs["id"].labels, classes, folder / "features.png"))
     return written
 
 
@@ -127,8 +128,7 @@ def save_histograms(raw: RawScores, score: str, path: str | Path) -> Path:
         axes.hist(inside["id"], bins, density=True, alpha=0.65, color=ORANGE, label="ID")
         if name != "id":
             axes.hist(inside[name], bins, density=True, alpha=0.55, color=BLUE, label=name)
-        axes.set_xlabel(f"{score} (larger: more likely OOD)")
-        axes.set_ylabel("density")
+        axes.set(xlabel=f"{score} (larger: more likely OOD)", ylabel="density")
         axes.legend()
     return _save(figure, path)
 
@@ -155,8 +155,7 @@ def save_roc(raw: RawScores, auroc: Mapping[tuple[str, str], float], path: str |
         axes.axhline(95, color=GREY, linestyle=(0, (1, 2)), linewidth=1)
         axes.annotate("95% of ID", (1, 95.5), va="bottom", color="#555555", fontsize=8)
         axes.set(title=name, xlim=(0, 100), ylim=(0, 100), aspect="equal")
-        axes.set_xlabel("OOD images accepted (%)")
-        axes.set_ylabel("ID images accepted (%)")
+        axes.set(xlabel="OOD images accepted (%)", ylabel="ID images accepted (%)")
         axes.legend(loc="lower right", fontsize=8)
     return _save(figure, path)
 
@@ -200,8 +199,7 @@ def save_risk_coverage(raw: RawScores, correct: npt.NDArray[np.bool_], path: str
         axes.plot(100 * coverage, best, color=GREY, linewidth=1, label="best possible")
         mix = f"{len(correct):,} ID" + (f" + {ood:,} OOD" if ood else "")
         axes.set(title=f"{name} ({mix})", xlim=(0, 100), ylim=(0, None))
-        axes.set_xlabel("coverage: images answered (%)")
-        axes.set_ylabel("risk: wrong among them (%)")
+        axes.set(xlabel="coverage: images answered (%)", ylabel="risk: wrong among them (%)")
         axes.legend(fontsize=8)
     return _save(figure, path)
 
@@ -237,10 +235,10 @@ def save_features(
     """
     figure = _figure(8.6, 6.4, "the picture of the features")
     rng = np.random.default_rng(0)
-    names = [name for name in features if name != "id"]
+    names = _ood_sets(features)
     share = {"id": TSNE_POINTS // 2 if names else TSNE_POINTS}
     share |= {name: (TSNE_POINTS - share["id"]) // len(names) for name in names}
-    drawn = {name: _draw(rng, len(features[name]), share[name]) for name in share}
+    drawn = {name: np.sort(rng.permutation(len(features[name]))[: share[name]]) for name in share}
     points = _tsne(np.concatenate([features[name][drawn[name]] for name in drawn]).astype(np.float64))
     ends = np.cumsum([len(rows) for rows in drawn.values()])
     groups = dict(zip(drawn, np.split(points, ends[:-1]), strict=True))
@@ -255,10 +253,6 @@ def save_features(
     axes.set_title(f"t-SNE of pooled features: {len(groups['id']):,} ID images by class{ood}")
     figure.legend(loc="outside right upper", fontsize=8, markerscale=1.4)
     return _save(figure, path)
-
-
-def _draw(rng: np.random.Generator, n: int, most: int) -> npt.NDArray[np.int64]:
-    return np.sort(rng.permutation(n)[:most])
 
 
 def _tsne(features: Floats) -> Floats:
@@ -306,8 +300,8 @@ class PatchMap:
     class_name: str
 
 
-#: Label -> its name, colour and opacity.
-_LABELS = {1: ("ID", GREEN, 0.45), 0: ("OOD", VERMILLION, 0.45), -1: ("ignored", "#BBBBBB", 0.3)}
+#: Label -> its colour and opacity.
+_LABELS = {1: (GREEN, 0.45), 0: (VERMILLION, 0.45), -1: ("#BBBBBB", 0.3)}
 #: Cells in a row up to which the figures are written into them.
 _WRITTEN_CELLS = 8
 
@@ -336,7 +330,7 @@ def _draw_labels(axes: Any, below: Any, patches: PatchMap) -> None:
     size = patches.image.shape[1]
     axes.imshow(patches.image.transpose(1, 2, 0), extent=(0, size, size, 0))
     for label, x, y, width, height in _cells(patches):
-        _, colour, opacity = _LABELS[label]
+        colour, opacity = _LABELS[label]
         axes.add_patch(Rectangle((x, y), width, height, color=colour, alpha=opacity, linewidth=0))
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=0.8))
         if label >= 0:
@@ -347,10 +341,10 @@ def _draw_labels(axes: Any, below: Any, patches: PatchMap) -> None:
     counts = {label: int((patches.label == label).sum()) for label in _LABELS}
     low, high = f"{100 * (1 - patches.gamma):g}%", f"{100 * patches.gamma:g}%"
     rules = {1: f"ID: at least {high}", 0: f"OOD: below {low}", -1: "ignored: between"}
-    handles = [Patch(facecolor=_LABELS[label][1], label=f"{rules[label]} ({count})") for label, count in counts.items()]
+    handles = [Patch(facecolor=_LABELS[label][0], label=f"{rules[label]} ({count})") for label, count in counts.items()]
     below.axis("off")
     below.legend(handles=handles, loc="center", ncols=3, fontsize=8, frameon=False, columnspacing=1.2)
-    axes.set_title(f"confidence on '{_short(patches.class_name)}' at each patch (%)", fontsize=9)
+    axes.set_title(f"confidence on '{shorten(patches.class_name, 40)}' at each patch (%)", fontsize=9)
 
 
 def _draw_heat(figure: Any, axes: Any, below: Any, patches: PatchMap) -> None:
@@ -386,5 +380,6 @@ def _write(axes: Any, patches: PatchMap, values: Floats, form: Callable[[float],
         axes.text(x + width / 2, y + height / 2, form(value), **place)
 
 
-def _short(text: str, most: int = 40) -> str:
+def shorten(text: str, most: int) -> str:
+    """At most so many characters of it."""
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"

@@ -17,12 +17,15 @@ _HARDEST = 3  # classes that the last line names
 
 def print_report(report: Report) -> None:
     """The report of `ssod_edge.evaluation.evaluate.evaluate` as tables; figures in percent, the best score first."""
-    console = Console()
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
     console.print(
         f"{escape(report['run'])}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
         f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
-        f"of {escape(report['id_data'])}",
-        highlight=False,
+        f"of {escape(report['id_data'])}"
     )
     names = sorted(report["mean"], key=lambda name: -report["mean"][name]["auroc"])
     if names:
@@ -31,26 +34,21 @@ def print_report(report: Report) -> None:
         console.print("No OOD set was given; add some with --ood NAME=DATA")
     if report["deployment"]:
         console.print(_deployment(report, names or list(report["deployment"])))
-        console.print(_shipped(report), markup=False, highlight=False, soft_wrap=True)
+        say(_shipped(report))
     if "baselines" in report:
         console.print(_costs(report, names))
         setup = report["baselines_setup"]
-        console.print(
+        fitted = f", fitted on {setup['fit_data']}" if setup["fit_data"] else ""
+        say(
             f"The network itself: {setup['network_ms_per_image']:.3g} ms an image ({setup['device']}, batches of "
-            f"{setup['batch_size']}). + is a detector of {setup['library']}"
-            + (f", fitted on {escape(setup['fit_data'])}" if setup["fit_data"] else ""),
-            highlight=False,
-            soft_wrap=True,
+            f"{setup['batch_size']}). + is a detector of {setup['library']}{fitted}"
         )
         for name, cost in report["baselines"].items():
             if cost["error"]:
-                console.print(f"{name} failed: {cost['error']}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
+                say(f"{name} failed: {cost['error']}")
+    say(
         f"* {report['default_score']}: the score that the run's export ships; without an export, what it would ship "
-        "by default",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        "by default"
     )
     if names and not report["ood_row_trained"]:
         console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")

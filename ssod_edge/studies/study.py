@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types, to_dict
+from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluation.baselines import load_library
@@ -291,7 +291,7 @@ def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> P
     if not (run / LAST).exists():
         return start_run(data, folder, options)
     config = load_config(run)
-    _check_same_settings(run, to_dict(config), to_dict(run_config(data, options)))
+    _check_same_settings(run, asdict(config), asdict(run_config(data, options)))
     epoch = load_checkpoint(run / LAST)[1]["progress"]["epoch"]
     return resume_run(run) if epoch < config.epochs else run
 

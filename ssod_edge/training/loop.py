@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssod_edge.config import TrainConfig, to_dict
+from ssod_edge.config import TrainConfig
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Splits, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
@@ -125,15 +125,6 @@ def _claimed(run: Path) -> Iterator[None]:
                         run.parent.rmdir()
 
 
-def _open_data(data: str, resume: bool) -> ImageSource:
-    try:
-        return open_dataset(data)
-    except UsageError as error:
-        if not resume:
-            raise
-        raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
-
-
 def _kernel_in_use(device: torch.device, kernel: str) -> str:
     """`ops.kernel_in_use`, its warning as one line."""
     with warnings.catch_warnings(record=True) as caught:
@@ -196,7 +187,12 @@ class _Loop:
         self.config, self.run, self.device, self.save_minutes = config, run, device, save_minutes
         self.interrupted = False
         restored = resume and (run / LAST).exists()
-        self.source = _open_data(config.data, resume)
+        try:
+            self.source = open_dataset(config.data)
+        except UsageError as error:
+            if not resume:
+                raise
+            raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
         self.model = self._make_model(restored)
         self.optimizer = make_optimizer(self.model, config)
@@ -249,7 +245,7 @@ class _Loop:
     def _begin_folder(self) -> None:
         """Write the settings and splits of a new run, and say what they leave out."""
         splits = self.splits
-        write_json(self.run / "config.json", to_dict(self.config))
+        write_json(self.run / "config.json", dataclasses.asdict(self.config))
         record = {
             "data": self.source.name,
             "data_fingerprint": self.source.fingerprint,

@@ -62,11 +62,8 @@ class TrainStep(nn.Module):
         bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.model.classes))
         total, log = z.new_zeros((), dtype=torch.float32), {}
         # Sampled once, whatever reads it: it is a product with all classes.
-        known = (classifier.weight, bias)
-        if config.trains_row_on_patches:
-            sampled = sample_patches(z, *known, row.weight, row.bias, target, config.gamma, self.kernel)
-        else:
-            sampled = sample_patches(z.detach(), *known, None, None, target, config.gamma, self.kernel)
+        ood_weight, ood_bias = (row.weight, row.bias) if config.trains_row_on_patches else (None, None)
+        sampled = sample_patches(z, classifier.weight, bias, ood_weight, ood_bias, target, config.gamma, self.kernel)
         if config.shrinks_background:
             norm, stats = background_norm(z, sampled[1])
             total, log = total + config.norm_weight * norm, {**stats, "norm": norm.detach()}

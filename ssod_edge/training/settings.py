@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssod_edge.config import Preprocess, TrainConfig, resolve_backbone, to_dict, train_config
+from ssod_edge.config import Preprocess, TrainConfig, resolve_backbone, train_config
 from ssod_edge.training.checkpoint import is_checkpoint, load_preprocess
 from ssod_edge.training.model import backbone_preprocess
 
@@ -22,7 +22,7 @@ def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
         ArtifactError: the checkpoint that training is to start from cannot be read.
     """
     options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
-    options["preprocess"] = to_dict(_starting_preprocess(options))
+    options["preprocess"] = asdict(_starting_preprocess(options))
     if options.get("precision") is None:
         # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
         options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"

@@ -351,7 +351,7 @@ def report_of(small_run):
 
         features = SSODClassifier.features
         patch.setattr(SSODClassifier, "features", lambda self, x: passes.append(len(x)) or features(self, x))
-        report, raw = evaluate(
+        report, read = evaluate(
             small_run,
             EvalOptions(
                 str(small_run.parent / "data"),
@@ -362,7 +362,7 @@ def report_of(small_run):
             ),
             workers=0,
         )
-    return report, raw, seen, passes
+    return report, read.scores, seen, passes
 
 
 def test_baselines_are_fitted_on_the_training_split_alone(report_of, small_run):

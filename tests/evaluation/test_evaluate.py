@@ -53,7 +53,7 @@ def place(tmp_path_factory):
 
 
 def test_the_report_has_every_score_on_every_set(place, capsys):
-    report, raw = evaluate(
+    report, found = evaluate(
         place / "run",
         EvalOptions(str(place / "test"), {"grey": str(place / "grey"), "more": str(place / "grey")}, bootstrap=20),
     )
@@ -63,7 +63,8 @@ def test_the_report_has_every_score_on_every_set(place, capsys):
     ]
     for row in report["results"]:
         assert set(row) == METRICS | {"ood", "score", "protocol"} and row["n_id"] == 15 and row["n_ood"] == 9
-        assert row["auroc"] == detection_metrics(raw["id"][row["score"]], raw[row["ood"]][row["score"]], 0)["auroc"]
+        known, unknown = (found.scores[name][row["score"]] for name in ("id", row["ood"]))
+        assert row["auroc"] == detection_metrics(known, unknown, 0)["auroc"]
         assert report["mean"][row["score"]]["auroc"] == pytest.approx(row["auroc"])
     assert report["deployment"] is None and "baselines" not in report
     assert "the calibration split has 3 images, and a 95% threshold needs 19" in capsys.readouterr().err
@@ -83,11 +84,11 @@ def test_collect_is_the_model_on_the_deployment_bytes_in_order(place):
 
 def test_via_sends_every_image_through_that_size(place):
     native, _ = evaluate(place / "run", EvalOptions(str(place / "test"), {"grey": str(place / "grey")}, bootstrap=0))
-    through, raw = evaluate(
+    through, found = evaluate(
         place / "run", EvalOptions(str(place / "test"), {"grey": str(place / "grey")}, via_size=8, bootstrap=0)
     )
     assert through["protocol"] == through["results"][0]["protocol"] == "via8"
-    assert through["results"][3]["auroc"] != native["results"][3]["auroc"] or raw["grey"]["energy"].std() > 0
+    assert through["results"][3]["auroc"] != native["results"][3]["auroc"] or found.scores["grey"]["energy"].std() > 0
 
 
 def test_without_id_data_the_recorded_validation_split_is_used(place):
@@ -103,13 +104,13 @@ def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     before, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
     assert before["default_score"] == "energy" and set(before["mean"]) == set(SCORES)
     export_run(run, precisions=("fp32",), engines=("onnxruntime",), score="energy+rmd")
-    report, raw = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
+    report, found = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
     assert report["default_score"] == "energy+rmd" and set(report["mean"]) == {*SCORES, "energy+rmd"}
     assert "energy+rmd" in report["deployment"]
     with open_runner(run / "export") as runner:
         pixels = preprocess(open_dataset(images["same"]).image(3), runner.spec.preprocess)
-        found = runner.infer({"image": pixels[None]})["ood_score"][0]
-    assert raw["same"]["energy+rmd"][3] == pytest.approx(found, rel=1e-3)
+        score = runner.infer({"image": pixels[None]})["ood_score"][0]
+    assert found.scores["same"]["energy+rmd"][3] == pytest.approx(score, rel=1e-3)
     print_report(report)
     printed = capsys.readouterr().out
     assert "shipped *" in printed and "* energy+rmd: the score that the run's export ships" in printed
@@ -142,19 +143,18 @@ def copy_run(place, target, **meta):
 def test_id_images_of_some_of_the_models_classes_are_matched_by_name(place, tmp_path, capsys):
     (tmp_path / "some.txt").write_text("class1\nclass2\n")
     (tmp_path / "other.txt").write_text("class0\n")
-    _, every = evaluate(place / "run", EvalOptions(str(place / "test"), bootstrap=0))
-    keep: dict = {}
-    report, some = evaluate(
+    _, whole = evaluate(place / "run", EvalOptions(str(place / "test"), bootstrap=0))
+    report, part = evaluate(
         place / "run",
         EvalOptions(
             f"{place / 'test'}@{tmp_path / 'some.txt'}",
             {"other": f"{place / 'test'}@{tmp_path / 'other.txt'}"},
             bootstrap=0,
         ),
-        keep=keep,
     )
+    every, some = whole.scores, part.scores
     assert np.array_equal(some["id"]["energy"], every["id"]["energy"][5:]) and report["n_id"] == 10
-    assert keep["id"].labels.tolist() == 5 * [1] + 5 * [2] and report["classes"] == ["class0", "class1", "class2"]
+    assert part.id.labels.tolist() == 5 * [1] + 5 * [2] and report["classes"] == ["class0", "class1", "class2"]
     assert np.array_equal(some["other"]["energy"], every["id"]["energy"][:5])
     assert "holds images" not in capsys.readouterr().err
 

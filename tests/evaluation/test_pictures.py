@@ -12,6 +12,7 @@ from PIL import Image
 from ssod_edge.detect.metrics import detection_metrics, risk_coverage
 from ssod_edge.errors import MissingExtraError
 from ssod_edge.evaluation import pictures
+from ssod_edge.training.outputs import Outputs
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 
@@ -34,6 +35,12 @@ def figures(monkeypatch):
     return seen
 
 
+def outputs(n, classes):
+    """What a model may say of n images."""
+    labels, logits, features = RNG.integers(0, classes, n), RNG.normal(size=(n, classes)), RNG.normal(size=(n, 12))
+    return Outputs(logits, np.zeros(n), labels, features)
+
+
 def check(path, least=300):
     with Image.open(path) as png:
         assert png.format == "PNG" and png.width > least and len(png.convert("RGB").getcolors(1 << 24)) > 20
@@ -41,10 +48,9 @@ def check(path, least=300):
 
 def test_an_evaluation_gets_all_of_them(tmp_path):
     pytest.importorskip("sklearn", reason="needs the extra 'train'")
-    features = {name: RNG.normal(size=(len(RAW[name][SCORES[0]]), 12)) for name in RAW}
-    labels, classes = RNG.integers(0, 3, 90), ("a", "b", "c")
+    said = {name: outputs(len(RAW[name][SCORES[0]]), 3) for name in RAW}
     few = {name: {s: RAW[name][s] for s in SCORES[:2]} for name in RAW}
-    written = pictures.save_evaluation(few, AUROC, CORRECT, features, labels, classes, tmp_path / "deep" / "folder")
+    written = pictures.save_evaluation(few, AUROC, said, ("a", "b", "c"), tmp_path / "deep" / "folder")
     expected = ["scores-score0.png", "scores-score1.png", "roc.png", "risk-coverage.png", "features.png"]
     assert [path.name for path in written] == expected
     for path in written:
@@ -54,7 +60,7 @@ def test_an_evaluation_gets_all_of_them(tmp_path):
 def test_without_an_ood_set_there_is_no_roc(tmp_path):
     pytest.importorskip("sklearn", reason="needs the extra 'train'")
     raw = {"id": {"energy": RAW["id"]["score0"]}}
-    written = pictures.save_evaluation(raw, {}, CORRECT, {"id": RNG.normal(size=(90, 4))}, CORRECT * 1, "ab", tmp_path)
+    written = pictures.save_evaluation(raw, {}, {"id": outputs(90, 2)}, "ab", tmp_path)
     assert [path.name for path in written] == ["scores-energy.png", "risk-coverage.png", "features.png"]
 
 
@@ -128,3 +134,10 @@ def test_a_name_that_is_no_utf8_is_drawn_with_a_replacement(tmp_path, figures):
     raw = {"id": RAW["id"], "caf\udce9": RAW["near"]}
     pictures.save_histograms(raw, SCORES[0], tmp_path / "histograms.png")
     check(tmp_path / "histograms.png")
+
+
+def test_each_line_of_a_title_is_a_line(tmp_path, figures):
+    cell = np.zeros((1, 1))
+    patches = pictures.PatchMap(np.zeros((3, 8, 8), np.uint8), cell, cell.astype(np.int8), cell, 0.95, "a")
+    pictures.save_patches(patches, "first\x1b\nsecond", tmp_path / "x.png")
+    assert figures[0].get_suptitle() == "first\\x1b\nsecond"

@@ -34,7 +34,7 @@ def test_every_result_is_that_of_fp64(row, capsys):
     per_image = p // max(1, z.shape[0])
     target = torch.randint(-1, m, (z.shape[0],), generator=g)
     label_of = target.repeat_interleave(per_image) if p else target
-    confidence, label, s = ops._sample(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
+    confidence, label, s = ops.sample_patches(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
     expected = exact(rows, weight, bias, label_of)
     tolerance = 2e-6 if dtype == "fp32" else 2e-4
     torch.testing.assert_close(confidence.double(), expected, rtol=0, atol=tolerance, equal_nan=True)
@@ -60,13 +60,13 @@ def test_weights_keep_their_precision_beside_half_precision_patches():
 @pytest.mark.parametrize("m", [10, 1000])
 def test_results_are_the_same_bit_for_bit_whatever_the_threads(m):
     z, weight, bias, w_ood, b_ood, target = mixed(torch.float32, p=1500, m=m)
-    first = ops._sample(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
-    again = ops._sample(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
+    first = ops.sample_patches(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
+    again = ops.sample_patches(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = ops._sample(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
+        alone = ops.sample_patches(z, weight, bias, w_ood, b_ood, target, 0.95, "auto")
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(first[0], alone[0], rtol=0, atol=2e-6)
@@ -159,7 +159,7 @@ for m in (10, 31, 70):
         z, weight = torch.randn(100, 77).to(dtype), torch.randn(m, 77) / 3
         weight[0, 0] = float("nan") if m == 31 else 0
         target = torch.randint(-1, m, (100,))
-        results += ops._sample(z, weight, torch.randn(m), torch.randn(77), torch.zeros(()), target, 0.95, "auto")
+        results += ops.sample_patches(z, weight, torch.randn(m), torch.randn(77), torch.zeros(()), target, 0.95, "auto")
 assert ops.kernel_in_use("cpu") == "compiled"
 torch.save(results, sys.argv[1])
 """

@@ -39,7 +39,7 @@ def test_every_result_is_that_of_fp64(row):
     label_of = target.repeat_interleave(len(rows) // max(1, z.shape[0]))
     arguments = [t.cuda() for t in (z, weight, bias, w_ood, b_ood, target)]
     assert arguments[0].stride() == z.stride() or layout in ("slice", "map slice")
-    confidence, label, s = (t.cpu() for t in ops._sample(*arguments, 0.95, "auto"))
+    confidence, label, s = (t.cpu() for t in ops.sample_patches(*arguments, 0.95, "auto"))
     expected = exact(rows.cuda(), *arguments[1:3], label_of.cuda()).cpu()
     tolerance = 2e-6 if dtype == "fp32" else 2e-4
     torch.testing.assert_close(confidence.double(), expected, rtol=0, atol=tolerance, equal_nan=True)
@@ -55,9 +55,9 @@ def test_every_result_is_that_of_fp64(row):
 @pytest.mark.parametrize("m", [10, 1000])
 def test_results_are_the_same_bit_for_bit(dtype, m):
     arguments = [t.cuda() for t in mixed(DTYPES[dtype], p=3000, m=m)]
-    first = ops._sample(*arguments, 0.95, "auto")
+    first = ops.sample_patches(*arguments, 0.95, "auto")
     for _ in range(5):
-        again = ops._sample(*arguments, 0.95, "auto")
+        again = ops.sample_patches(*arguments, 0.95, "auto")
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -68,14 +68,14 @@ def test_a_cuda_graph_replays_it_on_new_features(dtype, m):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        ops._sample(z, *others, 0.95, "auto")
+        ops.sample_patches(z, *others, 0.95, "auto")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = ops._sample(z, *others, 0.95, "auto")
+        results = ops.sample_patches(z, *others, 0.95, "auto")
     z.copy_(torch.randn_like(z))
     graph.replay()
-    expected = ops._sample(z, *others, 0.95, "auto")
+    expected = ops.sample_patches(z, *others, 0.95, "auto")
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
@@ -85,7 +85,7 @@ def test_it_runs_on_the_current_stream_without_waiting():
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
-        ops._sample(*arguments, 0.95, "auto")
+        ops.sample_patches(*arguments, 0.95, "auto")
         assert not stream.query(), "something waited for the device"
     torch.cuda.synchronize()
 

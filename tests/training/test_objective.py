@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from ssod_edge import ops
 from ssod_edge.config import LossConfig, Preprocess
 from ssod_edge.errors import UsageError
 from ssod_edge.ops import background_norm, patch_sample
+from ssod_edge.training import objective
 from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.objective import TrainStep, outlier_loss
 
@@ -112,8 +112,10 @@ def test_outliers_teach_the_row_on_pooled_features():
 @pytest.mark.parametrize(("method", "row"), [("ssod", True), ("lbf", False), ("both", True)])
 def test_patches_are_sampled_once_whatever_reads_them(method, row, monkeypatch):
     step, image, target = made_step(method=method)
-    sample, calls = ops._sample, []
-    monkeypatch.setattr(ops, "_sample", lambda *given: (calls.append(given[3] is not None), sample(*given))[1])
+    sample, calls = objective.sample_patches, []
+    monkeypatch.setattr(
+        objective, "sample_patches", lambda *given: (calls.append(given[3] is not None), sample(*given))[1]
+    )
     step(image, target, True)
     assert calls == [row]
 
