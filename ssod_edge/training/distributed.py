@@ -7,6 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from ssod_edge.errors import UsageError
+
 
 def start_processes() -> torch.device:
     """Join the process group when started by torchrun; the device of this process."""
@@ -30,3 +32,21 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def check_same_images(fingerprint: str) -> None:
+    """Compare what every process is about to train on.
+
+    Raises:
+        UsageError: one sees other images, or labels them otherwise; each would teach its own classes.
+    """
+    if not dist.is_initialized():
+        return
+    found: list[str] = [""] * world_size()
+    dist.all_gather_object(found, fingerprint)
+    others = [process for process, other in enumerate(found) if other != found[0]]
+    if others:
+        raise UsageError(
+            f"process {others[0]} of {len(found)} sees other images or labels than process 0 (fingerprints "
+            f"{found[others[0]][:12]} and {found[0][:12]}). Give all of them the same data"
+        )

@@ -21,6 +21,7 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ssod_edge.config import TrainConfig
@@ -43,7 +44,7 @@ from ssod_edge.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
+from ssod_edge.training.distributed import check_same_images, is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier, build_model, check_size
 from ssod_edge.training.objective import TrainStep
@@ -193,6 +194,7 @@ class _Loop:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
+        check_same_images(self.source.fingerprint)
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
         self.model = self._make_model(restored)
         self.optimizer = make_optimizer(self.model, config)
@@ -224,7 +226,7 @@ class _Loop:
         if config.half_size_epochs:
             check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
         if config.sync_bn and self.device.type == "cuda":
-            model = cast(SSODClassifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+            model = cast(SSODClassifier, convert_sync_batchnorm(model))
         return model.to(self.device, memory_format=torch.channels_last)
 
     def _restore(self) -> _Progress:
@@ -235,6 +237,16 @@ class _Loop:
             raise UsageError(
                 f"the data set '{self.source.name}' changed since the run '{self.run}' began; start a new run"
             )
+        processes = meta.get("processes")  # not recorded by earlier releases
+        if processes not in (None, world_size()) and meta["progress"]["step"]:
+            raise UsageError(
+                f"the run '{self.run}' was stopped in the middle of an epoch that {processes} process(es) shared, and "
+                f"there are {world_size()} now: the images that are left are not the same. Resume it with "
+                f"--nproc-per-node {processes}"
+            )
+        if processes not in (None, world_size()):
+            before, now = (count * self.config.batch_size for count in (processes, world_size()))
+            _say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
         load_state(self.model, tensors, path)
         try:
             load_optimizer(self.optimizer, tensors)
@@ -385,7 +397,7 @@ class _Loop:
         if name == LAST:
             self.progress.meters = self.meters.read() if self.progress.step else {}
             tensors |= optimizer_tensors(self.optimizer)
-            meta["progress"] = dataclasses.asdict(self.progress)
+            meta |= {"progress": dataclasses.asdict(self.progress), "processes": world_size()}
         save_checkpoint(self.run / name, tensors, meta)
 
 

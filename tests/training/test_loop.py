@@ -13,17 +13,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from click.testing import CliRunner
 from locks import holding
 from pictures import write_folder
+from timm.layers import convert_sync_batchnorm
 
 import ssod_edge.training.loop
 from ssod_edge.cli import main
-from ssod_edge.config import LossConfig, Preprocess, TrainConfig, train_config
+from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, train_config
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.terminal import TrainingBar
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from ssod_edge.training.distributed import check_same_images
 from ssod_edge.training.loop import _Loop, resume_run, train
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import build_model
@@ -509,6 +513,49 @@ def test_torchrun_trains_one_run_folder(pictures, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert len(rows(tmp_path / "run")) == 2 and Run.at(tmp_path / "run").meta["epoch"] >= 1
+
+
+def test_an_epoch_that_several_processes_shared_is_not_gone_on_with_by_fewer(config, tmp_path, capsys):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    for epochs, step, shared in ((0, 2, True), (1, 0, False)):
+        tensors, meta = load_checkpoint(run / LAST)
+        progress = {**meta["progress"], "epoch": epochs, "step": step}
+        kept = {key: value for key, value in meta.items() if key not in ("schema_version", "tensors_sha256")}
+        save_checkpoint(run / LAST, tensors, {**kept, "progress": progress, "processes": 2})
+        if shared:
+            with pytest.raises(UsageError, match="an epoch that 2 .* --nproc-per-node 2"):
+                resume_run(run)
+        else:
+            assert resume_run(run) == run and "a step was 16 images with 2" in capsys.readouterr().err
+
+
+def two_processes(rank, folder, same):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        check_same_images("one" if same else f"{rank}")
+    except UsageError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_processes_compare_what_they_train_on(tmp_path, same):
+    mp.spawn(two_processes, (tmp_path, same), nprocs=2)
+    found = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
+    assert len(found) == (0 if same else 2) and all("process 1 of 2 sees other images" in text for text in found)
+
+
+@pytest.mark.parametrize("backbone", [*sorted(set(ALIASES.values())), "tf_efficientnet_lite0"])
+def test_synchronised_norms_keep_what_a_network_says(backbone):
+    """timm's norms hold the activation behind them; torch's own converter drops it."""
+    torch.manual_seed(0)
+    model = build_model(backbone, ("a", "b"), Preprocess(input_size=64)).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)[0]
+        after = convert_sync_batchnorm(model).eval()(image)[0]
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) or after is not before
+    torch.testing.assert_close(after, before)
 
 
 @pytest.mark.parametrize(
