@@ -415,7 +415,7 @@ def test_deployment_figures_stand_at_the_calibration_splits_threshold(report_of,
 
 def test_the_tables_fit_on_a_terminal_and_name_what_failed(report_of, capsys, monkeypatch):
     report = report_of[0]
-    monkeypatch.setattr(evaluation_report, "Console", lambda: Console(width=80))
+    monkeypatch.setattr(evaluation_report, "Console", lambda **settings: Console(width=80, **settings))
     evaluation_report.print_report(report)
     shown = capsys.readouterr().out
     rows = [re.split(r"  +", line.strip()) for line in shown.splitlines() if re.search(r"\)\s*$", line)]
