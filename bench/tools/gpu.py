@@ -134,17 +134,8 @@ def main(out: Path | None, minutes: float, skip_build: bool, only_ragged: bool) 
     )
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     for tool in TOOLS:
-        command = [
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            python,
-            "-m",
-            "ssod_edge.bench.tools.gpu",
-            "--ragged",
-        ]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+        command += [python, "-m", "ssod_edge.bench.tools.gpu", "--ragged"]
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
         step(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     click.echo(table(record))

@@ -80,9 +80,9 @@ def bare_call(engine: str, path: Path, image: dict[str, Any]) -> Callable[[], ob
     if engine == "onnxruntime":
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # else it slows the runner's turns down
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        from ssod_edge.runtime.engines.onnxruntime import session_options
+
+        session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
         return lambda: session.run(None, image)
     from ssod_edge.runtime.engines.openvino import request_config, shared_core
 

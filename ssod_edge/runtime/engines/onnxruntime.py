@@ -72,13 +72,10 @@ class OnnxRunner:
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, values, strict=True)}
 
 
-def _open_session(
-    path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
-) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise import_failed("onnxruntime", error) from error
+def session_options(threads: int | None = None) -> Any:
+    """Those of a session for single requests; None leaves the number of threads to the engine."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     # Threads that spin between the layers of a run are faster than those that sleep; between two runs they
@@ -86,6 +83,17 @@ def _open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    return options
+
+
+def _open_session(
+    path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
+) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise import_failed("onnxruntime", error) from error
+    options = session_options(threads)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile
