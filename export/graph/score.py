@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
 from ssod_edge.data.images import LEAST_IMAGES, Images
 from ssod_edge.data.sources import model_labels
+from ssod_edge.detect.choice import LEAST_UNASKED, chooses_unasked
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
@@ -24,9 +25,6 @@ from ssod_edge.terminal import image_bar
 
 #: Training images that a detector is fitted on.
 FIT_IMAGES = 10_000
-#: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
-#: chance chooses.
-LEAST_UNASKED = 200
 DEFAULT_EVIDENCE = "the default for a network that was not trained with made outliers, or has few images to choose by"
 
 
@@ -76,10 +74,6 @@ class ShippedScore:
 def want_score(source: Source, name: str | None, earlier: Export | None, say: Say) -> WantedScore:
     """Which score to ship.
 
-    Without made outliers in training nothing is chosen unasked: a network that was taught by its classes alone may give
-    unknown images scores so close to the threshold that the best of them by AUROC does not hold there
-    (docs/detection.md).
-
     Args:
         source: what is exported.
         name: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
@@ -95,7 +89,7 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
         return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
     if name is None:
         counts = [0 if part is None else len(part) for part in (source.images.training, source.images.choices)]
-        if source.outliers and min(counts) >= LEAST_UNASKED:
+        if chooses_unasked(source.outliers, *counts):
             return WantedScore(AUTO_SCORE, DEFAULT_EVIDENCE, asked=False)
         if source.outliers:
             say(

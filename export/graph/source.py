@@ -13,7 +13,7 @@ from torch import nn
 
 from ssod_edge.config import NEED_OOD_ROW, resolve_backbone
 from ssod_edge.data.images import Images, whole_dataset
-from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data, sha256_file
 from ssod_edge.training.checkpoint import BEST, is_checkpoint, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, load_weights
@@ -86,7 +86,7 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    return Source(run.model, meta.get("trained") is True, run.folder, facts, images, run.checkpoint, _outliers(run))
+    return Source(run.model, meta.get("trained") is True, run.folder, facts, images, run.checkpoint, run.outliers)
 
 
 def from_weights(
@@ -186,15 +186,6 @@ def imagenet_classes() -> tuple[str, ...]:
     info = ImageNetInfo("imagenet-1k")
     names = (info.index_to_description(index).split(",")[0].replace(" ", "_") for index in range(info.num_classes()))
     return tuple(f"{info.index_to_label_name(index)}_{name}" for index, name in enumerate(names))
-
-
-def _outliers(run: Run) -> tuple[str, ...]:
-    """The made images of a run's training; none where its settings are gone."""
-    try:
-        loss = run.config.loss
-    except (UsageError, ArtifactError):
-        return ()
-    return loss.outliers if loss.trains_row_on_outliers else ()
 
 
 def _load_all_weights(model: SSODClassifier, path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +32,19 @@ LEAST_MISTAKES = 20
 PARTS = ("ssod", "energy", "knn", "vim", "mahalanobis", "rmd")
 #: Candidates whose figure is this near to the best are level: of 2,000 images, a difference of a point is noise.
 LEVEL = 0.01
+#: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
+#: chance chooses.
+LEAST_UNASKED = 200
+
+
+def chooses_unasked(outliers: Sequence[str], training: int, choices: int) -> bool:
+    """Whether an export that names no score, and has none beside it, chooses one.
+
+    Without made outliers in training nothing is chosen unasked: a network that was taught by its classes alone may give
+    unknown images scores so close to the threshold that the best of them by AUROC does not hold there
+    (docs/detection.md).
+    """
+    return bool(outliers) and min(training, choices) >= LEAST_UNASKED
 
 
 @dataclass(frozen=True)

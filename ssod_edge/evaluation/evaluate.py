@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE
 from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
 from ssod_edge.data.splits import Indices
+from ssod_edge.detect.choice import chooses_unasked
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
@@ -80,10 +81,11 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         workers: processes that read images.
 
     Returns:
-        The JSON face: `id_accuracy`, `default_score` (what the export ships), `ood_row_trained`, `results` (a row for
-        each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
-        `deployment_metrics` at the threshold of the run's calibration split; None without one), with baselines also
-        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
+        The JSON face: `id_accuracy`, `default_score` (what the export ships; `energy` without one), `ships` (the same,
+        but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `results` (a
+        row for each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment`
+        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), with
+        baselines also `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
@@ -119,12 +121,25 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "id_data": source.name if options.id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
         "default_score": spec.score_name if spec else DEFAULT_SCORE,
+        "ships": _ships(opened, spec),
         "ood_row_trained": bool(model.ood.weight.any()),
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit)}
     return report, found
+
+
+def _ships(run: Run, spec: Spec | None) -> str:
+    """The score of the run's export; without one, what an export that names none would take."""
+    if spec is not None:
+        return spec.score_name
+    try:
+        _, splits = run.splits("")
+    except UsageError:
+        return DEFAULT_SCORE
+    chooses = chooses_unasked(run.outliers, len(splits.train), len(splits.val))
+    return AUTO_SCORE if chooses else DEFAULT_SCORE
 
 
 def _shipped(run: Run) -> tuple[Spec | None, FittedScore | None]:

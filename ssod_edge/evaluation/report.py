@@ -46,10 +46,11 @@ def print_report(report: Report) -> None:
         for name, cost in report["baselines"].items():
             if cost["error"]:
                 say(f"{name} failed: {cost['error']}")
-    say(
-        f"* {report['default_score']}: the score that the run's export ships; without an export, what it would ship "
-        "by default"
-    )
+    name = report["default_score"]
+    if report["ships"] == "auto":
+        say(f"* {name} stands here as long as there is no export: `ssod-edge export` chooses one by held-out images")
+    else:
+        say(f"* {name}: the score that the run's export ships; without an export, what it would ship by default")
     if names and not report["ood_row_trained"]:
         console.print("`ssod` is constant, and `posterior` ranks as `msp`: the OOD row of this model was not trained")
 

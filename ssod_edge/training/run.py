@@ -99,6 +99,15 @@ class Run:
         """Its settings; errors as `load_config`."""
         return load_config(self.folder)
 
+    @property
+    def outliers(self) -> tuple[str, ...]:
+        """The made images of its training; none where its settings are gone."""
+        try:
+            loss = self.config.loss
+        except (UsageError, ArtifactError):
+            return ()
+        return loss.outliers if loss.trains_row_on_outliers else ()
+
     @cached_property
     def export(self) -> Export | None:
         """The export beside the checkpoint; None where there is none.

@@ -119,6 +119,22 @@ def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     assert damaged["default_score"] == "energy" and "left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("outliers", "ships"), [(["zoom"], "auto"), ([], "energy")])
+def test_before_an_export_a_report_says_what_an_export_would_take(
+    place, tmp_path, monkeypatch, capsys, outliers, ships
+):
+    run = Path(shutil.copytree(place / "run", tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["loss"]["outliers"] = outliers
+    (run / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("ssod_edge.detect.choice.LEAST_UNASKED", 1)
+    report, _ = evaluate(run, EvalOptions(ood_data={"same": str(Path(config["data"]))}, bootstrap=0))
+    assert (report["ships"], report["default_score"]) == (ships, "energy")
+    print_report(report)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("`ssod-edge export` chooses one" in printed) == (ships == "auto")
+
+
 def test_other_classes_missing_data_and_a_checkpoint_without_splits_are_refused(place, tmp_path):
     write_folder(tmp_path / "four", classes=4, per_class=2)
     with pytest.raises(UsageError, match="is none of the model's"):

@@ -297,7 +297,7 @@ def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch:
     assert source.images.thresholds is not None
     choices, thresholds = source.images.thresholds.halves("validation", "rest")
     source = replace(source, images=replace(source.images, choices=choices, thresholds=thresholds))
-    monkeypatch.setattr("ssod_edge.export.graph.score.LEAST_UNASKED", 40)
+    monkeypatch.setattr("ssod_edge.detect.choice.LEAST_UNASKED", 40)
     lines.clear()
     chosen, asked = shipped_by(source, None, lines.append), shipped_by(source, "auto", lambda line: None)
     assert (chosen.name, chosen.evidence, chosen.choice) == (asked.name, asked.evidence, asked.choice)
