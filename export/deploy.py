@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.data.inputs import list_images
+from ssod_edge.data.inputs import known_images, list_images
 from ssod_edge.detect.metrics import check_target_tpr
 from ssod_edge.errors import UsageError
 from ssod_edge.export.bundle import BENCH_NAME, check_bundle, unpack
@@ -63,13 +63,15 @@ def deploy(
     targets = targets or Targets()
     check_engines(targets.engines)
     check_bundle(bundle)
-    images = None if data is None else _id_images(data)
-    check_target_tpr(targets.target_tpr, None if images is None else len(images))
+    if data is not None and not Path(data).is_dir():
+        raise UsageError(f"--id with --from takes a folder of in-distribution images, got '{data}', which is none")
+    check_target_tpr(targets.target_tpr, None if data is None else len(list_images([data])))
     with release(Path(out), say) as draft:
         bundled = unpack(bundle, draft.folder)
         if data is not None and bundled.source.get("splits_hash") and same_data(data, bundled.source.get("data")):
             raise trained_on(data)
         say(f"unpacked {bundled.backbone} at {bundled.preprocess.input_size} px, score {bundled.score_name}")
+        images = None if data is None else known_images(data, bundled.classes, say)
         make = partial(make_artifact, plans=targets.plans, earlier=Export.in_place(Path(out)))
         draft.write(replace(bundled, artifacts=tuple(_make(bundled, draft.folder, targets, make, say))))
 
@@ -86,13 +88,6 @@ def deploy(
         draft.prove(fit, together=False)
         _remove_the_rest(draft.spec, draft.folder)
     return draft.spec
-
-
-def _id_images(data: str) -> list[str]:
-    """Raises UsageError unless `data` is a folder of images: other data sets are opened with PyTorch."""
-    if not Path(data).is_dir():
-        raise UsageError(f"--id with --from takes a folder of in-distribution images, got '{data}', which is none")
-    return list_images([data])
 
 
 def _make(bundled: Spec, folder: Path, targets: Targets, make: Callable[..., Artifact], say: Say) -> list[Artifact]:

@@ -202,7 +202,7 @@ def _load_all_weights(model: SSODClassifier, path: str) -> None:
 
 def _read_classes(path: str) -> tuple[str, ...]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--classes '{path}' cannot be read: {error}") from error
     classes = tuple(line.strip() for line in lines if line.strip())

@@ -89,7 +89,7 @@ def find_listed(source: HashedImages, list_file: str) -> tuple[Indices, list[str
         UsageError: no such list, a line that is none of one, a name twice, or an image that the data set lacks.
     """
     try:
-        text = Path(list_file).read_bytes().decode(errors="surrogateescape")
+        text = Path(list_file).read_bytes().decode(errors="surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise UsageError(f"the image list '{list_file}' cannot be read: {error.strerror}") from error
     listed = []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ssod_edge.config import IMAGE_SUFFIXES
-from ssod_edge.data.layout import walk_images
+from ssod_edge.data.layout import same_name, walk_images
 from ssod_edge.errors import UsageError
 
 
@@ -48,13 +48,35 @@ def list_images(
     return paths
 
 
+def known_images(folder: str, classes: Sequence[str], say: Callable[[str], object]) -> list[str]:
+    """The images of a folder that a model's threshold may be fitted to.
+
+    Where folders in it bear names of the model's classes, images in other folders are of something else, and would
+    move the threshold: they are left out, which is said.
+
+    Raises:
+        UsageError: as `list_images`.
+    """
+    paths, known = list_images([folder]), set(map(same_name, classes))
+    folders = {path: os.path.relpath(path, folder).split("/")[:-1] for path in paths}
+    kept = [path for path in paths if known & set(map(same_name, folders[path]))]
+    if not kept or len(kept) == len(paths):
+        return paths
+    others = sorted({"/".join(folders[path]) or "." for path in set(paths) - set(kept)})
+    say(
+        f"left out: {len(paths) - len(kept)} of {len(paths)} images, in folders that are no class of the model "
+        f"({', '.join(others[:5])}{', ...' if len(others) > 5 else ''})"
+    )
+    return kept
+
+
 def _names(arguments: Sequence[str], stdin: Iterable[str]) -> Iterator[tuple[str, Callable[[str], list[str]]]]:
     """Each argument or line of the list, and what turns it into paths."""
     for argument in arguments:
         if argument != "-":
             yield argument, _expand
             continue
-        lines = [line for text in stdin if (line := text.rstrip("\r\n"))]
+        lines = [line for text in stdin if (line := text.rstrip("\r\n").removeprefix("\ufeff"))]
         yield from ((line, _as_it_is) for line in lines) if lines else [(argument, _no_lines)]
 
 

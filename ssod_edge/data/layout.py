@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -33,6 +34,11 @@ def sort_key(name: str) -> tuple[list[str | int], str]:
     """
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def same_name(name: str) -> str:
+    """One spelling of a name: an accented letter may be one character, or a letter and a mark, and both look alike."""
+    return unicodedata.normalize("NFC", name)
 
 
 def is_shown(name: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.config import IMAGE_SUFFIXES
-from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, sort_key
+from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, same_name, sort_key
 from ssod_edge.data.pixels import load_image
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError, UsageError
@@ -147,6 +147,12 @@ def check_labels(source: ReaderImages) -> None:
     """Raises UsageError for a wrong layout, an empty class, or a label outside the class list."""
     if source.layout is not None:
         check_layout(source.name, source.layout)
+    if len(set(map(same_name, source.classes))) < len(source.classes):
+        twice = next(name for name in source.classes if same_name(name) != name)
+        raise UsageError(
+            f"'{source.name}' has two classes whose names look alike ('{same_name(twice)}'): an accented letter is one "
+            "character in one, and a letter and a mark in the other. Move their images into one folder"
+        )
     lowest, highest = int(source.labels.min()), int(source.labels.max())
     if lowest < 0 or highest >= len(source.classes):
         wrong = lowest if lowest < 0 else highest

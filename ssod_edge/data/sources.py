@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.data.image_lists import find_listed
-from ssod_edge.data.layout import EXPECTED
+from ssod_edge.data.layout import EXPECTED, same_name
 from ssod_edge.data.readers import ReaderImages, check_labels
 from ssod_edge.data.splits import Indices, Labelled, Splits
 from ssod_edge.errors import ImageError, UsageError
@@ -70,8 +70,8 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
 
 def model_labels(labels: Indices, classes: Sequence[str], known: Sequence[str]) -> Indices:
     """Labels of a data set (-1 for none) in a model's numbering, by class name; -1 for a class it does not know."""
-    numbers = {name: number for number, name in enumerate(known)}
-    table = np.array([*(numbers.get(name, -1) for name in classes), -1], np.int64)
+    numbers = {same_name(name): number for number, name in enumerate(known)}
+    table = np.array([*(numbers.get(same_name(name), -1) for name in classes), -1], np.int64)
     return table[labels]
 
 
@@ -165,15 +165,16 @@ def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
         shipped = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "lists").glob("*.txt")))
         raise UsageError(f"there is no class list '{name}'. Give a text file, or one of: {shipped}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"class list '{name}' is not UTF-8 text ({error}). Give one class a line") from error
+    numbers = {same_name(known): number for number, known in enumerate(classes)}
     chosen = []
     for line in lines:
         entry = line.partition("#")[0].strip()
         if not entry:
             continue
-        index = classes.index(entry) if entry in classes else int(entry) if entry.isdecimal() else -1
+        index = numbers.get(same_name(entry), int(entry) if entry.isdecimal() else -1)
         if not 0 <= index < len(classes):
             raise UsageError(f"class list '{name}' names '{entry}', which is none of the {len(classes)} classes")
         chosen.append(index)

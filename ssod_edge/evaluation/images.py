@@ -9,6 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
+from ssod_edge.data.layout import same_name
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.errors import UsageError
@@ -50,8 +51,8 @@ def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices | Non
 
 def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
     """Raises UsageError unless the model knows every class of the ID images; it may know more."""
-    known = set(classes)
-    if unknown := [name for name in found if name not in known]:
+    known = set(map(same_name, classes))
+    if unknown := [name for name in found if same_name(name) not in known]:
         raise UsageError(
             f"the class '{unknown[0]}' of '{id_data}' is none of the model's ({', '.join(classes[:4])}, ...). Give "
             "images of known classes; a list keeps some of a data set's (DATA@LIST)"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ssod_edge.data.inputs import list_images
+from ssod_edge.data.inputs import known_images
 from ssod_edge.data.pixels import ImageLike
 from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold
 from ssod_edge.errors import (
@@ -175,12 +176,17 @@ def _trained_on(data: str, export: Export) -> bool:
 def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     """How to draw the images, and what they are, for the record."""
     if Path(data).is_dir() and not _trained_on(data, export):
-        paths = list_images([data])
+        paths = known_images(data, export.spec.classes, partial(click.echo, err=True))
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
     from ssod_edge.data.images import whole_dataset
+    from ssod_edge.data.sources import model_labels
     from ssod_edge.data.splits import read_splits
 
     images, facts = whole_dataset(data), export.spec.source
+    labels = model_labels(images.source.labels, images.source.classes, export.spec.classes)
+    if (labels >= 0).any() and (labels < 0).any():
+        click.echo(f"left out: {(labels < 0).sum()} of {len(labels)} images, of no class of the model", err=True)
+        images = replace(images, indices=images.indices[labels >= 0])
     splits_hash = facts.get("splits_hash")  # none where the weights were trained elsewhere
     if splits_hash and images.source.fingerprint == facts.get("data_fingerprint"):
         if export.run_folder is None:

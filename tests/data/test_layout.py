@@ -15,7 +15,7 @@ from pictures import write_folder
 
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import sort_key
-from ssod_edge.data.sources import open_dataset
+from ssod_edge.data.sources import model_labels, open_dataset
 from ssod_edge.errors import UsageError
 
 
@@ -132,3 +132,21 @@ def test_what_systems_leave_is_no_class_and_no_image(folder: Path, as_tar: bool)
     source = open_dataset(str(pack(folder) if as_tar else folder))
     assert (source.classes, source.fingerprint) == (plain.classes, plain.fingerprint)
     assert len(list_images([str(folder)])) == 20
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("class1\n", encoding="utf-8-sig")
+    assert open_dataset(f"{folder}@{tmp_path / 'some.txt'}").classes == ("class1",)
+    assert list_images(["-"], ["\ufeffa.png\n", "b.png\n"]) == ["a.png", "b.png"]
+
+
+def test_names_that_look_alike_are_one_name(folder: Path, tmp_path: Path) -> None:
+    one, other = "caf\u00e9", "cafe\u0301"
+    (folder / "class0").rename(folder / one)
+    (tmp_path / "some.txt").write_text(f"{other}\n", encoding="utf-8")
+    assert open_dataset(f"{folder}@{tmp_path / 'some.txt'}").classes == (one,)
+    assert model_labels(np.array([0]), (other,), ("class1", one)).tolist() == [1]
+    (folder / other).mkdir()
+    (folder / other / "x.png").write_bytes((folder / one / "00.png").read_bytes())
+    with pytest.raises(UsageError, match="two classes whose names look alike"):
+        open_dataset(str(folder))

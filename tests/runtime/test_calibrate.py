@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from colour import BIAS, colour_images, edit_graph, edit_spec
+from colour import BIAS, colour_images, edit_graph, edit_spec, write_colours
 from interrupt import interrupt_while_reading
 from PIL import Image
 
@@ -113,6 +113,30 @@ def test_the_command_fits_every_artifact_to_a_folder(export: Path, tmp_path: Pat
         with Predictor(open_runner(export, artifact=artifact.name)) as predictor:
             known = sum(v.known is True for v in predictor.predict_many(sorted(photos.rglob("*.png"))))
         assert known == 55, "ceil(61 * 0.9)"
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+def test_images_of_other_things_do_not_move_the_threshold(export: Path, tmp_path: Path, as_tar: bool) -> None:
+    if as_tar:
+        pytest.importorskip("timm", reason="a .tar file is opened by what training opens it with")
+    data = write_colours(tmp_path / "photos", 12)
+    run(export, "--id", data, "--tpr", "0.9", "--artifact", "onnx-fp32")
+    alone = load_spec(export).artifact("onnx-fp32").threshold
+    (data / "zebra").mkdir()
+    for index in range(8):
+        Image.new("RGB", (20, 24), (128, 128, 120 + index)).save(data / "zebra" / f"{index}.png")
+    named: Path = data
+    if as_tar:
+        named = Path(shutil.make_archive(str(tmp_path / "packed"), "tar", data))
+    code, _, err = run(export, "--id", named, "--tpr", "0.9", "--artifact", "onnx-fp32")
+    mixed = load_spec(export).artifact("onnx-fp32").threshold
+    assert code == 0 and "left out: 8 of 44 images" in err
+    assert alone is not None and mixed is not None and (mixed.value, mixed.n) == (alone.value, 36)
+    # Folders that name no class at all, such as those of days, are taken whole.
+    for name in ("red", "green", "blue"):
+        (data / name).rename(data / f"day-{name}")
+    assert run(export, "--id", data, "--tpr", "0.9", "--artifact", "onnx-fp32")[2] == ""
+    assert load_spec(export).artifact("onnx-fp32").threshold.n == 44  # type: ignore[union-attr]
 
 
 def test_a_read_only_export_is_found_before_the_work(

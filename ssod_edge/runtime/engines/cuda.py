@@ -67,7 +67,7 @@ def open_gpu(device: str = "auto", extra: str | None = None) -> Gpu:
         UsageError: `device` is not the name of a GPU.
     """
     text = "cuda:0" if device in ("auto", "cuda") else device.lower()
-    if not text.startswith("cuda:") or not text[5:].isdigit():
+    if not text.startswith("cuda:") or not text[5:].isdecimal():
         raise UsageError(f"TensorRT runs on a GPU: device must be auto or cuda:N, got '{device}'")
     if importlib.util.find_spec("pycuda") is None:
         raise missing_extra("pycuda", "running on a GPU", extra)

@@ -135,7 +135,7 @@ def parse_version(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: "10.3.0.post1" -> (10, 3, 0)."""
     numbers: list[int] = []
     for part in text.split("."):
-        if not part.isdigit():
+        if not part.isdecimal():
             break
         numbers.append(int(part))
     return tuple(numbers)
