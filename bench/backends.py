@@ -6,7 +6,6 @@ import hashlib
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
@@ -78,10 +77,8 @@ class Backends(AbstractContextManager["Backends"]):
     def __enter__(self) -> Backends:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def open(self, backend: Backend) -> None:
         """Open one of `all`, until this context ends."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 HWMON = Path("/sys/class/hwmon")
@@ -55,9 +54,7 @@ class PowerMeter:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
