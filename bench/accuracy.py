@@ -163,13 +163,8 @@ def accuracy_figures(
     figures: dict[str, Any] = {
         "top1": float((predicted == labels).mean()),
         "agreement": None if compared is None else float((predicted == compared["logits"].argmax(axis=1)).mean()),
-        "auroc": None,
-        "fpr_at_id_tpr95": None,
-        "decision_flips": None,
-        "false_accept": None,
-        "false_reject": None,
+        **dict.fromkeys(("auroc", "fpr_at_id_tpr95", "decision_flips", "false_accept", "false_reject", "deployment")),
         "ood_sets": {},
-        "deployment": None,
     }
     if "ood_score" not in own:
         return figures

@@ -53,11 +53,9 @@ def choose_images(export: Export, options: NamedData, quick: bool = False) -> Be
     unknown = options.ood_data or {}
     if chosen is None and unknown:
         raise UsageError(f"--ood needs in-distribution images too: {note} Name them with --id DATA.")
-    others = [unknown_set(name, data) for name, data in unknown.items()]
-    known_set, *unknown_sets = [
-        _limit(images, options.via_size, quick) if images is not None else None for images in (chosen, *others)
-    ]
-    return BenchImages(known_set, tuple(images for images in unknown_sets if images is not None), note)
+    known = None if chosen is None else _limit(chosen, options.via_size, quick)
+    others = tuple(_limit(unknown_set(name, data), options.via_size, quick) for name, data in unknown.items())
+    return BenchImages(known, others, note)
 
 
 def named_set(data: str, spec: Spec) -> ImageSet:
