@@ -21,13 +21,13 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.bench.latency import alternate
+from ssod_edge.bench.latency import alternate, interleave
 from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.runner import Runner
-from ssod_edge.spec import load_spec
+from ssod_edge.runtime.runner import OUTPUTS, Runner
+from ssod_edge.spec import Spec, load_spec
 
 #: (median, minimum) in ms. Other work on the machine moves the first, and the second says what is not its doing.
 Times = tuple[float, float]
@@ -74,14 +74,12 @@ def bare_session(path: Path, image: dict[str, Any], seconds: float) -> Times:
     return time_calls(lambda: session.run(None, image), seconds)
 
 
-def bare_call(engine: str, path: Path, image: dict[str, Any]) -> Callable[[], object]:
+def bare_call(spec: Spec, engine: str, path: Path, image: dict[str, Any]) -> Callable[[], object]:
     """One run of the engine, with nothing made, checked or copied around it."""
     if engine == "onnxruntime":
-        import onnxruntime
+        from ssod_edge.runtime.engines.onnxruntime import open_session
 
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # else it slows the runner's turns down
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, None, spec, OUTPUTS)  # a plain one would spin, and slow the runner's turns down
         return lambda: session.run(None, image)
     from ssod_edge.runtime.engines.openvino import request_config, shared_core
 
@@ -113,28 +111,26 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
         own = lambda: bare_session(path, image, seconds)  # noqa: E731
     else:
         raise UsageError(f"engine must be openvino or onnxruntime, got '{artifact.engine}'")
-    pairs = []
-    for index in range(rounds):
-        if index % 2:
-            first, second = time_calls(lambda: runner.infer(image), seconds), own()
-            pairs.append((second, first))
-        else:
-            pairs.append((own(), time_calls(lambda: runner.infer(image), seconds)))
-    ratios = [ours[0] / own_times[0] for own_times, ours in pairs]
-    bare = bare_call(artifact.engine, path, image)
+    turns = {"own": own, "runner": lambda: time_calls(lambda: runner.infer(image), seconds)}
+    times: dict[str, list[Times]] = {name: [] for name in turns}
+    for _, name in interleave(tuple(turns), rounds):
+        times[name].append(turns[name]())
+    (own_medians, own_minima), (medians, minima) = (tuple(zip(*times[name], strict=True)) for name in turns)
+    ratios = [ours / theirs for theirs, ours in zip(own_medians, medians, strict=True)]
+    bare = bare_call(runner.spec, artifact.engine, path, image)
     bare_ratios = [alternate(lambda: runner.infer(image), bare, seconds).ratio for _ in range(rounds)]
     return {
         "artifact": artifact.name,
         "engine": artifact.engine,
         "rounds": rounds,
         "seconds": seconds,
-        "own_ms": statistics.median(own_times[0] for own_times, _ in pairs),
-        "runner_ms": statistics.median(ours[0] for _, ours in pairs),
+        "own_ms": statistics.median(own_medians),
+        "runner_ms": statistics.median(medians),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "bare_ratio": statistics.median(bare_ratios),
         "bare_ratios": bare_ratios,
-        "ratio_of_minima": min(ours[1] for _, ours in pairs) / min(own_times[1] for own_times, _ in pairs),
+        "ratio_of_minima": min(minima) / min(own_minima),
     }
 
 

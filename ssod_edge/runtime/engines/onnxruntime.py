@@ -50,7 +50,7 @@ class OnnxRunner:
         self._outputs = outputs
         self._session: Any = None
         if artifact.precision == "fp32":
-            self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
+            self._session, self.precision = open_session(path, threads, spec, outputs), "fp32"
         else:
             self._session, self.precision = _open_reduced(path, threads, spec, outputs)
         providers = self._session.get_providers()
@@ -72,9 +72,10 @@ class OnnxRunner:
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, values, strict=True)}
 
 
-def _open_session(
+def open_session(
     path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
 ) -> Any:
+    """A session on the CPU, checked against the spec; errors as `OnnxRunner`. `profile`: prefix of its profile."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -107,7 +108,7 @@ def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[st
     """
     with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
         size = spec.preprocess.input_size
-        session = _open_session(path, threads, spec, outputs, profile=str(Path(folder) / "run"))
+        session = open_session(path, threads, spec, outputs, profile=str(Path(folder) / "run"))
         session.run(None, {"image": np.zeros((1, 3, size, size), np.uint8)})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     types = {
