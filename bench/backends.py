@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
@@ -58,7 +57,7 @@ class Backend:
             self.error = f"{kind}{error}"
 
 
-class Backends(AbstractContextManager["Backends"]):
+class Backends(ExitStack):
     """All backends of an export. One that cannot be made or opened has failed; the others go on.
 
     Args:
@@ -68,23 +67,17 @@ class Backends(AbstractContextManager["Backends"]):
     """
 
     def __init__(self, export: Export, scratch: Path, threads: int | None) -> None:
+        super().__init__()
         self._threads = threads
-        self._stack = ExitStack()
         fused = [_fused(export.folder, artifact) for artifact in export.spec.artifacts]
         self.all = [*fused, *_bf16(fused), _eager(export.folder)]
         self.pairs = choose_pairs(export.spec)
         self.all += [_plain(export, pair, scratch / pair.plain) for pair in self.pairs]
 
-    def __enter__(self) -> Backends:
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._stack.__exit__(*details)
-
     def open(self, backend: Backend) -> None:
         """Open one of `all`, until this context ends."""
         try:
-            runner = self._stack.enter_context(open_backend(backend.folder, backend.name, self._threads))
+            runner = self.enter_context(open_backend(backend.folder, backend.name, self._threads))
         except Exception as error:  # whatever an engine raises, the other rows go on
             backend.fail(error)
         else:

@@ -37,15 +37,14 @@ def describe_environment(threads: int | None) -> dict[str, Any]:
     Args:
         threads: what the engines were told; None leaves it to them.
     """
-    cpu = describe_cpu()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ssod_edge": ssod_edge.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "machine": _read(PROC / "device-tree/model") or platform.machine(),
+        "machine": read_text(PROC / "device-tree/model") or platform.machine(),
         "packages": installed_versions(),
-        "cpu": cpu,
+        "cpu": describe_cpu(),
         "threads": threads,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "memory_mb": memory_mb(),
@@ -82,7 +81,7 @@ def describe_state() -> dict[str, Any]:
     """What changes from minute to minute: load, governor, clock in MHz, temperature in degrees Celsius."""
     return {
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "governor": _read(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": read_text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "clock_mhz": _clock_mhz(),
         "temperature_c": _temperature(),
     }
@@ -121,7 +120,7 @@ def busy_warning(environment: dict[str, Any]) -> str | None:
 def _cpuinfo() -> dict[str, str]:
     """The fields of the first processor in /proc/cpuinfo, and those that stand after all processors (ARM)."""
     fields: dict[str, str] = {}
-    for line in (_read(PROC / "cpuinfo") or "").splitlines():
+    for line in (read_text(PROC / "cpuinfo") or "").splitlines():
         name, separator, value = line.partition(":")
         if separator:
             fields.setdefault(name.strip(), value.strip())
@@ -129,7 +128,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _clock_mhz() -> float | None:
-    kilohertz = _read(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    kilohertz = read_text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
     text = str(int(kilohertz) / 1000) if kilohertz and kilohertz.isdigit() else _cpuinfo().get("cpu MHz")
     try:
         return round(float(text), 1) if text else None
@@ -139,12 +138,13 @@ def _clock_mhz() -> float | None:
 
 def _temperature() -> float | None:
     """The hottest thermal zone."""
-    values = [_read(path) for path in sorted(SYS.glob("class/thermal/thermal_zone*/temp"))]
+    values = [read_text(path) for path in sorted(SYS.glob("class/thermal/thermal_zone*/temp"))]
     degrees = [int(value) / 1000 for value in values if value and value.lstrip("-").isdigit()]
     return round(max(degrees), 1) if degrees else None
 
 
-def _read(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """What a file of the system says; None where it is not there or empty."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip(" \t\r\n\0") or None
     except OSError:

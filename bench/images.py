@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,8 @@ from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet
 from ssod_edge.data.named import NamedData
-from ssod_edge.data.sources import model_labels
+from ssod_edge.data.sources import model_labels, open_dataset
+from ssod_edge.data.splits import read_splits
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
@@ -53,16 +53,14 @@ def choose_images(export: Export, options: NamedData, quick: bool = False) -> Be
     unknown = options.ood_data or {}
     if chosen is None and unknown:
         raise UsageError(f"--ood needs in-distribution images too: {note} Name them with --id DATA.")
-    others = [unknown_set(name, data) for name, data in unknown.items()]
-    known_set, *unknown_sets = [
-        _limit(images, options.via_size, quick) if images is not None else None for images in (chosen, *others)
-    ]
-    return BenchImages(known_set, tuple(images for images in unknown_sets if images is not None), note)
+    known = None if chosen is None else _limit(chosen, options.via_size, quick)
+    others = tuple(_limit(unknown_set(name, data), options.via_size, quick) for name, data in unknown.items())
+    return BenchImages(known, others, note)
 
 
 def named_set(data: str, spec: Spec) -> ImageSet:
     """The ID images of a data set: those of classes that the model knows, whatever their order."""
-    source = _open(data)
+    source = open_dataset(data)
     labels = model_labels(source.labels, source.classes, spec.classes)
     indices = np.flatnonzero(labels >= 0)
     if len(indices) == 0:
@@ -75,7 +73,7 @@ def named_set(data: str, spec: Spec) -> ImageSet:
 
 def unknown_set(name: str, data: str) -> ImageSet:
     """All images of an OOD data set."""
-    source = _open(data, labelled=False)
+    source = open_dataset(data, labelled=False)
     return ImageSet(name, data, source.fingerprint, source, np.arange(len(source)))
 
 
@@ -86,10 +84,8 @@ def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
     facts = export.spec.source
     if not facts.get("splits_hash"):
         return None, "The weights were not trained here, so that there is no recorded validation split."
-    from ssod_edge.data.splits import read_splits
-
     try:
-        source = _open(str(facts["data"]))
+        source = open_dataset(str(facts["data"]))
         if source.fingerprint != facts["data_fingerprint"]:
             return None, f"The data '{facts['data']}' changed since the run."
         indices = read_splits(export.folder.resolve().parent, source, str(facts["splits_hash"])).val
@@ -120,12 +116,6 @@ def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[
     sizes = sorted({image.size for image in found})
     sizes_text = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
     return found, f"{len(found)} images of {origin}, {sizes_text}, as JPEG in memory"
-
-
-def _open(data: str, labelled: bool = True) -> Any:
-    from ssod_edge.data.sources import open_dataset
-
-    return open_dataset(data, labelled=labelled)
 
 
 def _limit(images: ImageSet, via: int | None, quick: bool) -> ImageSet:

@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ssod_edge.bench.environment import read_text
+
 HWMON = Path("/sys/class/hwmon")
 DRIVER = "ina3221"
 #: The rail that feeds the whole module, where a board has one (Orin NX, Orin Nano).
@@ -24,10 +26,10 @@ def rails(root: Path = HWMON) -> dict[str, tuple[Path, Path]]:
     """
     found: dict[str, tuple[Path, Path]] = {}
     for chip in sorted(root.glob("hwmon*")):
-        if _read(chip / "name") != DRIVER:
+        if read_text(chip / "name") != DRIVER:
             continue
         for label in sorted(chip.glob("in*_label")):
-            number, name = label.name[2 : -len("_label")], _read(label)
+            number, name = label.name[2 : -len("_label")], read_text(label)
             files = chip / f"in{number}_input", chip / f"curr{number}_input"
             if name and not name.startswith(WITHIN_ANOTHER) and all(file.is_file() for file in files):
                 found[name] = files
@@ -78,14 +80,7 @@ class PowerMeter:
 
     def _sample(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            values = [(_read(voltage), _read(current)) for voltage, current in self.rails.values()]
+            values = [(read_text(voltage) or "", read_text(current) or "") for voltage, current in self.rails.values()]
             # A sensor that does not answer this time must not make the sum smaller.
             if all(mv.isdigit() and ma.lstrip("-").isdigit() for mv, ma in values):
                 self._watts.append(sum(int(mv) * int(ma) for mv, ma in values) / 1e6)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

@@ -10,7 +10,6 @@ import numpy as np
 
 from ssod_edge.bench.latency import Samples, summarise, summarise_stages
 from ssod_edge.errors import UsageError
-from ssod_edge.files import write_json
 from ssod_edge.json_reader import from_json, read_json
 
 SCHEMA_VERSION = 1
@@ -89,17 +88,8 @@ def make_record(**values: Any) -> dict[str, Any]:
     return {key: record[key] for key in RECORD_KEYS}
 
 
-def save_record(record: dict[str, Any], path: str | Path) -> Path:
-    """Write a record, atomically.
-
-    Raises:
-        OutputError: the folder cannot be written; an earlier file is unchanged.
-    """
-    return write_json(path, record)
-
-
 def load_record(path: str | Path) -> dict[str, Any]:
-    """Read what `save_record` wrote.
+    """Read a record that `write_json` wrote.
 
     Raises:
         UsageError: missing, not JSON, not a bench record, or of a newer schema.

@@ -20,10 +20,10 @@ from ssod_edge.bench.images import choose_images
 from ssod_edge.bench.interrupt import Interrupts
 from ssod_edge.bench.measurement import BenchOptions, Measurement
 from ssod_edge.bench.progress import Bar
-from ssod_edge.bench.record import load_record, save_record
+from ssod_edge.bench.record import load_record
 from ssod_edge.bench.report import markdown, print_comparison, print_record
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.files import check_output
+from ssod_edge.files import check_output, write_json
 from ssod_edge.runtime.export import Export
 
 Report = Callable[[dict[str, Any]], None]
@@ -130,5 +130,5 @@ def run_bench(
     if old is not None:
         print_comparison(compare(old, record), console)
     if output.json_file is not None:
-        save_record(record, output.json_file)
+        write_json(output.json_file, record)
     return exit_code(record)

@@ -7,7 +7,6 @@ A family is a module of timm. Its models share their head, so what holds for one
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import timm
 import torch
 
 from ssod_edge.bench.environment import describe_environment
+from ssod_edge.bench.tools.command import Tool, called, json_option
 from ssod_edge.errors import SsodEdgeError, UsageError
 from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.source import Source, untrained
@@ -90,19 +90,23 @@ def _artifacts(source: Source) -> dict[str, float]:
     return {a.name: a.verification["relative_logit_error"] for a in spec.artifacts if a.verification}
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.argument("families", nargs=-1)
 @click.option("--largest", default=30.0, show_default=True, help="Million parameters of a model that is exported.")
-@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
-def main(families: tuple[str, ...], largest: float, json_file: str | None) -> None:
+@json_option
+def main(families: tuple[str, ...], largest: float, json_file: Path | None) -> None:
     """Build and export the smallest model of each family of timm, or of those named."""
-    called = ["python", "-m", "ssod_edge.bench.tools.backbones", *sys.argv[1:]]
     rows: list[dict[str, Any]] = []
-    record = {"command": called, "environment": describe_environment(None), "timm": timm.__version__, "rows": rows}
+    record = {
+        "command": called("backbones"),
+        "environment": describe_environment(None),
+        "timm": timm.__version__,
+        "rows": rows,
+    }
     for row in measure(list(families or timm.list_modules()), largest):
         rows.append(row)
         if json_file:
-            write_json(Path(json_file), record)
+            write_json(json_file, record)
         said = row.get("reason") or ", ".join(f"{name} {error:.1e}" for name, error in row["artifacts"].items())
         patches = "" if row["status"] != "fits" else "  " if row["no_patches"] else "* "
         click.echo(f"{row['family']:24} {row.get('backbone', ''):32} {row['status']:12} {patches}{said}")

@@ -6,7 +6,6 @@ python -m ssod_edge.bench.tools.folder EXPORT IMAGES... --json bench/results/pre
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,10 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.bench.environment import describe_environment
+from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import load_image, preprocess
-from ssod_edge.errors import SsodEdgeError, UsageError
-from ssod_edge.files import write_json
+from ssod_edge.errors import UsageError
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import BATCH, Predictor, available_cores
 
@@ -74,36 +72,30 @@ def compare(predictor: Predictor, paths: list[str], rounds: int) -> dict[str, An
     }
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.argument("export")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--engine", "engines", multiple=True, default=("openvino", "onnxruntime"), show_default=True)
 @click.option("--rounds", default=7, show_default=True)
-@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
-def main(export: str, images: tuple[str, ...], engines: tuple[str, ...], rounds: int, json_file: str | None) -> None:
+@json_option
+def main(export: str, images: tuple[str, ...], engines: tuple[str, ...], rounds: int, json_file: Path | None) -> None:
     """Compare `predict` on a folder with its two stages alone."""
-    try:
-        paths = list_images(images)
-        if rounds < 1 or len(paths) < BATCH:
-            raise UsageError(f"it takes at least one round and {BATCH} images, got {rounds} and {len(paths)}")
-        paths = paths[: len(paths) // BATCH * BATCH]  # whole batches, so that both stages do the same work
-        rows = []
-        for engine in engines:
-            with Predictor(open_runner(export, engine=engine)) as predictor:
-                ran = {"artifact": predictor.runner.artifact.name, "engine": engine}
-                rows.append({**ran, **compare(predictor, paths, rounds)})
-            row = rows[-1]
-            click.echo(
-                f"{row['artifact']}: read {row['read_ips']:.0f}, run {row['run_ips']:.0f}, both {row['both_ips']:.0f} "
-                f"images/s; {row['ratio']:.2f} of the slower stage, {row['ratio_to_shared_cores']:.2f} of what the "
-                "cores can do"
-            )
-        if json_file:
-            command = ["python", "-m", "ssod_edge.bench.tools.folder", *sys.argv[1:]]
-            write_json(Path(json_file), {"command": command, "environment": describe_environment(None), "rows": rows})
-    except SsodEdgeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    paths = list_images(images)
+    if rounds < 1 or len(paths) < BATCH:
+        raise UsageError(f"it takes at least one round and {BATCH} images, got {rounds} and {len(paths)}")
+    paths = paths[: len(paths) // BATCH * BATCH]  # whole batches, so that both stages do the same work
+    rows = []
+    for engine in engines:
+        with Predictor(open_runner(export, engine=engine)) as predictor:
+            ran = {"artifact": predictor.runner.artifact.name, "engine": engine}
+            rows.append({**ran, **compare(predictor, paths, rounds)})
+        row = rows[-1]
+        click.echo(
+            f"{row['artifact']}: read {row['read_ips']:.0f}, run {row['run_ips']:.0f}, both {row['both_ips']:.0f} "
+            f"images/s; {row['ratio']:.2f} of the slower stage, {row['ratio_to_shared_cores']:.2f} of what the "
+            "cores can do"
+        )
+    write_rows(json_file, "folder", rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod_edge import ops
-from ssod_edge.bench.environment import describe_environment
-from ssod_edge.errors import SsodEdgeError, UsageError
-from ssod_edge.files import write_json
+from ssod_edge.bench.tools.command import Tool, json_option, write_rows
+from ssod_edge.errors import UsageError
 
 #: Head -> (D, M, patches of an image at 224 px).
 SHAPES = {
@@ -149,41 +147,29 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
         return None
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="Default: all of them.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=("fp32", "bf16"))
 @click.option("--images", default=256, show_default=True, help="Images of a batch.")
 @click.option("--rounds", default=30, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
+@json_option
 def main(
-    shapes: tuple[str, ...], dtypes: tuple[str, ...], images: int, rounds: int, device: str, json_file: str | None
+    shapes: tuple[str, ...], dtypes: tuple[str, ...], images: int, rounds: int, device: str, json_file: Path | None
 ) -> None:
     """Time the sampling step against what else there is, and against the bare matrix product."""
-    try:
-        if images < 1 or rounds < 1:
-            raise UsageError("--images and --rounds must be at least 1")
-        rows = []
-        where = torch.device(device)
-        for shape in shapes or tuple(SHAPES):
-            for dtype in dtypes:
-                steps = contestants(shape, images, dtype, where)
-                for row in measure(steps, rounds, where):
-                    d, m, per_image = SHAPES[shape]
-                    rows.append({"shape": shape, "P": images * per_image, "D": d, "M": m, "dtype": dtype, **row})
-                    show(rows[-1])
-        record = {
-            "command": ["python", "-m", "ssod_edge.bench.tools.kernel", *sys.argv[1:]],
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "environment": describe_environment(None),
-            "rows": rows,
-        }
-        if json_file:
-            write_json(Path(json_file), record)
-    except SsodEdgeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    if images < 1 or rounds < 1:
+        raise UsageError("--images and --rounds must be at least 1")
+    rows = []
+    where = torch.device(device)
+    for shape in shapes or tuple(SHAPES):
+        for dtype in dtypes:
+            steps = contestants(shape, images, dtype, where)
+            for row in measure(steps, rounds, where):
+                d, m, per_image = SHAPES[shape]
+                rows.append({"shape": shape, "P": images * per_image, "D": d, "M": m, "dtype": dtype, **row})
+                show(rows[-1])
+    write_rows(json_file, "kernel", rows, device=device, threads=torch.get_num_threads())
 
 
 def show(row: dict[str, Any]) -> None:

@@ -21,10 +21,9 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.bench.environment import describe_environment
-from ssod_edge.bench.latency import alternate
-from ssod_edge.errors import EngineError, SsodEdgeError, UsageError
-from ssod_edge.files import write_json
+from ssod_edge.bench.latency import alternate, interleave
+from ssod_edge.bench.tools.command import Tool, json_option, write_rows
+from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Runner
@@ -114,14 +113,12 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
         own = lambda: bare_session(path, image, seconds)  # noqa: E731
     else:
         raise UsageError(f"engine must be openvino or onnxruntime, got '{artifact.engine}'")
-    pairs = []
-    for index in range(rounds):
-        if index % 2:
-            first, second = time_calls(lambda: runner.infer(image), seconds), own()
-            pairs.append((second, first))
-        else:
-            pairs.append((own(), time_calls(lambda: runner.infer(image), seconds)))
-    ratios = [ours[0] / own_times[0] for own_times, ours in pairs]
+    turns = {"own": own, "runner": lambda: time_calls(lambda: runner.infer(image), seconds)}
+    times: dict[str, list[Times]] = {name: [] for name in turns}
+    for _, name in interleave(tuple(turns), rounds):
+        times[name].append(turns[name]())
+    (own_medians, own_minima), (medians, minima) = (tuple(zip(*times[name], strict=True)) for name in turns)
+    ratios = [ours / theirs for theirs, ours in zip(own_medians, medians, strict=True)]
     bare = bare_call(artifact.engine, path, image)
     bare_ratios = [alternate(lambda: runner.infer(image), bare, seconds).ratio for _ in range(rounds)]
     return {
@@ -129,46 +126,40 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
         "engine": artifact.engine,
         "rounds": rounds,
         "seconds": seconds,
-        "own_ms": statistics.median(own_times[0] for own_times, _ in pairs),
-        "runner_ms": statistics.median(ours[0] for _, ours in pairs),
+        "own_ms": statistics.median(own_medians),
+        "runner_ms": statistics.median(medians),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "bare_ratio": statistics.median(bare_ratios),
         "bare_ratios": bare_ratios,
-        "ratio_of_minima": min(ours[1] for _, ours in pairs) / min(own_times[1] for own_times, _ in pairs),
+        "ratio_of_minima": min(minima) / min(own_minima),
     }
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.argument("export")
 @click.option("--artifact", "artifacts", multiple=True, help="Default: every artifact of OpenVINO and ONNX Runtime.")
 @click.option("--seconds", default=5.0, show_default=True, help="Each turn.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
-def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, json_file: str | None) -> None:
+@json_option
+def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, json_file: Path | None) -> None:
     """Compare the runners of an export with their engines' own benchmarks, at batch 1."""
-    try:
-        if rounds < 1 or not 0 < seconds < float("inf"):
-            raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
-        folder = Export.at(export).folder
-        names = artifacts or _names(folder)
-        if not names:
-            raise UsageError(f"'{folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")
-        rows = []
-        for name in names:
-            with open_runner(folder, artifact=name, allow_untrained=True) as runner:
-                row = compare(folder, runner, seconds, rounds)
-            rows.append(row)
-            click.echo(
-                f"{name}: runner {row['runner_ms']:.3f} ms, own {row['own_ms']:.3f} ms, ratio {row['ratio']:.3f}, "
-                f"of the fastest calls {row['ratio_of_minima']:.3f}, to the bare call {row['bare_ratio']:.3f}"
-            )
-        if json_file:
-            command = ["python", "-m", "ssod_edge.bench.tools.overhead", *sys.argv[1:]]
-            write_json(Path(json_file), {"command": command, "environment": describe_environment(None), "rows": rows})
-    except SsodEdgeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    if rounds < 1 or not 0 < seconds < float("inf"):
+        raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
+    folder = Export.at(export).folder
+    names = artifacts or _names(folder)
+    if not names:
+        raise UsageError(f"'{folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")
+    rows = []
+    for name in names:
+        with open_runner(folder, artifact=name, allow_untrained=True) as runner:
+            row = compare(folder, runner, seconds, rounds)
+        rows.append(row)
+        click.echo(
+            f"{name}: runner {row['runner_ms']:.3f} ms, own {row['own_ms']:.3f} ms, ratio {row['ratio']:.3f}, "
+            f"of the fastest calls {row['ratio_of_minima']:.3f}, to the bare call {row['bare_ratio']:.3f}"
+        )
+    write_rows(json_file, "overhead", rows)
 
 
 def _names(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 from onnx import ModelProto
 
+from ssod_edge.bench.tools.command import Tool
 from ssod_edge.config import ALIASES
 from ssod_edge.errors import EXIT_SOME_FAILED, SsodEdgeError, missing_extra
 from ssod_edge.export.engines.artifact import make_artifact
@@ -62,7 +63,7 @@ def _graphs(backbone: str, size: int, folder: Path) -> Iterator[tuple[str, Model
         yield "int8", OnnxQuantizer(graph, rows, synthetic_images(SYNTHETIC_IMAGES, size)).quantize()
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.argument("backbones", metavar="[BACKBONE]...", nargs=-1)
 @click.option("--size", default=224, show_default=True, help="Input size in pixels.")
 def main(backbones: tuple[str, ...], size: int) -> None:
@@ -70,14 +71,10 @@ def main(backbones: tuple[str, ...], size: int) -> None:
     failed = 0
     if find_spec("nncf") is None:
         click.echo(f"int8 is left out: {missing_extra('nncf', 'quantising')}", err=True)
-    try:
-        check_builder(ENGINE)
-        for backbone in backbones or tuple(ALIASES):
-            with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
-                failed += build_all(backbone, size, Path(folder))
-    except SsodEdgeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    check_builder(ENGINE)
+    for backbone in backbones or tuple(ALIASES):
+        with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
+            failed += build_all(backbone, size, Path(folder))
     if failed:
         sys.exit(EXIT_SOME_FAILED)
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import click
 
-from ssod_edge.bench.environment import describe_environment
-from ssod_edge.errors import SsodEdgeError, UsageError
-from ssod_edge.files import write_json
+from ssod_edge.bench.tools.command import Tool, json_option, write_rows
+from ssod_edge.errors import UsageError
 
 SSOD_EDGE = (sys.executable, "-m", "ssod_edge")
 
@@ -36,27 +35,21 @@ def seconds(arguments: tuple[str, ...], runs: int) -> list[float]:
     return times[1:]
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.argument("export")
 @click.argument("image")
 @click.option("--runs", default=11, show_default=True)
-@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
-def main(export: str, image: str, runs: int, json_file: str | None) -> None:
+@json_option
+def main(export: str, image: str, runs: int, json_file: Path | None) -> None:
     """Time `--help`, and `predict` on one image with each engine."""
     commands = [("--help",), *(("predict", export, image, "--engine", e) for e in ("openvino", "onnxruntime"))]
-    try:
-        rows = []
-        for command in commands:
-            times = seconds(command, runs)
-            row = {"command": " ".join(command), "median_s": statistics.median(times), "max_s": max(times), "n": runs}
-            rows.append(row)
-            click.echo(f"{row['median_s']:.2f} s (at most {row['max_s']:.2f})  ssod-edge {row['command']}")
-        if json_file:
-            called = ["python", "-m", "ssod_edge.bench.tools.startup", *sys.argv[1:]]
-            write_json(Path(json_file), {"command": called, "environment": describe_environment(None), "rows": rows})
-    except SsodEdgeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    rows = []
+    for command in commands:
+        times = seconds(command, runs)
+        row = {"command": " ".join(command), "median_s": statistics.median(times), "max_s": max(times), "n": runs}
+        rows.append(row)
+        click.echo(f"{row['median_s']:.2f} s (at most {row['max_s']:.2f})  ssod-edge {row['command']}")
+    write_rows(json_file, "startup", rows)
 
 
 if __name__ == "__main__":

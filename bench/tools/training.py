@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +16,8 @@ import torch
 
 from ssod_edge.bench.environment import describe_environment
 from ssod_edge.bench.latency import interleave
+from ssod_edge.bench.tools.command import Tool, called, json_option
 from ssod_edge.config import LossConfig, resolve_backbone
-from ssod_edge.errors import SsodEdgeError
 from ssod_edge.files import write_json
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.training.model import backbone_preprocess, build_model
@@ -83,7 +83,7 @@ def compare(backbone: str, size: int, batch: int, classes: int, rounds: int, pre
     return row
 
 
-@click.command()
+@click.command(cls=Tool)
 @click.option(
     "--backbone", "backbones", multiple=True, default=("resnet18", "regnet", "mobilenetv3"), show_default=True
 )
@@ -92,23 +92,16 @@ def compare(backbone: str, size: int, batch: int, classes: int, rounds: int, pre
 @click.option("--classes", default=10, show_default=True)
 @click.option("--rounds", default=15, show_default=True, help="Pairs of steps that are timed.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--json", "json_file", type=click.Path(), help="Where the rows go.")
-def main(backbones: tuple[str, ...], json_file: str | None, **options: Any) -> None:
+@json_option
+def main(backbones: tuple[str, ...], json_file: Path | None, **options: Any) -> None:
     """Time SSOD training steps against plain cross-entropy steps."""
     rows = []
-    command = " ".join(["python -m ssod_edge.bench.tools.training", *sys.argv[1:]])
-    try:
-        for backbone in backbones:
-            rows.append(compare(backbone, **options))
-            click.echo(json.dumps(rows[-1]))
-        if json_file:
-            write_json(
-                json_file,
-                {"environment": describe_environment(torch.get_num_threads()), "command": command, "rows": rows},
-            )
-    except SsodEdgeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    for backbone in backbones:
+        rows.append(compare(backbone, **options))
+        click.echo(json.dumps(rows[-1]))
+    if json_file is not None:
+        environment = describe_environment(torch.get_num_threads())
+        write_json(json_file, {"environment": environment, "command": " ".join(called("training")), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ class Predictor:
         def begin() -> None:
             while free and (sources := list(islice(images, batch))):
                 pixels = free.popleft()
-                begun.append((sources, pixels, self._submit(pool, sources, pixels)))
+                futures = [pool.submit(self._decode, source, pixels[row]) for row, source in enumerate(sources)]
+                begun.append((sources, pixels, futures))
 
         try:
             begin()
@@ -142,9 +143,6 @@ class Predictor:
                 yield from verdicts
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _submit(self, pool: ThreadPoolExecutor, sources: list[ImageLike], pixels: Pixels) -> list[Future[str | None]]:
-        return [pool.submit(self._decode, source, pixels[row]) for row, source in enumerate(sources)]
 
     def _decode(self, source: ImageLike, out: Pixels) -> str | None:
         """Fill one row of a batch; returns the error, if any."""

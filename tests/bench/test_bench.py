@@ -25,12 +25,13 @@ from ssod_edge.bench.backends import BF16, Backends, combined_hash
 from ssod_edge.bench.interrupt import Interrupts
 from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
-from ssod_edge.bench.record import load_record, save_record
+from ssod_edge.bench.record import load_record
 from ssod_edge.bench.report import DEPLOYMENT, markdown, print_record
 from ssod_edge.bench.run import BenchOutput, bench, exit_code, run_bench
 from ssod_edge.cli import main
 from ssod_edge.detect.metrics import deployment_metrics
 from ssod_edge.errors import UsageError
+from ssod_edge.files import write_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Threshold, load_spec
 
@@ -367,7 +368,7 @@ def test_command_saves_prints_and_compares(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("ssod_edge.bench.measurement.QUICK", BRIEF)
-    save_record(golden, tmp_path / "old.json")
+    write_json(tmp_path / "old.json", golden)
     arguments = ["--quick", "--threads", "1", "--json", str(tmp_path / "new.json")]
     result = CliRunner().invoke(main, ["bench", str(export), *arguments, "--compare", str(tmp_path / "old.json")])
     assert result.exit_code == 0, result.output

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from ssod_edge.bench import environment, memory
 from ssod_edge.bench.compare import compare, noise_of
-from ssod_edge.bench.record import LATER_KEYS, RECORD_KEYS, ROW_KEYS, load_record, make_row, save_record
+from ssod_edge.bench.record import LATER_KEYS, RECORD_KEYS, ROW_KEYS, load_record, make_row
 from ssod_edge.bench.report import print_comparison
 from ssod_edge.errors import EngineError, UsageError
+from ssod_edge.files import write_json
 
 GOLDEN_FILE = GOLDEN / "bench.json"
 
@@ -157,7 +158,7 @@ def test_files_that_are_no_records(tmp_path: Path, content: bytes | None) -> Non
 
 
 def test_a_record_survives_the_disk(golden: dict[str, Any], tmp_path: Path) -> None:
-    assert load_record(save_record(golden, tmp_path / "new.json")) == golden
+    assert load_record(write_json(tmp_path / "new.json", golden)) == golden
 
 
 def row_of(record: dict[str, Any], name: str) -> dict[str, Any]:
