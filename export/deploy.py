@@ -63,9 +63,7 @@ def deploy(
     targets = targets or Targets()
     check_engines(targets.engines)
     check_bundle(bundle)
-    if data is not None and not Path(data).is_dir():
-        raise UsageError(f"--id with --from takes a folder of in-distribution images, got '{data}', which is none")
-    check_target_tpr(targets.target_tpr, None if data is None else len(list_images([data])))
+    _check_images(data, targets.target_tpr)
     with release(Path(out), say) as draft:
         bundled = unpack(bundle, draft.folder)
         if data is not None and bundled.source.get("splits_hash") and same_data(data, bundled.source.get("data")):
@@ -88,6 +86,13 @@ def deploy(
         draft.prove(fit, together=False)
         _remove_the_rest(draft.spec, draft.folder)
     return draft.spec
+
+
+def _check_images(data: str | None, target_tpr: float) -> None:
+    """Before any work; other data sets than folders are opened with PyTorch."""
+    if data is not None and not Path(data).is_dir():
+        raise UsageError(f"--id with --from takes a folder of in-distribution images, got '{data}', which is none")
+    check_target_tpr(target_tpr, None if data is None else len(list_images([data])))
 
 
 def _make(bundled: Spec, folder: Path, targets: Targets, make: Callable[..., Artifact], say: Say) -> list[Artifact]:

@@ -98,6 +98,18 @@ def test_imports_run_one_way(module: str) -> None:
             assert FLOOR[room(imported)] <= FLOOR[room(module)], f"{module} imports {imported}, which lies above it"
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_files_and_functions_are_short(module: str) -> None:
+    """Of the kernels in C++ and CUDA, each is one operator with its parts, and longer."""
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert text.count("\n") <= 450, "a file that has two subjects is two files"
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
+    assert not long, "a function fits on a screen"
+
+
 def test_package_itself_imports_nothing_but_its_doors() -> None:
     assert {("ssod_edge", name) for name in IMPORTS["ssod_edge"]} <= DOORS
     body = ast.parse(MODULES["ssod_edge"].read_text(encoding="utf-8")).body

@@ -246,8 +246,6 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
         "kernels/patch_sample.cpp",
     ):
         assert (unpacked / name).is_file(), f"the sdist lacks {name}"
-    assert not (unpacked / "bench" / "results").exists(), "3 MB of records that nobody builds from"
-    assert sdist.stat().st_size < 2_000_000
     assert names_in(build("wheel", unpacked, tmp_path / "wheel")) == names_in(wheel)
 
 
