@@ -21,7 +21,8 @@ from ssod_edge.files import write_atomic
 from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.training.model import SSODClassifier
 
-SCHEMA_VERSION = 1
+#: 2: the metadata has a hash of its own.
+SCHEMA_VERSION = 2
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
@@ -35,7 +36,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": _hash(contiguous), **meta}
-    data = save(contiguous, metadata={"ssod_edge": json.dumps(meta)})
+    text = json.dumps(meta)
+    data = save(contiguous, metadata={"ssod_edge": text, "sha256": _text_hash(text)})
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -59,7 +61,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # In one piece: safetensors opens a path twice, and training may put a newer file there in between.
         content = path.read_bytes()
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        meta = parse_json(header["__metadata__"]["ssod_edge"])
+        text, recorded = header["__metadata__"]["ssod_edge"], header["__metadata__"].get("sha256")
+        meta = parse_json(text)
         tensors = load(content)
     except KeyError:
         raise ArtifactError(f"'{path}' was not written by ssod-edge") from None
@@ -73,8 +76,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"checkpoint '{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
-    if _hash(tensors) != meta.get("tensors_sha256"):
-        raise ArtifactError(f"checkpoint '{path}' was changed after it was written: its tensors' hash does not match")
+    hashes = {
+        "metadata's": version < 2 or _text_hash(text) == recorded,
+        "tensors'": _hash(tensors) == meta.get("tensors_sha256"),
+    }
+    if changed := [whose for whose, matches in hashes.items() if not matches]:
+        raise ArtifactError(
+            f"checkpoint '{path}' was changed after it was written: its {changed[0]} hash does not match"
+        )
     return tensors, _Metadata(path, meta)
 
 
@@ -98,6 +107,10 @@ class _Metadata(dict):
 
     def __missing__(self, key: str) -> Any:
         raise ArtifactError(f"checkpoint '{self.path}' is damaged: its metadata has no '{key}'")
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
