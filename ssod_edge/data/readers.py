@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -80,7 +81,8 @@ def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
     if name.startswith("torch/"):
         return _open_torchvision(name)
     if name.startswith("hfds/"):
-        return _open_hugging_face(name)
+        reader = HubReader(name)
+        return reader, reader.labels, reader.classes
     return _open_path(name)
 
 
@@ -127,20 +129,78 @@ def _open_torchvision(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
     return dataset, labels, tuple(str(c) for c in classes)
 
 
-def _open_hugging_face(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
-    from timm.data.readers import create_reader
+class HubReader:
+    """The rows of a Hugging Face data set.
 
-    rest, _, split = name.partition(":")
-    try:
-        reader = create_reader(rest, root=None, split=split or "train")
-    except ImportError as error:
-        raise UsageError("Hugging Face data sets need the package 'datasets': pip install datasets") from error
-    except Exception as error:
-        raise UsageError(f"Hugging Face data set '{name}' cannot be opened: {error}") from error
-    labels = np.asarray(reader.dataset[reader.label_key], dtype=np.int64)
-    feature = reader.dataset.features[reader.label_key]
-    classes = getattr(feature, "names", None) or [str(i) for i in range(int(labels.max()) + 1)]
-    return reader, labels, tuple(classes)
+    Args:
+        name: "hfds/NAME" or "hfds/NAME:SPLIT".
+
+    Attributes:
+        labels: int64 [n]; -1 where there is none.
+        classes: their names; empty without a column of labels.
+
+    Raises:
+        UsageError: it cannot be opened, or has not one column of images.
+    """
+
+    def __init__(self, name: str):
+        try:
+            import datasets
+        except ImportError as error:
+            raise UsageError("Hugging Face data sets need the package 'datasets': pip install datasets") from error
+        path, _, split = name.removeprefix("hfds/").partition(":")
+        try:
+            rows = datasets.load_dataset(path, split=split or "train")
+        except Exception as error:  # a download, a script and a file of rows each fail in their own ways
+            raise UsageError(f"Hugging Face data set '{name}' cannot be opened: {error}") from error
+        images = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        if "image" not in images and len(images) != 1:
+            raise UsageError(
+                f"'{name}' must have one column of images or one called 'image'; it has: "
+                f"{', '.join(images or rows.features) or 'no columns'}"
+            )
+        self._column = "image" if "image" in images else images[0]
+        self._rows = rows.cast_column(self._column, datasets.Image(decode=False))
+        self.labels, self.classes = _hub_labels(rows, datasets.ClassLabel)
+        items = (row[self._column] for row in self._rows.select_columns([self._column]))
+        self._names = [_row_name(index, item) for index, item in enumerate(items)]
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        item = self._rows[index][self._column]
+        if item is None:
+            raise ImageError(f"{self._names[index]}: the row has no image")
+        return (io.BytesIO(item["bytes"]) if item["bytes"] else open(item["path"], "rb")), -1
+
+    def filename(self, index: int) -> str:
+        return self._names[index]
+
+
+def _row_name(index: int, item: dict[str, Any] | None) -> str:
+    """The file that an image came from. Without one, its content: all rows of all such sets would have one name."""
+    if item is None:
+        return f"row {index}"
+    if item["path"]:
+        return str(item["path"])
+    return f"row {index}, SHA-256 {hashlib.sha256(item['bytes']).hexdigest()[:12]}"
+
+
+def _hub_labels(rows: Any, class_label: type) -> tuple[Indices, tuple[str, ...]]:
+    """Labels and class names of the column that has them: `label`, else the only one that names classes."""
+    features = rows.features
+    named = [column for column, feature in features.items() if isinstance(feature, class_label)]
+    column = "label" if "label" in features else named[0] if len(named) == 1 else None
+    if column is None:
+        return np.full(len(rows), -1, np.int64), ()
+    values = rows[column]
+    if column in named:
+        classes = tuple(features[column].names)
+        return np.array([-1 if value is None else value for value in values], np.int64), classes
+    if any(isinstance(value, (list, dict)) for value in values):
+        return np.full(len(rows), -1, np.int64), ()  # several labels an image, or boxes
+    texts = [None if value is None else str(value) for value in values]
+    classes = tuple(sorted({text for text in texts if text is not None}, key=sort_key))
+    numbers = {text: number for number, text in enumerate(classes)}
+    return np.array([-1 if text is None else numbers[text] for text in texts], np.int64), classes
 
 
 def check_labels(source: ReaderImages) -> None:
@@ -153,6 +213,14 @@ def check_labels(source: ReaderImages) -> None:
             f"'{source.name}' has two classes whose names look alike ('{same_name(twice)}'): an accented letter is one "
             "character in one, and a letter and a mark in the other. Move their images into one folder"
         )
+    if isinstance(source._reader, HubReader):
+        if not source.classes:
+            raise UsageError(
+                f"'{source.name}' has no column of labels: call it 'label', a number or a text in each row"
+            )
+        if len(rows := np.flatnonzero(source.labels < 0)):
+            first = source.source(int(rows[0]))
+            raise UsageError(f"{len(rows)} images of '{source.name}' have no label, '{first}' first. Leave them out")
     lowest, highest = int(source.labels.min()), int(source.labels.max())
     if lowest < 0 or highest >= len(source.classes):
         wrong = lowest if lowest < 0 else highest

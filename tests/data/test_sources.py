@@ -75,6 +75,64 @@ def test_hugging_face_data_sets(folder, tmp_path, monkeypatch):
     assert source.image(0).mode == "RGB" and source.image(0).size == (40, 40)
 
 
+def hub_set(path, rows, **columns):
+    """A data set of the Hugging Face kind, its images embedded, as one file of rows."""
+    datasets = pytest.importorskip("datasets", reason="needs the package 'datasets'")
+
+    def png(image):
+        if image is None:
+            return None
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    name, *_ = [key for key in rows if key in ("image", "picture")] or [None]
+    if name:
+        rows = {**rows, name: [png(image) for image in rows[name]]}
+        columns[name] = datasets.Image()
+    path.mkdir()
+    features = datasets.Features({key: columns.get(key, datasets.Value("string")) for key in rows})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path / "train-00000.parquet"))
+    return f"hfds/{path}"
+
+
+@pytest.fixture
+def squares(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return [Image.new("RGB", (8, 8), (40 * index, 0, 0)) for index in range(6)]
+
+
+def test_embedded_images_without_names_are_told_apart(squares, tmp_path):
+    labels = ["b", "a", "b", "a", "b", "a"]
+    one = open_dataset(hub_set(tmp_path / "one", {"image": squares, "label": labels}))
+    other = open_dataset(hub_set(tmp_path / "other", {"image": squares[::-1], "label": labels}))
+    assert one.classes == other.classes == ("a", "b") and one.labels.tolist() == [1, 0, 1, 0, 1, 0]
+    assert one.fingerprint != other.fingerprint
+    assert one.source(2).startswith("row 2, SHA-256 ") and np.asarray(one.image(2))[0, 0].tolist() == [80, 0, 0]
+
+
+def test_other_columns_than_image_and_label(squares, tmp_path):
+    picture = open_dataset(hub_set(tmp_path / "picture", {"picture": squares, "label": ["x", "y"] * 3}))
+    assert len(picture) == 6 and picture.classes == ("x", "y")
+    bare = hub_set(tmp_path / "bare", {"image": squares})
+    assert len(open_dataset(bare, labelled=False)) == 6
+    with pytest.raises(UsageError, match="has no column of labels"):
+        open_dataset(bare)
+    with pytest.raises(UsageError, match="must have one column of images .* it has: text"):
+        open_dataset(hub_set(tmp_path / "none", {"text": ["a", "b"]}))
+
+
+def test_rows_without_a_label_or_an_image_are_named(squares, tmp_path):
+    unlabelled = hub_set(tmp_path / "some", {"image": squares, "label": ["a", None, "b", "a", "b", "a"]})
+    with pytest.raises(UsageError, match="1 images of .* have no label, 'row 1, SHA-256"):
+        open_dataset(unlabelled)
+    assert open_dataset(unlabelled, labelled=False).labels.tolist() == [0, -1, 1, 0, 1, 0]
+    holes = open_dataset(hub_set(tmp_path / "holes", {"image": [*squares[:5], None], "label": ["a", "b"] * 3}))
+    with pytest.raises(ImageError, match="'row 5' of .*the row has no image"):
+        holes.image(5)
+
+
 def test_the_demo_has_its_own_splits():
     source = open_dataset("demo")
     splits = split_dataset(source, 0.05, 0.05, seed=0)
