@@ -123,6 +123,10 @@ class Run:
             raise ArtifactError(f"'{folder}' is of another checkpoint; export the run again")
         return export
 
+    @cached_property
+    def _data(self) -> ImageSource:
+        return open_dataset(str(self.meta["data"]))
+
     def splits(self, fix: str, place: str | None = None) -> tuple[ImageSource, Splits]:
         """The data that the model was trained on, and how it was split.
 
@@ -138,7 +142,7 @@ class Run:
             raise UsageError(f"'{self.checkpoint}' records no training data, so it has no splits; {fix}")
         data = str(recorded if place is None else place)
         try:
-            source = open_dataset(data)
+            source = self._data if place is None else open_dataset(data)
         except UsageError as error:
             raise UsageError(
                 f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "
