@@ -12,7 +12,7 @@ from PIL import Image
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, sort_key
 from ssod_edge.data.pixels import load_image
-from ssod_edge.data.splits import Indices
+from ssod_edge.data.splits import Indices, Splits
 from ssod_edge.errors import ImageError, UsageError
 
 
@@ -20,7 +20,7 @@ class ReaderImages:
     """Images through timm's reader: folders, tar files, torchvision and Hugging Face data sets."""
 
     hflip_ok = True
-    fixed_splits = None
+    fixed_splits: Splits | None = None
 
     def __init__(self, name: str):
         self.name = name
