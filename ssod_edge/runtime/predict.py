@@ -130,21 +130,23 @@ class Predictor:
         def begin() -> None:
             while free and (sources := list(islice(images, batch))):
                 pixels = free.popleft()
-                begun.append((sources, pixels, self._submit(pool, sources, pixels)))
+                futures = [pool.submit(self._decode, source, pixels[row]) for row, source in enumerate(sources)]
+                begun.append((sources, pixels, futures))
 
         try:
             begin()
             while begun:
                 sources, pixels, futures = begun.popleft()
-                verdicts = self._finish(sources, pixels, [future.result() for future in futures])
+                errors = [future.result() for future in futures]
+                # A row that has no image holds old pixels; of a batch without images there is nothing to run.
+                readable = any(error is None for error in errors)
+                outputs = self.runner.infer({"image": pixels[: len(sources)]}) if readable else {}
+                verdicts = self.verdicts(sources, outputs, errors)
                 free.append(pixels)
                 begin()
                 yield from verdicts
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _submit(self, pool: ThreadPoolExecutor, sources: list[ImageLike], pixels: Pixels) -> list[Future[str | None]]:
-        return [pool.submit(self._decode, source, pixels[row]) for row, source in enumerate(sources)]
 
     def _decode(self, source: ImageLike, out: Pixels) -> str | None:
         """Fill one row of a batch; returns the error, if any."""
@@ -153,12 +155,6 @@ class Predictor:
         except ImageError as error:
             return str(error)
         return None
-
-    def _finish(self, sources: list[ImageLike], pixels: Pixels, errors: list[str | None]) -> list[Verdict]:
-        """Run the engine, unless no image of the batch could be read. A row that has no image holds old pixels."""
-        if all(error is not None for error in errors):
-            return self.verdicts(sources, {}, errors)
-        return self.verdicts(sources, self.runner.infer({"image": pixels[: len(sources)]}), errors)
 
     def verdicts(
         self, sources: Sequence[ImageLike], outputs: dict[str, Array], errors: Sequence[str | None] | None = None

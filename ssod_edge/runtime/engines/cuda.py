@@ -97,8 +97,6 @@ def _open_gpu(index: int) -> Gpu:
 
 def has_gpu() -> bool:
     """Whether PyCUDA is installed and finds a GPU."""
-    if importlib.util.find_spec("pycuda") is None:
-        return False
     try:
         open_gpu()
     except SsodEdgeError:

@@ -48,13 +48,12 @@ class OnnxRunner:
         self.spec = spec
         self.artifact = artifact
         self._outputs = outputs
-        self._session: Any = None
+        self._session: Any
         if artifact.precision == "fp32":
             self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
         else:
             self._session, self.precision = _open_reduced(path, threads, spec, outputs)
-        providers = self._session.get_providers()
-        self.details = {"provider": ", ".join(providers), "threads": str(threads or "auto")}
+        self.details = {"provider": ", ".join(self._session.get_providers()), "threads": str(threads or "auto")}
 
     def __enter__(self) -> OnnxRunner:
         return self

@@ -147,7 +147,10 @@ class Monitor:
         """Write what has been added. What cannot be written is lost, so that memory stays bounded."""
         try:
             if self._scores or self._failed:
-                self._tell(self._merge())
+                record, before = self._merge(), self.drifted
+                self.drifted = record.drift.drifted
+                if self.drifted != before and self._say is not None:
+                    self._say(_change(record, self._path))
         except SsodEdgeError as error:
             if self._say is None:
                 raise
@@ -165,7 +168,11 @@ class Monitor:
                 if self._path.exists():
                     record = read_monitor(self._path)
                     if record.identity != self._empty.identity:
-                        raise UsageError(_of_another(self._path, record))
+                        raise UsageError(
+                            f"'{self._path}' holds scores of another artifact ({record.artifact} of {record.backbone}, "
+                            f"score {record.score}), or of this one before it was exported or calibrated again. Give "
+                            "another name, or delete it to start over"
+                        )
                 record = _add(record, self._scores, self._failed, self._bins)
                 write_json(self._path, asdict(record))
         except OSError as error:
@@ -173,12 +180,6 @@ class Monitor:
                 f"cannot write '{self._path}': {error.strerror or error}. Choose another place."
             ) from error
         return record
-
-    def _tell(self, record: Record) -> None:
-        changed = record.drift.drifted != self.drifted
-        self.drifted = record.drift.drifted
-        if changed and self._say is not None:
-            self._say(_change(record, self._path))
 
 
 def read_monitor(path: str | os.PathLike[str]) -> Record:
@@ -259,13 +260,6 @@ def _add(record: Record, scores: list[float], failed: int, bins: Reference) -> R
         highest=max([*known, *scores]),
         histogram=tuple((np.array(record.histogram) + hits).tolist()),
         drift=advance(record.drift, scores, limit, bins, record.images),
-    )
-
-
-def _of_another(path: Path, record: Record) -> str:
-    return (
-        f"'{path}' holds scores of another artifact ({record.artifact} of {record.backbone}, score {record.score}), or "
-        "of this one before it was exported or calibrated again. Give another name, or delete it to start over"
     )
 
 
