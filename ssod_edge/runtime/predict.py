@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -59,7 +60,7 @@ class Verdict:
         return asdict(self)
 
 
-class Predictor:
+class Predictor(AbstractContextManager["Predictor"]):
     """Verdicts of one open artifact. A context manager; threads may share it.
 
     Attributes:
@@ -71,9 +72,6 @@ class Predictor:
         self._settings = runner.spec.preprocess
         threshold = runner.artifact.threshold
         self.threshold = None if threshold is None else threshold.value
-
-    def __enter__(self) -> Predictor:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

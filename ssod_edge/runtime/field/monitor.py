@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Record:
             raise UsageError("its counts do not add up")
 
 
-class Monitor:
+class Monitor(AbstractContextManager["Monitor"]):
     """Adds verdicts to a monitor file. A context manager; use it from one thread at a time::
 
         with ssod_edge.open("runs/demo") as model, Monitor("drift.json", model) as monitor:
@@ -116,9 +117,6 @@ class Monitor:
         self._flushed = time.monotonic()
         self.problem: SsodEdgeError | None = None
         self.drifted = self._merge().drift.drifted
-
-    def __enter__(self) -> Monitor:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
