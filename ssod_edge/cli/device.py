@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 from ssod_edge.cli.options import COUNT, as_json, given, named_data, newest, take, threads, tpr
+from ssod_edge.errors import OutputError
 
 ENGINES = click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"])
 PRECISIONS = click.Choice(["auto", "fp32", "fp16", "int8"])
@@ -60,6 +62,8 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     from ssod_edge.runtime.field.stream import run_stream
     from ssod_edge.runtime.report import PredictOptions, run_predict
 
+    if sys.stdout is None:
+        raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     wanted = take(PredictOptions, options)
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from ssod_edge.files import make_directory, write_atomic
 IMAGE_SIZE = 64
 
 #: The known classes, in label order.
-CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7")
+CLASSES: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7")
 
 #: Number of images in each split.
 SPLIT_SIZES = {"train": 8000, "val": 800, "calib": 800, "test": 1000, "near": 500, "photos": 500, "shapes": 500}
@@ -41,7 +40,8 @@ ID_SPLITS = ("train", "val", "calib", "test")
 OOD_SPLITS = ("near", "photos", "shapes")
 
 #: Kinds of image in "shapes"; image i is of kind i % len.
-SHAPES = ("circle", "polygon", "star", "stripes", "checkerboard", "noise", "clouds", "gradient")
+_OUTLINED = ("circle", "polygon", "star")
+SHAPES = (*_OUTLINED, "stripes", "checkerboard", "noise", "clouds", "gradient")
 
 # Changes whenever the drawing changes, so that a fingerprint never stands for two different sets.
 _VERSION = "demo-1"
@@ -68,6 +68,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 _STROKE = [round(255 * t * t * (3 - 2 * t)) for t in (min(max((v - 60) / 120, 0.0), 1.0) for v in range(256))]
 
 Box = tuple[int, int, int, int]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,20 @@ class Drawing:
 class DemoSet:
     """One split of the embedded data set.
 
+    Args:
+        split: "train", "val", "calib" or "test" (known), "near", "photos" or "shapes" (unknown).
+        seed: draws other images from the same digits and photo tiles; what belongs to which split never changes.
+
     Attributes:
         name: "demo:SPLIT".
-        split, seed: what it was made from.
         classes: names of the known classes.
         labels: int64 [len], 0 to 7 for known digits, -1 for every unknown.
         hflip_ok: False; a mirrored digit is no digit.
         fingerprint: 64 hex digits, equal for equal sets.
+
+    Raises:
+        UsageError: an unknown split or a negative seed.
+        MissingExtraError: scikit-learn is not installed.
     """
 
     hflip_ok = False
@@ -159,20 +167,6 @@ class DemoSet:
         return Drawing(f"digit-{digit}", tile, instance, background)
 
 
-def demo_set(split: str, seed: int = 0) -> DemoSet:
-    """A split of the embedded data set.
-
-    Args:
-        split: "train", "val", "calib" or "test" (known), "near", "photos" or "shapes" (unknown).
-        seed: draws other images from the same digits and photo tiles; what belongs to which split never changes.
-
-    Raises:
-        UsageError: an unknown split or a negative seed.
-        MissingExtraError: scikit-learn is not installed.
-    """
-    return DemoSet(split, seed)
-
-
 def write_demo_images(folder: str | os.PathLike[str], count_per_set: int = 2, seed: int = 0) -> list[Path]:
     """Write PNG files of the test split and of each set of unknowns, named after what they show.
 
@@ -190,7 +184,7 @@ def write_demo_images(folder: str | os.PathLike[str], count_per_set: int = 2, se
     folder = make_directory(folder)
     paths = []
     for name in names:
-        demo = demo_set(name, seed)
+        demo = DemoSet(name, seed)
         verdict = "known" if name in ID_SPLITS else "unknown"
         for number in range(count_per_set):
             drawing = demo.drawing(number * 5 % most)  # 5 steps through classes and shapes without repeating soon
@@ -288,87 +282,60 @@ def _contrasting(rng: np.random.Generator, background: npt.NDArray[np.uint8]) ->
     level = fits[rng.integers(len(fits))] if fits else (255.0 if luminance < 128 else 0.0)
     cast = rng.uniform(-_CHROMA, _CHROMA, 3)
     colour = level + cast - cast @ _LUMINANCE
-    return tuple(int(value) for value in np.clip(colour, 0, 255))
+    return tuple(np.clip(colour, 0, 255).astype(int).tolist())
 
 
 def _draw_shape(rng: np.random.Generator, kind: str) -> Drawing:
     """A filled shape on a photo crop or a plain colour, or a texture that fills the image."""
-    if kind in _TEXTURES:
+    if kind not in _OUTLINED:
         low, high = rng.uniform(0, 255, (2, 3))
-        weight = _TEXTURES[kind](rng)
-        pixels = low + weight.reshape(IMAGE_SIZE, IMAGE_SIZE, -1) * (high - low)
+        pixels = low + _texture(rng, kind).reshape(IMAGE_SIZE, IMAGE_SIZE, -1) * (high - low)
         return Drawing(kind, None, None, Image.fromarray(pixels.astype(np.uint8)))
     tile: Tile | None
     if rng.random() < 0.5:
         tile, image = _background(rng, "test")
     else:
-        tile, image = None, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _any_colour(rng))
+        tile, image = None, Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(rng.integers(0, 256, 3).tolist()))
     # Drawn at four times the size and reduced: Pillow's polygons have jagged edges.
     mask = Image.new("L", (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
     radius = rng.uniform(0.18, 0.36) * mask.width
     centre = rng.uniform(radius, mask.width - radius, 2)
-    ImageDraw.Draw(mask).polygon(_outline(rng, kind, radius, centre), fill=255)
+    ImageDraw.Draw(mask).polygon(_outline(rng, kind, radius, centre).ravel().tolist(), fill=255)
     colour = _contrasting(rng, np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0])
     image.paste(colour, (0, 0), mask.reduce(4))
     return Drawing(kind, tile, None, image)
 
 
-def _any_colour(rng: np.random.Generator) -> tuple[int, ...]:
-    return tuple(int(value) for value in rng.integers(0, 256, 3))
-
-
-def _outline(
-    rng: np.random.Generator, kind: str, radius: float, centre: npt.NDArray[np.float64]
-) -> list[tuple[float, float]]:
-    """Corners of a circle, a convex polygon or a star."""
+def _outline(rng: np.random.Generator, kind: str, radius: float, centre: Floats) -> Floats:
+    """Corners (x, y) of a circle, a convex polygon or a star: [corners, 2]."""
     corners = {"circle": 48, "polygon": int(rng.integers(3, 7)), "star": 2 * int(rng.integers(4, 8))}[kind]
     angles = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
     radii = np.full(corners, radius)
     if kind == "star":
         radii[1::2] *= rng.uniform(0.35, 0.6)
-    points = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    return [(float(x), float(y)) for x, y in points]
+    points: Floats = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return points
 
 
-def _ramp(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Distance along a random direction, [IMAGE_SIZE, IMAGE_SIZE], within -0.71 .. 0.71 of the image's side."""
-    angle = rng.uniform(0, 2 * np.pi)
-    axis = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE - 0.5
-    ramp: npt.NDArray[np.float64] = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
-    return ramp
-
-
-def _stripes(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    wave = np.sin(2 * np.pi * (rng.uniform(3, 10) * _ramp(rng) + rng.uniform(0, 1)))
-    return np.clip(0.5 + 2 * wave, 0, 1)
-
-
-def _checkerboard(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    cells = (np.arange(IMAGE_SIZE) + rng.integers(0, IMAGE_SIZE)) // rng.integers(5, 15)
-    return ((cells[None, :] + cells[:, None]) % 2).astype(np.float64)
-
-
-def _noise(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    return rng.random((IMAGE_SIZE, IMAGE_SIZE, 3))
-
-
-def _clouds(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    coarse = rng.integers(0, 256, (int(rng.integers(3, 12)),) * 2, dtype=np.uint8)
-    fine = Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    weight: npt.NDArray[np.float64] = np.asarray(fine) / 255.0
+def _texture(rng: np.random.Generator, kind: str) -> Floats:
+    """The share of the second of two colours at each pixel, 0 to 1: [IMAGE_SIZE, IMAGE_SIZE], of noise [..., 3]."""
+    weight: Floats
+    if kind == "noise":
+        weight = rng.random((IMAGE_SIZE, IMAGE_SIZE, 3))
+    elif kind == "checkerboard":
+        cells = (np.arange(IMAGE_SIZE) + rng.integers(0, IMAGE_SIZE)) // rng.integers(5, 15)
+        weight = np.add.outer(cells, cells) % 2.0
+    elif kind == "clouds":
+        coarse = rng.integers(0, 256, (int(rng.integers(3, 12)),) * 2, dtype=np.uint8)
+        fine = Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        weight = np.asarray(fine) / 255.0
+    else:
+        waves = rng.uniform(3, 10) if kind == "stripes" else 0.0
+        angle = rng.uniform(0, 2 * np.pi)
+        axis = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE - 0.5
+        ramp = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]  # distance along a random direction
+        if kind == "stripes":
+            weight = np.clip(0.5 + 2 * np.sin(2 * np.pi * (waves * ramp + rng.uniform(0, 1))), 0, 1)
+        else:
+            weight = (ramp - ramp.min()) / (ramp.max() - ramp.min())
     return weight
-
-
-def _gradient(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    ramp = _ramp(rng)
-    weight: npt.NDArray[np.float64] = (ramp - ramp.min()) / (ramp.max() - ramp.min())
-    return weight
-
-
-_TEXTURES: dict[str, Callable[[np.random.Generator], npt.NDArray[np.float64]]] = {
-    "stripes": _stripes,
-    "checkerboard": _checkerboard,
-    "noise": _noise,
-    "clouds": _clouds,
-    "gradient": _gradient,
-}

@@ -14,11 +14,11 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
+from ssod_edge.data.layout import shared_depth
+from ssod_edge.data.readers import ReaderImages
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic
@@ -26,17 +26,7 @@ from ssod_edge.files import write_atomic
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-class HashedImages(Protocol):
-    """Images with names and hashes: `ssod_edge.data.readers.ReaderImages`."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-    def source(self, index: int) -> str: ...
-    def image_and_hash(self, index: int) -> tuple[Image.Image, str]: ...
-
-
-def choose_seeded(source: HashedImages, count: int, seed: int) -> Indices:
+def choose_seeded(source: ReaderImages, count: int, seed: int) -> Indices:
     """Choose images at random, whatever the order in which a file system lists them.
 
     The images with the smallest SHA-256 of seed and name are taken, so that the choice stays where images are added
@@ -49,13 +39,13 @@ def choose_seeded(source: HashedImages, count: int, seed: int) -> Indices:
         int64 [min(count, n)], ascending.
     """
     names = _names(source)
-    depth = _shared_depth(names)
+    depth = shared_depth(names)
     keys = [hashlib.sha256(f"{seed}/{_below(name, depth)}".encode(errors="surrogateescape")).digest() for name in names]
     return np.sort(np.array(sorted(range(len(source)), key=keys.__getitem__)[:count], dtype=np.int64))
 
 
 def write_image_list(
-    source: HashedImages, indices: Indices, file: Path, advance: Callable[[int], None] = lambda n: None
+    source: ReaderImages, indices: Indices, file: Path, advance: Callable[[int], None] = lambda n: None
 ) -> Path:
     """Read the images and write their list.
 
@@ -79,7 +69,7 @@ def write_image_list(
     return file
 
 
-def find_listed(source: HashedImages, list_file: str) -> tuple[Indices, list[str]]:
+def find_listed(source: ReaderImages, list_file: str) -> tuple[Indices, list[str]]:
     """The images of a data set that a list names, in its order.
 
     Returns:
@@ -110,29 +100,21 @@ def find_listed(source: HashedImages, list_file: str) -> tuple[Indices, list[str
     return np.array(list(hashes), dtype=np.int64), list(hashes.values())
 
 
-def _match(source: HashedImages, wanted: list[str]) -> list[int | None]:
+def _match(source: ReaderImages, wanted: list[str]) -> list[int | None]:
     """The index of each name, None for one that is not there.
 
     Names fit as they are, or without the folders that all of the data set, or all of the list, lies in.
     """
     names, wanted = _names(source), [name.removeprefix("./") for name in wanted]
-    depth = _shared_depth(names)
+    depth = shared_depth(names)
     known = {_below(name, depth): index for index, name in enumerate(names)}
     known |= {name: index for index, name in enumerate(names)}
-    found = [[known.get(_below(name, cut)) for name in wanted] for cut in range(_shared_depth(wanted) + 1)]
+    found = [[known.get(_below(name, cut)) for name in wanted] for cut in range(shared_depth(wanted) + 1)]
     return min(found, key=lambda indices: indices.count(None))
 
 
-def _names(source: HashedImages) -> list[str]:
+def _names(source: ReaderImages) -> list[str]:
     return [_name(source, index) for index in range(len(source))]
-
-
-def _shared_depth(names: list[str]) -> int:
-    """How many folders, from the top, all of the names have in common."""
-    folders = [name.split("/")[:-1] for name in names]
-    first, last = min(folders), max(folders)  # what these two share, all of them share
-    pairs = zip(first, last, strict=False)
-    return next((depth for depth, (one, other) in enumerate(pairs) if one != other), len(first))
 
 
 def _below(name: str, depth: int) -> str:
@@ -140,7 +122,7 @@ def _below(name: str, depth: int) -> str:
     return name.split("/", depth)[-1]
 
 
-def _name(source: HashedImages, index: int) -> str:
+def _name(source: ReaderImages, index: int) -> str:
     """Of an image within its data set: no part of the path at which the data set lies here."""
     name = source.source(index)
     return str(index) if name == f"{source.name}[{index}]" else name.removeprefix("./")

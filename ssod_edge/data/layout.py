@@ -182,7 +182,7 @@ def check_layout(source: str, reader: FolderReader | TarReader) -> None:
     """
     names = reader.names
     if isinstance(reader, TarReader):
-        depth = _around(names)
+        depth = shared_depth([posixpath.dirname(name) for name in names])  # above the class folders
         names = [name.split("/", depth)[-1] for name in names]
     strays = [name for name in names if "/" not in name]
     if strays and len(strays) == len(names):
@@ -203,11 +203,9 @@ def check_layout(source: str, reader: FolderReader | TarReader) -> None:
         raise UsageError(f"class folder '{empty[0]}' of '{source}' holds no images. Add some or remove it")
 
 
-def _around(names: Sequence[str]) -> int:
-    """How many folders, from the top, all images lie in, but for the class folders."""
+def shared_depth(names: Sequence[str]) -> int:
+    """How many folders, from the top, all of the names have in common."""
     folders = [name.split("/")[:-1] for name in names]
-    most = min(map(len, folders)) - 1
-    depth = 0
-    while depth < most and len({tuple(parts[: depth + 1]) for parts in folders}) == 1:
-        depth += 1
-    return depth
+    first, last = min(folders), max(folders)  # what these two share, all of them share
+    pairs = zip(first, last, strict=False)
+    return next((depth for depth, (one, other) in enumerate(pairs) if one != other), len(first))

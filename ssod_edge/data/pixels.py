@@ -197,26 +197,20 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
-        return _gray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        return _gray(_to_8_bit(image))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_to_8_bit(image)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return image.convert("RGB")
 
 
-def _gray(pixels: npt.NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(pixels).convert("RGB")
-
-
 def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
     pixels = np.asarray(image)
     low, high = pixels.min(), pixels.max()
-    limit = 65535 if image.mode == "I" else 1
+    limit = 1 if image.mode == "F" else 65535
     if not (low >= 0 and high <= limit):
         raise ImageError(f"values {low} to {high} in mode {image.mode}; expected 0 to {limit}, save it as 8 or 16 bit")
-    scaled = pixels >> 8 if image.mode == "I" else np.rint(pixels * 255)
+    scaled = np.rint(pixels * 255) if image.mode == "F" else pixels >> 8
     return np.asarray(scaled, np.uint8)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, same_name, sort_key
 from ssod_edge.data.pixels import load_image
-from ssod_edge.data.splits import Indices
+from ssod_edge.data.splits import Indices, Splits
 from ssod_edge.errors import ImageError, UsageError
 
 
@@ -21,7 +21,7 @@ class ReaderImages:
     """Images through timm's reader: folders, tar files, torchvision and Hugging Face data sets."""
 
     hflip_ok = True
-    fixed_splits = None
+    fixed_splits: Splits | None = None
 
     def __init__(self, name: str):
         self.name = name

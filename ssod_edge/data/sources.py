@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -29,10 +29,8 @@ class ImageSource(Labelled, Protocol):
         fingerprint: hash of class names, file names and labels (hex); of an image's content it knows nothing.
     """
 
-    @property
-    def hflip_ok(self) -> bool: ...
-    @property
-    def fingerprint(self) -> str: ...
+    hflip_ok: bool
+    fingerprint: str
 
     def image(self, index: int) -> Image.Image: ...
     def source(self, index: int) -> str: ...
@@ -104,7 +102,7 @@ def _class_list(name: str) -> Path:
 class ChosenImages:
     """Some images of a source; labels and class names stay those of the source."""
 
-    fixed_splits = None
+    fixed_splits: Splits | None = None
 
     def __init__(self, source: ImageSource, indices: Indices, name: str):
         self.name = name
@@ -189,30 +187,27 @@ class DemoImages:
     hflip_ok = False
 
     def __init__(self, name: str):
-        from ssod_edge.data.demo import demo_set
+        from ssod_edge.data.demo import DemoSet
 
         _, _, split = name.partition(":")
         self.name = name
-        self._parts = [demo_set(part) for part in ([split] if split else ["train", "val", "calib"])]
-        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
-        self.labels = np.concatenate([np.asarray(part.labels, dtype=np.int64) for part in self._parts])
-        self.classes = self._parts[0].classes
-        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in self._parts).encode()).hexdigest()
-        self.fixed_splits = None
+        parts = [DemoSet(part) for part in ([split] if split else ["train", "val", "calib"])]
+        self._images = [(part, index) for part in parts for index in range(len(part))]
+        self.labels = np.concatenate([part.labels for part in parts])
+        self.classes = parts[0].classes
+        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+        self.fixed_splits: Splits | None = None
         if not split:
-            self.fixed_splits = Splits(*(np.arange(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False)))
+            ends = np.cumsum([len(part) for part in parts])
+            self.fixed_splits = Splits(*np.split(np.arange(len(self.labels)), ends[:-1]))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _locate(self, index: int) -> tuple[Any, int]:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[part], int(index - self._starts[part])
-
     def image(self, index: int) -> Image.Image:
-        part, offset = self._locate(index)
-        return part.image(offset)  # type: ignore[no-any-return]
+        part, offset = self._images[index]
+        return part.image(offset)
 
     def source(self, index: int) -> str:
-        part, offset = self._locate(index)
-        return str(part.source(offset))
+        part, offset = self._images[index]
+        return part.source(offset)

@@ -46,14 +46,10 @@ class Labelled(Protocol):
         fixed_splits: splits that come with the data, or None.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-    @property
-    def labels(self) -> Indices: ...
-    @property
-    def fixed_splits(self) -> Splits | None: ...
+    name: str
+    classes: tuple[str, ...]
+    labels: Indices
+    fixed_splits: Splits | None
 
     def __len__(self) -> int: ...
 
@@ -75,12 +71,10 @@ def split_dataset(source: Labelled, val_fraction: float, calib_fraction: float, 
                 "at least 3 are needed for training, validation and calibration"
             )
         members = np.random.default_rng((seed, label)).permutation(members)
-        n_val = max(1, round(val_fraction * len(members)))
-        n_calib = max(1, round(calib_fraction * len(members)))
-        n_val, n_calib = min(n_val, len(members) - 2), min(n_calib, len(members) - 1 - min(n_val, len(members) - 2))
-        for part, chosen in zip(
-            parts, np.split(members, [len(members) - n_val - n_calib, len(members) - n_calib]), strict=True
-        ):
+        n_val = min(max(1, round(val_fraction * len(members))), len(members) - 2)
+        n_calib = min(max(1, round(calib_fraction * len(members))), len(members) - 1 - n_val)
+        ends = [len(members) - n_val - n_calib, len(members) - n_calib]
+        for part, chosen in zip(parts, np.split(members, ends), strict=True):
             part.append(chosen)
     return Splits(*(np.sort(np.concatenate(part)) for part in parts))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssod_edge.config import resolve_backbone
 from ssod_edge.detect.sums import FittedScore, load_shipped
-from ssod_edge.errors import ArtifactError, SsodEdgeError, UsageError
+from ssod_edge.errors import SsodEdgeError, UsageError
 from ssod_edge.runtime.runner import Array
 from ssod_edge.runtime.verify import load_reference
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
@@ -46,19 +46,13 @@ class Export:
             UsageError: there is none.
         """
         wanted = None if backbone is None else resolve_backbone(backbone)
-        found = []
-        for path in Path(root).glob(f"*/export/{SPEC_NAME}"):
-            try:
-                export = cls(path.parent, load_spec(path.parent))
-            except ArtifactError:
-                continue
-            if wanted is None or export.spec.backbone == wanted:
-                found.append((path.stat().st_mtime, path.parent, export))
+        exports = (cls.in_place(path.parent) for path in Path(root).glob(f"*/export/{SPEC_NAME}"))
+        found = [export for export in exports if export is not None and wanted in (None, export.spec.backbone)]
         if not found:
             what = f"export of '{backbone}'" if backbone else "export"
             option = f" --backbone {backbone}" if backbone else ""
             raise UsageError(f"there is no {what} under '{root}'. Make one with: ssod-edge export{option}")
-        return max(found, key=lambda item: item[:2])[2]
+        return max(found, key=lambda export: ((export.folder / SPEC_NAME).stat().st_mtime, export.folder))
 
     @property
     def run_folder(self) -> Path | None:

@@ -75,7 +75,11 @@ def open_runner(
     if engine == "eager":
         if precision not in ("auto", "fp32") or artifact is not None:
             raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
-        return _open_eager(Path(folder), device, threads, allow_untrained)
+        if not is_installed(engine):
+            raise missing_extra("torch", "the eager engine")
+        from ssod_edge.training.eager import EagerRunner
+
+        return EagerRunner(Path(folder), device, threads, allow_untrained)
     export = Export.at(folder)
     require_trained(export.spec, allow_untrained)
     chosen = choose_artifact(export.spec, engine, precision, artifact)
@@ -157,11 +161,3 @@ def _open(spec: Spec, artifact: Artifact, path: Path, device: str, threads: int 
     from ssod_edge.runtime.engines.onnxruntime import OnnxRunner
 
     return OnnxRunner(spec, artifact, path, device=device, threads=threads)
-
-
-def _open_eager(folder: Path, device: str, threads: int | None, allow_untrained: bool) -> Runner:
-    if not is_installed("eager"):
-        raise missing_extra("torch", "the eager engine")
-    from ssod_edge.training.eager import EagerRunner
-
-    return EagerRunner(folder, device=device, threads=threads, allow_untrained=allow_untrained)

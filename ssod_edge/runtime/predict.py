@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -59,7 +60,7 @@ class Verdict:
         return asdict(self)
 
 
-class Predictor:
+class Predictor(AbstractContextManager["Predictor"]):
     """Verdicts of one open artifact. A context manager; threads may share it.
 
     Attributes:
@@ -71,9 +72,6 @@ class Predictor:
         self._settings = runner.spec.preprocess
         threshold = runner.artifact.threshold
         self.threshold = None if threshold is None else threshold.value
-
-    def __enter__(self) -> Predictor:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -137,7 +135,11 @@ class Predictor:
             begin()
             while begun:
                 sources, pixels, futures = begun.popleft()
-                verdicts = self._finish(sources, pixels, [future.result() for future in futures])
+                errors = [future.result() for future in futures]
+                # A row that has no image holds old pixels; of a batch without images there is nothing to run.
+                readable = any(error is None for error in errors)
+                outputs = self.runner.infer({"image": pixels[: len(sources)]}) if readable else {}
+                verdicts = self.verdicts(sources, outputs, errors)
                 free.append(pixels)
                 begin()
                 yield from verdicts
@@ -151,12 +153,6 @@ class Predictor:
         except ImageError as error:
             return str(error)
         return None
-
-    def _finish(self, sources: list[ImageLike], pixels: Pixels, errors: list[str | None]) -> list[Verdict]:
-        """Run the engine, unless no image of the batch could be read. A row that has no image holds old pixels."""
-        if all(error is not None for error in errors):
-            return self.verdicts(sources, {}, errors)
-        return self.verdicts(sources, self.runner.infer({"image": pixels[: len(sources)]}), errors)
 
     def verdicts(
         self, sources: Sequence[ImageLike], outputs: dict[str, Array], errors: Sequence[str | None] | None = None

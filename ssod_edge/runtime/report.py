@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ssod_edge.data.inputs import list_images
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Verdict
@@ -47,8 +47,6 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         images: see `ssod_edge.data.inputs.list_images`.
         opening: options of `ssod_edge.runtime.open.open_runner`.
     """
-    if sys.stdout is None:
-        raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     no_images: dict[str, str] = {}
     paths = list_images(images, standard_input(), no_images)
     with Predictor(open_runner(folder, **opening)) as predictor, open_monitor(options.monitor, predictor) as watch:

@@ -37,7 +37,8 @@ class Runner(Protocol):
     device: str
     details: dict[str, str]
 
-    def __enter__(self) -> Runner: ...
+    def __enter__(self) -> Runner:
+        return self
 
     def __exit__(self, *_: object) -> None: ...
 

@@ -116,11 +116,8 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready figures, for the spec. A difference that is not finite becomes None."""
-        values = asdict(self)
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = None
-        return {**values, "failures": list(self.failures)}
+        figures = {**asdict(self), "failures": list(self.failures)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
 def verify_runner(runner: Runner, folder: str | Path, threshold: float | None = None) -> Verification:

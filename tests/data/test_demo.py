@@ -23,7 +23,7 @@ from ssod_edge.data.demo import (
     OOD_SPLITS,
     SHAPES,
     SPLIT_SIZES,
-    demo_set,
+    DemoSet,
     digit_instances,
     photo_tiles,
     write_demo_images,
@@ -32,12 +32,12 @@ from ssod_edge.errors import OutputError, UsageError
 
 
 def pixels(split: str, index: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(demo_set(split, seed).image(index))
+    return np.asarray(DemoSet(split, seed).image(index))
 
 
 @pytest.mark.parametrize("split", SPLIT_SIZES)
 def test_sizes_labels_and_sources(split: str) -> None:
-    demo = demo_set(split)
+    demo = DemoSet(split)
     assert len(demo) == SPLIT_SIZES[split] == len(demo.labels)
     assert demo.labels.dtype == np.int64
     assert demo.classes == CLASSES
@@ -55,18 +55,18 @@ def test_sizes_labels_and_sources(split: str) -> None:
 def test_the_label_is_the_digit_in_the_image() -> None:
     targets = load_digits().target
     for split in ID_SPLITS:
-        demo = demo_set(split)
+        demo = DemoSet(split)
         for index in range(0, len(demo), 13):
             drawing = demo.drawing(index)
             assert targets[drawing.instance] == demo.labels[index]
             assert demo.classes[demo.labels[index]] == drawing.what.removeprefix("digit-")
-    near = demo_set("near")
+    near = DemoSet("near")
     assert {int(targets[near.drawing(index).instance]) for index in range(len(near))} == {8, 9}
 
 
 @pytest.mark.parametrize("split", SPLIT_SIZES)
 def test_an_index_is_the_same_image_in_any_order(split: str) -> None:
-    first, second = demo_set(split, seed=3), demo_set(split, seed=3)
+    first, second = DemoSet(split, seed=3), DemoSet(split, seed=3)
     order = [5, 0, 17, 5, 499, 1]
     forward = {index: first.image(index).tobytes() for index in order}
     for index in reversed(order):
@@ -76,8 +76,8 @@ def test_an_index_is_the_same_image_in_any_order(split: str) -> None:
 
 def test_another_process_draws_the_same_pixels() -> None:
     code = (
-        "import hashlib; from ssod_edge.data.demo import demo_set, SPLIT_SIZES\n"
-        "data = b''.join(demo_set(s).image(i).tobytes() for s in SPLIT_SIZES for i in (9, 2))\n"
+        "import hashlib; from ssod_edge.data.demo import DemoSet, SPLIT_SIZES\n"
+        "data = b''.join(DemoSet(s).image(i).tobytes() for s in SPLIT_SIZES for i in (9, 2))\n"
         "print(hashlib.sha256(data).hexdigest())"
     )
     digests = {
@@ -88,11 +88,11 @@ def test_another_process_draws_the_same_pixels() -> None:
 
 
 def test_the_seed_changes_images_but_not_who_owns_what() -> None:
-    zero, one = demo_set("test", 0), demo_set("test", 1)
+    zero, one = DemoSet("test", 0), DemoSet("test", 1)
     assert any(zero.image(index).tobytes() != one.image(index).tobytes() for index in range(3))
     assert zero.fingerprint != one.fingerprint
-    assert zero.fingerprint == demo_set("test", 0).fingerprint
-    assert len({demo_set(split).fingerprint for split in SPLIT_SIZES}) == len(SPLIT_SIZES)
+    assert zero.fingerprint == DemoSet("test", 0).fingerprint
+    assert len({DemoSet(split).fingerprint for split in SPLIT_SIZES}) == len(SPLIT_SIZES)
     used = {one.drawing(index).instance for index in range(len(one))}
     assert used == {row for digit in range(8) for row in digit_instances("test", digit)}
 
@@ -111,7 +111,7 @@ def test_no_digit_instance_is_in_two_splits() -> None:
 
 def test_what_is_drawn_comes_from_what_the_split_owns() -> None:
     for split in ("train", "val", "calib", "test", "near", "photos"):
-        demo = demo_set(split, seed=2)
+        demo = DemoSet(split, seed=2)
         tiles = {(tile.photo, tile.box) for tile in photo_tiles(split if split in ID_SPLITS else "test")}
         for index in range(0, len(demo), 7):
             drawing = demo.drawing(index)
@@ -138,7 +138,7 @@ def test_a_background_reads_nothing_outside_its_tile(monkeypatch: pytest.MonkeyP
     """Blank every tile of the other splits: the images stay as they were."""
     import ssod_edge.data.demo as module
 
-    before = {split: [demo_set(split).image(index).tobytes() for index in range(40)] for split in ID_SPLITS}
+    before = {split: [DemoSet(split).image(index).tobytes() for index in range(40)] for split in ID_SPLITS}
     for split in ID_SPLITS:
         blanked = {photo: np.zeros_like(load_sample_image(photo)) for photo in ("china.jpg", "flower.jpg")}
         for tile in photo_tiles(split):
@@ -148,7 +148,7 @@ def test_a_background_reads_nothing_outside_its_tile(monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             patch.setattr(module, "_photo", own.__getitem__)
             module.photo_tiles.cache_clear()
-            assert [demo_set(split).image(index).tobytes() for index in range(40)] == before[split]
+            assert [DemoSet(split).image(index).tobytes() for index in range(40)] == before[split]
         module.photo_tiles.cache_clear()
 
 
@@ -157,7 +157,7 @@ def test_far_sets_show_no_digit() -> None:
     import ssod_edge.data.demo as module
 
     for split in ("photos", "shapes"):
-        demo = demo_set(split)
+        demo = DemoSet(split)
         assert all(demo.drawing(index).instance is None for index in range(len(demo)))
         before = [demo.image(index).tobytes() for index in range(64)]
         ink, _ = module._digits()
@@ -167,7 +167,7 @@ def test_far_sets_show_no_digit() -> None:
             assert [demo.image(index).tobytes() for index in range(64)] == before
         finally:
             ink[:] = saved
-    kinds = [demo_set("shapes").drawing(index).what for index in range(16)]
+    kinds = [DemoSet("shapes").drawing(index).what for index in range(16)]
     assert kinds == list(SHAPES) * 2
 
 
@@ -177,7 +177,7 @@ def test_a_digit_can_be_seen_and_is_whole() -> None:
 
     ink, _ = module._digits()
     saved = ink.copy()
-    demo = demo_set("test")
+    demo = DemoSet("test")
     drawn = np.stack([np.asarray(demo.image(index), int) for index in range(200)])
     try:
         ink[:] = 0
@@ -197,7 +197,7 @@ def test_a_digit_can_be_seen_and_is_whole() -> None:
 
 def test_drawing_is_fast_enough_to_be_done_every_epoch() -> None:
     for split in SPLIT_SIZES:
-        demo = demo_set(split)
+        demo = DemoSet(split)
         demo.image(0)
         times = []
         for first in range(0, 200, 50):
@@ -211,29 +211,29 @@ def test_drawing_is_fast_enough_to_be_done_every_epoch() -> None:
 @pytest.mark.parametrize("index", [-1, 500, 10_000])
 def test_an_index_outside_is_refused(index: int) -> None:
     with pytest.raises(IndexError, match=r"0 \.\. 499"):
-        demo_set("near").image(index)
+        DemoSet("near").image(index)
 
 
 @pytest.mark.parametrize("split", ["", "training", "digits", "shapes "])
 def test_an_unknown_split_is_refused_with_the_known_ones(split: str) -> None:
     with pytest.raises(UsageError, match="train, val, calib, test, near, photos, shapes"):
-        demo_set(split)
+        DemoSet(split)
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "0", True])
 def test_a_bad_seed_is_refused(seed: object) -> None:
     with pytest.raises(UsageError, match="seed"):
-        demo_set("train", seed)  # type: ignore[arg-type]
+        DemoSet("train", seed)  # type: ignore[arg-type]
 
 
 def test_without_scikit_learn_the_message_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'ssod-edge\[train\]'"):
-        demo_set("train")
+        DemoSet("train")
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, ssod_edge.data.demo as d; d.demo_set('near').image(0); sys.exit('torch' in sys.modules)"
+    code = "import sys, ssod_edge.data.demo as d; d.DemoSet('near').image(0); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

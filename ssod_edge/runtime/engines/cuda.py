@@ -51,7 +51,10 @@ class Gpu:
             finally:
                 self.context.pop()
         except driver.Error as error:
-            raise EngineError(f"the GPU '{self.name}' reports: {error}. {_advice(driver, error)}") from error
+            advice = "Start the program again; if that does not help, restart the machine."
+            if isinstance(error, driver.MemoryError):
+                advice = "Close other programs that use the GPU, or use a smaller batch or model."
+            raise EngineError(f"the GPU '{self.name}' reports: {error}. {advice}") from error
 
 
 def open_gpu(device: str = "auto", extra: str | None = None) -> Gpu:
@@ -97,8 +100,6 @@ def _open_gpu(index: int) -> Gpu:
 
 def has_gpu() -> bool:
     """Whether PyCUDA is installed and finds a GPU."""
-    if importlib.util.find_spec("pycuda") is None:
-        return False
     try:
         open_gpu()
     except SsodEdgeError:
@@ -112,12 +113,6 @@ def _driver() -> Any:
     except ImportError as error:
         raise import_failed("pycuda", error) from error
     return pycuda.driver
-
-
-def _advice(driver: Any, error: Exception) -> str:
-    if isinstance(error, driver.MemoryError):
-        return "Close other programs that use the GPU, or use a smaller batch or model."
-    return "Start the program again; if that does not help, restart the machine."
 
 
 class Buffer:

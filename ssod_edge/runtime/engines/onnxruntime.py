@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error, import_failed
+from ssod_edge.runtime.runner import OUTPUTS, Array, Runner, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
 #: The engine's fused forms of them carry the name inside theirs (FusedConv, NhwcFusedConv, FusedGemm).
 HEAVY_OPS = ("Conv", "Gemm", "MatMul")
-ERRORS_ONLY = 3
 
 
-class OnnxRunner:
+class OnnxRunner(Runner):
     """`ssod_edge.runtime.Runner` on ONNX Runtime's CPU provider, which is asked for by name.
 
     A graph with fewer `outputs` than the fused one's is for measuring only.
@@ -48,16 +47,12 @@ class OnnxRunner:
         self.spec = spec
         self.artifact = artifact
         self._outputs = outputs
-        self._session: Any = None
+        self._session: Any
         if artifact.precision == "fp32":
             self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
         else:
             self._session, self.precision = _open_reduced(path, threads, spec, outputs)
-        providers = self._session.get_providers()
-        self.details = {"provider": ", ".join(providers), "threads": str(threads or "auto")}
-
-    def __enter__(self) -> OnnxRunner:
-        return self
+        self.details = {"provider": ", ".join(self._session.get_providers()), "threads": str(threads or "auto")}
 
     def __exit__(self, *_: object) -> None:
         self._session = None
@@ -77,7 +72,7 @@ def session_options(threads: int | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = 3  # errors only
     # Threads that spin between the layers of a run are faster than those that sleep; between two runs they
     # would take the core that decodes the next image.
     options.add_session_config_entry("session.force_spinning_stop", "1")

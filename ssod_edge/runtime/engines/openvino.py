@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error, import_failed
+from ssod_edge.runtime.runner import OUTPUTS, Array, Runner, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
@@ -20,7 +20,7 @@ PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 HEAVY_LAYERS = ("Convolution", "FullyConnected", "MatMul")
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Runner):
     """`ssod_edge.runtime.Runner` on OpenVINO.
 
     An IR's precision is how it is stored; what it is computed in is a hint, which machines with AMX set to bf16 by
@@ -84,9 +84,6 @@ class OpenVinoRunner:
         self.details = {"device_name": str(core.get_property(device, "FULL_DEVICE_NAME")).strip()}
         if device == "CPU":
             self.details["threads"] = str(compiled.get_property("INFERENCE_NUM_THREADS"))
-
-    def __enter__(self) -> OpenVinoRunner:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._lock:

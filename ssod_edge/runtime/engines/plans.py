@@ -21,8 +21,6 @@ from ssod_edge.spec import Artifact, Spec
 MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
 #: Engine -> its name in messages.
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-#: Engine -> its option of `export --target`.
-OPTIONS = {engine: engine.replace("_", "-") for engine in MODULES}
 #: Engine -> the extra that brings pycuda for it. `tensorrt` would bring a wheel that hides JetPack's own TensorRT.
 CUDA_EXTRAS = {"tensorrt": "jetson", "tensorrt_rtx": "tensorrt-rtx"}
 #: The oldest TensorRT whose networks can be strongly typed and that parses opset 18 here: JetPack 6.1 brings it.
@@ -116,7 +114,7 @@ def check_plan(artifact: Artifact, path: Path, module: Any, gpu: Gpu) -> None:
 
 def build_command(engine: str, options: str = "") -> str:
     """What builds a plan: from a run, and on a device, which has a bundle and nothing to export a run with."""
-    target = f"--target {OPTIONS[engine]}{options}"
+    target = f"--target {engine.replace('_', '-')}{options}"
     return f"ssod-edge export {target} (on a device: ssod-edge export --from BUNDLE {target})"
 
 

@@ -18,7 +18,7 @@ from ssod_edge.errors import ArtifactError, EngineError, OutputError
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.engines.cuda import Buffer, Gpu, Graph, GraphError, open_gpu
 from ssod_edge.runtime.engines.plans import CUDA_EXTRAS, build_command, check_build, check_plan, load_for, make_logger
-from ssod_edge.runtime.runner import OUTPUTS, Array, check_graph, check_images, closed_error
+from ssod_edge.runtime.runner import OUTPUTS, Array, Runner, check_graph, check_images, closed_error
 from ssod_edge.spec import Artifact, Spec
 
 #: TensorRT's name of an element type -> numpy's. Its own `nptype` uses names that newer numpy lacks.
@@ -27,7 +27,7 @@ TYPES = {
 }  # fmt: skip
 
 
-class TrtRunner:
+class TrtRunner(Runner):
     """`ssod_edge.runtime.Runner` on TensorRT, TensorRT for RTX or the lean runtime of TensorRT.
 
     Several threads may call `infer` at once; each run has an execution context, a stream and pinned buffers of its
@@ -76,9 +76,6 @@ class TrtRunner:
             "batch": f"{low} to {high}",
             "cuda_graph": self._session.graphs,
         }
-
-    def __enter__(self) -> TrtRunner:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

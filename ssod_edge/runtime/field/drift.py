@@ -188,13 +188,10 @@ def _advance_block(
         ),
     )
     if alarm[last]:
+        if not state.drifted:
+            after = replace(after, drifted=True, alarms=state.alarms + 1, alarm_at=before + last + 1)
         anew = new_state(len(bins.gaps))
-        if state.drifted:
-            alarms, at = state.alarms, state.alarm_at
-        else:
-            alarms, at = state.alarms + 1, before + last + 1
-        anew = replace(anew, drifted=True, alarms=alarms, alarm_at=at, recent=after.recent)
-        return replace(anew, recent_unknown=after.recent_unknown), last + 1
+        return replace(after, images=0, counts=anew.counts, log_stakes=anew.log_stakes, peak=0.0), last + 1
     after = replace(
         after,
         drifted=state.drifted and not calm[last],

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Frame:
     pixels: npt.NDArray[np.uint8]
 
 
-class FrameReader:
+class FrameReader(AbstractContextManager["FrameReader"]):
     """The frames of a video file, a camera or a network stream, read on a thread. A context manager and an iterator.
 
     Of a live source only the newest frame waits: one that comes while another still waits replaces it, so that a
@@ -106,14 +107,7 @@ class FrameReader:
         self._thread = threading.Thread(target=self._read, name="frames", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> FrameReader:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop reading and release the source."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()

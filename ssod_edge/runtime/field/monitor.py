@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Record:
             raise UsageError("its counts do not add up")
 
 
-class Monitor:
+class Monitor(AbstractContextManager["Monitor"]):
     """Adds verdicts to a monitor file. A context manager; use it from one thread at a time::
 
         with ssod_edge.open("runs/demo") as model, Monitor("drift.json", model) as monitor:
@@ -117,9 +118,6 @@ class Monitor:
         self.problem: SsodEdgeError | None = None
         self.drifted = self._merge().drift.drifted
 
-    def __enter__(self) -> Monitor:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.flush()
 
@@ -147,7 +145,10 @@ class Monitor:
         """Write what has been added. What cannot be written is lost, so that memory stays bounded."""
         try:
             if self._scores or self._failed:
-                self._tell(self._merge())
+                record, before = self._merge(), self.drifted
+                self.drifted = record.drift.drifted
+                if self.drifted != before and self._say is not None:
+                    self._say(_change(record, self._path))
         except SsodEdgeError as error:
             if self._say is None:
                 raise
@@ -165,7 +166,11 @@ class Monitor:
                 if self._path.exists():
                     record = read_monitor(self._path)
                     if record.identity != self._empty.identity:
-                        raise UsageError(_of_another(self._path, record))
+                        raise UsageError(
+                            f"'{self._path}' holds scores of another artifact ({record.artifact} of {record.backbone}, "
+                            f"score {record.score}), or of this one before it was exported or calibrated again. Give "
+                            "another name, or delete it to start over"
+                        )
                 record = _add(record, self._scores, self._failed, self._bins)
                 write_json(self._path, asdict(record))
         except OSError as error:
@@ -173,12 +178,6 @@ class Monitor:
                 f"cannot write '{self._path}': {error.strerror or error}. Choose another place."
             ) from error
         return record
-
-    def _tell(self, record: Record) -> None:
-        changed = record.drift.drifted != self.drifted
-        self.drifted = record.drift.drifted
-        if changed and self._say is not None:
-            self._say(_change(record, self._path))
 
 
 def read_monitor(path: str | os.PathLike[str]) -> Record:
@@ -259,13 +258,6 @@ def _add(record: Record, scores: list[float], failed: int, bins: Reference) -> R
         highest=max([*known, *scores]),
         histogram=tuple((np.array(record.histogram) + hits).tolist()),
         drift=advance(record.drift, scores, limit, bins, record.images),
-    )
-
-
-def _of_another(path: Path, record: Record) -> str:
-    return (
-        f"'{path}' holds scores of another artifact ({record.artifact} of {record.backbone}, score {record.score}), or "
-        "of this one before it was exported or calibrated again. Give another name, or delete it to start over"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import click
 import numpy as np
 
 from ssod_edge.data.pixels import load_image, preprocess
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.runtime.field.frames import FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
@@ -97,26 +96,16 @@ class FrameVerdict:
 
 
 def predict_frames(
-    predictor: Predictor, frames: FrameReader, smooth: float | None = None, monitor: Monitor | None = None
+    predictor: Predictor, frames: FrameReader, smoother: Smoother | None = None, monitor: Monitor | None = None
 ) -> Iterator[FrameVerdict]:
     """The verdict on each frame as it comes.
 
     Args:
         predictor: an open artifact.
         frames: where they come from.
-        smooth: seconds of `Smoother`; None judges each frame by itself, exactly as the image it is.
+        smoother: a new one; None judges each frame by itself, exactly as the image it is.
         monitor: takes the score of a frame by itself, of one frame in `MONITOR_PERIOD_S`.
-
-    Raises:
-        UsageError: `smooth` is not above 0.
     """
-    smoother = None if smooth is None else Smoother(smooth)
-    return _verdicts(predictor, frames, smoother, monitor)
-
-
-def _verdicts(
-    predictor: Predictor, frames: FrameReader, smoother: Smoother | None, monitor: Monitor | None
-) -> Iterator[FrameVerdict]:
     settings, done, monitored = predictor.runner.spec.preprocess, deque[float](), -math.inf
     for frame in frames:
         outputs = predictor.runner.infer({"image": preprocess(load_image(frame.pixels), settings)[None]})
@@ -145,14 +134,11 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
     Raises:
         UsageError: more than one source, or images beside it.
     """
-    if sys.stdout is None:
-        raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     camera, as_json = options.camera, options.as_json
     if len(sources) + (camera is not None) != 1:
         given = ", ".join([f"'{source}'" for source in sources] + ([f"--camera {camera}"] if camera else []))
         raise UsageError(f"a video, camera or stream is taken alone, got {given}. Run predict once for each")
-    if options.smooth is not None:
-        Smoother(options.smooth)  # before anything is opened
+    smoother = None if options.smooth is None else Smoother(options.smooth)
     with (
         Predictor(open_runner(folder, **opening)) as predictor,
         open_monitor(options.monitor, predictor) as watch,
@@ -164,7 +150,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         if not as_json:
             click.echo(table.head())
         try:
-            for verdict in predict_frames(predictor, frames, options.smooth, watch):
+            for verdict in predict_frames(predictor, frames, smoother, watch):
                 table.add(verdict)
                 click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
         finally:  # after Ctrl-C too

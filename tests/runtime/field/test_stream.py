@@ -292,7 +292,7 @@ def test_one_odd_frame_turns_the_verdict_only_without_smoothing(export: Path, tm
     known = {}
     for smooth in (None, 1.0):
         with ssod_edge.open(export) as model, FrameReader(str(video)) as reader:
-            verdicts = [v.prediction for v in predict_frames(model, reader, smooth)]
+            verdicts = [v.prediction for v in predict_frames(model, reader, smooth and Smoother(smooth))]
         known[smooth] = [verdict.known for verdict in verdicts]
         assert all(verdict.known is (verdict.ood_score <= verdict.threshold) for verdict in verdicts)
         assert all(0 < verdict.confidence <= 1 for verdict in verdicts)
@@ -312,7 +312,7 @@ def test_smoothing_over_no_time_is_refused(export: Path, video: Path, seconds: f
 def test_an_output_that_is_not_finite_is_a_failed_frame(export: Path, video: Path) -> None:
     edit_graph(export, "onnx-fp32", weight=np.full_like(WEIGHT, np.nan))
     with Predictor(open_runner(export, artifact="onnx-fp32", verify=False)) as model, FrameReader(str(video)) as reader:
-        verdicts = [v.prediction for v in predict_frames(model, reader, smooth=1)]
+        verdicts = [v.prediction for v in predict_frames(model, reader, Smoother(1))]
     assert len(verdicts) == 12 and all("not finite" in str(v.error) for v in verdicts)
 
 
