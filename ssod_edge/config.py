@@ -96,15 +96,26 @@ def check(config: object, name: str, good: bool, expected: str) -> None:
         raise UsageError(f"{name} must be {expected}, got {shown}")
 
 
+#: What `Preprocess.version` counts: 1 decodes every image in full; 2 decodes a large JPEG at a reduced scale.
+PIXELS_VERSION = 2
+Fit = Literal["crop", "squash", "pad"]
+FITS: tuple[str, ...] = get_args(Fit)
+
+
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the graph's input: one centre crop and one resize, then uint8 RGB.
+    """How an image becomes the graph's input: a region, a fit and one resize, then uint8 RGB.
 
     Attributes:
         input_size: height and width of the input in pixels.
         crop_pct: share of the shorter side that the centre crop keeps, in (0, 1].
         interpolation: "bicubic" or "bilinear".
         mean, std: per RGB channel, of values scaled to [0, 1]; applied inside the graph.
+        fit: how what is no square becomes one. "crop" keeps the centred square; "squash" keeps everything and its
+            sides change their ratio; "pad" keeps everything and the ratio, between bars in the mean colour.
+        roi: the region that is looked at, x, y, width and height in pixels of the upright image, for a camera that
+            does not move; None for all of it.
+        version: of the way from a file to pixels, at most `PIXELS_VERSION`. What was made with an earlier one keeps it.
     """
 
     input_size: int = 224
@@ -112,6 +123,9 @@ class Preprocess:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fit: Fit = "crop"
+    roi: tuple[int, int, int, int] | None = None
+    version: int = PIXELS_VERSION
 
     def __post_init__(self) -> None:
         check(self, "input_size", self.input_size >= 1, "at least 1 pixel")
@@ -119,6 +133,20 @@ class Preprocess:
         check(self, "interpolation", self.interpolation in ("bicubic", "bilinear"), "'bicubic' or 'bilinear'")
         if len(self.mean) != 3 or len(self.std) != 3 or any(s <= 0 for s in self.std):
             raise UsageError("mean and std must have three values each, and std must be positive")
+        check(self, "fit", self.fit in FITS, f"one of {', '.join(FITS)}")
+        if self.roi is not None and (len(self.roi) != 4 or min(self.roi[:2]) < 0 or min(self.roi[2:]) < 1):
+            raise UsageError(f"roi must be x, y, width, height in pixels, such as 0,120,640,480, got {self.roi}")
+        if not 1 <= self.version <= PIXELS_VERSION:
+            raise UsageError(
+                f"preprocessing of version {self.version}; this release knows 1 to {PIXELS_VERSION}. "
+                "Update with: pip install -U ssod-edge"
+            )
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of an earlier release with the fields that it had no need of (`ssod_edge.json_reader`)."""
+        earlier = values.keys() == {"input_size", "crop_pct", "interpolation", "mean", "std"}
+        return {**values, "fit": "crop", "roi": None, "version": 1} if earlier else values
 
 
 #: `train`, `study` and `reproduce` have every field of the two classes below as an option, whose help is the field's

@@ -146,6 +146,8 @@ def _expected(kind: Any, value: Any) -> str:
 
 def _from_object(kind: Any, value: dict[str, Any], name: str, defaults: bool) -> Any:
     types = get_type_hints(kind)
+    if hasattr(kind, "complete"):  # what an earlier release wrote, with the fields of this one
+        value = kind.complete(value)
     optional = {f.name for f in fields(kind) if defaults and (f.default, f.default_factory) != (MISSING, MISSING)}
     if unknown := sorted(value.keys() - types.keys()):
         place = f" in {name}" if name else ""

@@ -65,7 +65,7 @@ def test_the_run_is_read() -> None:
     run = Run.at(RUN)
     config = run.config
     assert (config.backbone, config.epochs, config.seed) == ("test_efficientnet", 1, 3)
-    assert config.preprocess == run.model.preprocess == Preprocess(input_size=32)
+    assert config.preprocess == run.model.preprocess == Preprocess(input_size=32, version=1)
     assert config.loss == LossConfig(method="ce", outliers=("rotate", "zoom"), warmup_epochs=0.0)
     assert run.model.classes == small.CLASSES and run.meta["epoch"] == 1
     _, splits = run.splits("it cannot be had")
