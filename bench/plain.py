@@ -14,11 +14,11 @@ from ssod_edge.errors import ArtifactError, missing_extra
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.export import Export
-from ssod_edge.runtime.runner import OUTPUTS, Runner
-from ssod_edge.spec import Artifact, Spec, check_files, load_spec, save_spec
+from ssod_edge.runtime.runner import Runner
+from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, Spec, check_files, load_spec, save_spec
 
 #: What is left of the fused graph's outputs.
-PLAIN_OUTPUTS = OUTPUTS[:2]
+PLAIN_OUTPUTS = LOGIT_OUTPUTS[:2]
 
 PREFIX = "plain-"
 ENGINES = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -167,5 +167,6 @@ def _prune(graph: Any) -> None:
             graph.node.remove(node)
         else:
             needed.update(node.input)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in needed]:
-        graph.initializer.remove(tensor)
+    for values in (graph.initializer, graph.input):
+        for value in [value for value in values if value.name not in needed]:
+            values.remove(value)

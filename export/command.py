@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,11 +110,12 @@ def run_export(
     score: str | None = None,
     calib: str | None = None,
     max_drop: float = 1.0,
+    features: Sequence[str] = (),
 ) -> int:
     """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
 
     Args:
-        score, max_drop: see `ExportOptions`.
+        score, max_drop, features: see `ExportOptions`.
         calib: in-distribution images to quantise with; None takes those of the thresholds.
     """
     from ssod_edge.data.images import whole_dataset
@@ -122,7 +124,9 @@ def run_export(
     started = time.monotonic()
     asked = target.targets()
     precisions = asked.precisions or DEFAULT_PRECISIONS
-    options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop)
+    options = ExportOptions(
+        precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, tuple(dict.fromkeys(features))
+    )
     if calib is not None and "int8" not in precisions:
         raise UsageError("--calib names images to quantise with; it needs --int8")
     check_engines(options.engines)

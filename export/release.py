@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -139,9 +140,10 @@ def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
     if found is None:
         return spec
     earlier = found.spec
-    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained")
+    identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "outputs")
     same = (
         identity(earlier) == identity(spec)
+        and math.isclose(earlier.temperature, spec.temperature, rel_tol=REFERENCE_NOISE)
         and without_names(earlier.source) == without_names(spec.source)
         and _same_reference(found, new)
     )
@@ -152,7 +154,7 @@ def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
             if same and old.threshold and fitted and old.threshold.data != fitted.data:
                 say(f"{old.name}: its threshold from {old.threshold.data} is replaced; set it again with calibrate")
         elif not same:
-            say(f"removed {old.name}: it is of another model, score or calibration split")
+            say(f"removed {old.name}: it is of another model, score, calibration split or set of outputs")
         else:
             try:
                 check_files(place, old)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,10 +15,19 @@ from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file, write_json
 from ssod_edge.json_reader import from_json, read_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SPEC_NAME = "ssod.json"
 REFERENCE_NAME = "reference.npz"
 DETECTOR_NAME = "detector.npz"
+
+#: What every graph gives, in its order.
+LOGIT_OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
+#: What graphs of schema 4 give besides: the p-value of "known", and whether it is.
+VERDICT_OUTPUTS = ("p_known", "known")
+#: The inputs from which they are computed, see `ssod_edge.detect.calibration.verdict_inputs`.
+VERDICT_INPUTS = ("threshold", "p_scores", "p_levels")
+#: What can be asked for besides, by its output: the features that the last layer reads.
+FEATURE_OUTPUTS = {"pooled": "features_pooled"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Threshold:
         fitted_tpr: share of those n images that are known at `value`.
         id_quantiles: of those n scores, ascending, at the ranks of `ssod_edge.detect.metrics.quantile_ranks`:
             what a monitor compares with. Empty in specs of earlier releases.
+        id_highest: the largest of those n scores; None in specs of earlier releases.
     """
 
     value: float
@@ -39,6 +51,7 @@ class Threshold:
     data: str
     fitted_tpr: float
     id_quantiles: tuple[float, ...] = ()
+    id_highest: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.target_tpr < 1:
@@ -49,6 +62,11 @@ class Threshold:
             raise UsageError(f"n must be at least 1 image, got {self.n}")
         if len(self.id_quantiles) > self.n or list(self.id_quantiles) != sorted(self.id_quantiles):
             raise UsageError(f"id_quantiles must be at most n = {self.n} ascending scores")
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of an earlier release with the fields that it did not have (`ssod_edge.json_reader`)."""
+        return {"id_quantiles": [], "id_highest": None, **values}
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,11 @@ class Artifact:
         if not isinstance((self.verification or {}).get("failures", []), (list, tuple)):
             raise UsageError(f"the verification of artifact '{self.name}' must list its failures")
 
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """As `Threshold.complete`."""
+        return {"build": {}, **values}
+
     @property
     def main_file(self) -> str:
         """Path, relative to the export folder, of the file the engine opens."""
@@ -101,6 +124,8 @@ class Spec:
         detector: where the score has a state (`ssod_edge.config.has_state`): {"sha256": of `DETECTOR_NAME`, "data",
             "images": what it was fitted on, "settings"}. Every artifact holds its state as well.
         choice: what `export --score auto` chose by; empty otherwise.
+        outputs: what every graph gives; those of releases before schema 4 give `LOGIT_OUTPUTS` alone.
+        temperature: T of `probs` = softmax(logits / T); no score knows it.
     """
 
     backbone: str
@@ -113,6 +138,8 @@ class Spec:
     artifacts: tuple[Artifact, ...] = ()
     detector: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = LOGIT_OUTPUTS
+    temperature: float = 1.0
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -126,6 +153,10 @@ class Spec:
             raise UsageError(
                 f"detector must have the sha256 of {DETECTOR_NAME} if, and only if, score.name has a state"
             )
+        if self.outputs[:4] != LOGIT_OUTPUTS or len(set(self.outputs)) < len(self.outputs):
+            raise UsageError(f"outputs must begin with {', '.join(LOGIT_OUTPUTS)}, each once")
+        if not self.temperature > 0:
+            raise UsageError(f"temperature must be above 0, got {self.temperature}")
         if len({artifact.name for artifact in self.artifacts}) < len(self.artifacts):
             raise UsageError("two artifacts have the same name")
 
@@ -159,8 +190,14 @@ class Spec:
 
 
 def save_spec(spec: Spec, folder: str | Path) -> Path:
-    """Write `ssod.json` into an export folder, atomically."""
-    return write_json(Path(folder) / SPEC_NAME, asdict(spec))
+    """Write `ssod.json` into an export folder, atomically, with a hash of itself."""
+    values = asdict(spec)
+    return write_json(Path(folder) / SPEC_NAME, {**values, "sha256": spec_hash(values)})
+
+
+def spec_hash(values: dict[str, Any]) -> str:
+    """SHA-256 of what a spec says, however it is laid out: a flipped bit would move a threshold in silence."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_spec(folder: str | Path) -> Spec:
@@ -187,25 +224,20 @@ def load_spec(folder: str | Path) -> Spec:
             f"'{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
             "Update with: pip install -U ssod-edge"
         )
-    artifacts = values.get("artifacts")
-    for artifact in artifacts if isinstance(artifacts, list) else ():
-        if isinstance(artifact, dict):
-            _complete(artifact, version)
+    if version >= 4 and values.pop("sha256", None) != spec_hash(values):
+        raise ArtifactError(
+            f"'{path}' was changed after it was written: its hash does not match. Copy the folder again, or export the "
+            "run again; ssod-edge calibrate sets another threshold."
+        )
     if version < 3:  # every score was one of the logits
-        values |= {"detector": {}, "choice": {}, "schema_version": SCHEMA_VERSION}
+        values |= {"detector": {}, "choice": {}}
+    if version < 4:
+        values |= {"outputs": LOGIT_OUTPUTS, "temperature": 1.0, "schema_version": SCHEMA_VERSION}
     try:
         spec: Spec = from_json(Spec, values)
     except UsageError as error:
         raise ArtifactError(f"'{path}' is damaged ({error}). Export the run again.") from error
     return spec
-
-
-def _complete(artifact: dict[str, Any], version: int) -> None:
-    """Give an artifact of an earlier release the fields that it did not have, empty."""
-    if version == 1:
-        artifact.setdefault("build", {})
-    if isinstance(artifact.get("threshold"), dict):
-        artifact["threshold"].setdefault("id_quantiles", [])
 
 
 def check_files(folder: str | Path, artifact: Artifact) -> Path:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from places import GOLDEN
+from specs import earlier_spec, edit_spec
 
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import sha256_file
-from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold, check_files, load_spec, save_spec
+from ssod_edge.spec import LOGIT_OUTPUTS, SPEC_NAME, Artifact, Spec, Threshold, check_files, load_spec, save_spec
 
 
 @pytest.fixture
@@ -27,35 +30,46 @@ def make_spec(files):
     return Spec("resnet18", ("cat", "dog"), Preprocess(64), {"name": "energy"}, True, "0" * 64, {}, (artifact,))
 
 
-def edit(folder, change):
-    values = json.loads((folder / SPEC_NAME).read_text())
-    change(values)
-    (folder / SPEC_NAME).write_text(json.dumps(values))
-
-
 def test_a_spec_reads_back_as_it_was_written(folder):
     spec = load_spec(folder)
     assert spec == make_spec(spec.artifact("onnx-fp32").files)
     assert check_files(folder, spec.artifacts[0]) == folder / "model-fp32.onnx"
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_spec_of_an_earlier_schema_is_read(folder, version):
-    def earlier(values):
-        values["schema_version"] = version
-        del values["detector"], values["choice"]
-        if version == 1:
-            del values["artifacts"][0]["build"]
-
     expected = load_spec(folder)
-    edit(folder, earlier)
-    assert load_spec(folder) == expected
+    earlier_spec(folder, version)
+    assert load_spec(folder) == replace(expected, preprocess=replace(expected.preprocess, version=1))
+    assert load_spec(folder).outputs == ("logits", "probs", "id_logit", "ood_score")
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(folder):
+    """Of 600 flips of single bits, each gives an error; in earlier releases a threshold of 3.43 became 2.43."""
+    path = folder / SPEC_NAME
+    content = path.read_bytes()
+    for place in np.random.default_rng(0).choice(8 * len(content), 600, replace=False).tolist():
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert load_spec(folder) == make_spec(load_spec(folder).artifacts[0].files), chr(flipped[place // 8])
+        except ArtifactError:
+            continue
+        assert json.loads(flipped) == json.loads(content)  # white space, or 1.0 as 1e0
+
+
+def test_a_spec_that_was_edited_by_hand_says_so(folder):
+    path = folder / SPEC_NAME
+    path.write_text(path.read_text().replace("-1.5", "-2.5"))
+    with pytest.raises(ArtifactError, match="changed after it was written: .* ssod-edge calibrate sets another"):
+        load_spec(folder)
 
 
 def test_a_choice_by_kinds_of_an_earlier_name_is_read(folder):
     """Kinds are shuffle, zoom and blend now."""
     row = {"figure": 0.9, "auroc": {"shuffled": 0.9, "corner": 0.8, "blended": 0.7}, "cost": 0.0}
-    edit(folder, lambda v: v.update(choice={"known": "validation split 0123", "candidates": {"energy": row}}))
+    edit_spec(folder, lambda v: v.update(choice={"known": "validation split 0123", "candidates": {"energy": row}}))
     spec = load_spec(folder)
     save_spec(spec, folder)
     assert load_spec(folder) == spec and spec.choice["candidates"]["energy"] == row
@@ -63,7 +77,7 @@ def test_a_choice_by_kinds_of_an_earlier_name_is_read(folder):
 
 def test_a_score_with_a_state_names_its_file(folder):
     detector = {"sha256": "1" * 64, "data": "train split 0123", "images": 100, "settings": {}}
-    edit(folder, lambda v: v.update(score={"name": "vim"}, detector=detector))
+    edit_spec(folder, lambda v: v.update(score={"name": "vim"}, detector=detector))
     spec = load_spec(folder)
     assert spec.score_name == "vim" and spec.detector == detector
     assert spec.shared_files == {"reference.npz": "0" * 64, "detector.npz": "1" * 64}
@@ -82,7 +96,7 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(schema_version=4), "schema version 4; this release reads up to 3. Update with"),
+        (lambda v: v.update(schema_version=5), "schema version 5; this release reads up to 4. Update with"),
         (lambda v: v.pop("schema_version"), "not an ssod-edge spec"),
         (lambda v: v.pop("classes"), "damaged .*classes"),
         (lambda v: v.update(extra=1), "damaged .*extra"),
@@ -141,13 +155,13 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
     ],
 )
 def test_a_spec_that_is_newer_or_damaged_is_refused(folder, change, message):
-    edit(folder, change)
+    edit_spec(folder, change)
     with pytest.raises(ArtifactError, match=message):
         load_spec(folder)
 
 
 def test_a_threshold_may_be_a_whole_number(folder):
-    edit(folder, lambda v: v["artifacts"][0]["threshold"].update(value=-2))
+    edit_spec(folder, lambda v: v["artifacts"][0]["threshold"].update(value=-2))
     assert repr(load_spec(folder).artifacts[0].threshold.value) == "-2.0"
 
 
@@ -156,7 +170,8 @@ def test_a_golden_spec_of_an_earlier_schema_is_read(tmp_path, version):
     """Without `build` (1), without `detector`, `choice` and `id_quantiles` (1 and 2)."""
     shutil.copy(GOLDEN / f"ssod-schema-{version}.json", tmp_path / SPEC_NAME)
     spec, artifact = load_spec(tmp_path), load_spec(tmp_path).artifacts[0]
-    assert (spec.schema_version, spec.score_name, spec.detector, spec.choice) == (3, "energy", {}, {})
+    assert (spec.schema_version, spec.score_name, spec.detector, spec.choice) == (4, "energy", {}, {})
+    assert (spec.outputs, spec.temperature, spec.preprocess.version) == (LOGIT_OUTPUTS, 1.0, 1)
     assert artifact.build == ({} if version == 1 else {"calibration_images": 300})
     assert (artifact.threshold.value, artifact.threshold.id_quantiles) == (-1.5, ())
 

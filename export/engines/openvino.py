@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import OutputError, VerificationError, missing_extra
+from ssod_edge.spec import VERDICT_INPUTS
 
 
 def save_ir(onnx_path: Path, folder: Path) -> tuple[Path, Path]:
@@ -38,6 +39,7 @@ def write_ir(model: Any, folder: Path) -> tuple[Path, Path]:
     """
     import openvino
 
+    open_inputs(model)
     path = folder / "model.xml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,3 +47,17 @@ def write_ir(model: Any, folder: Path) -> tuple[Path, Path]:
     except (OSError, RuntimeError) as error:
         raise OutputError(f"cannot write '{path}': {error}. Free some space or choose another folder.") from error
     return path, path.with_suffix(".bin")
+
+
+def open_inputs(model: Any) -> None:
+    """Make inputs of the constants that stand for `VERDICT_INPUTS`, so that another threshold takes no other IR."""
+    import openvino
+
+    constants = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
+    for name in VERDICT_INPUTS:
+        if name in constants:
+            output = constants[name].output(0)
+            parameter = openvino.opset13.parameter(output.get_shape(), output.get_element_type(), name=name)
+            parameter.output(0).set_names({name})
+            output.replace(parameter.output(0))
+            model.add_parameters([parameter])

@@ -24,7 +24,7 @@ from ssod_edge.runtime.engines.plans import (
     plan_key,
 )
 from ssod_edge.runtime.export import Export
-from ssod_edge.spec import check_files
+from ssod_edge.spec import VERDICT_INPUTS, check_files
 from ssod_edge.terminal import PhaseBars
 
 INPUT = "image"
@@ -208,6 +208,7 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
     parser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
         raise VerificationError(f"{title} cannot parse '{onnx_path.name}': {_parser_error(parser, logger)}")
+    _open_inputs(module, network)
     config = builder.create_builder_config()
     _configure(module, config, options, capabilities)
     config.add_optimization_profile(_profile(builder, network, onnx_path, options))
@@ -242,10 +243,25 @@ def _configure(module: Any, config: Any, options: PlanOptions, capabilities: Seq
         config.set_flag(flag.VERSION_COMPATIBLE)
 
 
+def _open_inputs(module: Any, network: Any) -> None:
+    """Make inputs of the constants that stand for `VERDICT_INPUTS`, so that another threshold takes no other plan."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    opened = {}
+    for layer in layers:
+        if layer.name in VERDICT_INPUTS and layer.type == module.LayerType.CONSTANT:
+            constant = layer.get_output(0)
+            opened[constant.name] = network.add_input(layer.name, constant.dtype, constant.shape)
+    for layer in layers if opened else ():
+        for index in range(layer.num_inputs):
+            tensor = layer.get_input(index)
+            if tensor is not None and tensor.name in opened:
+                layer.set_input(index, opened[tensor.name])
+
+
 def _profile(builder: Any, network: Any, onnx_path: Path, options: PlanOptions) -> Any:
     """The optimisation profile: the batch of `image` is dynamic."""
     inputs = {network.get_input(index).name: network.get_input(index) for index in range(network.num_inputs)}
-    shape = tuple(inputs[INPUT].shape) if set(inputs) == {INPUT} else ()
+    shape = tuple(inputs[INPUT].shape) if set(inputs) - set(VERDICT_INPUTS) == {INPUT} else ()
     if len(shape) != 4 or shape[0] != -1 or min(shape[1:]) < 1:
         found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()) or "none"
         raise VerificationError(

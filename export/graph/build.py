@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, score_parts
+from ssod_edge.data.sources import model_labels
+from ssod_edge.detect.calibration import fit_temperature
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.sums import save_score
 from ssod_edge.errors import UsageError
@@ -34,7 +36,15 @@ from ssod_edge.files import sha256_file
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import Verification
-from ssod_edge.spec import DETECTOR_NAME, REFERENCE_NAME, Artifact, Spec
+from ssod_edge.spec import (
+    DETECTOR_NAME,
+    FEATURE_OUTPUTS,
+    LOGIT_OUTPUTS,
+    REFERENCE_NAME,
+    VERDICT_OUTPUTS,
+    Artifact,
+    Spec,
+)
 from ssod_edge.terminal import image_bar
 
 
@@ -47,12 +57,14 @@ class ExportOptions(Targets):
         score: the OOD score that the graph computes, or "auto"; None takes that of an earlier export of the same
             weights in the same place, else the default.
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
+        features: of `ssod_edge.spec.FEATURE_OUTPUTS`: features that the graph gives besides.
         others: see `Targets`.
     """
 
     precisions: tuple[str, ...] = DEFAULT_PRECISIONS
     score: str | None = None
     max_drop: float = 1.0
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +72,8 @@ class ExportOptions(Targets):
             raise UsageError(f"precisions must be some of {', '.join(PRECISIONS)}, got none")
         if self.score not in (None, AUTO_SCORE):
             score_parts(str(self.score))
+        if unknown := set(self.features) - set(FEATURE_OUTPUTS):
+            raise UsageError(f"features must be some of {', '.join(FEATURE_OUTPUTS)}, got '{min(unknown)}'")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
 
@@ -137,7 +151,8 @@ def _build(
     if detector is not None:
         state = {"sha256": sha256_file(save_score(detector, folder / DETECTOR_NAME)), **state}
     say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {shipped.name}")
-    fp32 = fused_graph(source.model, shipped.name, source.trained, detector)
+    temperature = _temperature(source, reference, labels)
+    fp32 = fused_graph(source.model, shipped.name, source.trained, detector, temperature, options.features)
     rows = head_rows(source.model, detector)
     artifacts: list[Artifact] = []
     for precision in options.precisions:
@@ -160,6 +175,8 @@ def _build(
         source=source.facts,
         detector=state,
         choice=shipped.choice,
+        outputs=(*LOGIT_OUTPUTS, *VERDICT_OUTPUTS, *(FEATURE_OUTPUTS[name] for name in options.features)),
+        temperature=temperature,
         artifacts=tuple(sorted(artifacts, key=lambda artifact: TARGETS.index(artifact.engine))),
     )
 
@@ -172,6 +189,16 @@ def _reference_images(source: Source) -> tuple[NDArray[np.uint8], NDArray[np.int
         return images, np.full(len(images), -1, np.int64)
     order = np.random.default_rng(0).permutation(thresholds.indices)
     return thresholds.read(settings, np.sort(order[:IMAGES]))
+
+
+def _temperature(source: Source, reference: Path, labels: NDArray[np.int64]) -> float:
+    """Of `probs`, by the reference's images: they are held out, and the model has seen them anyway."""
+    thresholds = source.images.thresholds
+    if not source.trained or thresholds is None:
+        return 1.0
+    known = model_labels(labels, thresholds.source.classes, source.model.classes)
+    with np.load(reference) as file:
+        return fit_temperature(file["logits"], known)
 
 
 def _overflow_record(report: HalfReport) -> dict[str, Any]:

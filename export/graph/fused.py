@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,18 @@ class FusedClassifier(nn.Module):
         model: in evaluation mode; its weights are shared, the last layer's are copied into one of M + 1 + K rows.
         score: which OOD score the graph computes.
         detector: the state of the score's name, whose K rows follow the ID logit's; None for a score of the logits.
+        temperature: of `probs` alone.
+        features: of `ssod_edge.spec.FEATURE_OUTPUTS`, to be given besides.
     """
 
-    def __init__(self, model: SSODClassifier, score: str, detector: FittedScore | None = None):
+    def __init__(
+        self,
+        model: SSODClassifier,
+        score: str,
+        detector: FittedScore | None = None,
+        temperature: float = 1.0,
+        features: Sequence[str] = (),
+    ):
         super().__init__()
         if score not in SCORES if detector is None else score != detector.name:
             known = f"one of {', '.join(SCORES)}, or of {', '.join(DETECTORS)} or a sum with its fitted state"
@@ -37,18 +47,26 @@ class FusedClassifier(nn.Module):
             weight = torch.cat([weight, torch.from_numpy(self.fitted.weight)])
             bias = torch.cat([bias, torch.from_numpy(self.fitted.bias)])
         self.head = linear(weight, bias)
+        self.temperature, self.features = temperature, tuple(features)
         self.eval()
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], id_logit [N], ood_score [N], all fp32."""
+    def forward(self, image: Tensor, threshold: Tensor, p_scores: Tensor, p_levels: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], id_logit [N], ood_score [N], p_known [N], known bool [N].
+
+        The others are fp32, and so are the features that follow where they were asked for. The inputs beside the image
+        are those of `ssod_edge.detect.calibration.verdict_inputs`.
+        """
         features = self.trunk(image)
         logits, row, *rows = self.head(features).split(self.sizes, dim=1)
-        probs, id_logit = torch.softmax(logits, dim=1), row.squeeze(1)
+        plain, id_logit = torch.softmax(logits, dim=1), row.squeeze(1)
         if self.fitted is None:
-            score = score_of_graph(self.score, logits, probs, id_logit)
+            score = score_of_graph(self.score, logits, plain, id_logit)
         else:
-            score = self.fitted(features, logits, probs, id_logit, rows)
-        return logits, probs, id_logit, score
+            score = self.fitted(features, logits, plain, id_logit, rows)
+        probs = plain if self.temperature == 1 else torch.softmax(logits * (1 / self.temperature), dim=1)
+        p_known = torch.where(p_scores < score[:, None], p_levels, 1.0).amin(dim=1)
+        given = {"pooled": features}
+        return logits, probs, id_logit, score, p_known, score <= threshold, *(given[name] for name in self.features)
 
 
 class _Trunk(nn.Module):

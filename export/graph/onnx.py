@@ -14,13 +14,13 @@ import onnx
 import torch
 from torch import nn
 
+from ssod_edge.detect.calibration import verdict_inputs
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines.artifact import OPSET
 from ssod_edge.export.graph.fused import FusedClassifier
 from ssod_edge.files import write_atomic
-from ssod_edge.runtime.runner import OUTPUTS
-from ssod_edge.spec import SCHEMA_VERSION, Artifact
+from ssod_edge.spec import FEATURE_OUTPUTS, LOGIT_OUTPUTS, SCHEMA_VERSION, VERDICT_OUTPUTS, Artifact
 from ssod_edge.training.model import SSODClassifier
 
 #: Packages whose versions say how a graph came about.
@@ -35,14 +35,21 @@ def head_rows(model: SSODClassifier, detector: FittedScore | None) -> int:
 
 
 def fused_graph(
-    model: SSODClassifier, score: str, trained: bool, detector: FittedScore | None = None
+    model: SSODClassifier,
+    score: str,
+    trained: bool,
+    detector: FittedScore | None = None,
+    temperature: float = 1.0,
+    features: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The fused fp32 graph, whose features are read by exactly one Gemm of `head_rows` rows; see `check_fused`.
 
-    Inputs: `image` uint8 [N, 3, S, S]. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N].
+    Inputs: `image` uint8 [N, 3, S, S], and those of `ssod_edge.detect.calibration.verdict_inputs`, which have defaults
+    with which nothing is known. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N], `p_known`
+    [N], `known` bool [N], and the features that were asked for.
 
     Args:
-        model, score, detector: see `FusedClassifier`.
+        model, score, detector, temperature, features: see `FusedClassifier`.
         trained: recorded in the metadata.
 
     Raises:
@@ -50,7 +57,9 @@ def fused_graph(
         UsageError: the exporter cannot handle this backbone, or the graph is over 2 GB.
         VerificationError: the exported graph does not have the fused form.
     """
-    graph = _export(FusedClassifier(model, score, detector), model.preprocess.input_size)
+    outputs = (*LOGIT_OUTPUTS, *VERDICT_OUTPUTS, *(FEATURE_OUTPUTS[name] for name in features))
+    module = FusedClassifier(model, score, detector, temperature, features)
+    graph = _export(module, model.preprocess.input_size, outputs)
     check_fused(graph, head_rows(model, detector))
     onnx.helper.set_model_props(
         graph,
@@ -59,6 +68,7 @@ def fused_graph(
             "ssod.backbone": model.backbone_name,
             "ssod.classes": json.dumps(model.classes),
             "ssod.score": score,
+            "ssod.temperature": json.dumps(temperature),
             "ssod.preprocess": json.dumps(asdict(model.preprocess)),
             "ssod.trained": json.dumps(trained),
         },
@@ -127,8 +137,7 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
     """
     producer = {output: node for node in graph.graph.node for output in node.output}
     linear = {name for name, node in producer.items() if node.op_type in LINEAR_OPS}
-    outputs = [output.name for output in graph.graph.output]
-    found = _behind(producer, [name for name in outputs if name != "ood_score"], linear) & linear
+    found = _behind(producer, ["logits", "probs", "id_logit"], linear) & linear
     if len(found) != 1:
         raise VerificationError(f"the classes must come from exactly one Gemm, found {len(found)}")
     head = producer[next(iter(found))]
@@ -140,7 +149,7 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
         raise VerificationError(
             f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
         )
-    own = _behind(producer, outputs, {*linear, features}) & linear - found - {features}
+    own = _behind(producer, ["ood_score"], {*linear, features}) & linear - found - {features}
     layers = {name for name, node in producer.items() if node.op_type in (*LINEAR_OPS, "Conv")} | {INPUT}
     ways = [_behind(producer, [producer[name].input[0]], {features}) for name in own]
     if len(own) > 1 or any(features not in way or way & layers - {features} for way in ways):
@@ -161,21 +170,22 @@ def _behind(producer: dict[str, onnx.NodeProto], names: list[str], ends: set[str
     return seen
 
 
-def _export(module: nn.Module, size: int) -> onnx.ModelProto:
+def _export(module: nn.Module, size: int, outputs: Sequence[str]) -> onnx.ModelProto:
     if importlib.util.find_spec("onnxscript") is None:
         raise missing_extra("onnxscript", "exporting to ONNX")
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    defaults = verdict_inputs(None)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
-                (example,),
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
+                (example, *map(torch.from_numpy, defaults.values())),
+                input_names=[INPUT, *defaults],
+                output_names=list(outputs),
                 opset_version=OPSET,
                 dynamo=True,
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}, **dict.fromkeys(defaults)},
                 external_data=False,
                 verbose=False,
             )
@@ -187,6 +197,7 @@ def _export(module: nn.Module, size: int) -> onnx.ModelProto:
     except ValueError as error:
         raise UsageError(f"the graph is over 2 GB, more than one ONNX file can hold: {error}") from error
     _strip(graph)
+    graph.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in defaults.items())
     return graph
 
 

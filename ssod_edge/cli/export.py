@@ -8,6 +8,7 @@ import click
 
 from ssod_edge.cli.options import COUNT, given, newest, take, tpr
 from ssod_edge.config import SHIPPED_SCORES
+from ssod_edge.spec import FEATURE_OUTPUTS
 
 
 @click.command()
@@ -44,6 +45,9 @@ from ssod_edge.config import SHIPPED_SCORES
 @click.option("--pretrained", is_flag=True, help="Export timm's published weights.")
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
 @click.option("--size", type=COUNT, help="Input size in pixels, of weights not trained here.")
+@click.option(
+    "--features", type=click.Choice(list(FEATURE_OUTPUTS)), multiple=True, help="Features that the graph gives besides."
+)
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
 def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
     """Make verified artifacts for ONNX, OpenVINO and TensorRT.

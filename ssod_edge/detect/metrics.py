@@ -127,11 +127,16 @@ def conformal_threshold(id_scores: npt.ArrayLike, target_tpr: float = 0.95, data
     scores = _scores(id_scores, "id_scores")
     n = len(scores)
     check_target_tpr(target_tpr, n)
-    rank = _at_least(target_tpr, n + 1)
     ordered = np.sort(scores)
-    value = float(ordered[rank - 1])
+    value = float(ordered[threshold_rank(n, target_tpr) - 1])
     quantiles = ordered[quantile_ranks(n, min(ID_BINS, n + 1)) - 1]
-    return Threshold(value, target_tpr, n, data, float(np.mean(scores <= value)), tuple(quantiles.tolist()))
+    kept = float(np.mean(scores <= value))
+    return Threshold(value, target_tpr, n, data, kept, tuple(quantiles.tolist()), float(ordered[-1]))
+
+
+def threshold_rank(n: int, target_tpr: float) -> int:
+    """Which of n ascending scores is the conformal threshold, counted from 1: ceil((n + 1) * target_tpr)."""
+    return _at_least(target_tpr, n + 1)
 
 
 def check_target_tpr(target_tpr: float, n: int | None = None) -> None:

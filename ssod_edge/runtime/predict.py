@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.data.pixels import ImageLike, load_image, preprocess
+from ssod_edge.detect.calibration import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
 
@@ -40,6 +41,8 @@ class Verdict:
         ood_score: larger = more likely out of distribution.
         threshold: the artifact's; None for untrained weights.
         known: ood_score <= threshold; None without a threshold.
+        p_known: the share of known images to expect whose score is as high or higher, in [0, 1]: a conformal p-value.
+            At the threshold for 95% it is 0.05. None without a threshold, or with one of an early release.
         engine, precision: what really ran.
         error: why there is no verdict, and then all values above but `image` and `threshold` are None.
     """
@@ -51,6 +54,7 @@ class Verdict:
     ood_score: float | None
     threshold: float | None
     known: bool | None
+    p_known: float | None
     engine: str
     precision: str
     error: str | None = None
@@ -72,6 +76,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         self._settings = runner.spec.preprocess
         threshold = runner.artifact.threshold
         self.threshold = None if threshold is None else threshold.value
+        self._table = verdict_inputs(threshold) if threshold is not None and threshold.id_quantiles else None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -176,7 +181,7 @@ class Predictor(AbstractContextManager["Predictor"]):
             error = f"'{name}': the model's output is not finite; verify the artifact, or use another precision"
         if error is not None:
             empty = (None, None, None, None)
-            return Verdict(name, *empty, self.threshold, None, runner.engine, runner.precision, error)
+            return Verdict(name, *empty, self.threshold, None, None, runner.engine, runner.precision, error)
         index, score = int(output["logits"].argmax()), float(output["ood_score"])
         return Verdict(
             image=name,
@@ -186,6 +191,8 @@ class Predictor(AbstractContextManager["Predictor"]):
             ood_score=score,
             threshold=self.threshold,
             known=None if self.threshold is None else bool(score <= self.threshold),
+            # From the score that is shown: a stream's is a mean, and graphs of earlier releases give no p-value.
+            p_known=None if self._table is None else round(float(p_known([score], self._table)[0]), 6),
             engine=runner.engine,
             precision=runner.precision,
         )

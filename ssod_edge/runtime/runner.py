@@ -9,11 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ssod_edge.detect.calibration import verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, missing_extra
-from ssod_edge.spec import SPEC_NAME, Artifact, Spec
-
-#: Names of the fused graph's outputs, in its order.
-OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +34,14 @@ class Runner(Protocol):
     precision: str
     device: str
     details: dict[str, str]
+    _fed: tuple[Threshold | None, dict[str, Array]] | None = None
+
+    def verdict_inputs(self) -> dict[str, Array]:
+        """What the graph takes beside the image: the same object until the artifact gets another threshold."""
+        threshold = self.artifact.threshold
+        if self._fed is None or self._fed[0] is not threshold:
+            self._fed = threshold, verdict_inputs(threshold)
+        return self._fed[1]
 
     def __enter__(self) -> Runner:
         return self
@@ -49,8 +55,9 @@ class Runner(Protocol):
             inputs: {"image": uint8 [N, 3, S, S]}, N >= 1. An array that is not C-contiguous is copied.
 
         Returns:
-            float32 arrays that belong to the caller: "logits" [N, M], "probs" [N, M], "id_logit" [N],
-            "ood_score" [N] (larger = more likely out of distribution).
+            the `Spec.outputs`, arrays that belong to the caller: "logits" [N, M], "probs" [N, M], "id_logit" [N],
+            "ood_score" [N] (larger = more likely out of distribution), "p_known" [N], all float32; "known" [N], bool,
+            False without a threshold; "features_pooled" float32 [N, D] where it was asked for.
 
         Raises:
             UsageError: wrong name, dtype or shape, or the runner is closed.

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.config import has_state
+from ssod_edge.detect.calibration import p_known, verdict_inputs
 from ssod_edge.detect.scores import probabilities
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
 from ssod_edge.files import exclusive
-from ssod_edge.runtime.runner import OUTPUTS, Array, Runner
+from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_hash, load_spec, save_spec
 
 BATCH = 32
@@ -67,6 +68,8 @@ SCORE_FACTOR = 3.0
 #: images, which is what a threshold has to tell apart. The sums of fp32 lose so much of its magnitude besides.
 SUM_ROUNDING = 1e-5
 ROUNDING = 1e-12
+#: Of `p_known`, which is taken out of a table.
+P_ROUNDING = 1e-6
 #: Instead of 0, to divide by.
 TINY = 1e-300
 
@@ -84,11 +87,13 @@ class Verification:
         relative_logit_error: sqrt(sum of squared differences / sum of squared reference values), over the class logits
             and ID logits of all images: 0 is exact, 1 what an engine scores that answers 0, and 1.4 one whose answers
             have nothing to do with the model.
-        max_abs_prob_diff: `probs` against the softmax of the artifact's own logits.
+        max_abs_prob_diff: `probs` against the softmax of the artifact's own logits over the temperature.
         class_agreement: share of images with the reference's class.
         max_abs_score_diff: `ood_score` against the reference's score of that name.
         decision_flips: images that cross the threshold; None without one.
         decision_flip_share: the same over n.
+        verdict_errors: images whose `known` or `p_known` is not what its own `ood_score` and threshold say; 0 where the
+            graph has no such outputs.
         logit_tolerance: the bound on the logit differences.
         score_tolerance: the bound on the score's: `SCORE_FACTOR` times that of the logits; for a detector, that share
             of the spread of its scores.
@@ -108,6 +113,7 @@ class Verification:
     max_abs_score_diff: float
     decision_flips: int | None
     decision_flip_share: float | None
+    verdict_errors: int
     logit_tolerance: float
     score_tolerance: float
     tolerance: dict[str, float]
@@ -174,7 +180,7 @@ def _run(runner: Runner, images: Array) -> dict[str, Array]:
     starts = [0, *range(1, len(images), BATCH)]
     ends = [*starts[1:], len(images)]
     parts = [runner.infer({"image": images[start:end]}) for start, end in zip(starts, ends, strict=True)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS}
+    return {name: np.concatenate([part[name] for part in parts]) for name in runner.spec.outputs}
 
 
 def _compare(
@@ -199,11 +205,12 @@ def _compare(
         mean_abs_logit_diff=float(difference.mean()),
         max_abs_id_logit_diff=float(id_difference.max()),
         relative_logit_error=_norm(difference, id_difference) / max(_norm(expected, reference["id_logit"]), TINY),
-        max_abs_prob_diff=float(np.abs(outputs["probs"] - probabilities(logits)).max()),
+        max_abs_prob_diff=float(np.abs(outputs["probs"] - probabilities(logits / spec.temperature)).max()),
         class_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
         max_abs_score_diff=float(np.abs(ood_score - score).max()),
         decision_flips=flips,
         decision_flip_share=None if flips is None else flips / n,
+        verdict_errors=_verdict_errors(runner, outputs),
         logit_tolerance=tolerance.logit * scale,
         score_tolerance=score_tolerance(spec.score_name, score, tolerance.logit, scale),
         tolerance=asdict(tolerance),
@@ -212,6 +219,14 @@ def _compare(
     )
     failures = _failures(figures, runner.artifact.precision, spec.trained)
     return replace(figures, failures=failures, passed=not failures)
+
+
+def _verdict_errors(runner: Runner, outputs: dict[str, Array]) -> int:
+    if "known" not in outputs:
+        return 0
+    inputs, score = verdict_inputs(runner.artifact.threshold), outputs["ood_score"]
+    wrong = outputs["known"] != (score <= inputs["threshold"])
+    return int(np.count_nonzero(wrong | (np.abs(outputs["p_known"] - p_known(score, inputs)) > P_ROUNDING)))
 
 
 def _norm(*arrays: Array) -> float:
@@ -240,6 +255,7 @@ def _failures(figures: Verification, precision: str, trained: bool) -> tuple[str
         ("max_abs_logit_diff", figures.max_abs_logit_diff, figures.logit_tolerance),
         ("max_abs_id_logit_diff", figures.max_abs_id_logit_diff, figures.logit_tolerance),
         ("max_abs_prob_diff", figures.max_abs_prob_diff, tolerance.prob),
+        ("verdict_errors", figures.verdict_errors, 0),
     ]
     if trained or precision == "fp32":
         bounds.append(("relative_logit_error", figures.relative_logit_error, tolerance.noise))

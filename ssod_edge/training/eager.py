@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.detect.calibration import p_known, verdict_inputs
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
@@ -95,7 +96,17 @@ class EagerRunner:
             score = self._detector.score(features.float().numpy(), logits, id_logit)
         else:
             score = ood_scores(logits, id_logit)[self.spec.score_name]  # type: ignore[index]
-        return {"logits": logits, "probs": probabilities(logits), "id_logit": id_logit, "ood_score": score}
+        inputs, score = verdict_inputs(self.artifact.threshold), np.asarray(score, np.float32)
+        outputs = {
+            "logits": logits,
+            "probs": probabilities(logits / self.spec.temperature),
+            "id_logit": id_logit,
+            "ood_score": score,
+            "p_known": p_known(score, inputs),
+            "known": score <= inputs["threshold"],
+            "features_pooled": features.float().numpy(),
+        }
+        return {name: outputs[name] for name in self.spec.outputs}
 
 
 def _spec(model: SSODClassifier, trained: bool) -> Spec:

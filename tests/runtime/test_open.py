@@ -17,11 +17,13 @@ import pytest
 from colour import CLASSES, SIZE, colour_images, colour_outputs, edit_graph, edit_spec
 
 from ssod_edge.config import Preprocess
+from ssod_edge.detect.calibration import verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.runtime.engines.openvino import request_config
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import choose_artifact, open_runner
 from ssod_edge.runtime.runner import check_graph
+from ssod_edge.runtime.verify import verify_runner
 from ssod_edge.spec import load_spec
 
 MakeExport = Callable[..., Path]
@@ -43,11 +45,45 @@ def test_outputs_are_those_of_the_formulas(export: Path, name: str, n: int) -> N
         "probs": ((n, 3), np.float32),
         "id_logit": ((n,), np.float32),
         "ood_score": ((n,), np.float32),
+        "p_known": ((n,), np.float32),
+        "known": ((n,), np.bool_),
     }
     np.testing.assert_allclose(outputs["logits"], logits, atol=tolerance)
     np.testing.assert_allclose(outputs["id_logit"], id_logit, atol=tolerance)
     np.testing.assert_allclose(outputs["probs"].sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(outputs["ood_score"], -np.logaddexp.reduce(logits, axis=1), atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_the_graph_says_what_is_known_and_how_usual_it_is(export: Path, name: str) -> None:
+    """At the threshold for 95% the p-value is 0.05: above it an image is known, and only then."""
+    greys = np.linspace(0, 255, 120).astype(np.uint8)[:, None, None, None]
+    images = np.concatenate([colour_images(80, seed=4), np.broadcast_to(greys, (120, 3, SIZE, SIZE))])
+    with open_runner(export, artifact=name) as runner:
+        outputs = runner.infer({"image": images})
+        known, p = outputs["known"], outputs["p_known"]
+        np.testing.assert_array_equal(known, outputs["ood_score"] <= -2.0)
+        np.testing.assert_array_equal(known, p > 0.05)
+        assert 20 < known.sum() < 180 and p.min() < 0.02 and p.max() == 1
+        order = np.argsort(outputs["ood_score"])
+        assert (np.diff(p[order]) <= 0).all()
+        threshold = runner.artifact.threshold
+        runner.artifact = replace(runner.artifact, threshold=replace(threshold, value=-6.0))
+        np.testing.assert_array_equal(runner.infer({"image": images})["known"], outputs["ood_score"] <= -6.0)
+        runner.artifact = replace(runner.artifact, threshold=None)
+        after = runner.infer({"image": images})
+        assert not after["known"].any() and not after["p_known"].any()
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_an_artifact_that_decides_otherwise_than_its_threshold_says_is_refused(export: Path, name: str) -> None:
+    with open_runner(export, artifact=name) as runner:
+        right = verify_runner(runner, export)
+        runner.verdict_inputs = lambda: verdict_inputs(None)  # type: ignore[method-assign]
+        wrong = verify_runner(runner, export)
+    assert right.passed and right.verdict_errors == 0
+    assert wrong.failures == (f"verdict_errors is {wrong.verdict_errors}, at most 0 allowed",)
+    assert 0 < wrong.verdict_errors <= 40
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
@@ -496,4 +532,4 @@ def test_eager_refuses_untrained_weights_and_missing_checkpoints(
 
 def test_the_spec_on_disk_stays_json(export: Path) -> None:
     open_runner(export)
-    assert json.loads((export / "ssod.json").read_text())["schema_version"] == 3
+    assert json.loads((export / "ssod.json").read_text())["schema_version"] == 4

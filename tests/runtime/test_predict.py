@@ -28,7 +28,7 @@ from ssod_edge.runtime.predict import Predictor, available_cores
 MakeExport = Callable[..., Path]
 KEYS = [
     "image", "class_index", "class_name", "confidence", "ood_score",
-    "threshold", "known", "engine", "precision", "error",
+    "threshold", "known", "p_known", "engine", "precision", "error",
 ]  # fmt: skip
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
 

@@ -12,9 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from ssod_edge.config import Preprocess
+from ssod_edge.detect.calibration import verdict_inputs
 from ssod_edge.detect.scores import ood_scores
+from ssod_edge.export.engines.openvino import open_inputs
 from ssod_edge.files import sha256_file
-from ssod_edge.spec import Artifact, Spec, Threshold, load_spec, save_spec
+from ssod_edge.spec import LOGIT_OUTPUTS, VERDICT_OUTPUTS, Artifact, Spec, Threshold, load_spec, save_spec
 
 SIZE = 16
 CLASSES = ("red", "green", "blue")
@@ -30,6 +32,7 @@ def colour_graph(half: bool = False) -> onnx.ModelProto:
     constants = {
         "scale": np.array(255, np.float32), "kernel": kernel, "weight": WEIGHT, "bias": BIAS,
         "start": np.array([0]), "middle": np.array([3]), "end": np.array([4]), "axis": np.array([1]),
+        "one": np.array(1, np.float32), **verdict_inputs(None),
     }  # fmt: skip
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
@@ -46,13 +49,20 @@ def colour_graph(half: bool = False) -> onnx.ModelProto:
         helper.make_node("Softmax", ["logits"], ["probs"], axis=1),
         helper.make_node("ReduceLogSumExp", ["logits", "axis"], ["energy"], keepdims=0),
         helper.make_node("Neg", ["energy"], ["ood_score"]),
+        helper.make_node("Unsqueeze", ["ood_score", "axis"], ["column"]),
+        helper.make_node("Less", ["p_scores", "column"], ["below"]),
+        helper.make_node("Where", ["below", "p_levels", "one"], ["levels"]),
+        helper.make_node("ReduceMin", ["levels", "axis"], ["p_known"], keepdims=0),
+        helper.make_node("LessOrEqual", ["ood_score", "threshold"], ["known"]),
     ]
-    shapes = {"logits": ["N", 3], "probs": ["N", 3], "id_logit": ["N"], "ood_score": ["N"]}
+    shapes = {"logits": ["N", 3], "probs": ["N", 3], "id_logit": ["N"], "ood_score": ["N"], "p_known": ["N"]}
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    beside = [helper.make_tensor_value_info(n, TensorProto.FLOAT, v.shape) for n, v in verdict_inputs(None).items()]
     graph = helper.make_graph(
         nodes,
         "colour",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 3, SIZE, SIZE])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 3, SIZE, SIZE]), *beside],
+        [*outputs, helper.make_tensor_value_info("known", TensorProto.BOOL, ["N"])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -86,14 +96,16 @@ def write_export(folder: Path) -> None:
     """A real export folder of the colour classifier: ONNX and OpenVINO, fp32 and fp16, trained and verified."""
     import openvino
 
-    threshold = Threshold(value=-2.0, target_tpr=0.95, n=100, data="calib", fitted_tpr=0.95)
+    # The scores at the ranks 1 to 99 of 100; the 96th is the threshold.
+    quantiles = tuple((-2.0 + 0.05 * (np.arange(1, 100) - 96)).tolist())
+    threshold = Threshold(-2.0, 0.95, 100, "calib", 0.95, quantiles, id_highest=-1.0)
     artifacts = []
     for precision in ("fp32", "fp16"):
         onnx.save(colour_graph(half=precision == "fp16"), folder / f"model-{precision}.onnx")
         ir = folder / f"openvino-{precision}" / "model.xml"
-        openvino.save_model(
-            openvino.convert_model(folder / f"model-{precision}.onnx"), ir, compress_to_fp16=precision == "fp16"
-        )
+        model = openvino.convert_model(folder / f"model-{precision}.onnx")
+        open_inputs(model)
+        openvino.save_model(model, ir, compress_to_fp16=precision == "fp16")
         for engine, names in (
             ("onnxruntime", [f"model-{precision}.onnx"]),
             ("openvino", [f"openvino-{precision}/model.xml", f"openvino-{precision}/model.bin"]),
@@ -118,6 +130,7 @@ def write_export(folder: Path) -> None:
         trained=True,
         reference_sha256=write_reference(folder, colour_images(40)),
         artifacts=tuple(artifacts),
+        outputs=(*LOGIT_OUTPUTS, *VERDICT_OUTPUTS),
     )
     save_spec(spec, folder)
 

@@ -14,7 +14,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import Splits
 from ssod_edge.files import write_json
-from ssod_edge.runtime.runner import OUTPUTS
+from ssod_edge.spec import LOGIT_OUTPUTS
 from ssod_edge.training.checkpoint import BEST, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, build_model, normalise
 
@@ -57,7 +57,7 @@ def eager(model: SSODClassifier, images: torch.Tensor) -> dict[str, np.ndarray]:
 
 def run_onnx(graph: onnx.ModelProto, images: torch.Tensor) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"image": images.numpy()}), strict=True))
+    return dict(zip(LOGIT_OUTPUTS, session.run(list(LOGIT_OUTPUTS), {"image": images.numpy()}), strict=True))
 
 
 def write_run(folder: Path, model: SSODClassifier, data: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import OUTPUTS, Array, Runner, check_graph, check_images, closed_error, import_failed
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
@@ -40,13 +40,13 @@ class OnnxRunner(Runner):
         path: Path,
         device: str = "auto",
         threads: int | None = None,
-        outputs: tuple[str, ...] = OUTPUTS,
+        outputs: tuple[str, ...] | None = None,
     ) -> None:
         if device not in ("auto", "CPU"):
             raise EngineError(f"onnxruntime runs on 'CPU' here, got device '{device}'")
         self.spec = spec
         self.artifact = artifact
-        self._outputs = outputs
+        self._outputs = outputs = outputs or spec.outputs
         self._session: Any
         if artifact.precision == "fp32":
             self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
@@ -63,8 +63,9 @@ class OnnxRunner(Runner):
         if session is None:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
-        values = session.run(self._outputs, {"image": images})
-        return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, values, strict=True)}
+        beside = self.verdict_inputs() if "known" in self._outputs else {}
+        values = session.run(self._outputs, {"image": images, **beside})
+        return dict(zip(self._outputs, map(np.asarray, values), strict=True))
 
 
 def session_options(threads: int | None = None) -> Any:

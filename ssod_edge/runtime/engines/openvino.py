@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import OUTPUTS, Array, Runner, check_graph, check_images, closed_error, import_failed
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
@@ -48,7 +48,7 @@ class OpenVinoRunner(Runner):
         path: Path,
         device: str = "auto",
         threads: int | None = None,
-        outputs: tuple[str, ...] = OUTPUTS,
+        outputs: tuple[str, ...] | None = None,
         bf16: bool = False,
     ) -> None:
         try:
@@ -61,7 +61,7 @@ class OpenVinoRunner(Runner):
             raise EngineError(f"OpenVINO has no device '{device}' here; it has: {', '.join(core.available_devices)}")
         self.spec = spec
         self.artifact = artifact
-        self._outputs = outputs
+        self._outputs = outputs = outputs or spec.outputs
         precision = "bf16" if bf16 else artifact.precision
         config = request_config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
@@ -70,11 +70,12 @@ class OpenVinoRunner(Runner):
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
         check_graph(path, spec, outputs, _shapes(compiled))
         self._request: Any = compiled.create_infer_request()
+        self._tensor = openvino.Tensor
         # The memory that the request reads and writes, for batches of the size of the last one.
         self._pixels: Any = np.zeros((0, 3, 0, 0), np.uint8)
         self._values: list[Any] = []
-        places = {name: place for place, port in enumerate(compiled.outputs) for name in port.get_names()}
-        self._places = [places[name] for name in outputs]
+        self._beside: dict[str, Array] = {}
+        self._ports = [compiled.output(name) for name in outputs]
         self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
@@ -99,6 +100,10 @@ class OpenVinoRunner(Runner):
             # where they are; OpenVINO's `infer` would do all of it, in more time.
             if self._pixels.shape != images.shape:
                 self._make_room(images.shape)
+            if "known" in self._outputs and self._beside is not (beside := self.verdict_inputs()):
+                self._beside = beside
+                for name, value in beside.items():
+                    self._request.set_tensor(name, self._tensor(value))
             np.copyto(self._pixels, images)
             self._request.start_async()
             self._request.wait()
@@ -110,12 +115,12 @@ class OpenVinoRunner(Runner):
         import openvino
 
         pixels = openvino.Tensor(openvino.Type.u8, openvino.Shape(list(shape)))
-        self._request.set_input_tensor(pixels)
+        self._request.set_tensor("image", pixels)
         self._values = []
-        for name, place in zip(self._outputs, self._places, strict=True):
-            axes = [len(self.spec.classes)] if name in ("logits", "probs") else []
-            tensor = openvino.Tensor(openvino.Type.f32, openvino.Shape([shape[0], *axes]))
-            self._request.set_output_tensor(place, tensor)
+        for port in self._ports:
+            axes = [axis.get_length() for axis in list(port.get_partial_shape())[1:]]
+            tensor = openvino.Tensor(port.get_element_type(), openvino.Shape([shape[0], *axes]))
+            self._request.set_tensor(port, tensor)
             self._values.append(tensor.data)
         self._pixels = pixels.data
 

@@ -18,12 +18,13 @@ from ssod_edge.errors import ArtifactError, EngineError, OutputError
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.engines.cuda import Buffer, Gpu, Graph, GraphError, open_gpu
 from ssod_edge.runtime.engines.plans import CUDA_EXTRAS, build_command, check_build, check_plan, load_for, make_logger
-from ssod_edge.runtime.runner import OUTPUTS, Array, Runner, check_graph, check_images, closed_error
-from ssod_edge.spec import Artifact, Spec
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error
+from ssod_edge.spec import VERDICT_INPUTS, Artifact, Spec
 
 #: TensorRT's name of an element type -> numpy's. Its own `nptype` uses names that newer numpy lacks.
 TYPES = {
-    "UINT8": np.uint8, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "HALF": np.float16, "FLOAT": np.float32,
+    "BOOL": np.bool_, "UINT8": np.uint8, "INT8": np.int8,
+    "INT32": np.int32, "INT64": np.int64, "HALF": np.float16, "FLOAT": np.float32,
 }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ class TrtRunner(Runner):
         host_code = bool(artifact.build["version_compatible"])
         self._session: Session | None = Session(module, plan, path.name, gpu, cache, host_code)
         try:
-            check_graph(path, spec, OUTPUTS, self._session.shapes)
+            check_graph(path, spec, spec.outputs, self._session.shapes)
         except BaseException:
             self._session.close()
             raise
@@ -97,13 +98,15 @@ class TrtRunner(Runner):
         if session is None:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
-        values = session.run({"image": images})
+        values = session.run({"image": images}, self.verdict_inputs() if session.settings else {})
         self.details["cuda_graph"] = session.graphs
-        return {name: values[name].astype(np.float32, copy=False) for name in OUTPUTS}
+        return {name: values[name] for name in self.spec.outputs}
 
 
 class Session:
-    """A plan, open on a GPU. Inputs and outputs go by name; the first axis of all of them is the batch.
+    """A plan, open on a GPU. Inputs and outputs go by name.
+
+    The first axis of all of them is the batch, but for the settings, `ssod_edge.spec.VERDICT_INPUTS`.
 
     Args:
         module: tensorrt, tensorrt_rtx or tensorrt_lean.
@@ -154,8 +157,10 @@ class Session:
     def _read_engine(self) -> None:
         engine, inputs = self._engine, self._module.TensorIOMode.INPUT
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == inputs)
-        self.outputs = tuple(name for name in names if name not in self.inputs)
+        taken = tuple(name for name in names if engine.get_tensor_mode(name) == inputs)
+        self.settings = tuple(name for name in taken if name in VERDICT_INPUTS)
+        self.inputs = tuple(name for name in taken if name not in VERDICT_INPUTS)
+        self.outputs = tuple(name for name in names if name not in taken)
         self.types = {name: TYPES[engine.get_tensor_dtype(name).name] for name in names}
         self.shapes: dict[str, list[int | None]] = {
             name: [axis if axis >= 0 else None for axis in engine.get_tensor_shape(name)] for name in names
@@ -204,11 +209,12 @@ class Session:
             )
         return context
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], settings: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch of any size; see `TrtRunner`.
 
         Args:
             inputs: C-contiguous arrays [N, ...], N >= 1, of the plan's types and shapes.
+            settings: the same object as long as nothing in it changes.
 
         Returns:
             arrays [N, ...] that belong to the caller.
@@ -218,6 +224,7 @@ class Session:
         with self._gpu.current():
             lane = self._take()
             try:
+                lane.set(settings)
                 for start in range(0, n, largest):
                     part = {name: values[start : start + largest] for name, values in inputs.items()}
                     parts.append(lane.run(part))
@@ -298,12 +305,13 @@ class _Lane:
         self._buffers: dict[str, Buffer] = {}
         self._graph: Graph | None = None
         self._n = 0
+        self._settings: Mapping[str, Array] = {}
         self._stream: Any = None
         with session._gpu.current() as driver:
             self._driver = driver
             self._stream = driver.Stream()
             try:
-                for name in (*session.inputs, *session.outputs):
+                for name in (*session.inputs, *session.settings, *session.outputs):
                     shape = self._shape(name, session.batch[1])
                     self._buffers[name] = Buffer(driver, shape, session.types[name])
                     if not self._context.set_tensor_address(name, self._buffers[name].address):
@@ -314,6 +322,15 @@ class _Lane:
 
     def _shape(self, name: str, n: int) -> tuple[int, ...]:
         return tuple(n if axis is None else axis for axis in self._session.shapes[name])
+
+    def set(self, settings: Mapping[str, Array]) -> None:
+        """Bring the settings to the GPU, where they stay until they are others."""
+        if settings is not self._settings:
+            for name in self._session.settings:
+                buffer = self._buffers[name]
+                buffer.host[:] = settings[name]
+                buffer.upload(len(buffer.host), self._stream)
+            self._settings = settings
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch that is no larger than the plan's largest."""

@@ -212,8 +212,9 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
 
 def identity(spec: Spec, artifact: Artifact) -> str:
     """Hash of what decides an artifact's scores and what they are compared with."""
-    threshold = artifact.threshold
-    facts = [sorted(artifact.files.values()), spec.score_name, threshold and asdict(threshold)]
+    # Without what a threshold of an earlier release has not: its monitors go on.
+    threshold = artifact.threshold and {k: v for k, v in asdict(artifact.threshold).items() if v is not None}
+    facts = [sorted(artifact.files.values()), spec.score_name, threshold]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

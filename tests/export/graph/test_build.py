@@ -27,8 +27,16 @@ from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.source import from_run
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.runner import OUTPUTS
-from ssod_edge.spec import Threshold, check_files, check_hash, load_spec, save_spec
+from ssod_edge.spec import (
+    LOGIT_OUTPUTS,
+    VERDICT_INPUTS,
+    VERDICT_OUTPUTS,
+    Threshold,
+    check_files,
+    check_hash,
+    load_spec,
+    save_spec,
+)
 from ssod_edge.training.checkpoint import BEST
 from ssod_edge.training.model import SSODClassifier
 
@@ -120,14 +128,15 @@ def test_onnx_file_tells_what_it_is_and_nothing_about_this_machine(exported: Pat
     for precision in ("fp32", "fp16"):
         graph = onnx.load(exported / f"model-{precision}.onnx")
         properties = {p.key: p.value for p in graph.metadata_props}
-        assert properties["ssod.schema_version"] == "3"
+        assert properties["ssod.schema_version"] == "4"
         assert properties["ssod.backbone"] == "mobilenetv3_small_050"
         assert json.loads(properties["ssod.classes"]) == list(CLASSES)
         assert json.loads(properties["ssod.preprocess"])["input_size"] == SIZE
         assert (properties["ssod.score"], properties["ssod.trained"]) == ("energy", "true")
         assert [(o.domain, o.version) for o in graph.opset_import] == [("", 18)]
-        assert [o.name for o in graph.graph.output] == list(OUTPUTS)
-        (image,) = graph.graph.input
+        assert [o.name for o in graph.graph.output] == [*LOGIT_OUTPUTS, *VERDICT_OUTPUTS]
+        image, *beside = graph.graph.input
+        assert tuple(value.name for value in beside) == VERDICT_INPUTS
         assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
         assert image.type.tensor_type.shape.dim[0].dim_param == "batch"
     for path in exported.rglob("*"):

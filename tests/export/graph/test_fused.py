@@ -11,22 +11,23 @@ import torch
 from small import CLASSES, eager, make_model, random_images, run_onnx
 
 from ssod_edge.config import SCORES, ScoreName
+from ssod_edge.detect.calibration import verdict_inputs
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.fused import FusedClassifier
 from ssod_edge.export.graph.onnx import check_fused, fused_graph
 from ssod_edge.export.graph.score_graph import score_of_graph
-from ssod_edge.runtime.runner import OUTPUTS
+from ssod_edge.spec import LOGIT_OUTPUTS
 from ssod_edge.training.model import SSODClassifier
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_fused_module_gives_what_the_model_and_the_scores_give(small_model: SSODClassifier, score: str) -> None:
-    images = random_images(5)
+    images, nothing_known = random_images(5), map(torch.from_numpy, verdict_inputs(None).values())
     expected = eager(small_model, images)
     with torch.no_grad():
-        outputs = dict(zip(OUTPUTS, FusedClassifier(small_model, score)(images), strict=True))  # type: ignore[arg-type]
+        outputs = dict(zip(LOGIT_OUTPUTS, FusedClassifier(small_model, score)(images, *nothing_known), strict=False))  # type: ignore[arg-type]
     for name, value in expected.items():
         np.testing.assert_allclose(outputs[name].numpy(), value, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(

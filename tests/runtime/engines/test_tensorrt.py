@@ -19,8 +19,7 @@ from ssod_edge.runtime.engines import cuda
 from ssod_edge.runtime.engines import tensorrt as trt
 from ssod_edge.runtime.engines.plans import parse_version, plan_key
 from ssod_edge.runtime.open import choose_artifact, open_runner, why_not_here
-from ssod_edge.runtime.runner import OUTPUTS
-from ssod_edge.spec import Artifact, load_spec, save_spec
+from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, load_spec, save_spec
 
 BUILD_AGAIN = "ssod-edge export --target tensorrt (on a device: ssod-edge export --from BUNDLE --target tensorrt)"
 
@@ -56,8 +55,8 @@ def rebuild(folder: Path, **build: Any) -> None:
 
 
 def check(outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert list(outputs) == list(OUTPUTS)
-    for name in OUTPUTS:
+    assert list(outputs) == list(LOGIT_OUTPUTS)
+    for name in LOGIT_OUTPUTS:
         assert outputs[name].dtype == np.float32
         np.testing.assert_array_equal(outputs[name], expected[name])
 

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from colour import colour_images, edit_spec
 from PIL import Image
+from specs import earlier_spec
 
 import ssod_edge
 from ssod_edge.cli import main
@@ -181,10 +182,7 @@ def command(*arguments: str | Path) -> Result:
 
 
 def test_a_spec_of_an_earlier_release_is_read_and_told_how_to_go_on(export: Path, tmp_path: Path) -> None:
-    values = json.loads((export / "ssod.json").read_text())
-    for artifact in values["artifacts"]:
-        del artifact["threshold"]["id_quantiles"]
-    (export / "ssod.json").write_text(json.dumps(values))
+    earlier_spec(export, 2)
     assert load_spec(export).artifacts[0].threshold.id_quantiles == ()
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     result = command("predict", export, tmp_path / "a.png", "--monitor", tmp_path / "m.json")
