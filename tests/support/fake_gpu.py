@@ -21,17 +21,19 @@ import numpy as np
 import pytest
 
 from ssod_edge.config import Preprocess
+from ssod_edge.detect.calibration import p_known, verdict_inputs
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.engines import cuda
 from ssod_edge.runtime.engines.plans import plan_key
-from ssod_edge.spec import Artifact, Spec, Threshold, save_spec
+from ssod_edge.spec import LOGIT_OUTPUTS, VERDICT_INPUTS, VERDICT_OUTPUTS, Artifact, Spec, Threshold, save_spec
 
 SIZE = 8
 CLASSES = ("red", "green", "blue")
-#: Output -> float32 values an image.
-WIDTHS = {"logits": 3, "probs": 3, "id_logit": 1, "ood_score": 1}
+OUTPUTS = (*LOGIT_OUTPUTS, *VERDICT_OUTPUTS)
 VERSION = "10.3.0"
+#: What the bytes of `byte_images` were made for; earlier releases wrote it without quantiles.
+THRESHOLD = Threshold(-1.0, 0.95, 100, "calib", 0.95)
 
 
 class FakeDriver(ModuleType):
@@ -204,18 +206,20 @@ class ByteEngine:
         low, high = plan["batch"]
         size, m = plan["size"], plan["classes"]
         n = -1 if low < high else low
-        self.shape = {"image": (n, 3, size, size), "logits": (n, m), "probs": (n, m), "id_logit": (n,)}
-        self.shape["ood_score"] = (n,)
-        self.names = [name for name in self.shape if name not in plan.get("without", ())]
+        self.shape: dict[str, tuple[int, ...]] = {"image": (n, 3, size, size)}
+        self.shape |= {name: value.shape for name, value in verdict_inputs(None).items()}
+        self.shape |= {name: (n, m) if name in ("logits", "probs") else (n,) for name in OUTPUTS}
+        self.outputs = plan.get("outputs", OUTPUTS)
+        self.names = ["image", *(VERDICT_INPUTS if "known" in self.outputs else ()), *self.outputs]
         self.num_io_tensors = len(self.names)
         self.get_tensor_name = self.names.__getitem__
         self.get_tensor_shape = self.shape.__getitem__
 
     def get_tensor_mode(self, name: str) -> str:
-        return "INPUT" if name == "image" else "OUTPUT"
+        return "INPUT" if name in ("image", *VERDICT_INPUTS) else "OUTPUT"
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return SimpleNamespace(name="UINT8" if name == "image" else "FLOAT")
+        return SimpleNamespace(name={"image": "UINT8", "known": "BOOL"}.get(name, "FLOAT"))
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert (name, profile) == ("image", 0)
@@ -282,8 +286,8 @@ class ByteContext:
                 return False
             assert self.n > 0, "the input's shape was not set"
             image, offset = int(np.prod(self.engine.shape["image"][1:])), 0
-            for name in self.engine.names[1:]:
-                width = 4 * int(np.prod(self.engine.shape[name][1:]))
+            for name in self.engine.outputs:
+                width = (1 if name == "known" else 4) * int(np.prod(self.engine.shape[name][1:]))
                 for row in range(self.n):
                     source = self.address["image"] + row * image + offset
                     self.fake.copy(self.address[name] + row * width, source, width, handle)
@@ -384,28 +388,37 @@ def byte_images(n: int, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray
         "id_logit": id_logit,
         "ood_score": ood_scores(logits, id_logit)["energy"].astype(np.float32),
     }
+    threshold = verdict_inputs(THRESHOLD)
+    outputs["p_known"] = p_known(outputs["ood_score"], threshold)
+    outputs["known"] = outputs["ood_score"] <= threshold["threshold"]
     images = rng.integers(0, 256, (n, 3 * SIZE * SIZE), dtype=np.uint8)
-    packed = np.concatenate([outputs[name].reshape(n, -1) for name in WIDTHS], axis=1)
-    images[:, : 4 * packed.shape[1]] = np.ascontiguousarray(packed).view(np.uint8)
+    packed = np.concatenate([outputs[name].reshape(n, -1).view(np.uint8) for name in OUTPUTS], axis=1)
+    images[:, : packed.shape[1]] = packed
     return images.reshape(n, 3, SIZE, SIZE), outputs
 
 
-def write_export(folder: Path, engine: str = "tensorrt", batch: tuple[int, int] = (1, 8), **build: Any) -> Path:
+def write_export(
+    folder: Path,
+    engine: str = "tensorrt",
+    batch: tuple[int, int] = (1, 8),
+    outputs: tuple[str, ...] = OUTPUTS,
+    **build: Any,
+) -> Path:
     """An export whose one artifact is a plan for a `ByteEngine`, not verified yet.
 
     Args:
         folder: the export's.
-        engine, batch: of the plan.
+        engine, batch, outputs: of the plan.
         build: what `Artifact.build` says otherwise; a version-compatible plan has the lean runtime in it.
     """
     name = f"{engine.replace('_', '-')}-fp32"
     plan = folder / name / "model.plan"
     plan.parent.mkdir(parents=True)
-    images, outputs = byte_images(20, seed=9)
-    scores = {f"score_{score}": value for score, value in ood_scores(outputs["logits"], outputs["id_logit"]).items()}
-    logits = outputs["logits"]
-    np.savez(folder / "reference.npz", image=images, label=logits.argmax(1), **outputs, **scores)
-    values = {
+    images, values = byte_images(20, seed=9)
+    logits, id_logit = values["logits"], values["id_logit"]
+    scores = {f"score_{score}": value for score, value in ood_scores(logits, id_logit).items()}
+    np.savez(folder / "reference.npz", image=images, label=logits.argmax(1), logits=logits, id_logit=id_logit, **scores)
+    record = {
         "onnx_sha256": "0" * 64,
         "engine": engine,
         "version": VERSION,
@@ -416,8 +429,8 @@ def write_export(folder: Path, engine: str = "tensorrt", batch: tuple[int, int] 
         "version_compatible": False,
         **build,
     }
-    holds = {"version": values["version"], "lean_runtime": values["version_compatible"]}
-    content = {"batch": batch, "size": SIZE, "classes": len(CLASSES), **holds}
+    holds = {"version": record["version"], "lean_runtime": record["version_compatible"]}
+    content = {"batch": batch, "size": SIZE, "classes": len(CLASSES), "outputs": outputs, **holds}
     plan.write_text(json.dumps(content), encoding="utf-8")
     artifact = Artifact(
         name=name,
@@ -426,8 +439,8 @@ def write_export(folder: Path, engine: str = "tensorrt", batch: tuple[int, int] 
         files={f"{name}/model.plan": sha256_file(plan)},
         opset=18,
         versions={engine: VERSION},
-        threshold=Threshold(-1.0, 0.95, 100, "calib", 0.95),
-        build={**values, "key": plan_key(values)},
+        threshold=THRESHOLD,
+        build={**record, "key": plan_key(record)},
     )
     spec = Spec(
         backbone="bytes",
@@ -437,6 +450,7 @@ def write_export(folder: Path, engine: str = "tensorrt", batch: tuple[int, int] 
         trained=True,
         reference_sha256=sha256_file(folder / "reference.npz"),
         artifacts=(artifact,),
+        outputs=outputs,
     )
     save_spec(spec, folder)
     return folder

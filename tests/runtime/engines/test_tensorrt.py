@@ -11,15 +11,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import CLASSES, VERSION, FakeDriver, FakeTensorRT, byte_images, install, outer_context, write_export
+from fake_gpu import (
+    CLASSES,
+    OUTPUTS,
+    VERSION,
+    FakeDriver,
+    FakeTensorRT,
+    byte_images,
+    install,
+    outer_context,
+    write_export,
+)
 
 from ssod_edge.config import Preprocess
+from ssod_edge.detect.calibration import P_SIZE, verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError
 from ssod_edge.runtime.engines import cuda
 from ssod_edge.runtime.engines import tensorrt as trt
+from ssod_edge.runtime.engines.cuda import Buffer
 from ssod_edge.runtime.engines.plans import parse_version, plan_key
 from ssod_edge.runtime.open import choose_artifact, open_runner, why_not_here
-from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, load_spec, save_spec
+from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, Threshold, load_spec, save_spec
 
 BUILD_AGAIN = "ssod-edge export --target tensorrt (on a device: ssod-edge export --from BUNDLE --target tensorrt)"
 
@@ -55,10 +67,38 @@ def rebuild(folder: Path, **build: Any) -> None:
 
 
 def check(outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert list(outputs) == list(LOGIT_OUTPUTS)
-    for name in LOGIT_OUTPUTS:
-        assert outputs[name].dtype == np.float32
+    assert list(outputs) == list(OUTPUTS)
+    for name in OUTPUTS:
+        assert outputs[name].dtype == expected[name].dtype
         np.testing.assert_array_equal(outputs[name], expected[name])
+
+
+def test_another_threshold_is_brought_to_the_gpu_once(
+    tensorrt: FakeTensorRT, driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the work that a CUDA graph has captured, and not with every run."""
+    uploads: list[tuple[int, ...]] = []
+    upload = Buffer.upload
+    monkeypatch.setattr(Buffer, "upload", lambda *a: (uploads.append(a[0].host.shape), upload(*a))[1])
+    images, _ = byte_images(2)
+    with open_runner(write_export(tmp_path / "export")) as runner:
+        for value in (-1.0, -3.0, 2.0):
+            runner.artifact = replace(runner.artifact, threshold=Threshold(value, 0.95, 100, "calib", 0.95))
+            for _ in range(3):
+                runner.infer({"image": images})
+            (context,) = tensorrt.contexts
+            for name, expected in verdict_inputs(runner.artifact.threshold).items():
+                found = driver.memory[context.address[name]].view(np.float32)
+                np.testing.assert_array_equal(found, expected.ravel())
+    assert uploads.count((1,)) == 3 + 1 and uploads.count((1, P_SIZE)) == 2 * (3 + 1)  # one of the verification
+
+
+def test_a_plan_of_an_earlier_release_gives_what_it_gave(tensorrt: FakeTensorRT, tmp_path: Path) -> None:
+    images, expected = byte_images(3)
+    with open_runner(write_export(tmp_path / "export", outputs=LOGIT_OUTPUTS)) as runner:
+        outputs = runner.infer({"image": images})
+    assert list(outputs) == list(LOGIT_OUTPUTS)
+    np.testing.assert_array_equal(outputs["ood_score"], expected["ood_score"])
 
 
 @pytest.mark.parametrize("batch", [(1, 8), (4, 8), (3, 3)])
