@@ -20,6 +20,7 @@ pytest.importorskip("nncf", reason="needs the extra int8")
 
 from ssod_edge.cli import main
 from ssod_edge.data.images import Images, whole_dataset
+from ssod_edge.detect.calibration import p_known, verdict_inputs
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.source import Source
@@ -332,6 +333,9 @@ def test_a_list_that_is_too_short_is_refused_before_any_work(tmp_path: Path, mod
         check_int8(Source(model, trained=True, folder=tmp_path, images=Images(thresholds=few)))
 
 
+FEATURES = ["--features", "pooled"]
+
+
 @pytest.fixture(scope="module")
 def exported(model: SSODClassifier, data: Path) -> tuple[Path, Any]:
     """A run, exported to fp32 and int8 on the command line, one of its images broken."""
@@ -339,7 +343,7 @@ def exported(model: SSODClassifier, data: Path) -> tuple[Path, Any]:
     run.mkdir(parents=True)
     write_run(run, model, str(data))
     (data / "a" / "000.png").write_bytes(b"broken")  # an even index: of the calibration split
-    result = CliRunner().invoke(main, ["export", str(run), "--fp32", "--int8", "--max-drop", "10"])
+    result = CliRunner().invoke(main, ["export", str(run), "--fp32", "--int8", "--max-drop", "10", *FEATURES])
     return run / "export", result
 
 
@@ -370,9 +374,14 @@ def test_the_runner_says_that_int8_ran(exported: tuple[Path, Any], name: str) ->
     with open_runner(folder, artifact=name, threads=1) as runner:
         assert (runner.precision, runner.artifact.precision) == ("int8", "int8")
         outputs = runner.infer({"image": images(3)})
+        threshold = runner.artifact.threshold
     np.testing.assert_allclose(outputs["probs"].sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(outputs["p_known"], p_known(outputs["ood_score"], verdict_inputs(threshold)))
     with open_runner(folder, artifact=name.replace("int8", "fp32"), threads=1) as runner:
         assert runner.precision == "fp32"
+        expected = runner.infer({"image": images(3)})["features_pooled"]
+    error = np.abs(outputs["features_pooled"] - expected).max()
+    assert 0 < error < 0.2 * np.abs(expected).max()
 
 
 def test_int8_runs_where_it_is_asked_for(exported: tuple[Path, Any]) -> None:
@@ -383,7 +392,7 @@ def test_int8_runs_where_it_is_asked_for(exported: tuple[Path, Any]) -> None:
 
 def test_a_second_export_keeps_int8(exported: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = exported
-    result = CliRunner().invoke(main, ["export", str(folder.parent), "--fp32", "--target", "onnx"])
+    result = CliRunner().invoke(main, ["export", str(folder.parent), "--fp32", "--target", "onnx", *FEATURES])
     assert "kept openvino-int8 of the earlier export" in result.stderr
     assert load_spec(folder).artifact("onnx-int8").build["int8_layers"] == 15
 
