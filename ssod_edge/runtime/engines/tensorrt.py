@@ -63,7 +63,7 @@ class TrtRunner(Runner):
         # A version-compatible plan brings host code, the lean runtime of the TensorRT that built it. It may run because
         # these bytes are those of the spec; of any other plan none is run.
         host_code = bool(artifact.build["version_compatible"])
-        self._session: Session | None = Session(module, plan, path.name, gpu, cache, host_code)
+        self._session = Session(module, plan, path.name, gpu, cache, host_code)
         try:
             check_graph(path, spec, OUTPUTS, self._session.shapes)
         except BaseException:
@@ -78,13 +78,7 @@ class TrtRunner(Runner):
         }
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free what it holds on the GPU, after the runs of other threads have ended. Safe to call twice."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
+        self._session.close()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`.
@@ -93,12 +87,8 @@ class TrtRunner(Runner):
             UsageError: wrong name, dtype or shape, or the runner is closed.
             EngineError: the GPU or TensorRT failed. After that, only a new runner may work.
         """
-        session = self._session
-        if session is None:
-            raise closed_error()
-        images = check_images(inputs, self.spec.preprocess.input_size)
-        values = session.run({"image": images})
-        self.details["cuda_graph"] = session.graphs
+        values = self._session.run({"image": check_images(inputs, self.spec.preprocess.input_size)})
+        self.details["cuda_graph"] = self._session.graphs
         return {name: values[name].astype(np.float32, copy=False) for name in OUTPUTS}
 
 
