@@ -143,21 +143,17 @@ def _shapes(compiled: Any) -> dict[str, list[int | None]]:
     """Name of an input or output -> its axes, None where one is dynamic; empty if their number is."""
     found: dict[str, list[int | None]] = {}
     for port in (*compiled.inputs, *compiled.outputs):
-        text = str(port.get_partial_shape())  # "[?,3,224,224]"; "[...]" if the number of axes is dynamic
-        axes = [] if "..." in text else text.strip("[]").split(",")
-        for name in port.get_names():
-            found[name] = [int(axis) if axis.isdigit() else None for axis in axes]
+        shape = port.get_partial_shape()
+        axes = [] if shape.rank.is_dynamic else [None if a.is_dynamic else a.get_length() for a in shape]
+        found |= dict.fromkeys(port.get_names(), axes)
     return found
 
 
 def _runs_int8(compiled: Any) -> bool:
     """Whether a device runs convolutions or matrix products in int8, by the types of its own graph."""
-    for op in compiled.get_runtime_model().get_ops():
-        info = op.get_rt_info()
-        kind = str(info["layerType"].astype(str)) if "layerType" in info else ""
-        if kind in HEAVY_LAYERS and str(info["runtimePrecision"].astype(str)) in ("i8", "u8"):
-            return True
-    return False
+    layers = (op.get_rt_info() for op in compiled.get_runtime_model().get_ops())
+    heavy = (info for info in layers if "layerType" in info and info["layerType"].astype(str) in HEAVY_LAYERS)
+    return any(info["runtimePrecision"].astype(str) in ("i8", "u8") for info in heavy)
 
 
 def request_config(
