@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +157,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
             click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
         if frames.problem is not None:
             click.echo(f"error: {printable(frames.problem)}", err=True)
-    failed = frames.problem is not None or table.failed or (watch is not None and watch.problem)
+    failed = frames.problem is not None or table.counts["failed"] or (watch is not None and watch.problem)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -165,16 +165,13 @@ class _Table:
     """The rows of a stream, printed as they come, and their sum."""
 
     def __init__(self, classes: Sequence[str]) -> None:
-        self.frames = self.known = self.unknown = self.failed = 0
+        #: How many frames were known (True), unknown (False), undecided (None) and failed ("failed").
+        self.counts: Counter[bool | str | None] = Counter()
         self._width = max(5, *(len(printable(name)) for name in classes))
         self._began = self._now = time.monotonic()
 
     def add(self, verdict: FrameVerdict) -> None:
-        prediction = verdict.prediction
-        self.frames += 1
-        self.known += prediction.known is True
-        self.unknown += prediction.known is False
-        self.failed += prediction.error is not None
+        self.counts[verdict.prediction.known if verdict.prediction.error is None else "failed"] += 1
         self._now = time.monotonic()
 
     def head(self) -> str:
@@ -193,8 +190,8 @@ class _Table:
         return f"{start}{word}  {name} {prediction.confidence:10.1%} {prediction.ood_score:9.3f} {rate:>6}"
 
     def summary(self, frames: FrameReader, runner: Runner) -> str:
-        took = self._now - self._began
-        rate = f" in {took:.1f} s ({self.frames / took:.1f} a second)" if self.frames else ""
-        counts = f"{self.known} known, {self.unknown} unknown, {self.failed} failed, {frames.dropped} dropped"
-        count = f"{self.frames} frame{'s' if self.frames != 1 else ''}"
-        return f"{frames.name}: {count}{rate}: {counts}; {describe_run(runner)}"
+        took, counts, total = self._now - self._began, self.counts, self.counts.total()
+        rate = f" in {took:.1f} s ({total / took:.1f} a second)" if total else ""
+        outcomes = f"{counts[True]} known, {counts[False]} unknown, {counts['failed']} failed, {frames.dropped} dropped"
+        count = f"{total} frame{'s' if total != 1 else ''}"
+        return f"{frames.name}: {count}{rate}: {outcomes}; {describe_run(runner)}"
