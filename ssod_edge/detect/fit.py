@@ -81,7 +81,7 @@ def fit(name: DetectorName, data: FitData) -> Detector:
 
 def _dimensions(data: FitData) -> int:
     """Principal directions to keep: one for each class, at least `PRINCIPAL` and at most D / 2."""
-    return min(data.features.shape[1] // 2, max(PRINCIPAL, len(data.bias)))
+    return min(int(data.features.shape[1]) // 2, max(PRINCIPAL, len(data.bias)))
 
 
 def fit_vim(data: FitData) -> Detector:

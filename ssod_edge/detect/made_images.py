@@ -148,7 +148,8 @@ def _zoom(images: Images, index: int, rng: np.random.Generator) -> Images:
 
 def _resized(image: Images, size: int) -> Images:
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    resized: Images = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return resized
 
 
 def _blend(images: Images, index: int, rng: np.random.Generator) -> Images:
