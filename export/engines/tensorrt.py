@@ -65,15 +65,12 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     Raises:
         UsageError: not one or three whole numbers.
     """
+    parts = text.split(",")
     try:
-        numbers = [int(part) for part in text.split(",")]
+        low, usual, high = map(int, parts * 3 if len(parts) == 1 else parts)
     except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        numbers *= 3
-    if len(numbers) != 3:
-        raise UsageError(f"batch must be one number of images, or MIN,OPT,MAX such as 1,1,8, got '{text}'")
-    return numbers[0], numbers[1], numbers[2]
+        raise UsageError(f"batch must be one number of images, or MIN,OPT,MAX such as 1,1,8, got '{text}'") from None
+    return low, usual, high
 
 
 def runs_here(engine: str) -> bool:
@@ -99,12 +96,7 @@ def check_builder(engine: str) -> tuple[Any, Gpu | None, list[str]]:
 
 
 def save_plan(
-    engine: str,
-    precision: str,
-    onnx_path: Path,
-    folder: Path,
-    options: PlanOptions,
-    earlier: Export | None = None,
+    engine: str, precision: str, onnx_path: Path, folder: Path, options: PlanOptions, earlier: Export | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """Build the plan of a graph, or copy it from an earlier export that has the same one.
 
@@ -193,7 +185,7 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
         VerificationError: the graph cannot be parsed, or has no such input.
         EngineError: TensorRT builds nothing.
     """
-    title = f"{'TensorRT' if module.__name__ == 'tensorrt' else TITLES['tensorrt_rtx']} {module.__version__}"
+    title = f"{TITLES[module.__name__]} {module.__version__}"
     logger = make_logger(module)
     try:
         builder = module.Builder(logger)
