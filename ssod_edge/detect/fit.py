@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class FitData:
         logits: float32 [N, M].
         weight: float32 [M, D], the classifier's.
         bias: float32 [M].
-        id_logit: float32 [N]; what is left out counts as 0.
+        id_logit: float32 [N].
     """
 
     features: Array
@@ -46,7 +46,7 @@ class FitData:
     logits: Array
     weight: Array
     bias: Array
-    id_logit: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    id_logit: Array
 
     def __post_init__(self) -> None:
         n, d = self.features.shape
@@ -57,8 +57,6 @@ class FitData:
             )
         if not (np.isfinite(self.features).all() and np.isfinite(self.logits).all()):
             raise UsageError("the features of the training images are not finite, so that no detector can be fitted")
-        if not self.id_logit.size:
-            object.__setattr__(self, "id_logit", np.zeros(n, np.float32))
 
     def classes(self) -> Labels:
         """The class of each image, int64 [N]."""

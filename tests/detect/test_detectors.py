@@ -33,7 +33,7 @@ def make_data(n: int = 400, seed: int = 0, offset: float = 5.0) -> FitData:
     weight = np.random.default_rng(3).normal(0, 0.3, (CLASSES, WIDTH)).astype(np.float32)
     bias = np.arange(CLASSES, dtype=np.float32)
     features = features.astype(np.float32)
-    return FitData(features, labels, features @ weight.T + bias, weight, bias)
+    return FitData(features, labels, features @ weight.T + bias, weight, bias, np.zeros(n, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_mahalanobis_subtracts_nothing_where_fp32_would_lose_it() -> None:
     features = rng.normal(0, 1e-3, (200, WIDTH))
     features[:, 0] += np.repeat([1000, -1000], 100)  # two classes, far apart and narrow
     labels = np.repeat([0, 1], 100)
-    weight = np.zeros((2, WIDTH), np.float32)
-    data = FitData(features.astype(np.float32), labels, np.zeros((200, 2), np.float32), weight, np.zeros(2, np.float32))
+    weight, logits = np.zeros((2, WIDTH), np.float32), np.zeros((200, 2), np.float32)
+    data = FitData(features.astype(np.float32), labels, logits, weight, weight[:, 0], logits[:, 0])
     found = fit("mahalanobis", data)
     assert not found.center.size and found.settings["dimensions"] == WIDTH
 

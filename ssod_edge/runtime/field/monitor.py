@@ -42,7 +42,8 @@ class Record:
     Attributes:
         schema_version: of this format.
         artifact, backbone, score: what made the scores.
-        identity: hash of the artifact's files, score and threshold: scores of another one cannot be added.
+        identity: hash of the artifact's files, score and threshold, which decide its scores and what they are compared
+            with: scores of another one cannot be added.
         threshold: with the ID quantiles that are compared with.
         images: with a score.
         unknown: of these, above the threshold.
@@ -201,13 +202,6 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
     return record
 
 
-def identity(spec: Spec, artifact: Artifact) -> str:
-    """Hash of what decides an artifact's scores and what they are compared with."""
-    threshold = artifact.threshold
-    facts = [sorted(artifact.files.values()), spec.score_name, threshold and asdict(threshold)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
 def _new_record(spec: Spec, artifact: Artifact) -> Record:
     threshold = artifact.threshold
     if threshold is None or not threshold.id_quantiles:
@@ -217,11 +211,12 @@ def _new_record(spec: Spec, artifact: Artifact) -> Record:
             "ssod-edge calibrate DIR --id DATA"
         )
     bins = reference(threshold)
+    facts = [sorted(artifact.files.values()), spec.score_name, asdict(threshold)]
     return Record(
         artifact=artifact.name,
         backbone=spec.backbone,
         score=spec.score_name,
-        identity=identity(spec, artifact),
+        identity=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         threshold=threshold,
         histogram=(0,) * len(bins.id_shares),
         drift=new_state(len(bins.gaps)),
