@@ -73,8 +73,6 @@ class OpenVinoRunner(Runner):
         # The memory that the request reads and writes, for batches of the size of the last one.
         self._pixels: Any = np.zeros((0, 3, 0, 0), np.uint8)
         self._values: list[Any] = []
-        places = {name: place for place, port in enumerate(compiled.outputs) for name in port.get_names()}
-        self._places = [places[name] for name in outputs]
         self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
@@ -112,10 +110,10 @@ class OpenVinoRunner(Runner):
         pixels = openvino.Tensor(openvino.Type.u8, openvino.Shape(list(shape)))
         self._request.set_input_tensor(pixels)
         self._values = []
-        for name, place in zip(self._outputs, self._places, strict=True):
+        for name in self._outputs:
             axes = [len(self.spec.classes)] if name in ("logits", "probs") else []
             tensor = openvino.Tensor(openvino.Type.f32, openvino.Shape([shape[0], *axes]))
-            self._request.set_output_tensor(place, tensor)
+            self._request.set_tensor(name, tensor)
             self._values.append(tensor.data)
         self._pixels = pixels.data
 
