@@ -85,14 +85,27 @@ def check_builder(engine: str) -> tuple[Any, Gpu | None, list[str]]:
     """Find out before the work whether plans can be built here.
 
     Returns:
-        the module, the GPU that is here, and the compute capabilities that a plan is built for.
+        the module, the GPU that is here, and the compute capabilities that a plan is built for, e.g. ["8.7"].
 
     Raises:
         MissingExtraError, EngineError: see `save_plan`.
     """
     module = load_module(engine)
     gpu = open_gpu(extra=CUDA_EXTRAS[engine]) if engine == "tensorrt" or has_gpu() else None
-    return module, gpu, _capabilities(module, gpu)
+    if engine == "tensorrt" and gpu is not None:
+        return module, gpu, [gpu.compute_capability]
+    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
+    numbers = sorted(int(name[2:]) for name in names if name.startswith("SM"))
+    known = [f"{number // 10}.{number % 10}" for number in numbers if number >= OLDEST_CAPABILITY]
+    if gpu is None:
+        return module, None, known
+    if gpu.compute_capability not in known:
+        raise EngineError(
+            f"{TITLES['tensorrt_rtx']} {module.__version__} has no code for '{gpu.name}' (compute capability "
+            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for "
+            "other GPUs on this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
+        )
+    return module, gpu, [gpu.compute_capability]
 
 
 def save_plan(
@@ -147,29 +160,6 @@ def _copy_earlier(earlier: Export, key: str, path: Path) -> Path | None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 return Path(shutil.copyfile(found, path))
     return None
-
-
-def _capabilities(module: Any, gpu: Gpu | None) -> list[str]:
-    """The compute capabilities that a plan is built for, e.g. ["8.7"].
-
-    Raises:
-        EngineError: TensorRT for RTX has no code for the GPU that is here.
-    """
-    if module.__name__ == "tensorrt":
-        assert gpu is not None
-        return [gpu.compute_capability]
-    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
-    numbers = sorted(int(name[2:]) for name in names if name.startswith("SM"))
-    known = [f"{number // 10}.{number % 10}" for number in numbers if number >= OLDEST_CAPABILITY]
-    if gpu is None:
-        return known
-    if gpu.compute_capability not in known:
-        raise EngineError(
-            f"{TITLES['tensorrt_rtx']} {module.__version__} has no code for '{gpu.name}' (compute capability "
-            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for "
-            "other GPUs on this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
-        )
-    return [gpu.compute_capability]
 
 
 def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities: Sequence[str] = ()) -> bytes:
