@@ -75,10 +75,9 @@ def parse_batch(text: str) -> tuple[int, int, int]:
 
 def runs_here(engine: str) -> bool:
     """Whether a plan that is built here can run here: there is a GPU, and this engine has code for it."""
-    try:
+    with suppress(SsodEdgeError):
         return check_builder(engine)[1] is not None
-    except SsodEdgeError:
-        return False
+    return False
 
 
 def check_builder(engine: str) -> tuple[Any, Gpu | None, list[str]]:

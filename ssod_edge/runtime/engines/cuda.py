@@ -100,11 +100,10 @@ def _open_gpu(index: int) -> Gpu:
 
 def has_gpu() -> bool:
     """Whether PyCUDA is installed and finds a GPU."""
-    try:
+    with suppress(SsodEdgeError):
         open_gpu()
-    except SsodEdgeError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _driver() -> Any:
