@@ -52,7 +52,7 @@ class Smoother:
             raise UsageError(f"--smooth must be a number of seconds above 0, got {seconds}")
         self._seconds = seconds
         self._time = 0.0
-        self._mean: dict[str, Array] | None = None
+        self._mean: dict[str, Array] = {}
 
     def update(self, time_s: float, outputs: dict[str, Array]) -> dict[str, Array]:
         """Take in the outputs of one frame, and return the means in their place.
@@ -65,11 +65,8 @@ class Smoother:
             "probs" and "ood_score" of the mean, and "logits" that rank as the mean probabilities do.
         """
         new = {name: outputs[name].astype(np.float64) for name in ("probs", "ood_score")}
-        if self._mean is None:
-            self._mean = new
-        else:
-            weight = -math.expm1(-max(0.0, time_s - self._time) / self._seconds)
-            self._mean = {name: mean + weight * (new[name] - mean) for name, mean in self._mean.items()}
+        weight = -math.expm1(-max(0.0, time_s - self._time) / self._seconds)
+        self._mean = {name: mean + weight * (new[name] - mean) for name, mean in (self._mean or new).items()}
         self._time = time_s
         return {**self._mean, "logits": self._mean["probs"]}
 
