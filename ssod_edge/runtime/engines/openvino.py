@@ -72,7 +72,7 @@ class OpenVinoRunner(Runner):
         self._request: Any = compiled.create_infer_request()
         # The memory that the request reads and writes, for batches of the size of the last one.
         self._pixels: Any = np.zeros((0, 3, 0, 0), np.uint8)
-        self._values: list[Any] = []
+        self._values: dict[str, Any] = {}
         self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
@@ -100,8 +100,7 @@ class OpenVinoRunner(Runner):
             np.copyto(self._pixels, images)
             self._request.start_async()
             self._request.wait()
-            values = [value.copy() for value in self._values]
-        return dict(zip(self._outputs, values, strict=True))
+            return {name: value.copy() for name, value in self._values.items()}
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Give the request an input of this shape and outputs for as many images, as arrays to copy to and from."""
@@ -109,12 +108,11 @@ class OpenVinoRunner(Runner):
 
         pixels = openvino.Tensor(openvino.Type.u8, openvino.Shape(list(shape)))
         self._request.set_input_tensor(pixels)
-        self._values = []
         for name in self._outputs:
             axes = [len(self.spec.classes)] if name in ("logits", "probs") else []
             tensor = openvino.Tensor(openvino.Type.f32, openvino.Shape([shape[0], *axes]))
             self._request.set_tensor(name, tensor)
-            self._values.append(tensor.data)
+            self._values[name] = tensor.data
         self._pixels = pixels.data
 
 

@@ -77,13 +77,12 @@ def check_build(artifact: Artifact, path: Path, spec: Spec) -> None:
             f"{artifact.engine} in {artifact.precision}. {again}"
         )
     for other in spec.artifacts:
-        if other.engine == "onnxruntime" and other.precision == artifact.precision:
-            found = graph_hash(other.files)
-            if found != build["onnx_sha256"]:
-                raise ArtifactError(
-                    f"'{path}' was built from another graph than '{other.main_file}' of this export: SHA-256 "
-                    f"{build['onnx_sha256'][:12]}... instead of {found[:12]}... {again}"
-                )
+        graph = (other.engine, other.precision) == ("onnxruntime", artifact.precision)
+        if graph and (found := graph_hash(other.files)) != build["onnx_sha256"]:
+            raise ArtifactError(
+                f"'{path}' was built from another graph than '{other.main_file}' of this export: SHA-256 "
+                f"{build['onnx_sha256'][:12]}... instead of {found[:12]}... {again}"
+            )
 
 
 def check_plan(artifact: Artifact, path: Path, module: Any, gpu: Gpu) -> None:

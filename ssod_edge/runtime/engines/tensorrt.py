@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -60,8 +59,7 @@ class TrtRunner(Runner):
         if hashlib.sha256(plan).hexdigest() != artifact.files[artifact.main_file]:
             raise ArtifactError(f"'{path}' was changed while it was opened. Open it again, or export the run again.")
         cache = _cache_file(artifact, gpu) if self.engine == "tensorrt_rtx" else None
-        # A version-compatible plan brings host code, the lean runtime of the TensorRT that built it. It may run because
-        # these bytes are those of the spec; of any other plan none is run.
+        # The lean runtime in a version-compatible plan may run because these bytes are those of the spec.
         host_code = bool(artifact.build["version_compatible"])
         self._session = Session(module, plan, path.name, gpu, cache, host_code)
         try:
@@ -116,11 +114,11 @@ class Session:
     def __init__(
         self, module: Any, plan: bytes, name: str, gpu: Gpu, cache: Path | None = None, host_code: bool = False
     ) -> None:
-        self._module, self._gpu, self._name, self._cache = module, gpu, name, cache
+        self._gpu, self._name, self._cache = gpu, name, cache
         self._engine_name = module.__name__.removesuffix("_lean")
         self._logger = make_logger(module)
         self._lock = threading.Lock()
-        self._free: deque[_Lane] = deque()
+        self._free: list[_Lane] = []
         self._lost: str | None = None
         self._closed = False
         with gpu.current():
@@ -133,29 +131,26 @@ class Session:
                     f"{module.__name__} {module.__version__} cannot open '{name}' on '{gpu.name}': "
                     f"{self._logger.last()}. Build it again here with: {build_command(self._engine_name)}"
                 )
-            self._read_engine()
+            engine, inputs = self._engine, module.TensorIOMode.INPUT
+            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+            self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == inputs)
+            self.outputs = tuple(name for name in names if name not in self.inputs)
+            self.types = {name: TYPES[engine.get_tensor_dtype(name).name] for name in names}
+            self.shapes: dict[str, list[int | None]] = {
+                name: [axis if axis >= 0 else None for axis in engine.get_tensor_shape(name)] for name in names
+            }
+            fixed = self.shapes[self.inputs[0]][0]
+            if fixed is not None:
+                self.batch = (fixed, fixed)
+            else:
+                smallest, _, largest = engine.get_tensor_profile_shape(self.inputs[0], 0)
+                self.batch = (int(smallest[0]), int(largest[0]))
             # TensorRT for RTX captures by itself, once it has compiled the kernels for a shape.
             strategy = getattr(module, "CudaGraphStrategy", None)
             self.captures = strategy is None
             self.graphs = "not yet" if self.captures else "left to TensorRT for RTX"
             self._config, self._kernels = self._configure(strategy)
             self._free.append(_Lane(self))  # what has no room fails here, not in the first run
-
-    def _read_engine(self) -> None:
-        engine, inputs = self._engine, self._module.TensorIOMode.INPUT
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == inputs)
-        self.outputs = tuple(name for name in names if name not in self.inputs)
-        self.types = {name: TYPES[engine.get_tensor_dtype(name).name] for name in names}
-        self.shapes: dict[str, list[int | None]] = {
-            name: [axis if axis >= 0 else None for axis in engine.get_tensor_shape(name)] for name in names
-        }
-        fixed = self.shapes[self.inputs[0]][0]
-        if fixed is not None:
-            self.batch = (fixed, fixed)
-        else:
-            smallest, _, largest = engine.get_tensor_profile_shape(self.inputs[0], 0)
-            self.batch = (int(smallest[0]), int(largest[0]))
 
     def _configure(self, strategy: Any) -> tuple[Any, Any]:
         """The runtime configuration and kernel cache of TensorRT for RTX; (None, None) for the others."""
@@ -251,7 +246,7 @@ class Session:
             if self._closed:
                 return
             self._closed = True
-            lanes, self._free = list(self._free), deque()
+            lanes, self._free = self._free, []
         try:
             with self._gpu.current():
                 for lane in lanes:
@@ -288,10 +283,9 @@ class _Lane:
         self._buffers: dict[str, Buffer] = {}
         self._graph: Graph | None = None
         self._n = 0
-        self._stream: Any = None
         with session._gpu.current() as driver:
             self._driver = driver
-            self._stream = driver.Stream()
+            self._stream: Any = driver.Stream()
             try:
                 for name in (*session.inputs, *session.outputs):
                     shape = self._shape(name, session.batch[1])
@@ -364,9 +358,8 @@ class _Lane:
 
     def free(self) -> None:
         """Give everything back, also from an unfinished `__init__` or run."""
-        if self._stream is not None:
-            with suppress(Exception):  # of a GPU that was lost, nothing is to be waited for
-                self._stream.synchronize()
+        with suppress(Exception):  # of a GPU that was lost, nothing is to be waited for
+            self._stream.synchronize()
         self._drop_graph()
         self._context = None
         for buffer in self._buffers.values():
