@@ -223,7 +223,8 @@ def deployment_metrics(
     return {
         "threshold": {key: value for key, value in asdict(threshold).items() if key != "id_quantiles"},
         **_share("id_tpr", accepted, n),
-        **_share("false_reject", n - accepted, n),
+        "false_reject": 1 - accepted / n,
+        "false_reject_ci": list(tpr_interval(n - accepted, n)),
         **_share("selective_accuracy", int(right[known].sum()), accepted),
         "aurc": curve.aurc,
         "augrc": curve.augrc,
