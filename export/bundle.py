@@ -63,12 +63,9 @@ def write_bundle(
     check_output(path)
     export = Export.at(folder)
     folder, spec = export.folder, export.spec
-    for name, digest in spec.shared_files.items():
-        check_hash(folder / name, digest)
     packed = replace(spec, artifacts=tuple(artifact for artifact in spec.artifacts if travels(artifact)))
     _report_missing_graphs(spec, folder, say)
-    for artifact in packed.artifacts:
-        check_files(folder, artifact)
+    _check_hashes(folder, packed)
     contents: dict[str, Content] = {name: folder / name for artifact in packed.artifacts for name in artifact.files}
     record = _find_bench(packed, folder, bench, say)
     if record is not None:
@@ -122,8 +119,16 @@ def unpack(path: str | Path, folder: Path) -> Spec:
             names = _extract(archive, folder, path)
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise _damaged(path, f"it is no bundle, or is cut short: {error}") from error
+    for name in (SUMS_NAME, SPEC_NAME):
+        if name not in names:
+            raise _damaged(path, f"it holds no {name}")
     _check_sums(folder, names, path)
-    return _check_spec(folder, names, path)
+    spec = load_spec(folder)
+    try:
+        _check_hashes(folder, spec)
+    except ArtifactError as error:
+        raise _damaged(path, str(error)) from error
+    return spec
 
 
 def _report_missing_graphs(spec: Spec, folder: Path, say: Say) -> None:
@@ -264,8 +269,6 @@ def _extract(archive: tarfile.TarFile, folder: Path, bundle: Path) -> set[str]:
 
 def _check_sums(folder: Path, names: set[str], bundle: Path) -> None:
     """Raises ArtifactError unless `SUMS_NAME` lists exactly the other files, with their hashes."""
-    if SUMS_NAME not in names:
-        raise _damaged(bundle, f"it holds no {SUMS_NAME}")
     text = (folder / SUMS_NAME).read_text(encoding="utf-8", errors="replace")
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     differing = sorted(sums.keys() ^ (names - {SUMS_NAME}))
@@ -277,19 +280,12 @@ def _check_sums(folder: Path, names: set[str], bundle: Path) -> None:
             raise _damaged(bundle, f"its '{name}' has SHA-256 {found[:12]}... instead of {expected[:12]}...")
 
 
-def _check_spec(folder: Path, names: set[str], bundle: Path) -> Spec:
-    """The spec, whose files are all there and are those that it describes."""
-    if SPEC_NAME not in names:
-        raise _damaged(bundle, f"it holds no {SPEC_NAME}")
-    spec = load_spec(folder)
-    try:
-        for name, digest in spec.shared_files.items():
-            check_hash(folder / name, digest)
-        for artifact in spec.artifacts:
-            check_files(folder, artifact)
-    except ArtifactError as error:
-        raise _damaged(bundle, str(error)) from error
-    return spec
+def _check_hashes(folder: Path, spec: Spec) -> None:
+    """Raises ArtifactError unless all files of an export are there, and those that its spec describes."""
+    for name, digest in spec.shared_files.items():
+        check_hash(folder / name, digest)
+    for artifact in spec.artifacts:
+        check_files(folder, artifact)
 
 
 def _damaged(bundle: Path, reason: str) -> ArtifactError:

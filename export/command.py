@@ -20,7 +20,7 @@ from rich.text import Text
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
-from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, check_engines
+from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, TARGETS, check_engines
 from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.export.release import Targets
 from ssod_edge.runtime.open import PLAN_ENGINES, is_installed
@@ -172,9 +172,8 @@ def engines_for(target: str) -> tuple[str, ...]:
     plan for another machine is made when its target is asked for by name.
     """
     if target == "all":
-        found = tuple(engine for engine in CPU_TARGETS if is_installed(engine))
-        found += tuple(engine for engine in PLAN_ENGINES if is_installed(engine) and runs_here(engine))
-        return found or CPU_TARGETS
+        installed = [engine for engine in TARGETS if is_installed(engine)]
+        return tuple(e for e in installed if e in CPU_TARGETS or runs_here(e)) or CPU_TARGETS
     return ("onnxruntime" if target == "onnx" else target.replace("-", "_"),)
 
 

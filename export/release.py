@@ -23,7 +23,7 @@ from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner, why_not_here
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import Verification, check_passed, verify_runner
-from ssod_edge.spec import Artifact, Spec, check_files, save_spec
+from ssod_edge.spec import Spec, check_files, save_spec
 
 #: Of the range of a reference's logits and scores: a tenth of what verification lets an fp32 artifact differ by.
 REFERENCE_NOISE = 1e-4
@@ -75,6 +75,8 @@ class Draft:
     def prove(self, fit: Fit, together: bool) -> None:
         """Fit each artifact's threshold on its own scores, verify it at that threshold, and write both down.
 
+        Artifacts that were built for another machine are named and left as they are.
+
         Args:
             fit: see `Fit`.
             together: open all artifacts at once, so that `fit` reads its images once; else one at a time, because a
@@ -83,8 +85,13 @@ class Draft:
         Raises:
             VerificationError: an artifact drifted beyond its tolerance.
         """
-        here = _that_run_here(self.spec, self._say)
-        failures: list[str] = []
+        here, failures = [], list[str]()
+        for artifact in self.spec.artifacts:
+            if reason := why_not_here(artifact):
+                self._say(f"{artifact.name} is verified on its first run, not here: {reason}")
+                self._say(f"{artifact.name} has no threshold until there: ssod-edge calibrate DIR --id DATA")
+            else:
+                here.append(artifact)
         for group in [here] if together else [[artifact] for artifact in here]:
             with ExitStack() as stack:
                 runners = [
@@ -182,15 +189,3 @@ def _same_reference(one: Export, other: Export) -> bool:
     if not np.array_equal(old.pop("image"), new.pop("image")):
         return False
     return all(np.allclose(old[name], new[name], rtol=0, atol=REFERENCE_NOISE * np.ptp(new[name])) for name in new)
-
-
-def _that_run_here(spec: Spec, say: Say) -> list[Artifact]:
-    """The artifacts without those that were built for another machine, which are named."""
-    found = []
-    for artifact in spec.artifacts:
-        if reason := why_not_here(artifact):
-            say(f"{artifact.name} is verified on its first run, not here: {reason}")
-            say(f"{artifact.name} has no threshold until there: ssod-edge calibrate DIR --id DATA")
-        else:
-            found.append(artifact)
-    return found

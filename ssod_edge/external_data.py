@@ -83,17 +83,12 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     while at < len(message):
         tag, at = _varint(message, at)
         number, wire = tag >> 3, tag & 7
-        if number == 0:
-            raise ValueError("field number 0")
-        if wire == 0:
-            _, at = _varint(message, at)
-            continue
-        if wire == 2:
-            length, at = _varint(message, at)
-        elif wire in _FIXED:
-            length = _FIXED[wire]
-        else:
-            raise ValueError(f"wire type {wire}")
+        length = _FIXED.get(wire, 0)
+        if number == 0 or wire not in (0, 2, *_FIXED):
+            raise ValueError(f"field number {number} of wire type {wire}")
+        if wire in (0, 2):  # a number, and a length
+            value, at = _varint(message, at)
+            length = value if wire == 2 else 0
         if at + length > len(message):
             raise IndexError("the message ends inside a field")
         if wire == 2:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ssod_edge import __version__
 from ssod_edge.errors import missing_extra
-from ssod_edge.export.engines.openvino import save_ir, write_ir
+from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.export.engines.tensorrt import PlanOptions, check_builder, save_plan
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.export import Export
@@ -75,7 +75,7 @@ def make_artifact(
         path, build = save_plan(engine, precision, onnx_path, folder / name, plans or PlanOptions(), earlier)
         paths: Sequence[Path] = [path]
     elif engine == "openvino":
-        paths = save_ir(onnx_path, folder / name) if ir is None else write_ir(ir, folder / name)
+        paths = save_ir(onnx_path, folder / name, ir)
     else:
         paths = [onnx_path]
     versions[engine] = build["version"] if build else version(engine)  # JetPack's TensorRT is no package of pip's

@@ -9,11 +9,14 @@ from ssod_edge.errors import OutputError, VerificationError, missing_extra
 from ssod_edge.spec import VERDICT_INPUTS
 
 
-def save_ir(onnx_path: Path, folder: Path) -> tuple[Path, Path]:
+def save_ir(onnx_path: Path, folder: Path, model: Any = None) -> tuple[Path, Path]:
     """Convert an ONNX file; returns the paths of `model.xml` and `model.bin` in `folder`.
 
     The types of the graph are kept as they are: an fp16 graph gives an IR whose trunk is stored in fp16 and whose
     normalisation and head are fp32. OpenVINO's own compression would store the head in fp16 too.
+
+    Args:
+        model: an OpenVINO model that is written instead, as it is.
 
     Raises:
         MissingExtraError: openvino is not installed.
@@ -25,20 +28,9 @@ def save_ir(onnx_path: Path, folder: Path) -> tuple[Path, Path]:
     except ModuleNotFoundError:
         raise missing_extra("openvino", "making an OpenVINO IR") from None
     try:
-        model = openvino.convert_model(str(onnx_path))
+        model = openvino.convert_model(str(onnx_path)) if model is None else model
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its frontends
         raise VerificationError(f"OpenVINO {openvino.__version__} cannot read '{onnx_path.name}': {error}") from error
-    return write_ir(model, folder)
-
-
-def write_ir(model: Any, folder: Path) -> tuple[Path, Path]:
-    """Write an OpenVINO model as it is; returns the paths of `model.xml` and `model.bin` in `folder`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    import openvino
-
     open_inputs(model)
     path = folder / "model.xml"
     try:

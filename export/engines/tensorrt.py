@@ -65,46 +65,50 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     Raises:
         UsageError: not one or three whole numbers.
     """
+    parts = text.split(",")
     try:
-        numbers = [int(part) for part in text.split(",")]
+        low, usual, high = map(int, parts * 3 if len(parts) == 1 else parts)
     except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        numbers *= 3
-    if len(numbers) != 3:
-        raise UsageError(f"batch must be one number of images, or MIN,OPT,MAX such as 1,1,8, got '{text}'")
-    return numbers[0], numbers[1], numbers[2]
+        raise UsageError(f"batch must be one number of images, or MIN,OPT,MAX such as 1,1,8, got '{text}'") from None
+    return low, usual, high
 
 
 def runs_here(engine: str) -> bool:
     """Whether a plan that is built here can run here: there is a GPU, and this engine has code for it."""
-    try:
+    with suppress(SsodEdgeError):
         return check_builder(engine)[1] is not None
-    except SsodEdgeError:
-        return False
+    return False
 
 
 def check_builder(engine: str) -> tuple[Any, Gpu | None, list[str]]:
     """Find out before the work whether plans can be built here.
 
     Returns:
-        the module, the GPU that is here, and the compute capabilities that a plan is built for.
+        the module, the GPU that is here, and the compute capabilities that a plan is built for, e.g. ["8.7"].
 
     Raises:
         MissingExtraError, EngineError: see `save_plan`.
     """
     module = load_module(engine)
     gpu = open_gpu(extra=CUDA_EXTRAS[engine]) if engine == "tensorrt" or has_gpu() else None
-    return module, gpu, _capabilities(module, gpu)
+    if engine == "tensorrt" and gpu is not None:
+        return module, gpu, [gpu.compute_capability]
+    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
+    numbers = sorted(int(name[2:]) for name in names if name.startswith("SM"))
+    known = [f"{number // 10}.{number % 10}" for number in numbers if number >= OLDEST_CAPABILITY]
+    if gpu is None:
+        return module, None, known
+    if gpu.compute_capability not in known:
+        raise EngineError(
+            f"{TITLES['tensorrt_rtx']} {module.__version__} has no code for '{gpu.name}' (compute capability "
+            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for "
+            "other GPUs on this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
+        )
+    return module, gpu, [gpu.compute_capability]
 
 
 def save_plan(
-    engine: str,
-    precision: str,
-    onnx_path: Path,
-    folder: Path,
-    options: PlanOptions,
-    earlier: Export | None = None,
+    engine: str, precision: str, onnx_path: Path, folder: Path, options: PlanOptions, earlier: Export | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """Build the plan of a graph, or copy it from an earlier export that has the same one.
 
@@ -157,29 +161,6 @@ def _copy_earlier(earlier: Export, key: str, path: Path) -> Path | None:
     return None
 
 
-def _capabilities(module: Any, gpu: Gpu | None) -> list[str]:
-    """The compute capabilities that a plan is built for, e.g. ["8.7"].
-
-    Raises:
-        EngineError: TensorRT for RTX has no code for the GPU that is here.
-    """
-    if module.__name__ == "tensorrt":
-        assert gpu is not None
-        return [gpu.compute_capability]
-    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
-    numbers = sorted(int(name[2:]) for name in names if name.startswith("SM"))
-    known = [f"{number // 10}.{number % 10}" for number in numbers if number >= OLDEST_CAPABILITY]
-    if gpu is None:
-        return known
-    if gpu.compute_capability not in known:
-        raise EngineError(
-            f"{TITLES['tensorrt_rtx']} {module.__version__} has no code for '{gpu.name}' (compute capability "
-            f"{gpu.compute_capability}); it has for {', '.join(known)}. Use --target tensorrt there. To build for "
-            "other GPUs on this machine, hide this one: CUDA_VISIBLE_DEVICES= ssod-edge export --target tensorrt-rtx"
-        )
-    return [gpu.compute_capability]
-
-
 def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities: Sequence[str] = ()) -> bytes:
     """Parse and build; nothing is written.
 
@@ -193,7 +174,7 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
         VerificationError: the graph cannot be parsed, or has no such input.
         EngineError: TensorRT builds nothing.
     """
-    title = f"{'TensorRT' if module.__name__ == 'tensorrt' else TITLES['tensorrt_rtx']} {module.__version__}"
+    title = f"{TITLES[module.__name__]} {module.__version__}"
     logger = make_logger(module)
     try:
         builder = module.Builder(logger)

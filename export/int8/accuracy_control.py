@@ -74,12 +74,11 @@ def draw_images(calibration: Subset, model: SSODClassifier, say: Say) -> DrawnIm
             f"note: all images of {calibration.description} are of one class, '{model.classes[present[0]]}': the "
             "ranges of the int8 graph may not fit the others, and its top-1 says nothing about them"
         )
-    control = labels[border:]
-    if (control < 0).any():
+    control: NDArray[np.int64] | None = labels[border:]
+    if (labels[border:] < 0).any():
         say(f"note: images of {calibration.description} have no class that the model knows: top-1 is not controlled")
-    return DrawnImages(
-        images[:border], images[border:], None if (control < 0).any() else control, calibration.description
-    )
+        control = None
+    return DrawnImages(images[:border], images[border:], control, calibration.description)
 
 
 def check_count(count: int, calibration: Subset) -> None:
@@ -155,9 +154,8 @@ class AccuracyControl:
         words = f"AUROC on images made from them {100 * self.reference.auroc:.2f} -> {100 * figures.auroc:.2f}"
         if figures.top1 is None or self.reference.top1 is None:
             return words
-        return (
-            f"top-1 of {len(self._known)} images {100 * self.reference.top1:.2f} -> {100 * figures.top1:.2f}, {words}"
-        )
+        top1 = f"{100 * self.reference.top1:.2f} -> {100 * figures.top1:.2f}"
+        return f"top-1 of {len(self._known)} images {top1}, {words}"
 
 
 def quantize_controlled(

@@ -32,11 +32,7 @@ def choice_table(choice: Choice, images: int, known: str) -> list[str]:
     rows, best, kinds = choice.rows, choice.name, choice.kinds
     width = max(map(len, rows))
     lines = [f"choosing a score by {images} images of {known}: AUROC % for each kind, means, and FPR % at 95% TPR"]
-    lines.append(
-        f"{'score':<{width}} {'figure':>6} {'AUROC':>6} {'FPR':>6} "
-        + " ".join(f"{k:>8}" for k in kinds)
-        + f" {'cost':>7}"
-    )
+    lines.append(f"{'score':<{width}} figure  AUROC    FPR {' '.join(f'{kind:>8}' for kind in kinds)}    cost")
     ranked = sorted(rows, key=lambda name: -rows[name]["figure"])
     for place, name in enumerate(ranked):
         if place >= SHOWN and "+" in name and name != best:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,7 @@ CANCELLATION = 1e3
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
 KMEANS_ROUNDS = 20
 REACT_QUANTILE = 0.9
-SCALE_PERCENTILE = 0.85
-ASH_PERCENTILE = 0.9
+PERCENTILES = {"scale": 0.85, "ash": 0.9}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class FitData:
         logits: float32 [N, M].
         weight: float32 [M, D], the classifier's.
         bias: float32 [M].
-        id_logit: float32 [N]; what is left out counts as 0.
+        id_logit: float32 [N].
     """
 
     features: Array
@@ -47,7 +46,7 @@ class FitData:
     logits: Array
     weight: Array
     bias: Array
-    id_logit: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    id_logit: Array
 
     def __post_init__(self) -> None:
         n, d = self.features.shape
@@ -58,8 +57,6 @@ class FitData:
             )
         if not (np.isfinite(self.features).all() and np.isfinite(self.logits).all()):
             raise UsageError("the features of the training images are not finite, so that no detector can be fitted")
-        if not self.id_logit.size:
-            object.__setattr__(self, "id_logit", np.zeros(n, np.float32))
 
     def classes(self) -> Labels:
         """The class of each image, int64 [N]."""
@@ -74,13 +71,18 @@ def fit(name: DetectorName, data: FitData) -> Detector:
     """
     if name not in DETECTORS:
         raise UsageError(f"detector must be one of {', '.join(DETECTORS)}, got '{name}'")
-    if name in ("ash", "scale"):
-        return fit_scale(data, name)
+    if name in PERCENTILES:
+        return fit_scale(name, data)
     fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn, "react": fit_react}
     return fits[name](data)
 
 
-def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
+def _dimensions(data: FitData) -> int:
+    """Principal directions to keep: one for each class, at least `PRINCIPAL` and at most D / 2."""
+    return min(int(data.features.shape[1]) // 2, max(PRINCIPAL, len(data.bias)))
+
+
+def fit_vim(data: FitData) -> Detector:
     """ViM (Wang et al., CVPR 2022): how far a feature lies from the space that training features span.
 
     With o = -pinv(W) b the point where all logits are 0, P [d, D] the d principal directions of z - o about 0 and R the
@@ -90,16 +92,10 @@ def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
     |R v|^2 is |v|^2 - |P v|^2, which takes d rows instead of D - d. It stays exact if v is first moved along P to the
     middle of the training features: R does not see that, and both terms become small.
 
-    Args:
-        dimensions: d; None takes one for each class, at least `PRINCIPAL` and at most D / 2. That is the paper's
-            1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better with ten classes, and takes
-            eight times the rows (docs/detection.md).
+    d (see `_dimensions`) is the paper's 1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better
+    with ten classes, and takes eight times the rows (docs/detection.md).
     """
-    z, width = data.features.astype(np.float64), data.features.shape[1]
-    if dimensions is None:
-        dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
-    if not 0 < dimensions < width:
-        raise UsageError(f"ViM's dimensions must lie between 0 and {width}, got {dimensions}")
+    z, width, dimensions = data.features.astype(np.float64), data.features.shape[1], _dimensions(data)
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
     v = z - origin
     _, vectors = np.linalg.eigh(v.T @ v / len(v))  # ascending
@@ -111,13 +107,12 @@ def fit_vim(data: FitData, dimensions: int | None = None) -> Detector:
     settings: dict[str, float | str] = {"dimensions": dimensions}
     if dimensions < width - dimensions and share.max() <= CANCELLATION:
         settings["rows"] = "principal space"
-        rows, center, numbers = principal, middle, {"alpha": alpha}
-        return Detector("vim", _f(rows), _f(-rows @ center), _f(center), numbers, settings)
+        return Detector("vim", _f(principal), _f(-principal @ middle), _f(middle), {"alpha": alpha}, settings)
     settings["rows"] = "residual space"
     return Detector("vim", _f(residual), _f(-residual @ origin), numbers={"alpha": alpha}, settings=settings)
 
 
-def fit_mahalanobis(data: FitData, dimensions: int | None = None) -> Detector:
+def fit_mahalanobis(data: FitData) -> Detector:
     """Mahalanobis distance (Lee et al., NeurIPS 2018): min over classes of (z - m_c)' S^-1 (z - m_c).
 
     S is the covariance within the classes plus `RIDGE` times its mean variance in every direction. Of its D variances
@@ -129,30 +124,22 @@ def fit_mahalanobis(data: FitData, dimensions: int | None = None) -> Detector:
     (z - m)' S^-1 (z - m) - 2 o_c' S^-1 (z - m) + o_c' S^-1 o_c. Taken about m, no term is much larger than the
     distance, so that fp32 holds the difference; where one is, all D directions are rows and nothing is subtracted.
 
-    Args:
-        dimensions: d; None takes one for each class, at least `PRINCIPAL` and at most D / 2. D takes them all.
+    d is that of `_dimensions`.
     """
-    groups, width = _Groups(data), data.features.shape[1]
-    if dimensions is None:
-        dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
-    if not 0 < dimensions <= width:
-        raise UsageError(f"Mahalanobis's dimensions must lie between 1 and {width}, got {dimensions}")
-    settings = groups.settings | {"dimensions": dimensions}
-    if dimensions < width:
-        largest = groups.variances[width - dimensions :]
-        rest = float(groups.variances[: width - dimensions].mean())
-        rows = np.sqrt(np.maximum(1 / rest - 1 / largest, 0))[:, None] * groups.directions[:, width - dimensions :].T
-        inverse = np.eye(width) / rest - rows.T @ rows
-        v = data.features.astype(np.float64) - groups.mean
-        distance = np.einsum("nd,nd->n", v @ inverse, v)
-        if np.square(v).sum(axis=1).max() / rest <= CANCELLATION * max(float(distance.std()), TINY):
-            weight = np.concatenate([rows, -2 * groups.offsets @ inverse])
-            bias = -weight @ groups.mean
-            bias[dimensions:] += np.einsum("cd,cd->c", groups.offsets @ inverse, groups.offsets)
-            numbers = {"quadratic": dimensions, "scale": 1 / rest}
-            return Detector("mahalanobis", _f(weight), _f(bias), _f(groups.mean), numbers, settings)
-        settings["dimensions"] = width
-    return groups.nearest("mahalanobis", groups.whitening, settings)
+    groups, width, dimensions = _Groups(data), data.features.shape[1], _dimensions(data)
+    largest = groups.variances[width - dimensions :]
+    rest = float(groups.variances[: width - dimensions].mean())
+    rows = np.sqrt(np.maximum(1 / rest - 1 / largest, 0))[:, None] * groups.directions[:, width - dimensions :].T
+    inverse = np.eye(width) / rest - rows.T @ rows
+    v = data.features.astype(np.float64) - groups.mean
+    distance = np.einsum("nd,nd->n", v @ inverse, v)
+    if np.square(v).sum(axis=1).max() / rest > CANCELLATION * max(float(distance.std()), TINY):
+        return groups.nearest("mahalanobis", groups.whitening, groups.settings | {"dimensions": width})
+    weight = np.concatenate([rows, -2 * groups.offsets @ inverse])
+    bias = -weight @ groups.mean
+    bias[dimensions:] += np.einsum("cd,cd->c", groups.offsets @ inverse, groups.offsets)
+    numbers, settings = {"quadratic": dimensions, "scale": 1 / rest}, groups.settings | {"dimensions": dimensions}
+    return Detector("mahalanobis", _f(weight), _f(bias), _f(groups.mean), numbers, settings)
 
 
 def fit_rmd(data: FitData) -> Detector:
@@ -173,20 +160,15 @@ def fit_rmd(data: FitData) -> Detector:
     return groups.nearest("rmd", quadratic, groups.settings)
 
 
-def fit_knn(data: FitData, prototypes: int | None = None) -> Detector:
+def fit_knn(data: FitData) -> Detector:
     """Nearest neighbour (Sun et al., ICML 2022) among prototypes: 1 - max over k of cos(z, p_k).
 
     The prototypes are the centres that spherical k-means finds for each class, so that the training images need not
-    travel.
-
-    Args:
-        prototypes: of each class; None takes `PROTOTYPES`, less where the classes are many. A class of fewer images
-            has one for each.
+    travel. A class of fewer images has one for each.
     """
     classes = data.classes()
     present = np.unique(classes)
-    if prototypes is None:
-        prototypes = max(1, min(PROTOTYPES, MOST_PROTOTYPES // len(present)))
+    prototypes = max(1, min(PROTOTYPES, MOST_PROTOTYPES // len(present)))
     unit = _unit(data.features)
     rng = np.random.default_rng(0)
     rows = np.concatenate([_spherical_kmeans(unit[classes == c], prototypes, rng) for c in present])
@@ -225,19 +207,14 @@ def fit_react(data: FitData) -> Detector:
     )
 
 
-def fit_scale(data: FitData, name: DetectorName = "scale", percentile: float | None = None) -> Detector:
+def fit_scale(name: DetectorName, data: FitData) -> Detector:
     """SCALE (Xu et al., ICLR 2024) and ASH-S (Djurisic et al., ICLR 2023): the energy of scaled features.
 
     Both multiply the features by r = exp(sum of activations / sum of the largest ones), the largest being those above
     the percentile; ASH-S also sets the others to 0. As W (r z) + b = r (W z) + b, SCALE needs no second Gemm. The
     papers' activations come from a ReLU; those below 0, which other networks have, count as 0 in the sums.
-
-    Args:
-        percentile: in (0, 1); None takes `SCALE_PERCENTILE` or `ASH_PERCENTILE`.
     """
-    if percentile is None:
-        percentile = ASH_PERCENTILE if name == "ash" else SCALE_PERCENTILE
-    width = data.features.shape[1]
+    percentile, width = PERCENTILES[name], data.features.shape[1]
     k = max(1, width - int(width * percentile))
     weight = data.weight if name == "ash" else np.zeros((0, width))
     return Detector(name, _f(weight), _f(data.bias), numbers={"k": k}, settings={"percentile": percentile})

@@ -8,8 +8,7 @@ something of the object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,22 +28,6 @@ CELLS, PATCHES = 2, 4
 ZOOM, CORNER = (1 / 6, 3 / 8), 4
 #: Side of a tile, as shares of the image's, and the border that is left of an erased image.
 TILE, BORDER = (1 / 4, 3 / 8), 5
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How images of one kind are made.
-
-    A network that was trained on a kind says nothing about images that it was not taught, when it is measured by it.
-
-    Attributes:
-        batch: for training: of images uint8 [N, 3, S, S], square, and indices of n of them, n images on their device;
-            None if it is not made there. Randomness is torch's global generator of the CPU.
-        single: for choices: of images uint8 [N, 3, S, S] and an index, one image; None likewise.
-    """
-
-    batch: Callable[[Tensor, Tensor], Tensor] | None = None
-    single: Callable[[Images, int, np.random.Generator], Images] | None = None
 
 
 def make_for_training(image: Tensor, kinds: Sequence[str], count: int) -> Tensor:
@@ -160,9 +143,13 @@ def _zoom(images: Images, index: int, rng: np.random.Generator) -> Images:
     size = image.shape[1]
     side = max(1, size // CORNER)
     top, left = rng.integers(0, 2, 2) * (size - side)
-    picture = Image.fromarray(np.ascontiguousarray(image[:, top : top + side, left : left + side].transpose(1, 2, 0)))
-    enlarged: Images = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    return enlarged
+    return _resized(image[:, top : top + side, left : left + side], size)
+
+
+def _resized(image: Images, size: int) -> Images:
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    resized: Images = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return resized
 
 
 def _blend(images: Images, index: int, rng: np.random.Generator) -> Images:
@@ -185,10 +172,8 @@ def _mosaic(images: Images, index: int, rng: np.random.Generator) -> Images:
     half = (size + 1) // 2
     made = np.empty((3, 2 * half, 2 * half), np.uint8)
     for n, other in enumerate((index, *rng.integers(0, len(images), 3))):
-        picture = Image.fromarray(np.ascontiguousarray(images[other].transpose(1, 2, 0)))
-        small = np.asarray(picture.resize((half, half), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         row, column = divmod(n, 2)
-        made[:, row * half : (row + 1) * half, column * half : (column + 1) * half] = small
+        made[:, row * half : (row + 1) * half, column * half : (column + 1) * half] = _resized(images[other], half)
     return made[:, :size, :size]
 
 
@@ -211,24 +196,28 @@ def _erased(images: Images, index: int, rng: np.random.Generator) -> Images:
     return made
 
 
-#: - rotate: by 90, 180 or 270 degrees, which few kinds of objects are photographed at. Not where a camera may be
-#:   turned, and the training images are upright.
-#: - shuffle: the cells of a grid change places: colours and texture remain, the object's form does not.
-#: - zoom: a small crop, or a corner, blown up: texture without a form, or what lies around the object.
-#: - blend: the mean of two images: two objects where the network was taught one.
-#: - texture: the spectrum and colours of an image, with random phases, and no object.
-#: - mosaic: four small images.
-#: - tiled: one piece, repeated.
-#: - erased: only the upper and lower border are left, repeated.
-KINDS = {
-    "rotate": Kind(batch=_rotate_batch),
-    "shuffle": Kind(_shuffle_batch, _shuffle),
-    "zoom": Kind(_zoom_batch, _zoom),
-    "blend": Kind(_blend_batch, _blend),
-    "texture": Kind(single=_texture),
-    "mosaic": Kind(single=_mosaic),
-    "tiled": Kind(single=_tiled),
-    "erased": Kind(single=_erased),
+# The kinds. A network that was trained on one says nothing about images that it was not taught, when it is measured by
+# it.
+# - rotate: by 90, 180 or 270 degrees, which few kinds of objects are photographed at. Not where a camera may be
+#   turned, and the training images are upright.
+# - shuffle: the cells of a grid change places: colours and texture remain, the object's form does not.
+# - zoom: a small crop, or a corner, blown up: texture without a form, or what lies around the object.
+# - blend: the mean of two images: two objects where the network was taught one.
+# - texture: the spectrum and colours of an image, with random phases, and no object.
+# - mosaic: four small images.
+# - tiled: one piece, repeated.
+# - erased: only the upper and lower border are left, repeated.
+
+#: For training: of images uint8 [N, 3, S, S], square, and indices of n of them, n images on their device. Randomness is
+#: torch's global generator of the CPU.
+TRAINING_KINDS = {"rotate": _rotate_batch, "shuffle": _shuffle_batch, "zoom": _zoom_batch, "blend": _blend_batch}
+#: For choices: of images uint8 [N, 3, S, S] and an index, one image.
+CHOICE_KINDS = {
+    "shuffle": _shuffle,
+    "zoom": _zoom,
+    "blend": _blend,
+    "texture": _texture,
+    "mosaic": _mosaic,
+    "tiled": _tiled,
+    "erased": _erased,
 }
-TRAINING_KINDS = {name: kind.batch for name, kind in KINDS.items() if kind.batch is not None}
-CHOICE_KINDS = {name: kind.single for name, kind in KINDS.items() if kind.single is not None}

@@ -223,35 +223,30 @@ def deployment_metrics(
     if not math.isfinite(threshold.value):
         raise UsageError(f"threshold must be finite, got {threshold.value}")
     known, right = ind <= threshold.value, _flags(correct, len(ind))
+    n, accepted = len(known), int(known.sum())
     curve = risk_coverage(ind, right)
     return {
         "threshold": {key: value for key, value in asdict(threshold).items() if key != "id_quantiles"},
-        **_id_side(known, right),
+        **_share("id_tpr", accepted, n),
+        "false_reject": 1 - accepted / n,
+        "false_reject_ci": list(tpr_interval(n - accepted, n)),
+        **_share("selective_accuracy", int(right[known].sum()), accepted),
         "aurc": curve.aurc,
         "augrc": curve.augrc,
         "rejected_by_class": _rejected_by_class(~known, labels, classes),
         "ood": {
-            name: {**_ood_side(_scores(scores, name), threshold.value), "oscr": oscr(ind, right, scores)}
+            name: {
+                **_share("false_accept", int((_scores(scores, name) <= threshold.value).sum()), np.size(scores)),
+                "oscr": oscr(ind, right, scores),
+            }
             for name, scores in ood_scores.items()
         },
     }
 
 
-def _id_side(known: npt.NDArray[np.bool_], correct: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    n, accepted, right = len(known), int(known.sum()), int(correct[known].sum())
-    return {
-        "id_tpr": accepted / n,
-        "id_tpr_ci": list(tpr_interval(accepted, n)),
-        "false_reject": 1 - accepted / n,
-        "false_reject_ci": list(tpr_interval(n - accepted, n)),
-        "selective_accuracy": right / accepted if accepted else None,
-        "selective_accuracy_ci": list(tpr_interval(right, accepted)) if accepted else None,
-    }
-
-
-def _ood_side(ood: Floats, threshold: float) -> dict[str, Any]:
-    mistaken = int((ood <= threshold).sum())
-    return {"false_accept": mistaken / len(ood), "false_accept_ci": list(tpr_interval(mistaken, len(ood)))}
+def _share(name: str, k: int, n: int) -> dict[str, Any]:
+    """`name`, k of n, and its interval, `name`_ci; None where n is 0."""
+    return {name: k / n if n else None, f"{name}_ci": list(tpr_interval(k, n)) if n else None}
 
 
 def _rejected_by_class(

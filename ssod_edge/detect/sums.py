@@ -9,7 +9,6 @@ among known images would otherwise decide alone which of them are rejected.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -123,15 +122,13 @@ def sum_of(name: str, detectors: dict[str, Detector], spread: dict[str, float]) 
 
 def save_score(score: FittedScore, path: str | Path) -> Path:
     """Write a fitted score as an .npz file, the same bytes for the same state; `load_score` reads it."""
-    buffer = io.BytesIO()
     if isinstance(score, Detector):
         arrays = write_detector(score)
     else:
         arrays = {"sum": np.array(score.name), "scales": np.array(list(score.scales.values()), np.float64)}
         for part, detector in score.detectors.items():
             arrays |= {f"{part}.{key}": value for key, value in write_detector(detector).items()}
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    return write_atomic(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
 
 
 def load_score(path: str | Path) -> FittedScore:

@@ -10,14 +10,11 @@ import pytest
 from ssod_edge.config import DETECTORS
 from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import (
+    PERCENTILES,
     RIDGE,
     FitData,
     _spherical_kmeans,
     fit,
-    fit_knn,
-    fit_mahalanobis,
-    fit_scale,
-    fit_vim,
 )
 from ssod_edge.detect.sums import load_score, save_score
 from ssod_edge.errors import UsageError
@@ -36,7 +33,7 @@ def make_data(n: int = 400, seed: int = 0, offset: float = 5.0) -> FitData:
     weight = np.random.default_rng(3).normal(0, 0.3, (CLASSES, WIDTH)).astype(np.float32)
     bias = np.arange(CLASSES, dtype=np.float32)
     features = features.astype(np.float32)
-    return FitData(features, labels, features @ weight.T + bias, weight, bias)
+    return FitData(features, labels, features @ weight.T + bias, weight, bias, np.zeros(n, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +68,23 @@ def squared_distance(z: np.ndarray, center: np.ndarray, covariance: np.ndarray) 
     return np.array([(row - center) @ inverse @ (row - center) for row in z.astype(np.float64)])
 
 
-@pytest.mark.parametrize(("dimensions", "kept"), [(None, WIDTH // 2), (4, 4), (WIDTH, WIDTH)])
+def tune(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
+    """Fit with other constants than those that ship."""
+    for name, value in constants.items():
+        monkeypatch.setattr(f"ssod_edge.detect.fit.{name}", value)
+
+
+@pytest.mark.parametrize(("constants", "kept"), [({}, WIDTH // 2), ({"PRINCIPAL": 4}, 4), ({"CANCELLATION": 0}, WIDTH)])
 def test_mahalanobis_is_the_smallest_distance_to_a_class(
-    data: FitData, images: FitData, dimensions: int | None, kept: int
+    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, constants: dict[str, int], kept: int
 ) -> None:
+    tune(monkeypatch, **constants)
     means, within, _ = covariances(data)
     values, vectors = np.linalg.eigh(within)
     values[: WIDTH - kept] = values[: WIDTH - kept].mean() if kept < WIDTH else 1.0  # the rest is a sphere
     within = (vectors * values) @ vectors.T
     expected = np.min([squared_distance(images.features, mean, within) for mean in means], axis=0)
-    found = fit_mahalanobis(data, dimensions)
+    found = fit("mahalanobis", data)
     assert found.rows == kept + CLASSES and bool(found.center.size) == (kept < WIDTH)
     np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-3)
 
@@ -90,12 +94,10 @@ def test_mahalanobis_subtracts_nothing_where_fp32_would_lose_it() -> None:
     features = rng.normal(0, 1e-3, (200, WIDTH))
     features[:, 0] += np.repeat([1000, -1000], 100)  # two classes, far apart and narrow
     labels = np.repeat([0, 1], 100)
-    weight = np.zeros((2, WIDTH), np.float32)
-    data = FitData(features.astype(np.float32), labels, np.zeros((200, 2), np.float32), weight, np.zeros(2, np.float32))
-    found = fit_mahalanobis(data)
+    weight, logits = np.zeros((2, WIDTH), np.float32), np.zeros((200, 2), np.float32)
+    data = FitData(features.astype(np.float32), labels, logits, weight, weight[:, 0], logits[:, 0])
+    found = fit("mahalanobis", data)
     assert not found.center.size and found.settings["dimensions"] == WIDTH
-    with pytest.raises(UsageError, match="dimensions must lie between 1 and 24, got 25"):
-        fit_mahalanobis(data, WIDTH + 1)
 
 
 def test_relative_mahalanobis_takes_two_rows_a_class(data: FitData, images: FitData) -> None:
@@ -108,36 +110,46 @@ def test_relative_mahalanobis_takes_two_rows_a_class(data: FitData, images: FitD
     assert np.ptp(expected) > 10
 
 
-@pytest.mark.parametrize(("dimensions", "rows"), [(None, 12), (8, 8), (20, 4)])
-def test_vim_is_the_residual_less_the_energy(data: FitData, images: FitData, dimensions: int | None, rows: int) -> None:
-    kept = dimensions or WIDTH // 2
+@pytest.mark.parametrize(
+    ("constants", "kept", "rows"),
+    [({}, 12, 12), ({"PRINCIPAL": 8}, 8, 8), ({"PRINCIPAL": 8, "CANCELLATION": 0}, 8, WIDTH - 8)],
+)
+def test_vim_is_the_residual_less_the_energy(
+    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, constants: dict[str, int], kept: int, rows: int
+) -> None:
+    tune(monkeypatch, **constants)
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
     v = data.features - origin
     _, _, directions = np.linalg.svd(v, full_matrices=False)
     residual = directions[kept:].T
     alpha = data.logits.max(axis=1).mean() / np.linalg.norm(v @ residual, axis=1).mean()
     expected = alpha * np.linalg.norm((images.features - origin) @ residual, axis=1) + energy(images.logits)
-    found = fit_vim(data, dimensions)
+    found = fit("vim", data)
     assert found.rows == rows
     np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_vim_keeps_the_residual_rows_where_the_difference_would_cancel(data: FitData) -> None:
+def test_vim_keeps_the_residual_rows_where_the_difference_would_cancel(
+    data: FitData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(monkeypatch, PRINCIPAL=8)
     flat = data.features.copy()
     flat[:, 8:] = 5 + 1e-4 * (flat[:, 8:] - 5)
     nearly_flat = replace(data, features=flat, logits=flat @ data.weight.T + data.bias)
-    assert fit_vim(data, 8).settings["rows"] == "principal space"
-    assert fit_vim(nearly_flat, 8).settings["rows"] == "residual space"
+    assert fit("vim", data).settings["rows"] == "principal space"
+    assert fit("vim", nearly_flat).settings["rows"] == "residual space"
 
 
-def test_knn_is_one_less_the_largest_cosine(data: FitData, images: FitData) -> None:
-    found = fit_knn(data, prototypes=3)
+def test_knn_is_one_less_the_largest_cosine(data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(monkeypatch, PROTOTYPES=3)
+    found = fit("knn", data)
     assert found.rows == 3 * CLASSES
     np.testing.assert_allclose(np.linalg.norm(found.weight, axis=1), 1, rtol=1e-5)
     cosine = images.features @ found.weight.T / np.linalg.norm(images.features, axis=1)[:, None]
     np.testing.assert_allclose(found.score(images.features, images.logits), 1 - cosine.max(axis=1), atol=1e-6)
     # With a prototype for each image it is the nearest training image, exactly.
-    full = fit_knn(data, prototypes=len(data.features))
+    tune(monkeypatch, PROTOTYPES=len(data.features), MOST_PROTOTYPES=CLASSES * len(data.features))
+    full = fit("knn", data)
     assert full.rows == len(data.features)
     np.testing.assert_allclose(full.score(data.features, data.logits), 0, atol=1e-6)
 
@@ -161,13 +173,16 @@ def test_react_is_the_energy_of_clipped_features(data: FitData, images: FitData)
 
 
 @pytest.mark.parametrize("name", ["scale", "ash"])
-def test_scale_and_ash_multiply_by_the_ratio_of_sums(data: FitData, images: FitData, name: str) -> None:
+def test_scale_and_ash_multiply_by_the_ratio_of_sums(
+    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(PERCENTILES, name, 0.75)
     z = images.features.astype(np.float64)
     k = WIDTH - int(0.75 * WIDTH)
     kept = np.where(z >= np.sort(z, axis=1)[:, [-k]], z, 0)
     factor = np.exp(np.maximum(z, 0).sum(axis=1) / np.maximum(kept, 0).sum(axis=1))[:, None]
     expected = energy(factor * (kept if name == "ash" else z) @ data.weight.T + data.bias)
-    found = fit_scale(data, name, 0.75)  # type: ignore[arg-type]
+    found = fit(name, data)  # type: ignore[arg-type]
     assert found.rows == 0 and found.multiply_adds == (data.weight.size if name == "ash" else 0)
     np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-4)
 
@@ -199,8 +214,6 @@ def test_a_detector_comes_back_from_its_file(data: FitData, images: FitData, tmp
 def test_wrong_input_is_refused(data: FitData, tmp_path) -> None:
     with pytest.raises(UsageError, match="detector must be one of vim"):
         fit("best", data)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="dimensions must lie between 0 and 24, got 24"):
-        fit_vim(data, WIDTH)
     with pytest.raises(UsageError, match="not finite"):
         replace(data, features=np.full_like(data.features, np.nan))
     with pytest.raises(UsageError, match="features"):

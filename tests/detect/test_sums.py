@@ -98,7 +98,7 @@ def test_parts_that_are_not_those_of_the_name_are_refused(data: FitData, tmp_pat
     ],
 )
 def test_sums_that_make_no_sense_are_refused(data: FitData, name: str, message: str) -> None:
-    untrained = FitData(data.features, data.labels, data.logits, data.weight, data.bias)
+    untrained = replace(data, id_logit=np.zeros_like(data.id_logit))
     with pytest.raises(UsageError, match=message):
         fit_score(name, untrained)
 

@@ -188,7 +188,8 @@ def test_the_verdict_of_a_fitted_score(run, image, monkeypatch):
     model, rng = Run.at(run).model, np.random.default_rng(0)
     weight, bias = (part[: len(CLASSES)].detach().numpy() for part in model.head_weight())
     features = rng.normal(size=(40, weight.shape[1])).astype(np.float32)
-    data = FitData(features, rng.integers(0, len(CLASSES), 40), features @ weight.T + bias, weight, bias)
+    labels, logits = rng.integers(0, len(CLASSES), 40), features @ weight.T + bias
+    data = FitData(features, labels, logits, weight, bias, np.zeros(40, np.float32))
     (run / "export").mkdir(exist_ok=True)
     fitted = fit_score("energy+knn", data)
     state = save_score(fitted, run / "export" / DETECTOR_NAME)

@@ -100,11 +100,10 @@ def _open_gpu(index: int) -> Gpu:
 
 def has_gpu() -> bool:
     """Whether PyCUDA is installed and finds a GPU."""
-    try:
+    with suppress(SsodEdgeError):
         open_gpu()
-    except SsodEdgeError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _driver() -> Any:
@@ -124,17 +123,15 @@ class Buffer:
         driver: `pycuda.driver`.
         shape: of the largest array it has to hold; the first axis is the batch.
         dtype: of its elements.
+
+    Attributes: `host`, the array, and its `address` on the GPU.
     """
 
     def __init__(self, driver: Any, shape: tuple[int, ...], dtype: Any) -> None:
         self._driver = driver
         self.host: Array = driver.pagelocked_empty(shape, dtype)
         self._device = driver.mem_alloc(max(1, self.host.nbytes))
-
-    @property
-    def address(self) -> int:
-        """On the GPU."""
-        return int(self._device)
+        self.address = int(self._device)
 
     def upload(self, n: int, stream: Any) -> None:
         """Copy the first n rows to the GPU, in the order of the stream."""
@@ -169,13 +166,12 @@ class Graph:
         graph = ctypes.c_void_p()
         _call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
         try:
-            enqueue()
-        except BaseException:
-            with suppress(GraphError):  # it ends the capture even where it says that the capture is void
-                _call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-            _destroy("cuGraphDestroy", graph)
-            raise
-        try:
+            try:
+                enqueue()
+            except BaseException:
+                with suppress(GraphError):  # it ends the capture even where it says that the capture is void
+                    _call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+                raise
             _call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
             _call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
         finally:

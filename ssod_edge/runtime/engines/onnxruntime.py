@@ -97,9 +97,8 @@ def _open_session(
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {error}") from error
-    check_graph(
-        path, spec, outputs, {value.name: value.shape for value in session.get_inputs() + session.get_outputs()}
-    )
+    shapes = {value.name: value.shape for value in session.get_inputs() + session.get_outputs()}
+    check_graph(path, spec, outputs, shapes)
     return session
 
 

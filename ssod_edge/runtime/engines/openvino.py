@@ -73,9 +73,8 @@ class OpenVinoRunner(Runner):
         self._tensor = openvino.Tensor
         # The memory that the request reads and writes, for batches of the size of the last one.
         self._pixels: Any = np.zeros((0, 3, 0, 0), np.uint8)
-        self._values: list[Any] = []
+        self._values: dict[str, Any] = {}
         self._beside: dict[str, Array] = {}
-        self._ports = [compiled.output(name) for name in outputs]
         self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.precision = PRECISIONS.get(element, element)
@@ -107,8 +106,7 @@ class OpenVinoRunner(Runner):
             np.copyto(self._pixels, images)
             self._request.start_async()
             self._request.wait()
-            values = [value.copy() for value in self._values]
-        return dict(zip(self._outputs, values, strict=True))
+            return {name: value.copy() for name, value in self._values.items()}
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Give the request an input of this shape and outputs for as many images, as arrays to copy to and from."""
@@ -116,12 +114,12 @@ class OpenVinoRunner(Runner):
 
         pixels = openvino.Tensor(openvino.Type.u8, openvino.Shape(list(shape)))
         self._request.set_tensor("image", pixels)
-        self._values = []
-        for port in self._ports:
+        for name in self._outputs:
+            port = self._request.get_compiled_model().output(name)
             axes = [axis.get_length() for axis in list(port.get_partial_shape())[1:]]
             tensor = openvino.Tensor(port.get_element_type(), openvino.Shape([shape[0], *axes]))
             self._request.set_tensor(port, tensor)
-            self._values.append(tensor.data)
+            self._values[name] = tensor.data
         self._pixels = pixels.data
 
 
@@ -148,21 +146,17 @@ def _shapes(compiled: Any) -> dict[str, list[int | None]]:
     """Name of an input or output -> its axes, None where one is dynamic; empty if their number is."""
     found: dict[str, list[int | None]] = {}
     for port in (*compiled.inputs, *compiled.outputs):
-        text = str(port.get_partial_shape())  # "[?,3,224,224]"; "[...]" if the number of axes is dynamic
-        axes = [] if "..." in text else text.strip("[]").split(",")
-        for name in port.get_names():
-            found[name] = [int(axis) if axis.isdigit() else None for axis in axes]
+        shape = port.get_partial_shape()
+        axes = [] if shape.rank.is_dynamic else [None if a.is_dynamic else a.get_length() for a in shape]
+        found |= dict.fromkeys(port.get_names(), axes)
     return found
 
 
 def _runs_int8(compiled: Any) -> bool:
     """Whether a device runs convolutions or matrix products in int8, by the types of its own graph."""
-    for op in compiled.get_runtime_model().get_ops():
-        info = op.get_rt_info()
-        kind = str(info["layerType"].astype(str)) if "layerType" in info else ""
-        if kind in HEAVY_LAYERS and str(info["runtimePrecision"].astype(str)) in ("i8", "u8"):
-            return True
-    return False
+    layers = (op.get_rt_info() for op in compiled.get_runtime_model().get_ops())
+    heavy = (info for info in layers if "layerType" in info and info["layerType"].astype(str) in HEAVY_LAYERS)
+    return any(info["runtimePrecision"].astype(str) in ("i8", "u8") for info in heavy)
 
 
 def request_config(

@@ -9,6 +9,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ CUDA_EXTRAS = {"tensorrt": "jetson", "tensorrt_rtx": "tensorrt-rtx"}
 #: The oldest TensorRT whose networks can be strongly typed and that parses opset 18 here: JetPack 6.1 brings it.
 OLDEST = (10, 3)
 
-#: What an `Artifact.build` holds of a plan. `key` is a hash of the others: the same key is the same plan.
+#: What an `Artifact.build` holds of a plan: `version` is TensorRT's, `gpu` a name (None where the plan is built for
+#: compute capabilities, e.g. ["8.7"]), `batch` [min, opt, max]. And `key`, a hash of them: the same key, the same plan.
 PLAN_FIELDS = (
     "onnx_sha256",
     "engine",
@@ -40,13 +42,7 @@ PLAN_FIELDS = (
 
 
 def plan_key(build: Mapping[str, Any]) -> str:
-    """The SHA-256 of everything that a plan depends on.
-
-    Args:
-        build: `PLAN_FIELDS`: onnx_sha256, engine, version of TensorRT, gpu (its name; None where the plan is built for
-            compute capabilities), compute_capabilities (e.g. ["8.7"]), precision, batch [min, opt, max] and
-            version_compatible.
-    """
+    """The SHA-256 of everything that a plan depends on, the `PLAN_FIELDS` of `build`."""
     text = json.dumps({name: build[name] for name in PLAN_FIELDS}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -61,10 +57,8 @@ def graph_hash(files: Mapping[str, str]) -> str:
         the ONNX file's own SHA-256; with external data, that of the digits of all of them, sorted by path.
     """
     main, *others = files
-    if not others:
-        return files[main]
-    digests = [files[main], *(files[name] for name in sorted(others))]
-    return hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
+    digests = files[main] + "".join(files[name] for name in sorted(others))
+    return hashlib.sha256(digests.encode("ascii")).hexdigest() if others else files[main]
 
 
 def check_build(artifact: Artifact, path: Path, spec: Spec) -> None:
@@ -83,13 +77,12 @@ def check_build(artifact: Artifact, path: Path, spec: Spec) -> None:
             f"{artifact.engine} in {artifact.precision}. {again}"
         )
     for other in spec.artifacts:
-        if other.engine == "onnxruntime" and other.precision == artifact.precision:
-            found = graph_hash(other.files)
-            if found != build["onnx_sha256"]:
-                raise ArtifactError(
-                    f"'{path}' was built from another graph than '{other.main_file}' of this export: SHA-256 "
-                    f"{build['onnx_sha256'][:12]}... instead of {found[:12]}... {again}"
-                )
+        graph = (other.engine, other.precision) == ("onnxruntime", artifact.precision)
+        if graph and (found := graph_hash(other.files)) != build["onnx_sha256"]:
+            raise ArtifactError(
+                f"'{path}' was built from another graph than '{other.main_file}' of this export: SHA-256 "
+                f"{build['onnx_sha256'][:12]}... instead of {found[:12]}... {again}"
+            )
 
 
 def check_plan(artifact: Artifact, path: Path, module: Any, gpu: Gpu) -> None:
@@ -123,20 +116,13 @@ def _fits(built: str, here: str, compatible: bool) -> bool:
 
     NVIDIA promises the next major too, without the interfaces that it removed; that is not relied on.
     """
-    if built == here or not compatible:
-        return built == here
     old, new = parse_version(built), parse_version(here)
-    return old[0] == new[0] and old <= new
+    return built == here or (compatible and old[:1] == new[:1] and old <= new)
 
 
 def parse_version(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: "10.3.0.post1" -> (10, 3, 0)."""
-    numbers: list[int] = []
-    for part in text.split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdecimal, text.split("."))))
 
 
 def why_not_here(artifact: Artifact) -> str | None:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -61,10 +60,9 @@ class TrtRunner(Runner):
         if hashlib.sha256(plan).hexdigest() != artifact.files[artifact.main_file]:
             raise ArtifactError(f"'{path}' was changed while it was opened. Open it again, or export the run again.")
         cache = _cache_file(artifact, gpu) if self.engine == "tensorrt_rtx" else None
-        # A version-compatible plan brings host code, the lean runtime of the TensorRT that built it. It may run because
-        # these bytes are those of the spec; of any other plan none is run.
+        # The lean runtime in a version-compatible plan may run because these bytes are those of the spec.
         host_code = bool(artifact.build["version_compatible"])
-        self._session: Session | None = Session(module, plan, path.name, gpu, cache, host_code)
+        self._session = Session(module, plan, path.name, gpu, cache, host_code)
         try:
             check_graph(path, spec, spec.outputs, self._session.shapes)
         except BaseException:
@@ -79,13 +77,7 @@ class TrtRunner(Runner):
         }
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free what it holds on the GPU, after the runs of other threads have ended. Safe to call twice."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
+        self._session.close()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`.
@@ -95,10 +87,8 @@ class TrtRunner(Runner):
             EngineError: the GPU or TensorRT failed. After that, only a new runner may work.
         """
         session = self._session
-        if session is None:
-            raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
-        values = session.run({"image": images}, self.verdict_inputs() if session.settings else {})
+        values = session.run({"image": images}, self.verdict_inputs() if session.settings else None)
         self.details["cuda_graph"] = session.graphs
         return {name: values[name] for name in self.spec.outputs}
 
@@ -129,11 +119,11 @@ class Session:
     def __init__(
         self, module: Any, plan: bytes, name: str, gpu: Gpu, cache: Path | None = None, host_code: bool = False
     ) -> None:
-        self._module, self._gpu, self._name, self._cache = module, gpu, name, cache
+        self._gpu, self._name, self._cache = gpu, name, cache
         self._engine_name = module.__name__.removesuffix("_lean")
         self._logger = make_logger(module)
         self._lock = threading.Lock()
-        self._free: deque[_Lane] = deque()
+        self._free: list[_Lane] = []
         self._lost: str | None = None
         self._closed = False
         with gpu.current():
@@ -146,31 +136,28 @@ class Session:
                     f"{module.__name__} {module.__version__} cannot open '{name}' on '{gpu.name}': "
                     f"{self._logger.last()}. Build it again here with: {build_command(self._engine_name)}"
                 )
-            self._read_engine()
+            engine, inputs = self._engine, module.TensorIOMode.INPUT
+            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+            taken = tuple(name for name in names if engine.get_tensor_mode(name) == inputs)
+            self.settings = tuple(name for name in taken if name in VERDICT_INPUTS)
+            self.inputs = tuple(name for name in taken if name not in VERDICT_INPUTS)
+            self.outputs = tuple(name for name in names if name not in taken)
+            self.types = {name: TYPES[engine.get_tensor_dtype(name).name] for name in names}
+            self.shapes: dict[str, list[int | None]] = {
+                name: [axis if axis >= 0 else None for axis in engine.get_tensor_shape(name)] for name in names
+            }
+            fixed = self.shapes[self.inputs[0]][0]
+            if fixed is not None:
+                self.batch = (fixed, fixed)
+            else:
+                smallest, _, largest = engine.get_tensor_profile_shape(self.inputs[0], 0)
+                self.batch = (int(smallest[0]), int(largest[0]))
             # TensorRT for RTX captures by itself, once it has compiled the kernels for a shape.
             strategy = getattr(module, "CudaGraphStrategy", None)
             self.captures = strategy is None
             self.graphs = "not yet" if self.captures else "left to TensorRT for RTX"
             self._config, self._kernels = self._configure(strategy)
             self._free.append(_Lane(self))  # what has no room fails here, not in the first run
-
-    def _read_engine(self) -> None:
-        engine, inputs = self._engine, self._module.TensorIOMode.INPUT
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        taken = tuple(name for name in names if engine.get_tensor_mode(name) == inputs)
-        self.settings = tuple(name for name in taken if name in VERDICT_INPUTS)
-        self.inputs = tuple(name for name in taken if name not in VERDICT_INPUTS)
-        self.outputs = tuple(name for name in names if name not in taken)
-        self.types = {name: TYPES[engine.get_tensor_dtype(name).name] for name in names}
-        self.shapes: dict[str, list[int | None]] = {
-            name: [axis if axis >= 0 else None for axis in engine.get_tensor_shape(name)] for name in names
-        }
-        fixed = self.shapes[self.inputs[0]][0]
-        if fixed is not None:
-            self.batch = (fixed, fixed)
-        else:
-            smallest, _, largest = engine.get_tensor_profile_shape(self.inputs[0], 0)
-            self.batch = (int(smallest[0]), int(largest[0]))
 
     def _configure(self, strategy: Any) -> tuple[Any, Any]:
         """The runtime configuration and kernel cache of TensorRT for RTX; (None, None) for the others."""
@@ -209,7 +196,7 @@ class Session:
             )
         return context
 
-    def run(self, inputs: Mapping[str, Array], settings: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], settings: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run a batch of any size; see `TrtRunner`.
 
         Args:
@@ -224,7 +211,8 @@ class Session:
         with self._gpu.current():
             lane = self._take()
             try:
-                lane.set(settings)
+                if settings is not None:
+                    lane.set(settings)
                 for start in range(0, n, largest):
                     part = {name: values[start : start + largest] for name, values in inputs.items()}
                     parts.append(lane.run(part))
@@ -268,7 +256,7 @@ class Session:
             if self._closed:
                 return
             self._closed = True
-            lanes, self._free = list(self._free), deque()
+            lanes, self._free = self._free, []
         try:
             with self._gpu.current():
                 for lane in lanes:
@@ -306,10 +294,9 @@ class _Lane:
         self._graph: Graph | None = None
         self._n = 0
         self._settings: Mapping[str, Array] = {}
-        self._stream: Any = None
         with session._gpu.current() as driver:
             self._driver = driver
-            self._stream = driver.Stream()
+            self._stream: Any = driver.Stream()
             try:
                 for name in (*session.inputs, *session.settings, *session.outputs):
                     shape = self._shape(name, session.batch[1])
@@ -391,9 +378,8 @@ class _Lane:
 
     def free(self) -> None:
         """Give everything back, also from an unfinished `__init__` or run."""
-        if self._stream is not None:
-            with suppress(Exception):  # of a GPU that was lost, nothing is to be waited for
-                self._stream.synchronize()
+        with suppress(Exception):  # of a GPU that was lost, nothing is to be waited for
+            self._stream.synchronize()
         self._drop_graph()
         self._context = None
         for buffer in self._buffers.values():

@@ -277,5 +277,4 @@ def quantiles(histogram: Sequence[int], low: float, high: float, bins: Reference
 def coarse(histogram: Sequence[int], bins: Reference) -> Integers:
     """A histogram's counts in the bins of the test, [K]."""
     starts = np.concatenate([[0], np.searchsorted(bins.edges, bins.cuts) + 1])
-    counts: Integers = np.add.reduceat(np.asarray(histogram, np.int64), starts)
-    return counts
+    return np.add.reduceat(np.asarray(histogram, np.int64), starts)

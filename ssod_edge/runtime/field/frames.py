@@ -128,14 +128,18 @@ class FrameReader(AbstractContextManager["FrameReader"]):
             raise self._failure
 
     def _read(self) -> None:
-        count = 0
+        count, start, time_s = 0, 0.0, -1.0
         try:
-            for frame in self._frames():
-                count += 1
-                if not self._offer(frame):
+            while not self._ended:
+                read, pixels = self._capture.read()
+                if not read:
+                    self.problem = None if self._ended else self._early_end(count)
                     return
-            if not self._ended:
-                self.problem = self._early_end(count)
+                now = time.monotonic()
+                start = start or now
+                time_s = now - start if self._endless else self._position(time_s)
+                self._offer(Frame(count, time_s, self._cv2.cvtColor(pixels, self._cv2.COLOR_BGR2RGB)))
+                count += 1
         except self._cv2.error as error:  # the thread that iterates raises it, as it does any other
             self._failure = ImageError(f"frame {count} of {self.name} cannot be read: {error}")
         except Exception as error:
@@ -145,18 +149,6 @@ class FrameReader(AbstractContextManager["FrameReader"]):
                 self._ended = True
                 self._changed.notify_all()
 
-    def _frames(self) -> Iterator[Frame]:
-        start, last, index = 0.0, -1.0, 0
-        while not self._ended:
-            read, pixels = self._capture.read()
-            if not read:
-                return
-            now = time.monotonic()
-            start = start or now
-            last = now - start if self._endless else self._position(last)
-            yield Frame(index, last, self._cv2.cvtColor(pixels, self._cv2.COLOR_BGR2RGB))
-            index += 1
-
     def _position(self, last: float) -> float:
         """Time of the frame that was just read, in seconds; where the file does not say, the nominal period goes on."""
         position = self._capture.get(self._cv2.CAP_PROP_POS_MSEC) / 1000
@@ -164,8 +156,8 @@ class FrameReader(AbstractContextManager["FrameReader"]):
             return float(position)
         return max(0.0, last + self._period) if last >= 0 else 0.0
 
-    def _offer(self, frame: Frame) -> bool:
-        """Hand a frame over; False once nobody wants one."""
+    def _offer(self, frame: Frame) -> None:
+        """Hand a frame over, as long as somebody wants one."""
         with self._changed:
             if self._paced:
                 if self._start is None:
@@ -176,11 +168,9 @@ class FrameReader(AbstractContextManager["FrameReader"]):
                 self._waiting.clear()
                 self.dropped += 1
             self._changed.wait_for(lambda: self._ended or len(self._waiting) < AHEAD)
-            if self._ended:
-                return False
-            self._waiting.append(frame)
-            self._changed.notify_all()
-            return True
+            if not self._ended:
+                self._waiting.append(frame)
+                self._changed.notify_all()
 
     def _early_end(self, count: int) -> str | None:
         if self._endless:

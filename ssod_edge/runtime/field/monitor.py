@@ -21,16 +21,7 @@ import numpy as np
 from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.files import check_output, exclusive, write_json
 from ssod_edge.json_reader import from_json, read_json
-from ssod_edge.runtime.field.drift import (
-    CALM,
-    MEMORY,
-    DriftState,
-    Reference,
-    advance,
-    fits,
-    new_state,
-    reference,
-)
+from ssod_edge.runtime.field.drift import CALM, MEMORY, DriftState, Reference, advance, fits, new_state, reference
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.spec import Artifact, Spec, Threshold
 
@@ -44,14 +35,15 @@ _FLUSH_IMAGES = 4096
 _LARGEST_SCORE, _MOST_IMAGES = 1e39, 2**53
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """The file.
 
     Attributes:
         schema_version: of this format.
         artifact, backbone, score: what made the scores.
-        identity: hash of the artifact's files, score and threshold: scores of another one cannot be added.
+        identity: hash of the artifact's files, score and threshold, which decide its scores and what they are compared
+            with: scores of another one cannot be added.
         threshold: with the ID quantiles that are compared with.
         images: with a score.
         unknown: of these, above the threshold.
@@ -62,17 +54,17 @@ class Record:
         drift: the test.
     """
 
-    schema_version: int
+    schema_version: int = SCHEMA_VERSION
     artifact: str
     backbone: str
     score: str
     identity: str
     threshold: Threshold
-    images: int
-    unknown: int
-    failed: int
-    lowest: float | None
-    highest: float | None
+    images: int = 0
+    unknown: int = 0
+    failed: int = 0
+    lowest: float | None = None
+    highest: float | None = None
     histogram: tuple[int, ...]
     drift: DriftState
 
@@ -132,12 +124,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         Raises:
             UsageError: a score that is not finite.
         """
-        if ood_score is not None and not math.isfinite(ood_score):
-            raise UsageError(f"an OOD score must be finite, got {ood_score}")
         if ood_score is None:
             self._failed += 1
-        else:
+        elif math.isfinite(ood_score):
             self._scores.append(ood_score)
+        else:
+            raise UsageError(f"an OOD score must be finite, got {ood_score}")
         if len(self._scores) >= _FLUSH_IMAGES or time.monotonic() - self._flushed >= FLUSH_S:
             self.flush()
 
@@ -210,14 +202,6 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
     return record
 
 
-def identity(spec: Spec, artifact: Artifact) -> str:
-    """Hash of what decides an artifact's scores and what they are compared with."""
-    # Without what a threshold of an earlier release has not: its monitors go on.
-    threshold = artifact.threshold and {k: v for k, v in asdict(artifact.threshold).items() if v is not None}
-    facts = [sorted(artifact.files.values()), spec.score_name, threshold]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
 def _new_record(spec: Spec, artifact: Artifact) -> Record:
     threshold = artifact.threshold
     if threshold is None or not threshold.id_quantiles:
@@ -227,18 +211,15 @@ def _new_record(spec: Spec, artifact: Artifact) -> Record:
             "ssod-edge calibrate DIR --id DATA"
         )
     bins = reference(threshold)
+    # Without what a threshold of an earlier release has not: its monitors go on.
+    given = {key: value for key, value in asdict(threshold).items() if value is not None}
+    facts = [sorted(artifact.files.values()), spec.score_name, given]
     return Record(
-        schema_version=SCHEMA_VERSION,
         artifact=artifact.name,
         backbone=spec.backbone,
         score=spec.score_name,
-        identity=identity(spec, artifact),
+        identity=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         threshold=threshold,
-        images=0,
-        unknown=0,
-        failed=0,
-        lowest=None,
-        highest=None,
         histogram=(0,) * len(bins.id_shares),
         drift=new_state(len(bins.gaps)),
     )

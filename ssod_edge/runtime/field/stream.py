@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ class Smoother:
             raise UsageError(f"--smooth must be a number of seconds above 0, got {seconds}")
         self._seconds = seconds
         self._time = 0.0
-        self._mean: dict[str, Array] | None = None
+        self._mean: dict[str, Array] = {}
 
     def update(self, time_s: float, outputs: dict[str, Array]) -> dict[str, Array]:
         """Take in the outputs of one frame, and return the means in their place.
@@ -65,11 +65,8 @@ class Smoother:
             "probs" and "ood_score" of the mean, and "logits" that rank as the mean probabilities do.
         """
         new = {name: outputs[name].astype(np.float64) for name in ("probs", "ood_score")}
-        if self._mean is None:
-            self._mean = new
-        else:
-            weight = -math.expm1(-max(0.0, time_s - self._time) / self._seconds)
-            self._mean = {name: mean + weight * (new[name] - mean) for name, mean in self._mean.items()}
+        weight = -math.expm1(-max(0.0, time_s - self._time) / self._seconds)
+        self._mean = {name: mean + weight * (new[name] - mean) for name, mean in (self._mean or new).items()}
         self._time = time_s
         return {**self._mean, "logits": self._mean["probs"]}
 
@@ -157,7 +154,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
             click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
         if frames.problem is not None:
             click.echo(f"error: {printable(frames.problem)}", err=True)
-    failed = frames.problem is not None or table.failed or (watch is not None and watch.problem)
+    failed = frames.problem is not None or table.counts["failed"] or (watch is not None and watch.problem)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -165,16 +162,13 @@ class _Table:
     """The rows of a stream, printed as they come, and their sum."""
 
     def __init__(self, classes: Sequence[str]) -> None:
-        self.frames = self.known = self.unknown = self.failed = 0
+        #: How many frames were known (True), unknown (False), undecided (None) and failed ("failed").
+        self.counts: Counter[bool | str | None] = Counter()
         self._width = max(5, *(len(printable(name)) for name in classes))
         self._began = self._now = time.monotonic()
 
     def add(self, verdict: FrameVerdict) -> None:
-        prediction = verdict.prediction
-        self.frames += 1
-        self.known += prediction.known is True
-        self.unknown += prediction.known is False
-        self.failed += prediction.error is not None
+        self.counts[verdict.prediction.known if verdict.prediction.error is None else "failed"] += 1
         self._now = time.monotonic()
 
     def head(self) -> str:
@@ -193,8 +187,8 @@ class _Table:
         return f"{start}{word}  {name} {prediction.confidence:10.1%} {prediction.ood_score:9.3f} {rate:>6}"
 
     def summary(self, frames: FrameReader, runner: Runner) -> str:
-        took = self._now - self._began
-        rate = f" in {took:.1f} s ({self.frames / took:.1f} a second)" if self.frames else ""
-        counts = f"{self.known} known, {self.unknown} unknown, {self.failed} failed, {frames.dropped} dropped"
-        count = f"{self.frames} frame{'s' if self.frames != 1 else ''}"
-        return f"{frames.name}: {count}{rate}: {counts}; {describe_run(runner)}"
+        took, counts, total = self._now - self._began, self.counts, self.counts.total()
+        rate = f" in {took:.1f} s ({total / took:.1f} a second)" if total else ""
+        outcomes = f"{counts[True]} known, {counts[False]} unknown, {counts['failed']} failed, {frames.dropped} dropped"
+        count = f"{total} frame{'s' if total != 1 else ''}"
+        return f"{frames.name}: {count}{rate}: {outcomes}; {describe_run(runner)}"

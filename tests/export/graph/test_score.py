@@ -22,7 +22,7 @@ from ssod_edge.cli import main
 from ssod_edge.config import DETECTORS, SCORES, Preprocess, score_parts
 from ssod_edge.data.images import Images, Subset, whole_dataset
 from ssod_edge.detect.choice import Candidates, fit_all
-from ssod_edge.detect.fit import FitData, fit, fit_vim
+from ssod_edge.detect.fit import FitData, fit
 from ssod_edge.detect.made_images import CHOICE_KINDS
 from ssod_edge.detect.sums import FittedScore, fit_score
 from ssod_edge.errors import ArtifactError, UsageError, VerificationError
@@ -93,7 +93,10 @@ def fit_tiny(tiny: SSODClassifier, name: str) -> FittedScore:
     logits, id_logit, features = run_eager(tiny, pictures(200, seed=5).numpy())
     weight, bias = (part[: len(CLASSES)].detach().numpy() for part in tiny.head_weight())
     data = FitData(features, logits.argmax(axis=1), logits, weight, bias, id_logit)
-    return fit_vim(data, 8) if name == "vim-principal" else fit_score(name, data)
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "vim-principal":
+            patch.setattr("ssod_edge.detect.fit.PRINCIPAL", 8)
+        return fit_score(name.removesuffix("-principal"), data)
 
 
 SUMS = ("ssod+energy+mahalanobis+rmd", "posterior+scale", "msp+maxlogit+knn+react+vim", "ssod+energy")

@@ -200,9 +200,9 @@ def test_close_while_another_thread_starts_a_run(
     class Lane(trt._Lane):
         def __init__(self, session: trt.Session) -> None:
             if moment == "before its context":
-                runner.close()
+                runner.__exit__(None, None, None)
             super().__init__(session)
-            runner.close()
+            runner.__exit__(None, None, None)
 
     monkeypatch.setattr(trt, "_Lane", Lane)
     tensorrt.executed = wait

@@ -101,7 +101,7 @@ def test_nothing_is_left_behind(gpu: Gpu, export: Path) -> None:
     def once() -> None:
         with open_runner(export) as runner, ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: runner.infer({"image": images}), range(16)))
-        runner.close()
+        runner.__exit__(None, None, None)
 
     once()
     before = free_memory(gpu)
