@@ -21,13 +21,14 @@ from ssod_edge.detect.choice import chooses_unasked
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
-from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
+from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
 from ssod_edge.evaluation.baselines import Baselines
 from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
     id_images,
+    shipped_score,
     warn_of_known_images,
     warn_of_used_images,
 )
@@ -99,7 +100,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     if torch.cuda.is_available():
         model.cuda()
     peers = Baselines(names, model, BATCH_SIZE) if names else None
-    spec, state = _shipped(opened)
+    spec, state = shipped_score(opened, "the score of the export is left out")
     source, indices = id_images(opened, options.id_data)
     warn_of_used_images(source, options.id_data, meta, spec)
     demo = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
@@ -140,16 +141,6 @@ def _ships(run: Run, spec: Spec | None) -> str:
         return DEFAULT_SCORE
     chooses = chooses_unasked(run.outliers, len(splits.train), len(splits.val))
     return AUTO_SCORE if chooses else DEFAULT_SCORE
-
-
-def _shipped(run: Run) -> tuple[Spec | None, FittedScore | None]:
-    """The run's export and the state of its score; None where there is no export of this checkpoint."""
-    try:
-        export = run.export
-        return (None, None) if export is None else (export.spec, export.score_state(run.model.classifier.in_features))
-    except ArtifactError as error:
-        click.echo(f"the score of the export is left out: {error}", err=True)
-        return None, None
 
 
 @dataclass(frozen=True)
@@ -267,45 +258,44 @@ def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return means
 
 
-@dataclass(frozen=True)
-class EvalFiles:
-    """Where an evaluation is written; None leaves JSON and histograms to the run's folder, and makes no pictures."""
-
-    json_file: str | None = None
-    png_file: str | None = None
-    pictures: str | None = None
-
-
 def run_eval(
-    run: str | None, options: EvalOptions, files: EvalFiles, backbone: str | None = None, runs: str = "runs"
+    run: str | None,
+    options: EvalOptions,
+    backbone: str | None = None,
+    runs: str = "runs",
+    json_file: str | None = None,
+    png_file: str | None = None,
+    pictures: str | None = None,
 ) -> None:
     """The command `eval`: evaluate, print the table, write JSON and pictures.
 
     Args:
         run: run folder or checkpoint; None: the newest run under `runs`, of this backbone if one is given.
+        json_file, png_file: of figures and histograms; None leaves them to the run's folder.
+        pictures: folder of all pictures; None makes no others.
     """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
     opened = Run.at(run) if run else Run.newest(runs, backbone)
-    report_file = Path(files.json_file or opened.folder / f"eval-{options.protocol}.json")
-    png = Path(files.png_file or opened.folder / f"eval-{options.protocol}.png")
+    report_file = Path(json_file or opened.folder / f"eval-{options.protocol}.json")
+    png = Path(png_file or opened.folder / f"eval-{options.protocol}.png")
     # Files that cannot be written are found before hours of evaluation and not after.
     check_output(report_file)
     check_output(png)
     if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
-    if files.pictures:
-        check_output(Path(files.pictures) / "roc.png")
+    if pictures:
+        check_output(Path(pictures) / "roc.png")
     report, found = evaluate(run or opened.folder, options)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:
         written.append(save_histograms(found.scores, report["default_score"], png))
     except MissingExtraError as error:
-        if files.png_file:
+        if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
-    if files.pictures:
+    if pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
-        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], files.pictures)
+        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)
