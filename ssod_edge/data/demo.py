@@ -180,15 +180,13 @@ def write_demo_images(folder: str | os.PathLike[str]) -> list[Path]:
 @cache
 def digit_instances(split: str, digit: int) -> tuple[int, ...]:
     """Rows of scikit-learn's digits that show `digit` and belong to `split`."""
-    _, targets = _digits()
-    rows = np.flatnonzero(targets == digit)
-    if digit in _UNKNOWN_DIGITS:
-        return tuple(rows.tolist()) if split == "near" else ()
-    if split not in ID_SPLITS:
-        return ()
-    rows = np.random.default_rng((0, digit)).permutation(rows)
-    ends = np.round(np.cumsum(_DIGIT_SHARES) * len(rows)).astype(int)
-    return tuple(np.split(rows, ends[:-1])[ID_SPLITS.index(split)].tolist())
+    rows = np.flatnonzero(_digits()[1] == digit)
+    owned = {"near": rows}
+    if digit not in _UNKNOWN_DIGITS:
+        rows = np.random.default_rng((0, digit)).permutation(rows)
+        ends = np.round(np.cumsum(_DIGIT_SHARES) * len(rows)).astype(int)
+        owned = dict(zip(ID_SPLITS, np.split(rows, ends[:-1]), strict=True))
+    return tuple(owned[split].tolist()) if split in owned else ()
 
 
 @cache

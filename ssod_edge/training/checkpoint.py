@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": _hash(contiguous), **meta}
     text = json.dumps(meta)
-    data = save(contiguous, metadata={"ssod_edge": text, "sha256": _text_hash(text)})
+    data = save(contiguous, metadata={"ssod_edge": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "Update with: pip install -U ssod-edge"
         )
     hashes = {
-        "metadata's": version < 2 or _text_hash(text) == recorded,
+        "metadata's": version < 2 or hashlib.sha256(text.encode()).hexdigest() == recorded,
         "tensors'": _hash(tensors) == meta.get("tensors_sha256"),
     }
     if changed := [whose for whose, matches in hashes.items() if not matches]:
@@ -99,10 +99,6 @@ class _Metadata(dict):
 
     def __missing__(self, key: str) -> Any:
         raise ArtifactError(f"checkpoint '{self.path}' is damaged: its metadata has no '{key}'")
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
