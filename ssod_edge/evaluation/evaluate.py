@@ -43,8 +43,8 @@ from ssod_edge.training.run import Run
 
 #: Score or detector -> [N], larger = more OOD.
 Scores = dict[str, NDArray[np.floating[Any]]]
-#: Images, and which of them; None for all.
-ImageSet = tuple[ImageSource, Indices | None]
+#: Images, and which of them.
+ImageSet = tuple[ImageSource, Indices]
 
 #: Images of a pass through the network.
 BATCH_SIZE = 64
@@ -108,7 +108,8 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     # Every set is opened before the first image is run: a wrong name shows at once.
     ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
     warn_of_known_images(ood_data, ood, source, meta)
-    sets: dict[str, ImageSet] = {"id": (source, indices), **{name: (images, None) for name, images in ood.items()}}
+    sets: dict[str, ImageSet] = {"id": (source, indices)}
+    sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
     found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
@@ -127,7 +128,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
     if peers:
-        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit)}
+        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found
 
 
@@ -159,11 +160,6 @@ class Found:
     calibration: Scores
     calibration_data: str
 
-    @property
-    def id(self) -> Outputs:
-        """On the ID images."""
-        return self.outputs["id"]
-
 
 def _read(
     model: SSODClassifier,
@@ -179,9 +175,7 @@ def _read(
     Args:
         reading: arguments of `collect`.
     """
-    total = sum(
-        len(s if chosen is None else chosen) for s, chosen in (*sets.values(), *filter(None, (fit, calibration)))
-    )
+    total = sum(len(chosen) for _, chosen in (*sets.values(), *filter(None, (fit, calibration))))
     with image_bar("evaluating", total) as advance:
         options: dict[str, Any] = {**reading, "batch_size": BATCH_SIZE, "advance": advance}
         if peers and fit:
@@ -208,7 +202,7 @@ def _read(
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
     """The part of the report that is computed."""
-    known = found.scores["id"]
+    known, outputs = found.scores["id"], found.outputs["id"]
     unknown = {name: scores for name, scores in found.scores.items() if name != "id"}
     results = [
         {"ood": name, "score": score, "protocol": protocol, **detection_metrics(known[score], values, bootstrap)}
@@ -216,8 +210,8 @@ def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ..
         for score, values in scores.items()
     ]
     return {
-        "n_id": len(found.id.labels),
-        "id_accuracy": found.id.accuracy,
+        "n_id": len(outputs.labels),
+        "id_accuracy": outputs.accuracy,
         "results": results,
         "mean": _means(results),
         "deployment": _deployment(found, unknown, classes),
@@ -228,11 +222,11 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
     """Score -> what it does at its threshold; None without calibration images."""
     if not found.calibration:
         return None
-    deployed = {}
+    deployed, outputs = {}, found.outputs["id"]
     for score, known in found.scores["id"].items():
         threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
         ood = {name: scores[score] for name, scores in unknown.items()}
-        deployed[score] = deployment_metrics(known, ood, threshold, found.id.correct, found.id.labels, classes)
+        deployed[score] = deployment_metrics(known, ood, threshold, outputs.correct, outputs.labels, classes)
     return deployed
 
 
@@ -240,7 +234,7 @@ def _setup(outputs: Outputs, fit: ImageSet | None) -> dict[str, Any]:
     """What the costs of the baselines are to be read against."""
     return {
         "library": f"pytorch-ood {metadata.version('pytorch-ood')}",
-        "fit_data": None if fit is None or fit[1] is None else f"{len(fit[1])} training images of {fit[0].name}",
+        "fit_data": None if fit is None else f"{len(fit[1])} training images of {fit[0].name}",
         "network_ms_per_image": outputs.ms_per_image,
         "batch_size": BATCH_SIZE,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

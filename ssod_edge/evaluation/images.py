@@ -51,14 +51,14 @@ def baseline_images(run: Run, names: list[str], fit_images: int | None) -> tuple
     return source, choose_images(source.labels, splits.train, fit_images)
 
 
-def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices | None]:
+def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices]:
     """The images of known classes: the run's validation split, or those that are named."""
     if id_data is None:
         source, splits = run.splits("name the ID images with --id")
         return source, splits.val
     source = open_dataset(id_data)
     check_classes(id_data, source.classes, run.model.classes)
-    return source, None
+    return source, np.arange(len(source))
 
 
 def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
