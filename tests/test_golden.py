@@ -16,7 +16,7 @@ from places import GOLDEN
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess
 from ssod_edge.runtime.field.monitor import read_monitor
-from ssod_edge.training.run import Run
+from ssod_edge.training.run import Run, load_config
 
 RUN = Path("runs/old")
 
@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_run_is_read() -> None:
     run = Run.at(RUN)
-    config = run.config
+    config = load_config(run.folder)
     assert (config.backbone, config.epochs, config.seed) == ("test_efficientnet", 1, 3)
     assert config.preprocess == run.model.preprocess == Preprocess(input_size=32, version=1)
     assert config.loss == LossConfig(method="ce", outliers=("rotate", "zoom"), warmup_epochs=0.0)

@@ -22,15 +22,15 @@ from ssod_edge.cli.options import baselines, named_data, newest, take
 @click.option(
     "--pictures", type=click.Path(), metavar="DIR", help="Write histograms, ROC, risk-coverage and t-SNE as PNG."
 )
-def eval(run: str | None, backbone: str | None, runs: str, **options: Any) -> None:
+def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
 
     RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. The PROTOCOL in file names is native, or
     via32 with --via 32.
     """
-    from ssod_edge.evaluation.evaluate import EvalFiles, EvalOptions, run_eval
+    from ssod_edge.evaluation.evaluate import EvalOptions, run_eval
 
-    run_eval(run, take(EvalOptions, options), EvalFiles(**options), backbone, runs)
+    run_eval(run, take(EvalOptions, options), **options)
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 Known are the digits 0 to 7. Unknown are the digits 8 and 9 ("near"), photo crops without a digit ("photos") and
 shapes and textures ("shapes"). The digits (8 x 8 pixels) and the two photographs ship inside scikit-learn, so
-nothing is downloaded. Every image depends on (seed, split, index) alone.
+nothing is downloaded. Every image depends on (split, index) alone.
 
 The splits share nothing that a network could memorise: each digit instance and each tile of the photographs belongs
 to exactly one of "train", "val", "calib" and "test". The unknowns use the tiles of "test" and, for "near", digits
@@ -67,7 +67,6 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 # Upsampled digits are soft; a smooth step gives them the edge of a pen stroke.
 _STROKE = [round(255 * t * t * (3 - 2 * t)) for t in (min(max((v - 60) / 120, 0.0), 1.0) for v in range(256))]
 
-Box = tuple[int, int, int, int]
 Floats = npt.NDArray[np.float64]
 
 
@@ -76,7 +75,7 @@ class Tile:
     """A rectangle of one photograph: file name, (left, top, right, bottom) in its pixels, and the pixels."""
 
     photo: str
-    box: Box
+    box: tuple[int, int, int, int]
     image: Image.Image
 
 
@@ -102,36 +101,28 @@ class DemoSet:
 
     Args:
         split: "train", "val", "calib" or "test" (known), "near", "photos" or "shapes" (unknown).
-        seed: draws other images from the same digits and photo tiles; what belongs to which split never changes.
 
-    Attributes:
-        name: "demo:SPLIT".
-        classes: names of the known classes.
+    Attributes, of `ssod_edge.data.sources.ImageSource`:
         labels: int64 [len], 0 to 7 for known digits, -1 for every unknown.
-        hflip_ok: False; a mirrored digit is no digit.
-        fingerprint: 64 hex digits, equal for equal sets.
 
     Raises:
-        UsageError: an unknown split or a negative seed.
+        UsageError: an unknown split.
         MissingExtraError: scikit-learn is not installed.
     """
 
-    hflip_ok = False
+    hflip_ok = False  # a mirrored digit is no digit
     classes = CLASSES
 
-    def __init__(self, split: str, seed: int = 0) -> None:
+    def __init__(self, split: str) -> None:
         if split not in SPLIT_SIZES:
             raise UsageError(f"split of the demo data must be one of {', '.join(SPLIT_SIZES)}, got '{split}'")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UsageError(f"seed of the demo data must be an integer of 0 or more, got {seed!r}")
         _sklearn_datasets()
         self.name = f"demo:{split}"
         self.split = split
-        self.seed = seed
         size = SPLIT_SIZES[split]
-        known = split in ID_SPLITS
-        self.labels: npt.NDArray[np.int64] = np.arange(size) % len(CLASSES) if known else np.full(size, -1)
-        self.fingerprint = hashlib.sha256(f"{_VERSION} {split} {seed} {size}".encode()).hexdigest()
+        self.labels = np.arange(size) % len(CLASSES) if split in ID_SPLITS else np.full(size, -1)
+        # The 0 is of a seed that nobody could choose.
+        self.fingerprint = hashlib.sha256(f"{_VERSION} {split} 0 {size}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,7 +143,7 @@ class DemoSet:
         """Image `index` together with the digit instance and the photo tile it is made of."""
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0 .. {len(self) - 1} for {self.name}, got {index}")
-        rng = np.random.default_rng((self.seed, list(SPLIT_SIZES).index(self.split), index))
+        rng = np.random.default_rng((0, list(SPLIT_SIZES).index(self.split), index))
         if self.split == "shapes":
             return _draw_shape(rng, SHAPES[index % len(SHAPES)])
         if self.split == "photos":
@@ -167,44 +158,35 @@ class DemoSet:
         return Drawing(f"digit-{digit}", tile, instance, background)
 
 
-def write_demo_images(folder: str | os.PathLike[str], count_per_set: int = 2, seed: int = 0) -> list[Path]:
-    """Write PNG files of the test split and of each set of unknowns, named after what they show.
+def write_demo_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write two PNG files of the test split and of each set of unknowns, named after what they show.
 
     Returns:
-        The paths, known first, e.g. "known-digit-3-1.png", "unknown-stripes-3.png".
+        The paths, known first, e.g. "known-digit-3-1.png", "unknown-stripes-2.png".
 
     Raises:
-        UsageError: count_per_set is below 1 or above the smallest set.
         OutputError: the folder cannot be written.
     """
-    names = ("test", *OOD_SPLITS)
-    most = min(SPLIT_SIZES[name] for name in names)
-    if not 1 <= count_per_set <= most:
-        raise UsageError(f"count_per_set must be in 1 .. {most}, got {count_per_set}")
-    folder = make_directory(folder)
-    paths = []
-    for name in names:
-        demo = DemoSet(name, seed)
+    folder, paths = make_directory(folder), []
+    for name in ("test", *OOD_SPLITS):
         verdict = "known" if name in ID_SPLITS else "unknown"
-        for number in range(count_per_set):
-            drawing = demo.drawing(number * 5 % most)  # 5 steps through classes and shapes without repeating soon
-            path = folder / f"{verdict}-{drawing.what}-{number + 1}.png"
+        for number, index in ((1, 0), (2, 5)):  # of another class or shape
+            drawing = DemoSet(name).drawing(index)
+            path = folder / f"{verdict}-{drawing.what}-{number}.png"
             paths.append(write_atomic(path, partial(drawing.image.save, format="PNG")))
     return paths
 
 
 @cache
 def digit_instances(split: str, digit: int) -> tuple[int, ...]:
-    """Rows of scikit-learn's digits that show `digit` and belong to `split`. Fixed, whatever the seed."""
-    _, targets = _digits()
-    rows = np.flatnonzero(targets == digit)
-    if digit in _UNKNOWN_DIGITS:
-        return tuple(rows.tolist()) if split == "near" else ()
-    if split not in ID_SPLITS:
-        return ()
-    rows = np.random.default_rng((0, digit)).permutation(rows)
-    ends = np.round(np.cumsum(_DIGIT_SHARES) * len(rows)).astype(int)
-    return tuple(np.split(rows, ends[:-1])[ID_SPLITS.index(split)].tolist())
+    """Rows of scikit-learn's digits that show `digit` and belong to `split`."""
+    rows = np.flatnonzero(_digits()[1] == digit)
+    owned = {"near": rows}
+    if digit not in _UNKNOWN_DIGITS:
+        rows = np.random.default_rng((0, digit)).permutation(rows)
+        ends = np.round(np.cumsum(_DIGIT_SHARES) * len(rows)).astype(int)
+        owned = dict(zip(ID_SPLITS, np.split(rows, ends[:-1]), strict=True))
+    return tuple(owned[split].tolist()) if split in owned else ()
 
 
 @cache

@@ -57,9 +57,9 @@ def write_image_list(
         ImageError: an image cannot be read; nothing is written.
         UsageError: a file name with a line break.
     """
-    lines = []
+    names, lines = _names(source), []
     for index in indices.tolist():
-        name = _name(source, index)
+        name = names[index]
         if "\n" in name or "\r" in name:
             raise UsageError(f"the name {name!r} in '{source.name}' has a line break; rename the file")
         lines.append(f"{source.image_and_hash(index)[1]}  {name}\n")
@@ -113,16 +113,12 @@ def _match(source: ReaderImages, wanted: list[str]) -> list[int | None]:
     return min(found, key=lambda indices: indices.count(None))
 
 
-def _names(source: ReaderImages) -> list[str]:
-    return [_name(source, index) for index in range(len(source))]
-
-
 def _below(name: str, depth: int) -> str:
     """A name without its first folders."""
     return name.split("/", depth)[-1]
 
 
-def _name(source: ReaderImages, index: int) -> str:
-    """Of an image within its data set: no part of the path at which the data set lies here."""
-    name = source.source(index)
-    return str(index) if name == f"{source.name}[{index}]" else name.removeprefix("./")
+def _names(source: ReaderImages) -> list[str]:
+    """Of the images within their data set: no part of the path at which the data set lies here."""
+    names = enumerate(map(source.source, range(len(source))))
+    return [str(index) if name == f"{source.name}[{index}]" else name.removeprefix("./") for index, name in names]

@@ -96,7 +96,8 @@ def read_splits(
     path = Path(folder) / "splits.json"
     try:
         record = read_json(path)
-        val, calib = (_indices(record.get(part), part) for part in ("val", "calib"))
+        held_out = [from_json(tuple[int, ...], record.get(part), part) for part in ("val", "calib")]
+        val, calib = (np.array(indices, np.int64) for indices in held_out)
         train = np.setdiff1d(np.arange(len(source)), np.concatenate([val, calib]))  # all the others
     except (OSError, ValueError) as error:
         raise UsageError(f"'{folder}' has no readable splits.json ({error}); {fix}") from error
@@ -104,11 +105,3 @@ def read_splits(
     if splits.hash != splits_hash:
         raise UsageError(f"'{path}' was changed after training: its hash is not the checkpoint's. Restore it, or {fix}")
     return splits
-
-
-def _indices(value: object, name: str) -> Indices:
-    """Raises UsageError unless it is a list of different integers."""
-    indices = from_json(tuple[int, ...], value, name)
-    if len(set(indices)) < len(indices):
-        raise UsageError(f"{name} names an image twice")
-    return np.asarray(indices, dtype=np.int64)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ssod_edge.errors import UsageError
@@ -43,10 +42,6 @@ class Network:
     head: nn.Linear
 
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
     def std(self) -> list[float]:
         """Of the input's normalisation: a step in the input is meant in the units of the pixels."""
         return list(self.model.preprocess.std)
@@ -65,17 +60,6 @@ class Network:
     def logits_of_map(self, maps: Tensor) -> Tensor:
         backbone: Any = self.model.backbone
         return self.model.head(backbone.forward_head(maps, pre_logits=True))[0]
-
-
-class _Logits(nn.Module):
-    """Image -> class logits, the form that ODIN takes."""
-
-    def __init__(self, model: SSODClassifier) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)[0]
 
 
 class _Leaf(nn.Module):
@@ -115,10 +99,6 @@ def _nac(d: Any, n: Network) -> Any:
     return d.NACUE(nn.Sequential(leaf, n.head), layers=[leaf])
 
 
-def _weight_alone(name: str) -> bool:
-    return name == "weight"
-
-
 BASELINES = {
     "MaxSoftmax": Recipe(LOGITS, lambda d, n: d.MaxSoftmax(None)),
     "MaxLogit": Recipe(LOGITS, lambda d, n: d.MaxLogit(None)),
@@ -143,14 +123,14 @@ BASELINES = {
     "PNML": Recipe(FEATURES, lambda d, n: d.PNML(None, n.head)),
     "NACUE": Recipe(FEATURES, _nac),
     # The papers of these two take the gradient of the last layer's weight alone, and that needs the features alone.
-    "GradNorm": Recipe(FEATURES, lambda d, n: d.GradNorm(n.head, _weight_alone)),
-    "GradUncertainty": Recipe(FEATURES, lambda d, n: d.GradUncertainty(n.head, _weight_alone)),
+    "GradNorm": Recipe(FEATURES, lambda d, n: d.GradNorm(n.head, lambda name: name == "weight")),
+    "GradUncertainty": Recipe(FEATURES, lambda d, n: d.GradUncertainty(n.head, lambda name: name == "weight")),
     "ReAct": Recipe(MAPS, lambda d, n: d.ReAct(None, n.head_on_maps)),
     "ASH": Recipe(MAPS, lambda d, n: d.ASH(None, n.head_on_maps)),
     "SCALE": Recipe(MAPS, lambda d, n: d.SCALE(None, n.head_on_maps)),
     "VRA": Recipe(MAPS, lambda d, n: d.VRA(None, n.head_on_maps)),
     "RankFeat": Recipe(IMAGES, lambda d, n: d.RankFeat(n.feature_map, n.logits_of_map), forward=1),
-    "ODIN": Recipe(IMAGES, lambda d, n: d.ODIN(_Logits(n.model), norm_std=n.std), forward=2, backward=1),
+    "ODIN": Recipe(IMAGES, lambda d, n: d.ODIN(lambda x: n.model(x)[0], norm_std=n.std), forward=2, backward=1),
     "MahalanobisODIN": Recipe(
         IMAGES, lambda d, n: d.MahalanobisODIN(n.model.features, norm_std=n.std), forward=2, backward=1
     ),

@@ -56,10 +56,8 @@ class Baseline:
             scores = self.detector.predict_feature_maps(x[:, :, None, None])
         elif self.recipe.reads == LOGITS:
             scores = self.detector.predict_logits(x)
-        elif hasattr(self.detector, "predict_features"):
-            scores = self.detector.predict_features(x)
-        else:  # what it is built on takes features, or it reads images
-            scores = self.detector.predict(x)
+        else:  # without `predict_features`: what it is built on takes features, or it reads images
+            scores = getattr(self.detector, "predict_features", self.detector.predict)(x)
         scores = scores.detach().cpu()
         self.batch_seconds.append((time.perf_counter() - start) / len(x))
         self.parts.append(scores)
@@ -133,11 +131,9 @@ class Baselines:
             labels: int64 [N], true classes.
         """
         z, y = torch.from_numpy(features), torch.from_numpy(labels)
-        for baseline in self.working(LOGITS, FEATURES, MAPS, IMAGES):
-            if not baseline.needs_fit:
-                continue
+        for baseline in [b for b in self.all if b.needs_fit]:
             x = torch.from_numpy(logits) if baseline.recipe.reads == LOGITS else z
-            device = self.network.device if baseline.recipe.reads == IMAGES else torch.device("cpu")
+            device = next(self.network.model.parameters()).device if baseline.recipe.reads == IMAGES else z.device
             with _failing(baseline):
                 baseline.fit(x.to(device), y.to(device), self.batch_size)
 

@@ -21,13 +21,14 @@ from ssod_edge.detect.choice import chooses_unasked
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
-from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError
+from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
 from ssod_edge.evaluation.baselines import Baselines
 from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
     id_images,
+    shipped_score,
     warn_of_known_images,
     warn_of_used_images,
 )
@@ -42,8 +43,8 @@ from ssod_edge.training.run import Run
 
 #: Score or detector -> [N], larger = more OOD.
 Scores = dict[str, NDArray[np.floating[Any]]]
-#: Images, and which of them; None for all.
-ImageSet = tuple[ImageSource, Indices | None]
+#: Images, and which of them.
+ImageSet = tuple[ImageSource, Indices]
 
 #: Images of a pass through the network.
 BATCH_SIZE = 64
@@ -99,7 +100,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     if torch.cuda.is_available():
         model.cuda()
     peers = Baselines(names, model, BATCH_SIZE) if names else None
-    spec, state = _shipped(opened)
+    spec, state = shipped_score(opened, "the score of the export is left out")
     source, indices = id_images(opened, options.id_data)
     warn_of_used_images(source, options.id_data, meta, spec)
     demo = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
@@ -107,7 +108,8 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     # Every set is opened before the first image is run: a wrong name shows at once.
     ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
     warn_of_known_images(ood_data, ood, source, meta)
-    sets: dict[str, ImageSet] = {"id": (source, indices), **{name: (images, None) for name, images in ood.items()}}
+    sets: dict[str, ImageSet] = {"id": (source, indices)}
+    sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
     found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
@@ -126,7 +128,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
     if peers:
-        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.id, fit)}
+        report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found
 
 
@@ -140,16 +142,6 @@ def _ships(run: Run, spec: Spec | None) -> str:
         return DEFAULT_SCORE
     chooses = chooses_unasked(run.outliers, len(splits.train), len(splits.val))
     return AUTO_SCORE if chooses else DEFAULT_SCORE
-
-
-def _shipped(run: Run) -> tuple[Spec | None, FittedScore | None]:
-    """The run's export and the state of its score; None where there is no export of this checkpoint."""
-    try:
-        export = run.export
-        return (None, None) if export is None else (export.spec, export.score_state(run.model.classifier.in_features))
-    except ArtifactError as error:
-        click.echo(f"the score of the export is left out: {error}", err=True)
-        return None, None
 
 
 @dataclass(frozen=True)
@@ -168,11 +160,6 @@ class Found:
     calibration: Scores
     calibration_data: str
 
-    @property
-    def id(self) -> Outputs:
-        """On the ID images."""
-        return self.outputs["id"]
-
 
 def _read(
     model: SSODClassifier,
@@ -188,9 +175,7 @@ def _read(
     Args:
         reading: arguments of `collect`.
     """
-    total = sum(
-        len(s if chosen is None else chosen) for s, chosen in (*sets.values(), *filter(None, (fit, calibration)))
-    )
+    total = sum(len(chosen) for _, chosen in (*sets.values(), *filter(None, (fit, calibration))))
     with image_bar("evaluating", total) as advance:
         options: dict[str, Any] = {**reading, "batch_size": BATCH_SIZE, "advance": advance}
         if peers and fit:
@@ -217,7 +202,7 @@ def _read(
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
     """The part of the report that is computed."""
-    known = found.scores["id"]
+    known, outputs = found.scores["id"], found.outputs["id"]
     unknown = {name: scores for name, scores in found.scores.items() if name != "id"}
     results = [
         {"ood": name, "score": score, "protocol": protocol, **detection_metrics(known[score], values, bootstrap)}
@@ -225,8 +210,8 @@ def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ..
         for score, values in scores.items()
     ]
     return {
-        "n_id": len(found.id.labels),
-        "id_accuracy": found.id.accuracy,
+        "n_id": len(outputs.labels),
+        "id_accuracy": outputs.accuracy,
         "results": results,
         "mean": _means(results),
         "deployment": _deployment(found, unknown, classes),
@@ -237,11 +222,11 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
     """Score -> what it does at its threshold; None without calibration images."""
     if not found.calibration:
         return None
-    deployed = {}
+    deployed, outputs = {}, found.outputs["id"]
     for score, known in found.scores["id"].items():
         threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
         ood = {name: scores[score] for name, scores in unknown.items()}
-        deployed[score] = deployment_metrics(known, ood, threshold, found.id.correct, found.id.labels, classes)
+        deployed[score] = deployment_metrics(known, ood, threshold, outputs.correct, outputs.labels, classes)
     return deployed
 
 
@@ -249,7 +234,7 @@ def _setup(outputs: Outputs, fit: ImageSet | None) -> dict[str, Any]:
     """What the costs of the baselines are to be read against."""
     return {
         "library": f"pytorch-ood {metadata.version('pytorch-ood')}",
-        "fit_data": None if fit is None or fit[1] is None else f"{len(fit[1])} training images of {fit[0].name}",
+        "fit_data": None if fit is None else f"{len(fit[1])} training images of {fit[0].name}",
         "network_ms_per_image": outputs.ms_per_image,
         "batch_size": BATCH_SIZE,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -267,45 +252,44 @@ def _means(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return means
 
 
-@dataclass(frozen=True)
-class EvalFiles:
-    """Where an evaluation is written; None leaves JSON and histograms to the run's folder, and makes no pictures."""
-
-    json_file: str | None = None
-    png_file: str | None = None
-    pictures: str | None = None
-
-
 def run_eval(
-    run: str | None, options: EvalOptions, files: EvalFiles, backbone: str | None = None, runs: str = "runs"
+    run: str | None,
+    options: EvalOptions,
+    backbone: str | None = None,
+    runs: str = "runs",
+    json_file: str | None = None,
+    png_file: str | None = None,
+    pictures: str | None = None,
 ) -> None:
     """The command `eval`: evaluate, print the table, write JSON and pictures.
 
     Args:
         run: run folder or checkpoint; None: the newest run under `runs`, of this backbone if one is given.
+        json_file, png_file: of figures and histograms; None leaves them to the run's folder.
+        pictures: folder of all pictures; None makes no others.
     """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
     opened = Run.at(run) if run else Run.newest(runs, backbone)
-    report_file = Path(files.json_file or opened.folder / f"eval-{options.protocol}.json")
-    png = Path(files.png_file or opened.folder / f"eval-{options.protocol}.png")
+    report_file = Path(json_file or opened.folder / f"eval-{options.protocol}.json")
+    png = Path(png_file or opened.folder / f"eval-{options.protocol}.png")
     # Files that cannot be written are found before hours of evaluation and not after.
     check_output(report_file)
     check_output(png)
     if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
-    if files.pictures:
-        check_output(Path(files.pictures) / "roc.png")
+    if pictures:
+        check_output(Path(pictures) / "roc.png")
     report, found = evaluate(run or opened.folder, options)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:
         written.append(save_histograms(found.scores, report["default_score"], png))
     except MissingExtraError as error:
-        if files.png_file:
+        if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
-    if files.pictures:
+    if pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
-        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], files.pictures)
+        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures)
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)

@@ -17,7 +17,8 @@ from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import ImageLike, load_image, preprocess
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, SsodEdgeError, UsageError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, UsageError
+from ssod_edge.evaluation.images import shipped_score
 from ssod_edge.evaluation.pictures import PatchMap, save_patches, shorten
 from ssod_edge.files import check_output
 from ssod_edge.json_reader import read_json
@@ -159,16 +160,9 @@ def run_explain(
 
 def shipped_threshold(run: Run) -> ShippedThreshold | None:
     """The fp32 threshold of the export in a run folder, if it is of this very checkpoint."""
-    try:
-        export = run.export
-        if export is None:
-            return None
-        state = export.score_state(run.model.classifier.in_features)
-    except SsodEdgeError as error:
-        click.echo(f"no verdict: {printable(str(error))}", err=True)
-        return None
-    fitted = [a.threshold for a in export.spec.artifacts if a.precision == "fp32" and a.threshold]
-    return ShippedThreshold(export.spec.score_name, fitted[0].value, state) if fitted else None
+    spec, state = shipped_score(run, "no verdict")
+    fitted = [a.threshold for a in spec.artifacts if a.precision == "fp32" and a.threshold] if spec else []
+    return ShippedThreshold(spec.score_name, fitted[0].value, state) if spec and fitted else None
 
 
 def _class_index(model: SSODClassifier, name: str) -> int:

@@ -12,9 +12,11 @@ import numpy as np
 from ssod_edge.data.layout import same_name
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Indices
-from ssod_edge.errors import UsageError
+from ssod_edge.detect.sums import FittedScore
+from ssod_edge.errors import SsodEdgeError, UsageError
 from ssod_edge.files import same_data
 from ssod_edge.spec import Spec
+from ssod_edge.terminal import printable
 from ssod_edge.training.run import Run
 
 
@@ -33,20 +35,30 @@ def calibration_images(run: Run) -> tuple[ImageSource, Indices] | None:
     return source, splits.calib
 
 
+def shipped_score(run: Run, failed: str) -> tuple[Spec | None, FittedScore | None]:
+    """The run's export and the state of its score; None, and a line, where no export of this checkpoint can be read."""
+    try:
+        export = run.export
+        return (None, None) if export is None else (export.spec, export.score_state(run.model.classifier.in_features))
+    except SsodEdgeError as error:
+        click.echo(f"{failed}: {printable(str(error))}", err=True)
+        return None, None
+
+
 def baseline_images(run: Run, names: list[str], fit_images: int | None) -> tuple[ImageSource, Indices]:
     """Training images for the baselines that are fitted."""
     source, splits = run.splits(f"leave out the baselines that are fitted on it: {', '.join(names)}")
     return source, choose_images(source.labels, splits.train, fit_images)
 
 
-def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices | None]:
+def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices]:
     """The images of known classes: the run's validation split, or those that are named."""
     if id_data is None:
         source, splits = run.splits("name the ID images with --id")
         return source, splits.val
     source = open_dataset(id_data)
     check_classes(id_data, source.classes, run.model.classes)
-    return source, None
+    return source, np.arange(len(source))
 
 
 def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
@@ -85,25 +97,22 @@ def warn_of_used_images(source: ImageSource, id_data: str | None, meta: Mapping[
         spec: of its export, if there is one.
     """
     if id_data is None:
-        if spec is not None and spec.choice:
-            click.echo(
-                f"note: '{spec.score_name}' was chosen by these validation images (export --score auto); name others "
-                "with --id for figures that no choice has seen",
-                err=True,
-            )
-    elif same_data(id_data, meta.get("data")) or source.fingerprint == meta.get("data_fingerprint"):
-        click.echo(
-            f"warning: the network was trained on '{id_data}', or on images of the same names, so that these are not "
-            "figures for new images. Leave --id out for the run's validation split, or name other images",
-            err=True,
+        if spec is None or not spec.choice:
+            return
+        message = (
+            f"note: '{spec.score_name}' was chosen by these validation images (export --score auto); name others "
+            "with --id for figures that no choice has seen"
         )
-    elif spec is not None:
-        used = (str(spec.detector.get("data", "")), str(spec.choice.get("known", "")))
-        if any(source.fingerprint[:12] in description for description in used):
-            click.echo(
-                f"warning: '{spec.score_name}' was fitted to or chosen by a part of '{id_data}'; name other images",
-                err=True,
-            )
+    elif same_data(id_data, meta.get("data")) or source.fingerprint == meta.get("data_fingerprint"):
+        message = (
+            f"warning: the network was trained on '{id_data}', or on images of the same names, so that these are not "
+            "figures for new images. Leave --id out for the run's validation split, or name other images"
+        )
+    elif spec is not None and source.fingerprint[:12] in f"{spec.detector.get('data')}, {spec.choice.get('known')}":
+        message = f"warning: '{spec.score_name}' was fitted to or chosen by a part of '{id_data}'; name other images"
+    else:
+        return
+    click.echo(message, err=True)
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,14 @@ RawScores = Mapping[str, Mapping[Any, Floats]]
 BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 _LINES = (BLUE, ORANGE, GREEN, "#CC79A7", VERMILLION, "#56B4E9", "#000000", "#B8A800")
 _STYLES = ("-", "--", "-.", ":")
-# Paul Tol's "muted" colours, for classes.
-_CLASSES = (
-    "#88CCEE",
-    "#44AA99",
-    "#117733",
-    "#999933",
-    "#DDCC77",
-    "#661100",
-    "#CC6677",
-    "#882255",
-    "#AA4499",
-    "#6699CC",
-)
+# Paul Tol's colours of this name, for classes.
+_MUTED = ("#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#661100", "#CC6677", "#882255", "#AA4499", "#6699CC")
 _MARKERS = ("x", "+", "^", "s", "v", "D")
 
 #: Points in the t-SNE picture.
 TSNE_POINTS = 2000
 #: Scores in one curve picture; more cannot be told apart.
 _MOST_LINES = 8
-_DPI = 120
 
 
 def _figure(width: float, height: float, what: str) -> Any:
@@ -65,15 +53,16 @@ def _save(figure: Any, path: str | Path) -> Path:
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
-        return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=_DPI, format="png"))
+        return write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
-def _panels(names: Sequence[str], what: str, height: float = 3.4) -> Any:
-    """A figure, and one axes for each name, at most four side by side."""
+def _panels(raw: RawScores, what: str, height: float = 3.4) -> tuple[Any, dict[str, Any]]:
+    """A figure, and its axes by name: one for each OOD set, or for "id" without any, at most four side by side."""
+    names = _ood_sets(raw) or ["id"]
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = _figure(4.2 * columns, height * rows, what)
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(len(names))]
+    return figure, {name: figure.add_subplot(rows, columns, index) for index, name in enumerate(names, 1)}
 
 
 def _ood_sets(raw: Mapping[str, Any]) -> list[str]:
@@ -117,14 +106,13 @@ def save_histograms(raw: RawScores, score: str, path: str | Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    names = _ood_sets(raw)
-    figure, panels = _panels(names or ["id"], "the histogram")
+    figure, panels = _panels(raw, "the histogram")
     values = np.concatenate([raw[name][score] for name in raw])
     low, high = (float(end) for end in np.quantile(values, [0.001, 0.999]))
     bins = np.linspace(low, high if high > low else low + 1, 50).tolist()
     # What lies outside is drawn at the ends; in float64, because a bin's edge in float32 may lie outside as well.
     inside = {name: np.clip(raw[name][score].astype(np.float64), bins[0], bins[-1]) for name in raw}
-    for axes, name in zip(panels, names or ["id"], strict=True):
+    for name, axes in panels.items():
         axes.hist(inside["id"], bins, density=True, alpha=0.65, color=ORANGE, label="ID")
         if name != "id":
             axes.hist(inside[name], bins, density=True, alpha=0.55, color=BLUE, label=name)
@@ -143,12 +131,10 @@ def save_roc(raw: RawScores, auroc: Mapping[tuple[str, str], float], path: str |
     Raises:
         MissingExtraError, OutputError: as `save_histograms`.
     """
-    names = _ood_sets(raw)
-    figure, panels = _panels(names, "the ROC curve", height=4.4)
+    figure, panels = _panels(raw, "the ROC curve", height=4.4)
     styles = _line_styles(raw["id"])
-    for axes, name in zip(panels, names, strict=True):
-        shown = _best(styles, {score: auroc[name, score] for score in styles})
-        for score in shown:
+    for name, axes in panels.items():
+        for score in _best(styles, {score: auroc[name, score] for score in styles}):
             accepted = [_accepted(raw[which][score], raw["id"][score]) for which in (name, "id")]
             axes.plot(*accepted, **styles[score], label=f"{score}, AUROC {100 * auroc[name, score]:.1f}%")
         axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.8)
@@ -180,11 +166,10 @@ def save_risk_coverage(raw: RawScores, correct: npt.NDArray[np.bool_], path: str
     Raises:
         MissingExtraError, OutputError: as `save_histograms`.
     """
-    names = _ood_sets(raw) or ["id"]
-    figure, panels = _panels(names, "the risk-coverage curve", height=4.0)
+    figure, panels = _panels(raw, "the risk-coverage curve", height=4.0)
     figure.suptitle("Wrong answers: ID images of the wrong class, and every OOD image", fontsize=10)
     styles = _line_styles(raw["id"])
-    for axes, name in zip(panels, names, strict=True):
+    for name, axes in panels.items():
         ood = 0 if name == "id" else len(next(iter(raw[name].values())))
         right = np.concatenate([correct, np.zeros(ood, bool)])
         parts = ("id",) if name == "id" else ("id", name)
@@ -272,11 +257,11 @@ def _tsne(features: Floats) -> Floats:
 
 
 def _draw_classes(axes: Any, points: Floats, labels: npt.NDArray[np.int64], classes: Sequence[str]) -> None:
-    if len(classes) > len(_CLASSES):
+    if len(classes) > len(_MUTED):
         axes.scatter(*points.T, s=12, color="#56B4E9", label=f"ID, {len(classes):,} classes")
         return
     for index, name in enumerate(classes):
-        axes.scatter(*points[labels == index].T, s=12, color=_CLASSES[index], label=name)
+        axes.scatter(*points[labels == index].T, s=12, color=_MUTED[index], label=name)
 
 
 @dataclass(frozen=True)
@@ -337,7 +322,7 @@ def _draw_labels(axes: Any, below: Any, patches: PatchMap) -> None:
             edge = 0.03 * width
             frame: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 2.5}
             axes.add_patch(Rectangle((x + edge, y + edge), width - 2 * edge, height - 2 * edge, **frame))
-    _write(axes, patches, patches.confidence, lambda value: f"{100 * value:.0f}")
+    _write(axes, patches, 100 * patches.confidence, ".0f")
     counts = {label: int((patches.label == label).sum()) for label in _LABELS}
     low, high = f"{100 * (1 - patches.gamma):g}%", f"{100 * patches.gamma:g}%"
     rules = {1: f"ID: at least {high}", 0: f"OOD: below {low}", -1: "ignored: between"}
@@ -352,7 +337,7 @@ def _draw_heat(figure: Any, axes: Any, below: Any, patches: PatchMap) -> None:
     limit = float(np.abs(patches.id_logit).max()) or 1.0
     heat = axes.imshow(patches.id_logit, cmap="PuOr", vmin=-limit, vmax=limit, extent=(0, size, size, 0))
     axes.set_title("ID logit s at each patch", fontsize=9)
-    _write(axes, patches, patches.id_logit, lambda value: f"{value:.1f}")
+    _write(axes, patches, patches.id_logit, ".1f")
     scale = figure.colorbar(heat, cax=below, orientation="horizontal")
     scale.set_label("s (no unit): below 0 more likely OOD, above 0 more likely ID", fontsize=8)
     scale.ax.tick_params(labelsize=8)
@@ -369,7 +354,7 @@ def _cells(patches: PatchMap) -> list[tuple[int, float, float, float, float]]:
     ]
 
 
-def _write(axes: Any, patches: PatchMap, values: Floats, form: Callable[[float], str]) -> None:
+def _write(axes: Any, patches: PatchMap, values: Floats, form: str) -> None:
     from matplotlib.patheffects import withStroke
 
     if max(patches.label.shape) > _WRITTEN_CELLS:
@@ -377,7 +362,7 @@ def _write(axes: Any, patches: PatchMap, values: Floats, form: Callable[[float],
     outline = [withStroke(linewidth=2, foreground="white")]
     for value, (_, x, y, width, height) in zip(values.ravel().tolist(), _cells(patches), strict=True):
         place = {"ha": "center", "va": "center", "fontsize": 9, "path_effects": outline}
-        axes.text(x + width / 2, y + height / 2, form(value), **place)
+        axes.text(x + width / 2, y + height / 2, format(value, form), **place)
 
 
 def shorten(text: str, most: int) -> str:

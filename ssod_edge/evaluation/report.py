@@ -12,8 +12,6 @@ from rich.table import Table
 
 Report = Mapping[str, Any]
 
-_HARDEST = 3  # classes that the last line names
-
 
 def print_report(report: Report) -> None:
     """The report of `ssod_edge.evaluation.evaluate.evaluate` as tables; figures in percent, the best score first."""
@@ -89,14 +87,14 @@ def _deployment(report: Report, names: list[str]) -> Table:
 
 
 def _shipped(report: Report) -> str:
-    """The default score's rates with their intervals, and the classes that it rejects most."""
+    """The default score's rates with their intervals, and the three classes that it rejects most."""
     name = report["default_score"]
     row = report["deployment"][name]
     rates = [("ID", row["id_tpr"], row["id_tpr_ci"])]
     rates += [(ood, found["false_accept"], found["false_accept_ci"]) for ood, found in row["ood"].items()]
     accepted = ", ".join(f"{_interval(rate, ci)} of {images}" for images, rate, ci in rates)
     found = row["rejected_by_class"]
-    worst = sorted((c for c in found if found[c]["n"]), key=lambda c: -found[c]["rate"])[:_HARDEST]
+    worst = sorted((c for c in found if found[c]["n"]), key=lambda c: -found[c]["rate"])[:3]
     rejected = ", ".join(f"{c} {_interval(found[c]['rate'], found[c]['ci'])}" for c in worst)
     return f"{name} accepts {accepted}; it rejects most of the classes {rejected}"
 

@@ -19,11 +19,6 @@ from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.studies.study import StudyOptions, check_evaluation, plan_study, read_study, run_study
 from ssod_edge.terminal import image_bar
 
-#: Appendix A.3: images of each set, "randomly selected"; all of them where there are fewer.
-IMAGES = 10_000
-#: In OUT: the lists of the images that were used, one a data set.
-LISTS = "lists"
-
 #: (FPR at 95% ID TPR, AUROC), in percent.
 Figures = tuple[float, float]
 
@@ -35,26 +30,27 @@ class DataSet:
     Attributes:
         name: in tables, and of its list.
         places: below ROOT, each a folder or, with .tar, an archive of one; upper and lower case do not matter.
-        archives: (file or folder below ROOT, what `open_dataset` takes, with "{root}" for the folder that it lies in):
-            how torchvision keeps it.
+        archives: how torchvision keeps it: files or folders below ROOT.
+        torchvision: what `open_dataset` takes for those, with "{root}" for the folder that one lies in.
     """
 
     name: str
     places: tuple[str, ...]
-    archives: tuple[tuple[str, str], ...] = ()
+    archives: tuple[str, ...] = ()
+    torchvision: str = ""
 
     def find(self, root: Path) -> str | None:
         """What `open_dataset` takes, or None."""
-        places = ((f"{place}{end}", "{path}") for place in self.places for end in ("", ".tar"))
-        for path, data in (*self.archives, *places):  # archives first: one may lie in the folder that is a place
+        for path in self.archives:  # first: one may lie in the folder that is a place
             if found := _find(root, path):
-                return data.format(root=found.parent, path=found)
-        return None
+                return self.torchvision.format(root=found.parent)
+        places = (_find(root, f"{place}{end}") for place in self.places for end in ("", ".tar"))
+        return next((str(found) for found in places if found), None)
 
     @property
     def expected(self) -> str:
         """Its places in words."""
-        return " or ".join([f"{self.places[0]}/, {self.places[0]}.tar", *(path for path, _ in self.archives)])
+        return " or ".join([f"{self.places[0]}/, {self.places[0]}.tar", *self.archives])
 
 
 def _find(root: Path, path: str) -> Path | None:
@@ -68,16 +64,12 @@ def _find(root: Path, path: str) -> Path | None:
     return root
 
 
-_CIFAR_ARCHIVE = "cifar-10-batches-py"
-CIFAR10_TRAIN = DataSet(
-    "cifar10-train", ("cifar10/train", "cifar10-train"), ((_CIFAR_ARCHIVE, "torch/cifar10:{root}"),)
-)
-CIFAR10 = DataSet("cifar10", ("cifar10/test", "cifar10-test"), ((_CIFAR_ARCHIVE, "torch/cifar10:{root}:test"),))
+_CIFAR_FILES = ("cifar-10-batches-py",)
+CIFAR10_TRAIN = DataSet("cifar10-train", ("cifar10/train", "cifar10-train"), _CIFAR_FILES, "torch/cifar10:{root}")
+CIFAR10 = DataSet("cifar10", ("cifar10/test", "cifar10-test"), _CIFAR_FILES, "torch/cifar10:{root}:test")
 IMAGENET_TRAIN = DataSet("imagenet-train", ("imagenet/train", "imagenet-train"))
 IMAGENET = DataSet("imagenet", ("imagenet/val", "imagenet-val"))
-SVHN = DataSet(
-    "svhn", ("svhn",), tuple((f"{place}test_32x32.mat", "torch/svhn:{root}:test") for place in ("", "svhn/"))
-)
+SVHN = DataSet("svhn", ("svhn",), ("test_32x32.mat", "svhn/test_32x32.mat"), "torch/svhn:{root}:test")
 LSUN = DataSet("lsun", ("lsun", "lsun_c"))
 ISUN = DataSet("isun", ("isun",))
 TEXTURES = DataSet("textures", ("textures", "texture", "dtd/images", "dtd"))
@@ -170,7 +162,7 @@ class ImageLists:
     """Where the lists of the ID and OOD images lie, None to make them in the study's folder; and images of each."""
 
     folder: str | None = None
-    images: int = IMAGES
+    images: int = 10_000  # Appendix A.3: "randomly selected"; all of them where there are fewer
 
 
 def run_reproduce(name: str, root: str, out: str, study: StudyOptions, lists: ImageLists, check: bool = False) -> bool:
@@ -198,9 +190,8 @@ def run_reproduce(name: str, root: str, out: str, study: StudyOptions, lists: Im
     cells = plan_study(training, study)
     check_evaluation(training, replace(study.evaluation, id_data=found[table.known.name]))
     folder = make_directory(Path(out))
-    listed = {
-        data.name: _fix_images(found[data.name], data.name, folder, lists) for data in (table.known, *table.unknown)
-    }
+    judged = (table.known, *table.unknown)
+    listed = {data.name: _fix_images(found[data.name], data.name, folder, lists) for data in judged}
     if check:
         click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
         return True
@@ -236,7 +227,7 @@ def _find_all(table: Table, root: Path) -> dict[str, str]:
 
 def _fix_images(data: str, name: str, out: Path, lists: ImageLists) -> str:
     """What `open_dataset` takes for exactly the images of a list, which is made if there is none."""
-    folder = Path(lists.folder) if lists.folder else make_directory(out / LISTS)
+    folder = Path(lists.folder) if lists.folder else make_directory(out / "lists")
     file = folder / f"{name}{IMAGE_LIST_SUFFIX}"
     source = open_dataset(data, labelled=False)
     if not isinstance(source, ReaderImages):
@@ -277,8 +268,7 @@ def markdown(table: Table, runs: Sequence[Mapping[str, Any]]) -> str:
                 lines.append(_line(label, str(len(group)), score, accuracy, figures))
         if label in table.published:
             lines.append(_line(label, "", "paper", table.accuracy.get(label), table.published[label]))
-    first = runs[0] if runs else None
-    kind = f"protocol {first['protocol']}, {first['input_size']} px; " if first else ""
+    kind = f"protocol {runs[0]['protocol']}, {runs[0]['input_size']} px; " if runs else ""
     return (
         f"Table {table.number} ({kind}F: share of OOD images accepted where 95% of the ID images are, "
         "A: AUROC; percent)\n\n" + "\n".join(lines) + "\n"

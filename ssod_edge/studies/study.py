@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,6 @@ class StudyOptions:
         asked = {**asdict(self.evaluation), "ood_data": dict(self.evaluation.ood_data or {})}
         del asked["bootstrap"]
         return asked if self.score is None else {**asked, "score": self.score}
-
-
-#: In the table: whichever score each run's export ships.
-SHIPPED = "shipped"
 
 
 def parse_grid(vary: Sequence[str], seeds: str) -> list[Cell]:
@@ -244,14 +241,14 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
 
     Runs that were trained with other settings would stand in one table with these.
     """
-    record = read_study(folder) if (folder / STUDY).exists() else None
-    changed = [key for key in ("data", "options") if record is not None and record.get(key) != asked[key]]
-    if record is not None and changed and any(folder.glob(f"*/{LAST}")):
+    record = read_study(folder) if (folder / STUDY).exists() else {}
+    changed = [key for key in ("data", "options") if record.get(key) != asked[key]]
+    if record and changed and any(folder.glob(f"*/{LAST}")):
         raise UsageError(
             f"'{folder}' holds a study with other {' and '.join(changed)}: {record.get(changed[0])}. "
             "Choose another folder with -o"
         )
-    if record is None or changed:
+    if changed:
         write_json(folder / STUDY, {**asked, "summary": [], "runs": [], "failed": []})
 
 
@@ -310,12 +307,10 @@ def _check_same_settings(run: Path, found: Mapping[str, Any], wanted: Mapping[st
 
 def _exported(run: Path, score: str) -> Spec:
     """The export of a run's best weights with a score: as it lies there, or an fp32 ONNX export that is made now."""
-    try:
+    with suppress(ArtifactError):  # damaged, or of other weights
         found = Run.at(run).export
-    except ArtifactError:
-        found = None  # damaged, or of other weights
-    if found is not None and _has_score(found.spec, score):
-        return found.spec
+        if found is not None and _has_score(found.spec, score):
+            return found.spec
     return export_run(run, precisions=("fp32",), engines=("onnxruntime",), score=score)
 
 
@@ -335,19 +330,17 @@ def _evaluated(run: Path, study: StudyOptions, export: Spec | None) -> dict[str,
     named = [asked["id_data"] or meta["data"], *asked["ood_data"].values()]
     images = [open_dataset(data, labelled=False).fingerprint for data in named]
     record = {"asked": asked, "weights": meta["tensors_sha256"], "images": images, "shipped": shipped}
-    try:
+    with suppress(OSError, ValueError):  # none yet, or a damaged one: it is made again
         stored = read_json(path)
-        report = from_json(dict[str, Any], stored.get("report"), "report")
-    except (OSError, ValueError):  # none yet, or a damaged one: it is made again
-        stored, report = {}, {}
-    if {**stored, "report": None} == {**record, "report": None}:
-        return report
+        report = from_json(dict[str, Any], stored.pop("report", None), "report")
+        if stored == record:
+            return report
     report, _ = evaluate(run, replace(study.evaluation, bootstrap=0))
     if export is not None:
         if report["default_score"] != export.score_name:
             raise ArtifactError(f"the score '{export.score_name}' of the export of '{run}' could not be evaluated")
         if report["mean"]:  # without OOD sets there is accuracy alone
-            report["mean"][SHIPPED] = report["mean"][export.score_name]
+            report["mean"]["shipped"] = report["mean"][export.score_name]
     write_json(path, {**record, "report": report})
     return report
 

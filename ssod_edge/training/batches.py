@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -49,13 +50,11 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(preprocess(image, self.settings)), int(self.source.labels[index]), index
 
 
-class TrainImages(Dataset[tuple[Tensor, int, int]]):
-    """As `EvalImages`, with a random crop and mirror drawn from (seed, epoch, index) alone."""
+class TrainImages(EvalImages):
+    """As `EvalImages` of all images, with a random crop and mirror drawn from (seed, epoch, index) alone."""
 
     def __init__(self, source: ImageSource, settings: Preprocess, seed: int, crop_scale_min: float, hflip: float):
-        self.source = source
-        self.indices = np.arange(len(source))
-        self.settings = settings
+        super().__init__(source, None, settings)
         self.seed = seed
         self.start_epoch(0, settings.input_size)
         self.crop_scale_min = crop_scale_min
@@ -66,36 +65,13 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         self.epoch = epoch
         self.settings = replace(self.settings, input_size=size)
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng((self.seed, self.epoch, index))
         image = augment(self.source.image(index), self.settings, rng, self.crop_scale_min, self.hflip)
         return torch.from_numpy(image), int(self.source.labels[index]), index
 
 
-class _Reasons(Dataset[str]):
-    """Why an image cannot be read; empty if it can."""
-
-    def __init__(self, source: ImageSource, indices: Indices):
-        self.source = source
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> str:
-        try:
-            self.source.image(int(self.indices[position]))
-        except ImageError as error:
-            return str(error)
-        return ""
-
-
-def load_batches(
-    dataset: EvalImages | TrainImages, workers: int, **options: Any
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def load_batches(dataset: EvalImages, workers: int, **options: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (uint8 [N, 3, S, S], labels [N], indices [N]) through a DataLoader.
 
     Raises:
@@ -110,12 +86,24 @@ def load_batches(
         raise _all_unreadable(dataset, workers, first) from None
 
 
-def _all_unreadable(dataset: EvalImages | TrainImages, workers: int, first: str) -> ImageError:
+def _why_unreadable(source: ImageSource, indices: list[int]) -> list[str]:
+    """Why images cannot be read; nothing of those that can."""
+    reasons = []
+    for index in indices:
+        try:
+            source.image(index)
+        except ImageError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _all_unreadable(dataset: EvalImages, workers: int, first: str) -> ImageError:
     """The error for every image that cannot be read, so that they need not be found one run at a time."""
     click.echo(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
-    images = _Reasons(dataset.source, dataset.indices)
-    loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=_ignore_interrupts)
-    reasons = [reason for batch in loader for reason in batch if reason] or [first]
+    images: Any = dataset.indices.tolist()
+    read = partial(_why_unreadable, dataset.source)
+    loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=read, worker_init_fn=_ignore_interrupts)
+    reasons = [reason for batch in loader for reason in batch] or [first]
     if len(reasons) == 1:
         return ImageError(f"{reasons[0]}. Remove or replace it")
     shown = "".join(f"\n  {reason}" for reason in reasons[:10])

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
-from ssod_edge.config import Preprocess
-from ssod_edge.errors import ArtifactError, UsageError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import write_atomic
-from ssod_edge.json_reader import from_json, parse_json
+from ssod_edge.json_reader import parse_json
 from ssod_edge.training.model import SSODClassifier
 
 #: 2: the metadata has a hash of its own.
@@ -32,12 +33,10 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     Raises:
         OutputError: read-only folder or full disk; the previous checkpoint is unchanged.
     """
-    from safetensors.torch import save
-
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": _hash(contiguous), **meta}
     text = json.dumps(meta)
-    data = save(contiguous, metadata={"ssod_edge": text, "sha256": _text_hash(text)})
+    data = save(contiguous, metadata={"ssod_edge": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -50,11 +49,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UsageError: there is no such file.
         ArtifactError: cut short, not a checkpoint of ssod-edge, or of a newer schema.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-    except ImportError:
-        raise missing_extra("safetensors", "reading a checkpoint") from None
     if not path.is_file():
         raise UsageError(f"checkpoint '{path}' does not exist. Train one with: ssod-edge train DATA")
     try:
@@ -77,7 +71,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "Update with: pip install -U ssod-edge"
         )
     hashes = {
-        "metadata's": version < 2 or _text_hash(text) == recorded,
+        "metadata's": version < 2 or hashlib.sha256(text.encode()).hexdigest() == recorded,
         "tensors'": _hash(tensors) == meta.get("tensors_sha256"),
     }
     if changed := [whose for whose, matches in hashes.items() if not matches]:
@@ -89,8 +83,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a file says that `save_checkpoint` wrote it; it may still be damaged."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             return "ssod_edge" in (file.metadata() or {})
@@ -109,10 +101,6 @@ class _Metadata(dict):
         raise ArtifactError(f"checkpoint '{self.path}' is damaged: its metadata has no '{key}'")
 
 
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _hash(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of contiguous tensors, hex."""
     digest = hashlib.sha256()
@@ -126,11 +114,6 @@ def _hash(tensors: dict[str, Tensor]) -> str:
 def model_meta(model: SSODClassifier) -> dict[str, Any]:
     """What `ssod_edge.training.run.Run` needs to build the model again."""
     return {"backbone": model.backbone_name, "classes": list(model.classes), "preprocess": asdict(model.preprocess)}
-
-
-def load_preprocess(path: str | Path) -> Preprocess:
-    """What the images of a checkpoint's model go through; errors as `load_checkpoint`."""
-    return from_json(Preprocess, load_checkpoint(Path(path))[1]["preprocess"], "preprocess")
 
 
 def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path) -> None:

@@ -14,13 +14,13 @@ from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.runtime.export import Export
-from ssod_edge.runtime.runner import Array, check_images, closed_error
+from ssod_edge.runtime.runner import Array, Runner, check_images, closed_error
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.run import Run
 
 
-class EagerRunner:
+class EagerRunner(Runner):
     """`ssod_edge.runtime.Runner` on a run's best checkpoint, in fp32 on the CPU.
 
     With an export beside it, the checkpoint must be the exported one; the score is the export's, with the state of its
@@ -76,9 +76,6 @@ class EagerRunner:
             torch.set_num_threads(threads)
         self.details = {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
         self._model: SSODClassifier | None = model
-
-    def __enter__(self) -> EagerRunner:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._model = None

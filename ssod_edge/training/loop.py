@@ -25,8 +25,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ssod_edge.config import TrainConfig
-from ssod_edge.data.sources import ImageSource, open_dataset
-from ssod_edge.data.splits import MIN_CALIB, Splits, split_dataset
+from ssod_edge.data.sources import open_dataset
+from ssod_edge.data.splits import MIN_CALIB, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim, write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
@@ -136,16 +136,6 @@ def _kernel_in_use(device: torch.device, kernel: str) -> str:
     return in_use
 
 
-def _check_same_splits(config: TrainConfig, source: ImageSource, splits: Splits) -> None:
-    """Raises UsageError if the weights were trained on images that would now validate and calibrate."""
-    meta = load_checkpoint(Path(str(config.weights)))[1]
-    if meta["data_fingerprint"] == source.fingerprint and meta["splits_hash"] != splits.hash:
-        raise UsageError(
-            f"'{config.weights}' was trained on another split of these images, so validation and calibration would "
-            "see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's config.json"
-        )
-
-
 def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
     """Say so where the OOD loss was wanted and never moved the OOD row from zero."""
     if not config.loss.trains_row or model.ood.weight.any():
@@ -196,6 +186,7 @@ class _Loop:
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         check_same_images(self.source.fingerprint)
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
+        self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}
         self.model = self._make_model(restored)
         self.optimizer = make_optimizer(self.model, config)
         self.progress = self._restore() if restored else _Progress()
@@ -219,7 +210,13 @@ class _Loop:
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
         if config.weights and not restored and is_checkpoint(config.weights):
-            _check_same_splits(config, self.source, self.splits)
+            meta = load_checkpoint(Path(config.weights))[1]
+            if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
+                raise UsageError(
+                    f"'{config.weights}' was trained on another split of these images, so validation and calibration "
+                    "would see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's "
+                    "config.json"
+                )
         torch.manual_seed(config.seed)
         pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
         model = build_model(config.backbone, classes, config.preprocess, pretrained, weights)
@@ -233,18 +230,18 @@ class _Loop:
         """Put back what the last checkpoint holds."""
         path = self.run / LAST
         tensors, meta = load_checkpoint(path)
-        if (meta["data_fingerprint"], meta["splits_hash"]) != (self.source.fingerprint, self.splits.hash):
+        if any(meta[key] != value for key, value in self.data_record.items()):
             raise UsageError(
                 f"the data set '{self.source.name}' changed since the run '{self.run}' began; start a new run"
             )
         processes = meta.get("processes")  # not recorded by earlier releases
-        if processes not in (None, world_size()) and meta["progress"]["step"]:
-            raise UsageError(
-                f"the run '{self.run}' was stopped in the middle of an epoch that {processes} process(es) shared, and "
-                f"there are {world_size()} now: the images that are left are not the same. Resume it with "
-                f"--nproc-per-node {processes}"
-            )
         if processes not in (None, world_size()):
+            if meta["progress"]["step"]:
+                raise UsageError(
+                    f"the run '{self.run}' was stopped in the middle of an epoch that {processes} process(es) shared, "
+                    f"and there are {world_size()} now: the images that are left are not the same. Resume it with "
+                    f"--nproc-per-node {processes}"
+                )
             before, now = (count * self.config.batch_size for count in (processes, world_size()))
             _say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
         load_state(self.model, tensors, path)
@@ -258,14 +255,8 @@ class _Loop:
         """Write the settings and splits of a new run, and say what they leave out."""
         splits = self.splits
         write_json(self.run / "config.json", dataclasses.asdict(self.config))
-        record = {
-            "data": self.source.name,
-            "data_fingerprint": self.source.fingerprint,
-            "splits_hash": splits.hash,
-            "train": len(splits.train),
-            "val": splits.val.tolist(),
-            "calib": splits.calib.tolist(),
-        }
+        held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
+        record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
         write_json(self.run / "splits.json", record)
         if len(splits.calib) < MIN_CALIB:
             _say(
@@ -356,11 +347,9 @@ class _Loop:
                 )
 
     def _finish_epoch(self, bar: Any) -> None:
-        progress, meters = self.progress, self.meters.read()
-        held_out = collect(
-            self.model, self.source, self.splits.val, batch_size=self.config.batch_size, workers=self.config.workers
-        )
-        accuracy = held_out.accuracy
+        progress, meters, config = self.progress, self.meters.read(), self.config
+        reading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
+        accuracy = collect(self.model, self.source, self.splits.val, **reading).accuracy
         row = {
             "epoch": progress.epoch + 1,
             **epoch_figures(meters),
@@ -371,7 +360,7 @@ class _Loop:
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
         # A model from before the OOD loss is kept only until there is a later one.
-        warming = not self.config.loss.is_plain and progress.epoch < self.config.loss.warmup_epochs
+        warming = not config.loss.is_plain and progress.epoch < config.loss.warmup_epochs
         self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
         self.meters = Meters(self.device, {})
         if is_main():
@@ -390,8 +379,7 @@ class _Loop:
             "epoch": self.progress.epoch,
             "val_accuracy": accuracy,
             "data": self.config.data,
-            "data_fingerprint": self.source.fingerprint,
-            "splits_hash": self.splits.hash,
+            **self.data_record,
             "kernel": self.kernel,
         }
         if name == LAST:

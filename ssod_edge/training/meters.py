@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-#: Losses, as means over the images of an epoch, and counts.
-LOSSES = ("loss", "ce", "ood", "norm", "outlier")
-NAMES = (*LOSSES, "correct", "n_id", "n_ood", "n_ignored", "n_invalid", "images")
+#: Figure of an epoch -> the sum it comes from: losses, as means over images, and kinds of patches, as shares of them.
+LOSSES = {"loss": "loss", "ce": "ce", "ood_loss": "ood", "norm_loss": "norm", "outlier_loss": "outlier"}
+PATCHES = {"id_patches": "n_id", "ood_patches": "n_ood", "ignored_patches": "n_ignored"}
+NAMES = (*LOSSES.values(), "correct", *PATCHES.values(), "n_invalid", "images")
 
 
 class Meters:
@@ -39,16 +40,8 @@ class Meters:
 def epoch_figures(meters: dict[str, float]) -> dict[str, float]:
     """Means over the images of an epoch, and the shares of ID, OOD and ignored patches."""
     images = max(meters.get("images", 0.0), 1.0)
-    patches = max(sum(meters.get(name, 0.0) for name in ("n_id", "n_ood", "n_ignored")), 1.0)
-    return {
-        "loss": meters.get("loss", 0.0) / images,
-        "ce": meters.get("ce", 0.0) / images,
-        "ood_loss": meters.get("ood", 0.0) / images,
-        "norm_loss": meters.get("norm", 0.0) / images,
-        "outlier_loss": meters.get("outlier", 0.0) / images,
-        "accuracy": meters.get("correct", 0.0) / images,
-        "id_patches": meters.get("n_id", 0.0) / patches,
-        "ood_patches": meters.get("n_ood", 0.0) / patches,
-        "ignored_patches": meters.get("n_ignored", 0.0) / patches,
-        "invalid_patches": meters.get("n_invalid", 0.0),
-    }
+    patches = max(sum(meters.get(name, 0.0) for name in PATCHES.values()), 1.0)
+    means = {figure: meters.get(name, 0.0) / images for figure, name in LOSSES.items()}
+    means["accuracy"] = meters.get("correct", 0.0) / images
+    shares = {figure: meters.get(name, 0.0) / patches for figure, name in PATCHES.items()}
+    return {**means, **shares, "invalid_patches": meters.get("n_invalid", 0.0)}

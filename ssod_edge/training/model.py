@@ -11,6 +11,7 @@ import timm
 import timm.data
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
@@ -18,6 +19,8 @@ from ssod_edge.errors import ArtifactError, UsageError
 
 _OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
 _CHOOSE = "Choose another; most of timm's have one linear classifier on pooled features"
+# What holds no pooling layer of the head: stages of the trunk.
+_TRUNK = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d, nn.Linear)
 _POOLS = ("SelectAdaptivePool2d", "FastAdaptiveAvgPool2d", "AdaptiveAvgPool2d")
 
 
@@ -77,7 +80,7 @@ class SSODClassifier(nn.Module):
         return out[:, :-1], out[:, -1]
 
     def forward_train(self, x: Tensor, patches: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """One pass for all terms of the loss.
+        """Pooled and patch features by one pass, for all terms of the loss.
 
         Args:
             x: normalised images [N, 3, S, S].
@@ -107,7 +110,7 @@ def unpooled_head(backbone: nn.Module) -> Any:
         if type(module).__name__ in _POOLS or isinstance(module, nn.Flatten):
             return nn.Identity()
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        children = {name: view(child) for name, child in module.named_children() if _in_head(child)}
+        children = {name: view(child) for name, child in module.named_children() if not isinstance(child, _TRUNK)}
         if not is_norm and all(children[name] is module._modules[name] for name in children):
             return module
         shared = copy.copy(module)
@@ -117,11 +120,6 @@ def unpooled_head(backbone: nn.Module) -> Any:
         return shared
 
     return view(backbone)
-
-
-def _in_head(module: nn.Module) -> bool:
-    """Whether a child can hold a pooling layer of the head; stages of the trunk are left as they are."""
-    return not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d, nn.Linear))
 
 
 def normalise(image: Tensor, preprocess: Preprocess) -> Tensor:
@@ -142,9 +140,8 @@ def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained
     Raises:
         UsageError: no such backbone.
     """
-    name = resolve_backbone(backbone)
-    _check_name(name, backbone)
-    settings = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    _, cfg = _look_up(backbone)
+    settings = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
     return Preprocess(
         input_size=settings["input_size"][-1] if input_size is None else input_size,
         crop_pct=settings["crop_pct"] if pretrained else 1.0,
@@ -154,10 +151,12 @@ def backbone_preprocess(backbone: str, input_size: int | None = None, pretrained
     )
 
 
-def _check_name(name: str, given: str) -> None:
+def _look_up(given: str) -> tuple[str, Any]:
+    """timm's name and record of a backbone; raises UsageError if there is none."""
+    name = resolve_backbone(given)
     try:
-        if timm.is_model(name) and timm.get_pretrained_cfg(name) is not None:  # None: a name of timm's past
-            return
+        if timm.is_model(name) and (cfg := timm.get_pretrained_cfg(name)) is not None:  # None: a name of timm's past
+            return name, cfg
     except RuntimeError:  # a tag that it has no weights of
         known = ", ".join(timm.list_pretrained(name.partition(".")[0])) or "none"
         raise UsageError(f"timm has no weights '{given}'; of this model it has: {known}") from None
@@ -188,14 +187,11 @@ def build_model(
             weights that cannot be downloaded; no such weights file.
         ArtifactError: the weights file is unreadable or of another model.
     """
-    name = resolve_backbone(backbone)
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}")
-    _check_name(name, backbone)
-    size: dict[str, int] = {}
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg.fixed_input_size and cfg.input_size[-1] != preprocess.input_size:
-        size = {"img_size": preprocess.input_size}
+    name, cfg = _look_up(backbone)
+    other_size = cfg.fixed_input_size and cfg.input_size[-1] != preprocess.input_size
+    size = {"img_size": preprocess.input_size} if other_size else {}
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **size)
     except MemoryError:
@@ -264,8 +260,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"weights file '{path}' does not exist")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -341,23 +335,19 @@ def _check_backbone(model: SSODClassifier) -> str:
 
 def _patch_mismatch(model: SSODClassifier, feature_map: Tensor) -> str:
     """Why the head on an unpooled 1x1 map differs from the pooled head on it; empty if it does not."""
-    try:
-        return _patch_difference(model, feature_map)
-    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-        return f"its head cannot act on one patch ({str(error).splitlines()[0]})"
-
-
-def _patch_difference(model: SSODClassifier, feature_map: Tensor) -> str:
     if feature_map.dim() != 4:
         return f"its features have shape {list(feature_map.shape)}, not [N, C, H, W]"
-    unpooled = unpooled_head(model.backbone).forward_head(feature_map, pre_logits=True)
-    if unpooled.dim() != 4:
-        return f"its head gives {list(unpooled.shape)} on a map that is not pooled"
-    if unpooled.shape[2:] != feature_map.shape[2:]:
-        return "its head mixes neighbouring patches"
     patch = feature_map[:, :, :1, :1]
-    pooled = cast(Any, model.backbone).forward_head(patch, pre_logits=True)
-    alone = model.patch_features(patch)
+    try:
+        unpooled = unpooled_head(model.backbone).forward_head(feature_map, pre_logits=True)
+        if unpooled.dim() != 4:
+            return f"its head gives {list(unpooled.shape)} on a map that is not pooled"
+        if unpooled.shape[2:] != feature_map.shape[2:]:
+            return "its head mixes neighbouring patches"
+        pooled = cast(Any, model.backbone).forward_head(patch, pre_logits=True)
+        alone = model.patch_features(patch)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        return f"its head cannot act on one patch ({str(error).splitlines()[0]})"
     if alone.shape != (1, 1, 1, model.classifier.in_features) or pooled.shape != alone[0, 0].shape:
         return (
             f"its head gives {list(alone.shape)} at one patch for a classifier of {model.classifier.in_features} inputs"

@@ -70,25 +70,18 @@ def collect(
     """
     model.eval()
     device = next(model.parameters()).device
-    logits, id_logits, labels, features, times = [], [], [], [], []
+    parts, times = [], []
     images = EvalImages(source, indices, model.preprocess, via_size)
     for image, label, _ in load_batches(images, workers, batch_size=batch_size):
         start = time.perf_counter()
         x = normalise(image.to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
         z = model.features(x)
         batch_logits, batch_id = model.head(z)
-        logits.append(batch_logits.cpu().numpy())
+        read = batch_logits.cpu().numpy()  # waits for the device
         times.append((time.perf_counter() - start) / len(label))
-        id_logits.append(batch_id.cpu().numpy())
-        labels.append(label.numpy())
-        features.append(z.float().cpu().numpy())
+        parts.append((read, batch_id.cpu().numpy(), label.numpy(), z.float().cpu().numpy()))
         if watch is not None:
             watch(x)
         advance(len(label))
-    return Outputs(
-        np.concatenate(logits),
-        np.concatenate(id_logits),
-        np.concatenate(labels),
-        np.concatenate(features),
-        1000 * float(np.median(times)),
-    )
+    logits, id_logit, labels, features = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Outputs(logits, id_logit, labels, features, 1000 * float(np.median(times)))

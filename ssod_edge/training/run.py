@@ -94,16 +94,11 @@ class Run:
         """Of the checkpoint file, hex."""
         return sha256_file(self.checkpoint)
 
-    @cached_property
-    def config(self) -> TrainConfig:
-        """Its settings; errors as `load_config`."""
-        return load_config(self.folder)
-
     @property
     def outliers(self) -> tuple[str, ...]:
         """The made images of its training; none where its settings are gone."""
         try:
-            loss = self.config.loss
+            loss = load_config(self.folder).loss
         except (UsageError, ArtifactError):
             return ()
         return loss.outliers if loss.trains_row_on_outliers else ()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ssod_edge.config import Preprocess, TrainConfig, resolve_backbone, train_config
-from ssod_edge.training.checkpoint import is_checkpoint, load_preprocess
+from ssod_edge.json_reader import from_json
+from ssod_edge.training.checkpoint import is_checkpoint, load_checkpoint
 from ssod_edge.training.model import backbone_preprocess
 
 
@@ -22,20 +23,17 @@ def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
         ArtifactError: the checkpoint that training is to start from cannot be read.
     """
     options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
-    options["preprocess"] = asdict(_starting_preprocess(options))
+    size, weights = options.pop("size"), options.get("weights")
+    if weights and is_checkpoint(weights):  # whose images go through what they did, at the size asked for
+        preprocess = from_json(Preprocess, load_checkpoint(Path(weights))[1]["preprocess"], "preprocess")
+        preprocess = preprocess if size is None else replace(preprocess, input_size=size)
+    else:
+        preprocess = backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
+    options["preprocess"] = asdict(preprocess)
     if options.get("precision") is None:
         # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
         options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
     return train_config(options.pop("recipe"), options)
-
-
-def _starting_preprocess(options: dict[str, Any]) -> Preprocess:
-    """The preprocessing of the weights that training starts from, at the size asked for."""
-    size, weights = options.pop("size"), options.get("weights")
-    if weights and is_checkpoint(weights):
-        preprocess = load_preprocess(weights)
-        return preprocess if size is None else replace(preprocess, input_size=size)
-    return backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
 
 
 def default_name(config: TrainConfig) -> str:

@@ -31,8 +31,8 @@ from ssod_edge.data.demo import (
 from ssod_edge.errors import OutputError, UsageError
 
 
-def pixels(split: str, index: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(DemoSet(split, seed).image(index))
+def pixels(split: str, index: int) -> np.ndarray:
+    return np.asarray(DemoSet(split).image(index))
 
 
 @pytest.mark.parametrize("split", SPLIT_SIZES)
@@ -66,7 +66,7 @@ def test_the_label_is_the_digit_in_the_image() -> None:
 
 @pytest.mark.parametrize("split", SPLIT_SIZES)
 def test_an_index_is_the_same_image_in_any_order(split: str) -> None:
-    first, second = DemoSet(split, seed=3), DemoSet(split, seed=3)
+    first, second = DemoSet(split), DemoSet(split)
     order = [5, 0, 17, 5, 499, 1]
     forward = {index: first.image(index).tobytes() for index in order}
     for index in reversed(order):
@@ -87,13 +87,11 @@ def test_another_process_draws_the_same_pixels() -> None:
     assert len(digests) == 1
 
 
-def test_the_seed_changes_images_but_not_who_owns_what() -> None:
-    zero, one = DemoSet("test", 0), DemoSet("test", 1)
-    assert any(zero.image(index).tobytes() != one.image(index).tobytes() for index in range(3))
-    assert zero.fingerprint != one.fingerprint
-    assert zero.fingerprint == DemoSet("test", 0).fingerprint
+def test_a_split_has_a_fingerprint_of_its_own_and_shows_every_digit_that_it_owns() -> None:
+    demo = DemoSet("test")
+    assert demo.fingerprint == DemoSet("test").fingerprint
     assert len({DemoSet(split).fingerprint for split in SPLIT_SIZES}) == len(SPLIT_SIZES)
-    used = {one.drawing(index).instance for index in range(len(one))}
+    used = {demo.drawing(index).instance for index in range(len(demo))}
     assert used == {row for digit in range(8) for row in digit_instances("test", digit)}
 
 
@@ -111,7 +109,7 @@ def test_no_digit_instance_is_in_two_splits() -> None:
 
 def test_what_is_drawn_comes_from_what_the_split_owns() -> None:
     for split in ("train", "val", "calib", "test", "near", "photos"):
-        demo = DemoSet(split, seed=2)
+        demo = DemoSet(split)
         tiles = {(tile.photo, tile.box) for tile in photo_tiles(split if split in ID_SPLITS else "test")}
         for index in range(0, len(demo), 7):
             drawing = demo.drawing(index)
@@ -220,12 +218,6 @@ def test_an_unknown_split_is_refused_with_the_known_ones(split: str) -> None:
         DemoSet(split)
 
 
-@pytest.mark.parametrize("seed", [-1, 0.5, "0", True])
-def test_a_bad_seed_is_refused(seed: object) -> None:
-    with pytest.raises(UsageError, match="seed"):
-        DemoSet("train", seed)  # type: ignore[arg-type]
-
-
 def test_without_scikit_learn_the_message_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'ssod-edge\[train\]'"):
@@ -238,20 +230,18 @@ def test_torch_is_not_imported() -> None:
 
 
 def test_written_images_are_the_sets_own(tmp_path: Path) -> None:
-    paths = write_demo_images(tmp_path / "new" / "folder", count_per_set=3)
-    assert len(paths) == len({path.name for path in paths}) == 3 * (1 + len(OOD_SPLITS))
-    assert sum(path.name.startswith("known-digit-") for path in paths) == 3
+    paths = write_demo_images(tmp_path / "new" / "folder")
+    assert len(paths) == len({path.name for path in paths}) == 2 * (1 + len(OOD_SPLITS))
+    assert sum(path.name.startswith("known-digit-") for path in paths) == 2
     assert sorted(paths) == sorted((tmp_path / "new" / "folder").iterdir())
     for path in paths:
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (IMAGE_SIZE, IMAGE_SIZE))
     with Image.open(paths[0]) as image:
         assert np.array_equal(np.asarray(image), pixels("test", 0))
-    with pytest.raises(UsageError, match="count_per_set"):
-        write_demo_images(tmp_path, 0)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
-        write_demo_images(tmp_path / "file", 1)
+        write_demo_images(tmp_path / "file")
 
 
 def test_splits_look_alike() -> None:

@@ -19,7 +19,7 @@ from ssod_edge.errors import UsageError
     [
         ([1, 2], None),
         ([2, 1], None),
-        ([1, 1, 2], "val names an image twice"),
+        ([1, 1, 2], "was changed after training"),
         ([True, 2], r"val\[0\] must be an integer, got true"),
         ([1.0, 2], r"val\[0\] must be an integer, got 1.0"),
         ([[1], [2]], r"val\[0\] must be an integer"),

@@ -21,7 +21,7 @@ from ssod_edge.data.pixels import preprocess
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.detect.metrics import detection_metrics
 from ssod_edge.errors import UsageError
-from ssod_edge.evaluation.evaluate import EvalFiles, EvalOptions, collect, evaluate, run_eval
+from ssod_edge.evaluation.evaluate import EvalOptions, collect, evaluate, run_eval
 from ssod_edge.evaluation.images import warn_of_used_images
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.export.graph.build import export_run
@@ -170,7 +170,11 @@ def test_id_images_of_some_of_the_models_classes_are_matched_by_name(place, tmp_
     )
     every, some = whole.scores, part.scores
     assert np.array_equal(some["id"]["energy"], every["id"]["energy"][5:]) and report["n_id"] == 10
-    assert part.id.labels.tolist() == 5 * [1] + 5 * [2] and report["classes"] == ["class0", "class1", "class2"]
+    assert part.outputs["id"].labels.tolist() == 5 * [1] + 5 * [2] and report["classes"] == [
+        "class0",
+        "class1",
+        "class2",
+    ]
     assert np.array_equal(some["other"]["energy"], every["id"]["energy"][:5])
     assert "holds images" not in capsys.readouterr().err
 
@@ -286,7 +290,7 @@ def test_a_run_on_data_whose_name_begins_with_demo_is_not_the_demo(place, tmp_pa
 def test_names_are_printed_as_they_are_and_the_report_is_there_before(place, tmp_path, monkeypatch, capsys):
     run = copy_run(place, tmp_path / "run[new]")
     options = EvalOptions(str(place / "test"), {"[/a]": str(place / "grey")}, bootstrap=0)
-    run_eval(str(run), options, EvalFiles(png_file=str(tmp_path / "eval.png")))
+    run_eval(str(run), options, png_file=str(tmp_path / "eval.png"))
     out = capsys.readouterr().out
     assert out.startswith("run[new]  (") and "[/a]" in out
 
@@ -296,7 +300,7 @@ def test_names_are_printed_as_they_are_and_the_report_is_there_before(place, tmp
 
     monkeypatch.setattr("ssod_edge.evaluation.evaluate.print_report", closed)
     with pytest.raises(BrokenPipeError):
-        run_eval(str(run), options, EvalFiles(str(tmp_path / "report.json"), str(tmp_path / "eval.png")))
+        run_eval(str(run), options, json_file=str(tmp_path / "report.json"), png_file=str(tmp_path / "eval.png"))
 
 
 def test_a_broken_ood_image_is_named(place, tmp_path):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_l
 from ssod_edge.data.readers import ReaderImages
 from ssod_edge.data.sources import ListedImages, open_dataset
 from ssod_edge.errors import ImageError, UsageError
-from ssod_edge.studies.protocols import SVHN, TABLES, DataSet, markdown
+from ssod_edge.studies.protocols import SVHN, TABLES, markdown
 from ssod_edge.studies.study import parse_grid
 
 TINY = ["--backbone", "test_efficientnet", "--size", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
@@ -262,7 +263,7 @@ def test_svhn_as_torchvision_keeps_it(root, tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
     file = tmp_path / "test_32x32.mat"
     savemat(file, {"X": images, "y": np.arange(20)[:, None] % 10 + 1})
-    data = DataSet("svhn", ("svhn",), SVHN.archives).find(tmp_path)
+    data = replace(SVHN, places=("svhn",)).find(tmp_path)
     with pytest.raises(UsageError, match="cannot be opened: Dataset not found or corrupted"):
         open_dataset(data)  # torchvision compares the file's MD5
     digest = hashlib.md5(file.read_bytes()).hexdigest()
