@@ -18,11 +18,14 @@ from ssod_edge.bench.plain import Pair
 from ssod_edge.bench.power import PowerMeter
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.query import IMAGES, ImageQuery, encode
-from ssod_edge.bench.record import latency_figures, make_record, make_row
+from ssod_edge.bench.record import ROW_KEYS, SCHEMA_VERSION, latency_figures
 from ssod_edge.data.named import NamedData
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
+
+#: Keys of a row that are attributes of a `Backend`.
+OF_BACKEND = ("sha256", "engine", "precision", "device", "size_mb", "status", "error")
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class Measurement:
         return any(len(samples) == self.plan.repeats for samples in self.samples.values())
 
     def record(self, environment: dict[str, Any], command: str) -> dict[str, Any]:
-        """What was measured, JSON-ready."""
+        """What was measured, JSON-ready, with the keys of `ssod_edge.bench.record.RECORD_KEYS`."""
         spec, options = self.spec, self.options
         method = {"quick": options.quick, "batch": options.batch, "images": self.queries, **asdict(self.plan)}
         export = {
@@ -174,36 +177,32 @@ class Measurement:
             "trained": spec.trained,
             "run": spec.source.get("run"),
         }
-        return make_record(
-            environment={**environment, "state_after": describe_state()},
-            command=command,
-            method=method,
-            export=export,
-            data=self._data(),
-            cost_of_unknown=self.cost,
-            rows=[self._row(backend) for backend in self.backends.all],
-        )
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": {**environment, "state_after": describe_state()},
+            "command": command,
+            "method": method,
+            "export": export,
+            "data": self._data(),
+            "cost_of_unknown": self.cost,
+            "rows": [self._row(backend) for backend in self.backends.all],
+        }
 
     def _row(self, backend: Backend) -> dict[str, Any]:
         samples = self.samples.get(backend.name, [])
         whole = len(samples) == self.plan.repeats
         latency = latency_figures(samples, self.options.batch) if whole else {}
         meter = self.power.get(backend.name)
-        return make_row(
-            artifact=backend.name,
-            sha256=backend.sha256,
-            engine=backend.engine,
-            precision=backend.precision,
-            device=backend.device,
-            batch=self.options.batch,
+        return {
+            **dict.fromkeys(ROW_KEYS),
+            "artifact": backend.name,
+            **{key: getattr(backend, key) for key in OF_BACKEND},
+            "batch": self.options.batch,
             **latency,
-            power=meter.figures(1000 / latency["throughput_ips"]) if meter and latency else None,
-            size_mb=backend.size_mb,
-            rss_mb=self.rss.get(backend.name),
+            "power": meter.figures(1000 / latency["throughput_ips"]) if meter and latency else None,
+            "rss_mb": self.rss.get(backend.name),
             **self.accuracy.get(backend.name, {}),
-            status=backend.status,
-            error=backend.error,
-        )
+        }
 
     def _data(self) -> dict[str, Any]:
         entries = {}
