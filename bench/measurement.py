@@ -210,7 +210,7 @@ class Measurement:
             found = self.collected.get(images.name, Collected())
             entries[images.name] = {
                 "data": images.data,
-                "fingerprint": images.fingerprint,
+                "fingerprint": images.source.fingerprint,
                 "n": len(found.rows),
                 "unreadable": found.unreadable,
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable, Sequence
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ JPEG_QUALITY = 95
 
 
 def encode(images: Iterable[Image.Image]) -> list[bytes]:
-    """The first IMAGES of some RGB images as JPEG files in memory."""
+    """RGB images as JPEG files in memory."""
     files = []
-    for image in islice(images, IMAGES):
+    for image in images:
         file = io.BytesIO()
         image.save(file, format="JPEG", quality=JPEG_QUALITY)
         files.append(file.getvalue())
