@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -57,10 +57,8 @@ def installed_versions() -> dict[str, str]:
     """Version of each of PACKAGES that is installed. Nothing is imported."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -97,8 +95,6 @@ def memory_mb() -> int | None:
 
 def describe_gpus() -> list[str]:
     """One line for each NVIDIA GPU that nvidia-smi lists: name, driver, clock, temperature."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     query = "--query-gpu=name,driver_version,clocks.sm,temperature.gpu"
     try:
         done = subprocess.run(

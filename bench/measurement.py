@@ -150,14 +150,12 @@ class Measurement:
             self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, self.reference, classes)
 
     def _measure_memory(self) -> None:
-        working = self.backends.working()
+        working, options = self.backends.working(), self.options
         with self.bar.steps("memory", len(working)) as step:
             for backend in working:
                 step(backend.name, 1)
                 try:
-                    self.rss[backend.name] = measure_rss(
-                        backend.folder, backend.name, self.options.batch, self.options.threads
-                    )
+                    self.rss[backend.name] = measure_rss(backend.folder, backend.name, options.batch, options.threads)
                 except Exception as error:
                     backend.fail(error)
 
@@ -168,21 +166,19 @@ class Measurement:
     def record(self, environment: dict[str, Any], command: str) -> dict[str, Any]:
         """What was measured, JSON-ready, with the keys of `ssod_edge.bench.record.RECORD_KEYS`."""
         spec, options = self.spec, self.options
-        method = {"quick": options.quick, "batch": options.batch, "images": self.queries, **asdict(self.plan)}
-        export = {
-            "backbone": spec.backbone,
-            "input_size": spec.preprocess.input_size,
-            "classes": len(spec.classes),
-            "score": spec.score_name,
-            "trained": spec.trained,
-            "run": spec.source.get("run"),
-        }
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": {**environment, "state_after": describe_state()},
             "command": command,
-            "method": method,
-            "export": export,
+            "method": {"quick": options.quick, "batch": options.batch, "images": self.queries, **asdict(self.plan)},
+            "export": {
+                "backbone": spec.backbone,
+                "input_size": spec.preprocess.input_size,
+                "classes": len(spec.classes),
+                "score": spec.score_name,
+                "trained": spec.trained,
+                "run": spec.source.get("run"),
+            },
             "data": self._data(),
             "cost_of_unknown": self.cost,
             "rows": [self._row(backend) for backend in self.backends.all],
