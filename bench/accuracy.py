@@ -67,13 +67,9 @@ class Collected:
 def run_backends(
     runners: Mapping[str, Runner], images: ImageSet, settings: Preprocess, tick: Callable[[int], None] | None = None
 ) -> Collected:
-    """Run every backend on every image of a set; each image is decoded once.
+    """Run every open backend on every image of a set; each image is decoded once.
 
-    Args:
-        runners: open backends by name.
-        images: the set.
-        settings: the export's preprocessing.
-        tick: called with the number of images after each batch.
+    After each batch `tick` is called with its number of images.
     """
     collected = Collected()
     parts: dict[str, list[dict[str, Array]]] = {name: [] for name in runners}

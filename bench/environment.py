@@ -32,10 +32,9 @@ PROC = Path("/proc")
 
 
 def describe_environment(threads: int | None) -> dict[str, Any]:
-    """Versions, processor, settings and state of this machine, JSON-ready. What cannot be read is None.
+    """Versions, processor, settings and state of this machine, and the threads that engines were told, JSON-ready.
 
-    Args:
-        threads: what the engines were told; None leaves it to them.
+    What cannot be read is None.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -69,12 +69,7 @@ QUICK = Plan(warmup_s=0.2, warmup_queries=5, measure_s=0.5, measure_queries=16, 
 
 
 def measure(query: Query, plan: Plan, tick: Tick) -> Samples:
-    """One repeat: warm up, then time queries.
-
-    Args:
-        query: the backend.
-        plan: how long.
-        tick: called between queries every TICK_SECONDS, e.g. to redraw a progress bar.
+    """One repeat: warm up, then time queries. `tick` is called between them every TICK_SECONDS, to redraw a bar.
 
     Returns:
         Nanoseconds, int64 [n, len(STAGES)], one row for each query after the warm-up.
@@ -119,11 +114,7 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], seconds: floa
 
     Differences of one per cent are smaller than the drift between two measurements that follow each other, and a
     shared machine may be half again as slow for some seconds. A round of some tens of milliseconds sees one machine, so
-    the ratio is taken in each round.
-
-    Args:
-        first, second: what to time.
-        seconds: how long, at least; at least two rounds are run.
+    the ratio is taken in each round. There are at least two of them, and as many as fit into `seconds`.
     """
     times: tuple[list[list[int]], list[list[int]]] = ([], [])
     start = time.monotonic()

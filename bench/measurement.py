@@ -220,15 +220,9 @@ class Measurement:
 
 
 def cost_figures(fused: str, plain: str, batch: int, repeats: list[Turns]) -> dict[str, Any]:
-    """One engine's entry of `cost_of_unknown`.
+    """One engine's entry of `cost_of_unknown`, from repeats of `latency.alternate` with the fused graph first.
 
-    Args:
-        fused, plain: names of the artifacts.
-        batch: images per run.
-        repeats: of `latency.alternate`, the fused graph first.
-
-    Returns:
-        `ratio`: fused / plain, the median of the repeats; `repeats`: each of them; `fused_ms`, `plain_ms`: medians.
+    `ratio` is fused / plain, the median of `repeats`, which are in it too; `fused_ms` and `plain_ms` are medians.
     """
     ratios = [round(turns.ratio, 5) for turns in repeats]
     return {

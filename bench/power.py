@@ -61,11 +61,7 @@ class PowerMeter:
             self._thread.join()
 
     def figures(self, ms_per_image: float) -> dict[str, Any] | None:
-        """`mean_w`, `mj_per_image` (power times time, of the whole board) and `rails`; None without a sensor.
-
-        Args:
-            ms_per_image: mean time of an image while the power was measured.
-        """
+        """`mean_w`, `mj_per_image` (that times `ms_per_image`), `samples` and `rails`; None without a sensor."""
         if not self._watts:
             return None
         mean = statistics.fmean(self._watts)

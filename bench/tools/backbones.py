@@ -46,11 +46,9 @@ def smallest(family: str) -> tuple[str, int]:
 
 
 def measure(families: list[str], largest: float) -> Iterator[dict[str, Any]]:
-    """A row for each family: whether its smallest model fits, and how far its artifacts are from PyTorch.
+    """A row for each module of timm: whether its smallest model fits, and how far its artifacts are from PyTorch.
 
-    Args:
-        families: modules of timm.
-        largest: million parameters up to which a model is exported; larger ones are left out.
+    Models of more than `largest` million parameters are not exported.
     """
     for family in families:
         try:
