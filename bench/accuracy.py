@@ -168,9 +168,10 @@ def accuracy_figures(
     for key in means if unknown else ():
         figures[key] = float(np.mean([values[key] for values in figures["ood_sets"].values()]))
     if threshold is not None and against is not None:
-        sides = [
-            [outputs[backend]["ood_score"] <= threshold.value for backend in (name, against)]
-            for outputs in (known, *unknown.values())
-        ]
-        figures["decision_flips"] = sum(int(np.count_nonzero(one != other)) for one, other in sides)
+        sets = (known, *unknown.values())
+        figures["decision_flips"] = sum(_flips(outputs[name], outputs[against], threshold.value) for outputs in sets)
     return figures
+
+
+def _flips(one: Mapping[str, Array], other: Mapping[str, Array], threshold: float) -> int:
+    return int(np.count_nonzero((one["ood_score"] <= threshold) != (other["ood_score"] <= threshold)))
