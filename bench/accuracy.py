@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +12,13 @@ from PIL import Image
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import preprocess, via
+from ssod_edge.data.sources import ImageSource
 from ssod_edge.detect.metrics import deployment_metrics, detection_metrics
 from ssod_edge.errors import EngineError, ImageError
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.spec import Threshold
 
 BATCH = 32
-
-
-class Images(Protocol):
-    """What an image set is drawn from; `ssod_edge.data.sources.ImageSource` is one."""
-
-    def __len__(self) -> int: ...
-    def image(self, index: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +28,7 @@ class ImageSet:
     Attributes:
         name: "id", or the OOD set's name.
         data: how the user named the data.
-        fingerprint: of the data, hex.
-        images: where they come from.
+        source: where the images come from.
         indices: int64 [n], which of them.
         labels: int64 [n], in the model's classes; None for an OOD set.
         via: size of the `via` protocol in pixels; None for native resolution.
@@ -43,15 +36,14 @@ class ImageSet:
 
     name: str
     data: str
-    fingerprint: str
-    images: Images
+    source: ImageSource
     indices: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None = None
     via: int | None = None
 
     def load(self, index: int) -> Image.Image:
         """One image, RGB, through the protocol. Raises ImageError if it cannot be read."""
-        image = self.images.image(int(index))
+        image = self.source.image(int(index))
         return image if self.via is None else via(image, self.via)
 
 
@@ -75,13 +67,9 @@ class Collected:
 def run_backends(
     runners: Mapping[str, Runner], images: ImageSet, settings: Preprocess, tick: Callable[[int], None] | None = None
 ) -> Collected:
-    """Run every backend on every image of a set; each image is decoded once.
+    """Run every open backend on every image of a set; each image is decoded once.
 
-    Args:
-        runners: open backends by name.
-        images: the set.
-        settings: the export's preprocessing.
-        tick: called with the number of images after each batch.
+    After each batch `tick` is called with its number of images.
     """
     collected = Collected()
     parts: dict[str, list[dict[str, Array]]] = {name: [] for name in runners}
@@ -101,21 +89,19 @@ def run_backends(
 
 
 def _batches(images: ImageSet, settings: Preprocess, collected: Collected) -> Iterator[Array]:
-    size = settings.input_size
-    pixels, filled = np.empty((BATCH, 3, size, size), np.uint8), 0
+    pixels: list[Array] = []
     for row, index in enumerate(images.indices):
         try:
-            preprocess(images.load(index), settings, pixels[filled])
+            pixels.append(preprocess(images.load(index), settings))
         except ImageError as error:
             collected.unreadable.append(str(error))
             continue
         collected.rows.append(row)
-        filled += 1
-        if filled == BATCH:
-            yield pixels
-            filled = 0
-    if filled:
-        yield pixels[:filled]
+        if len(pixels) == BATCH:
+            yield np.stack(pixels)
+            pixels.clear()
+    if pixels:
+        yield np.stack(pixels)
 
 
 def _finite(outputs: dict[str, Array], name: str) -> dict[str, Array]:
@@ -157,12 +143,11 @@ def accuracy_figures(
         - ood_sets: OOD set -> {auroc, fpr_at_id_tpr95, n_ood}, with a threshold also false_accept.
         - deployment: what the threshold means, as `ssod_edge.detect.metrics.deployment_metrics`; None if a label is -1.
     """
-    own = known[name]
-    compared = known[reference] if reference is not None and name != reference else None
+    own, against = known[name], None if reference == name else reference
     predicted = own["logits"].argmax(axis=1)
     figures: dict[str, Any] = {
         "top1": float((predicted == labels).mean()),
-        "agreement": None if compared is None else float((predicted == compared["logits"].argmax(axis=1)).mean()),
+        "agreement": None if against is None else float((predicted == known[against]["logits"].argmax(axis=1)).mean()),
         **dict.fromkeys(("auroc", "fpr_at_id_tpr95", "decision_flips", "false_accept", "false_reject", "deployment")),
         "ood_sets": {},
     }
@@ -182,9 +167,9 @@ def accuracy_figures(
     means = ("auroc", "fpr_at_id_tpr95", *(("false_accept",) if threshold is not None else ()))
     for key in means if unknown else ():
         figures[key] = float(np.mean([values[key] for values in figures["ood_sets"].values()]))
-    if threshold is not None and reference is not None and compared is not None:
-        pairs = [(own, compared), *((outputs[name], outputs[reference]) for outputs in unknown.values())]
-        figures["decision_flips"] = sum(_flips(one, other, threshold.value) for one, other in pairs)
+    if threshold is not None and against is not None:
+        sets = (known, *unknown.values())
+        figures["decision_flips"] = sum(_flips(outputs[name], outputs[against], threshold.value) for outputs in sets)
     return figures
 
 

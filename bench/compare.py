@@ -38,11 +38,9 @@ class Comparison:
 
 
 def noise_of(old: Sequence[float], new: Sequence[float], level: float) -> float:
-    """How far a latency may move by itself: the larger spread (max - min) of the repeats, at least LATENCY_FLOOR.
+    """How far a latency may move by itself: the larger spread (max - min) of the figure in the repeats of either bench.
 
-    Args:
-        old, new: the figure in each repeat.
-        level: the old figure.
+    It is at least LATENCY_FLOOR of the old figure, which is `level`.
     """
     spreads = [max(values) - min(values) for values in (old, new) if values]
     return max([*spreads, LATENCY_FLOOR * abs(level)])
@@ -55,7 +53,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     only where both ran on the same images, and agreement and flips where they are against the same backend.
     """
     notes = _surroundings(old, new)
-    same_images = _without_reference(old["data"]) == _without_reference(new["data"])
+    same_images = {**old["data"], "reference": None} == {**new["data"], "reference": None}
     if not same_images:
         notes.append("the images differ, so accuracy is not compared")
     # Records of earlier releases name no reference: it was always the eager model.
@@ -77,10 +75,6 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
 
 def _rows(record: dict[str, Any]) -> dict[tuple[str, int], Row]:
     return {(row["artifact"], row["batch"]): row for row in record["rows"]}
-
-
-def _without_reference(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key != "reference"}
 
 
 def _row_changes(old: Row, new: Row, same_images: bool, same_reference: bool) -> list[Change]:

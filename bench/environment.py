@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -32,10 +32,9 @@ PROC = Path("/proc")
 
 
 def describe_environment(threads: int | None) -> dict[str, Any]:
-    """Versions, processor, settings and state of this machine, JSON-ready. What cannot be read is None.
+    """Versions, processor, settings and state of this machine, and the threads that engines were told, JSON-ready.
 
-    Args:
-        threads: what the engines were told; None leaves it to them.
+    What cannot be read is None.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -57,10 +56,8 @@ def installed_versions() -> dict[str, str]:
     """Version of each of PACKAGES that is installed. Nothing is imported."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -97,8 +94,6 @@ def memory_mb() -> int | None:
 
 def describe_gpus() -> list[str]:
     """One line for each NVIDIA GPU that nvidia-smi lists: name, driver, clock, temperature."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     query = "--query-gpu=name,driver_version,clocks.sm,temperature.gpu"
     try:
         done = subprocess.run(

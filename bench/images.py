@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,15 +48,16 @@ def choose_images(export: Export, options: NamedData, quick: bool = False) -> Be
     """
     note = None
     if options.id_data is not None:
-        chosen: ImageSet | None = named_set(options.id_data, export.spec)
+        known: ImageSet | None = named_set(options.id_data, export.spec)
     else:
-        chosen, note = recorded_split(export)
-    unknown = options.ood_data or {}
-    if chosen is None and unknown:
+        known, note = recorded_split(export)
+    if known is None and options.ood_data:
         raise UsageError(f"--ood needs in-distribution images too: {note} Name them with --id DATA.")
-    known = None if chosen is None else _limit(chosen, options.via_size, quick)
-    others = tuple(_limit(unknown_set(name, data), options.via_size, quick) for name, data in unknown.items())
-    return BenchImages(known, others, note)
+    unknown = []
+    for name, data in (options.ood_data or {}).items():
+        source = open_dataset(data, labelled=False)
+        unknown.append(_limit(ImageSet(name, data, source, np.arange(len(source))), options.via_size, quick))
+    return BenchImages(known and _limit(known, options.via_size, quick), tuple(unknown), note)
 
 
 def named_set(data: str, spec: Spec) -> ImageSet:
@@ -68,13 +70,7 @@ def named_set(data: str, spec: Spec) -> ImageSet:
             f"--id '{data}' shares no class with the model: it has {', '.join(source.classes[:5])}; "
             f"the model has {', '.join(spec.classes[:5])}"
         )
-    return ImageSet("id", data, source.fingerprint, source, indices, labels[indices])
-
-
-def unknown_set(name: str, data: str) -> ImageSet:
-    """All images of an OOD data set."""
-    source = open_dataset(data, labelled=False)
-    return ImageSet(name, data, source.fingerprint, source, np.arange(len(source)))
+    return ImageSet("id", data, source, indices, labels[indices])
 
 
 def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
@@ -91,8 +87,7 @@ def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
         indices = read_splits(export.folder.resolve().parent, source, str(facts["splits_hash"])).val
     except (OSError, ValueError, KeyError, SsodEdgeError, ImportError) as error:
         return None, f"The run's validation images cannot be opened ({error})."
-    name = f"{facts['data']} (val split)"
-    return ImageSet("id", name, source.fingerprint, source, indices, source.labels[indices]), None
+    return ImageSet("id", f"{facts['data']} (val split)", source, indices, source.labels[indices]), None
 
 
 def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[Image.Image], str]:
@@ -103,25 +98,22 @@ def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[
     """
     if images.known is None:
         pixels, origin = export.reference()["image"][:count], "reference.npz"
-        found = [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in pixels]
+        found = [Image.fromarray(image.transpose(1, 2, 0)) for image in pixels]
     else:
         known, found, origin = images.known, [], images.known.data
         for index in _spread(known.indices, count):
-            try:
+            with suppress(ImageError):
                 found.append(known.load(index))
-            except ImageError:
-                continue
     if not found:
         raise ArtifactError(f"none of {count} images of '{origin}' can be read")
-    sizes = sorted({image.size for image in found})
-    sizes_text = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
+    sizes = {"{}x{}".format(*image.size) for image in found}
+    sizes_text = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
     return found, f"{len(found)} images of {origin}, {sizes_text}, as JPEG in memory"
 
 
 def _limit(images: ImageSet, via: int | None, quick: bool) -> ImageSet:
-    if not quick or len(images.indices) <= QUICK_IMAGES:
-        return replace(images, via=via)
-    rows = _spread(np.arange(len(images.indices)), QUICK_IMAGES)
+    rows = np.arange(len(images.indices))
+    rows = _spread(rows, QUICK_IMAGES) if quick else rows
     labels = None if images.labels is None else images.labels[rows]
     return replace(images, via=via, indices=images.indices[rows], labels=labels)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType
 from typing import Any
 
 
@@ -30,7 +29,7 @@ class Interrupts:
         if kind is None:
             self.check()
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, *_: object) -> None:
         self._seen = True
         raise KeyboardInterrupt
 

@@ -6,7 +6,6 @@ headline is the 90th percentile at batch 1. No sample is ever left out.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ TICK_SECONDS = 0.5
 
 #: Untimed queries after each change of backend in `alternate`: they bring its weights back into the caches.
 LEAD_IN = 3
+#: The timed ones that follow.
+BLOCK = 10
 
 Samples = npt.NDArray[np.int64]
 #: Runs one query and returns the nanoseconds that each of STAGES took.
@@ -67,31 +68,23 @@ class Plan:
 QUICK = Plan(warmup_s=0.2, warmup_queries=5, measure_s=0.5, measure_queries=16, repeats=3, pair_s=0.5)
 
 
-def measure(query: Query, plan: Plan, tick: Tick | None = None, clock: Callable[[], float] = time.monotonic) -> Samples:
-    """One repeat: warm up, then time queries.
-
-    Args:
-        query: the backend.
-        plan: how long.
-        tick: called between queries every TICK_SECONDS, e.g. to redraw a progress bar.
-        clock: seconds; decides only when to stop.
+def measure(query: Query, plan: Plan, tick: Tick) -> Samples:
+    """One repeat: warm up, then time queries. `tick` is called between them every TICK_SECONDS, to redraw a bar.
 
     Returns:
         Nanoseconds, int64 [n, len(STAGES)], one row for each query after the warm-up.
     """
-    _run(query, plan.warmup_s, plan.warmup_queries, tick, clock)
-    return np.asarray(_run(query, plan.measure_s, plan.measure_queries, tick, clock), np.int64)
+    _run(query, plan.warmup_s, plan.warmup_queries, tick)
+    return np.asarray(_run(query, plan.measure_s, plan.measure_queries, tick), np.int64)
 
 
-def _run(
-    query: Query, seconds: float, queries: int, tick: Tick | None, clock: Callable[[], float]
-) -> list[Sequence[int]]:
+def _run(query: Query, seconds: float, queries: int, tick: Tick) -> list[Sequence[int]]:
     samples: list[Sequence[int]] = []
-    start = ticked = now = clock()
+    start = ticked = now = time.monotonic()
     while now - start < seconds or len(samples) < queries:
         samples.append(query())
-        now = clock()
-        if tick is not None and now - ticked >= TICK_SECONDS:
+        now = time.monotonic()
+        if now - ticked >= TICK_SECONDS:
             tick()
             ticked = now
     return samples
@@ -116,29 +109,23 @@ class Turns(NamedTuple):
     ratio: float
 
 
-def alternate(first: Callable[[], Any], second: Callable[[], Any], seconds: float, block: int = 10) -> Turns:
+def alternate(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> Turns:
     """Time two calls that take turns in short blocks, in the order A B B A.
 
     Differences of one per cent are smaller than the drift between two measurements that follow each other, and a
     shared machine may be half again as slow for some seconds. A round of some tens of milliseconds sees one machine, so
-    the ratio is taken in each round.
-
-    Args:
-        first, second: what to time.
-        seconds: how long, at least; at least two rounds are run.
-        block: timed calls in each block.
+    the ratio is taken in each round. There are at least two of them, and as many as fit into `seconds`.
     """
     times: tuple[list[list[int]], list[list[int]]] = ([], [])
-    calls = (first, second)
     start = time.monotonic()
     while len(times[0]) < 2 or time.monotonic() - start < seconds:
         for turns in times:
             turns.append([])
         for which in (0, 1, 1, 0):
-            call = calls[which]
+            call = (first, second)[which]
             for _ in range(LEAD_IN):
                 call()
-            for _ in range(block):
+            for _ in range(BLOCK):
                 began = time.perf_counter_ns()
                 call()
                 times[which][-1].append(time.perf_counter_ns() - began)
@@ -147,21 +134,15 @@ def alternate(first: Callable[[], Any], second: Callable[[], Any], seconds: floa
     return Turns(float(np.median(times[0])) / 1e6, float(np.median(times[1])) / 1e6, ratio)
 
 
-def quantile(values: npt.NDArray[Any], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed (nearest rank: always a real sample)."""
-    if values.size == 0:
-        raise UsageError("a quantile needs at least one sample")
-    rank = max(math.ceil(share * values.size - 1e-9), 1)
-    return float(np.partition(values, rank - 1)[rank - 1])
-
-
 def summarise(nanoseconds: npt.NDArray[np.int64]) -> dict[str, float | int | None]:
     """{p50, p90, p99, mean, min, max} in ms and the count n, over every sample; p99 is None under P99_SAMPLES."""
     n = int(nanoseconds.size)
+    # Nearest rank: always a real sample.
+    p50, p90, p99 = np.quantile(nanoseconds, (0.50, 0.90, 0.99), method="inverted_cdf").tolist()
     return {
-        "p50": _ms(quantile(nanoseconds, 0.50)),
-        "p90": _ms(quantile(nanoseconds, 0.90)),
-        "p99": _ms(quantile(nanoseconds, 0.99)) if n >= P99_SAMPLES else None,
+        "p50": _ms(p50),
+        "p90": _ms(p90),
+        "p99": _ms(p99) if n >= P99_SAMPLES else None,
         "mean": _ms(float(nanoseconds.mean())),
         "min": _ms(float(nanoseconds.min())),
         "max": _ms(float(nanoseconds.max())),

@@ -18,11 +18,14 @@ from ssod_edge.bench.plain import Pair
 from ssod_edge.bench.power import PowerMeter
 from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.query import IMAGES, ImageQuery, encode
-from ssod_edge.bench.record import latency_figures, make_record, make_row
+from ssod_edge.bench.record import ROW_KEYS, SCHEMA_VERSION, latency_figures
 from ssod_edge.data.named import NamedData
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
+
+#: Keys of a row that are attributes of a `Backend`.
+OF_BACKEND = ("sha256", "engine", "precision", "device", "size_mb", "status", "error")
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,12 @@ class Measurement:
             self.accuracy[name] = accuracy_figures(name, threshold, labels, own, outputs, self.reference, classes)
 
     def _measure_memory(self) -> None:
-        working = self.backends.working()
+        working, options = self.backends.working(), self.options
         with self.bar.steps("memory", len(working)) as step:
             for backend in working:
                 step(backend.name, 1)
                 try:
-                    self.rss[backend.name] = measure_rss(
-                        backend.folder, backend.name, self.options.batch, self.options.threads
-                    )
+                    self.rss[backend.name] = measure_rss(backend.folder, backend.name, options.batch, options.threads)
                 except Exception as error:
                     backend.fail(error)
 
@@ -163,47 +164,41 @@ class Measurement:
         return any(len(samples) == self.plan.repeats for samples in self.samples.values())
 
     def record(self, environment: dict[str, Any], command: str) -> dict[str, Any]:
-        """What was measured, JSON-ready."""
+        """What was measured, JSON-ready, with the keys of `ssod_edge.bench.record.RECORD_KEYS`."""
         spec, options = self.spec, self.options
-        method = {"quick": options.quick, "batch": options.batch, "images": self.queries, **asdict(self.plan)}
-        export = {
-            "backbone": spec.backbone,
-            "input_size": spec.preprocess.input_size,
-            "classes": len(spec.classes),
-            "score": spec.score_name,
-            "trained": spec.trained,
-            "run": spec.source.get("run"),
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": {**environment, "state_after": describe_state()},
+            "command": command,
+            "method": {"quick": options.quick, "batch": options.batch, "images": self.queries, **asdict(self.plan)},
+            "export": {
+                "backbone": spec.backbone,
+                "input_size": spec.preprocess.input_size,
+                "classes": len(spec.classes),
+                "score": spec.score_name,
+                "trained": spec.trained,
+                "run": spec.source.get("run"),
+            },
+            "data": self._data(),
+            "cost_of_unknown": self.cost,
+            "rows": [self._row(backend) for backend in self.backends.all],
         }
-        return make_record(
-            environment={**environment, "state_after": describe_state()},
-            command=command,
-            method=method,
-            export=export,
-            data=self._data(),
-            cost_of_unknown=self.cost,
-            rows=[self._row(backend) for backend in self.backends.all],
-        )
 
     def _row(self, backend: Backend) -> dict[str, Any]:
         samples = self.samples.get(backend.name, [])
         whole = len(samples) == self.plan.repeats
         latency = latency_figures(samples, self.options.batch) if whole else {}
         meter = self.power.get(backend.name)
-        return make_row(
-            artifact=backend.name,
-            sha256=backend.sha256,
-            engine=backend.engine,
-            precision=backend.precision,
-            device=backend.device,
-            batch=self.options.batch,
+        return {
+            **dict.fromkeys(ROW_KEYS),
+            "artifact": backend.name,
+            **{key: getattr(backend, key) for key in OF_BACKEND},
+            "batch": self.options.batch,
             **latency,
-            power=meter.figures(1000 / latency["throughput_ips"]) if meter and latency else None,
-            size_mb=backend.size_mb,
-            rss_mb=self.rss.get(backend.name),
+            "power": meter.figures(1000 / latency["throughput_ips"]) if meter and latency else None,
+            "rss_mb": self.rss.get(backend.name),
             **self.accuracy.get(backend.name, {}),
-            status=backend.status,
-            error=backend.error,
-        )
+        }
 
     def _data(self) -> dict[str, Any]:
         entries = {}
@@ -211,7 +206,7 @@ class Measurement:
             found = self.collected.get(images.name, Collected())
             entries[images.name] = {
                 "data": images.data,
-                "fingerprint": images.fingerprint,
+                "fingerprint": images.source.fingerprint,
                 "n": len(found.rows),
                 "unreadable": found.unreadable,
             }
@@ -225,15 +220,9 @@ class Measurement:
 
 
 def cost_figures(fused: str, plain: str, batch: int, repeats: list[Turns]) -> dict[str, Any]:
-    """One engine's entry of `cost_of_unknown`.
+    """One engine's entry of `cost_of_unknown`, from repeats of `latency.alternate` with the fused graph first.
 
-    Args:
-        fused, plain: names of the artifacts.
-        batch: images per run.
-        repeats: of `latency.alternate`, the fused graph first.
-
-    Returns:
-        `ratio`: fused / plain, the median of the repeats; `repeats`: each of them; `fused_ms`, `plain_ms`: medians.
+    `ratio` is fused / plain, the median of `repeats`, which are in it too; `fused_ms` and `plain_ms` are medians.
     """
     ratios = [round(turns.ratio, 5) for turns in repeats]
     return {

@@ -23,13 +23,8 @@ TIMEOUT_S = 300
 def measure_rss(folder: Path, artifact: str, batch: int, threads: int | None) -> float:
     """Peak resident memory in MB (10**6 bytes) that loading and running an artifact adds to a Python process.
 
-    The engine's library counts; Python, numpy and this package do not.
-
-    Args:
-        folder: what `ssod_edge.bench.backends.open_backend` takes, with `artifact`.
-        artifact: its name.
-        batch: images per run.
-        threads: of the engine.
+    The engine's library counts; Python, numpy and this package do not. It is opened by
+    `ssod_edge.bench.backends.open_backend`, and runs `batch` images at a time.
 
     Raises:
         EngineError: the process failed; the message ends with its last line.
@@ -56,8 +51,7 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(request: str) -> None:

@@ -47,27 +47,21 @@ class PowerMeter:
         self.rails = rails(root)
         self._watts: list[float] = []
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PowerMeter:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._sample, name="power", daemon=True)
         if self.rails:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._sample, name="power", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._stop.set()
+        self._stop.set()
+        if self.rails:
             self._thread.join()
-            self._thread = None
 
     def figures(self, ms_per_image: float) -> dict[str, Any] | None:
-        """`mean_w`, `mj_per_image` (power times time, of the whole board) and `rails`; None without a sensor.
-
-        Args:
-            ms_per_image: mean time of an image while the power was measured.
-        """
+        """`mean_w`, `mj_per_image` (that times `ms_per_image`), `samples` and `rails`; None without a sensor."""
         if not self._watts:
             return None
         mean = statistics.fmean(self._watts)

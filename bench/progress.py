@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-class Bar:
+class Bar(Progress):
     """One bar for each part of a bench. Off a terminal, or without a console, nothing is shown.
 
     Args:
@@ -19,7 +19,7 @@ class Bar:
 
     def __init__(self, console: Console | None, check: Callable[[], None]) -> None:
         self._check = check
-        self._progress = Progress(
+        super().__init__(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -30,28 +30,14 @@ class Bar:
             disable=console is None or not console.is_terminal,
         )
 
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
     def refresh(self) -> None:
         """Redraw now."""
         self._check()
-        self._progress.refresh()
+        super().refresh()
 
     @contextmanager
     def steps(self, part: str, total: int) -> Iterator[Callable[[str, int], None]]:
         """A bar for one part. Call what it yields with the item that begins and how many more items that makes."""
-        task = self._progress.add_task(part, total=total, item="")
-
-        def step(item: str, count: int = 1) -> None:
-            self._progress.update(task, advance=count, item=item)
-            self.refresh()
-
-        self.refresh()
-        yield step
-        self._progress.update(task, item="")
-        self.refresh()
+        task = self.add_task(part, total=total, item="")
+        yield lambda item, count: self.update(task, advance=count, item=item, refresh=True)
+        self.update(task, item="", refresh=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable, Sequence
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ JPEG_QUALITY = 95
 
 
 def encode(images: Iterable[Image.Image]) -> list[bytes]:
-    """The first IMAGES of some RGB images as JPEG files in memory."""
+    """RGB images as JPEG files in memory."""
     files = []
-    for image in islice(images, IMAGES):
+    for image in images:
         file = io.BytesIO()
         image.save(file, format="JPEG", quality=JPEG_QUALITY)
         files.append(file.getvalue())
@@ -36,12 +36,8 @@ class ImageQuery:
 
     Its stages, the ones of `ssod_edge.bench.latency.STAGES`: decode and resize; nothing; the engine's run; the
     verdict. Engines on the CPU read the image where it lies, so "transfer" is 0 there; an engine on another device
-    copies inside its run, and that time counts as "compute".
-
-    Args:
-        runner: an open artifact, or a plain classifier (then the verdict is the class alone).
-        images: encoded images, taken in turn.
-        batch: images per query.
+    copies inside its run, and that time counts as "compute". Each query takes the next `batch` of the encoded images in
+    turn; of a plain classifier the verdict is the class alone.
     """
 
     def __init__(self, runner: Runner, images: Sequence[bytes], batch: int) -> None:

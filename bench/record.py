@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.bench.latency import Samples, summarise, summarise_stages
+from ssod_edge.bench.latency import Samples, summarise_stages
 from ssod_edge.errors import UsageError
 from ssod_edge.json_reader import from_json, read_json
 
@@ -41,20 +41,6 @@ ROW_KEYS = tuple(ROW_TYPES)
 #: Keys that records of earlier releases lack.
 LATER_KEYS = ("power", "false_accept", "false_reject", "deployment")
 
-COMPUTE = 2  # column of latency.STAGES
-
-
-def make_row(**values: Any) -> dict[str, Any]:
-    """A row with every key of ROW_KEYS; what is not given is None.
-
-    Raises:
-        TypeError: a key that a row does not have.
-    """
-    unknown = values.keys() - set(ROW_KEYS)
-    if unknown:
-        raise TypeError(f"a row has no key {', '.join(sorted(unknown))}")
-    return {key: values.get(key) for key in ROW_KEYS}
-
 
 def latency_figures(repeats: Sequence[Samples], batch: int) -> dict[str, Any]:
     """The latency columns of a row, from its repeats (int64 [n, len(STAGES)] nanoseconds each).
@@ -66,26 +52,18 @@ def latency_figures(repeats: Sequence[Samples], batch: int) -> dict[str, Any]:
         - repeats_ms: p50 and p90 end to end, and p50 of compute, of each repeat: their spread is the noise.
     """
     stages = summarise_stages(np.concatenate(list(repeats)))
-    ends = [summarise(samples.sum(axis=1)) for samples in repeats]
+    each = [summarise_stages(samples) for samples in repeats]
     latency = stages["end_to_end"]
     return {
         "latency_ms": latency,
         "stages_ms": stages,
         "throughput_ips": round(1000 * batch / float(latency["mean"] or 1), 2),
         "repeats_ms": {
-            "p50": [end["p50"] for end in ends],
-            "p90": [end["p90"] for end in ends],
-            "compute_p50": [summarise(samples[:, COMPUTE])["p50"] for samples in repeats],
+            "p50": [repeat["end_to_end"]["p50"] for repeat in each],
+            "p90": [repeat["end_to_end"]["p90"] for repeat in each],
+            "compute_p50": [repeat["compute"]["p50"] for repeat in each],
         },
     }
-
-
-def make_record(**values: Any) -> dict[str, Any]:
-    """A record with the keys of RECORD_KEYS, all of which but the version must be given."""
-    record = {"schema_version": SCHEMA_VERSION, **values}
-    if set(record) != set(RECORD_KEYS):
-        raise TypeError(f"a record has the keys {', '.join(RECORD_KEYS)}, got {', '.join(record)}")
-    return {key: record[key] for key in RECORD_KEYS}
 
 
 def load_record(path: str | Path) -> dict[str, Any]:

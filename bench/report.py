@@ -58,16 +58,15 @@ def columns(rows: list[Row]) -> list[Column]:
 
 def deployment_columns(rows: list[Row]) -> list[Column]:
     """The columns of a second table, for rows with a threshold and labelled images: what it does, with intervals."""
-    sets = list(dict.fromkeys(name for row in rows for name in row["deployment"]["ood"]))
-    found = [
+    sets = dict.fromkeys(name for row in rows for name in row["deployment"]["ood"])
+    return [
         Column("artifact", lambda row: str(row["artifact"]), left=True),
         Column("known accepted %", lambda row: _interval(row["deployment"], "id_tpr")),
         Column("selective accuracy %", lambda row: _interval(row["deployment"], "selective_accuracy")),
         Column("AURC %", lambda row: _percent(row["deployment"]["aurc"])),
+        *(Column(f"{name} accepted %", partial(_accepted, name)) for name in sets),
+        Column("most rejected class %", _most_rejected),
     ]
-    for name in sets:
-        found.append(Column(f"{name} accepted %", partial(_accepted, name)))
-    return [*found, Column("most rejected class %", _most_rejected)]
 
 
 def title(record: dict[str, Any]) -> str:
@@ -114,10 +113,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [f"**{title(record)}**", "", *_markdown_table(columns(rows), rows), ""]
     if deployed := [row for row in rows if row["deployment"]]:
         lines += [f"{DEPLOYMENT}:", "", *_markdown_table(deployment_columns(deployed), deployed), ""]
-    lines += [
-        *(f"- {_cell(line)}" for line in notes(record)),
-        f"- `{record['command']}`",
-    ]
+    lines += [*(f"- {_cell(line)}" for line in notes(record)), f"- `{record['command']}`"]
     return "\n".join(lines) + "\n"
 
 

@@ -94,14 +94,11 @@ class BenchOutput:
 def run_bench(
     folder: str | None, options: BenchOptions, output: BenchOutput, backbone: str | None = None, runs: str = "runs"
 ) -> int:
-    """The command `bench`: measure, print, save, compare.
+    """The command `bench`: measure, print, save, compare; returns its `exit_code`.
 
     Args:
         folder: an export folder, or the run folder that holds it; None: the newest export under `runs`, of this
             backbone if one is given.
-
-    Returns:
-        the exit code, see `exit_code`.
 
     Raises:
         UsageError: both a folder and a backbone, no export to bench, or a record to compare with that is none.

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -48,10 +49,10 @@ struct Softmax {
 
 #define SSOD_INLINE static inline __attribute__((always_inline))
 
-// exp(x) for x <= 0, relative error below 2e-7; NaN stays NaN. Cody and Waite's reduction, a polynomial on |r| <= ln2/2.
+// exp(x) for x <= 0, relative error below 2e-7; NaN stays NaN, and what is too small for a float of full precision is
+// zero. Cody and Waite's reduction, a polynomial on |r| <= ln2/2.
 SSOD_INLINE float exp_nonpositive(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
-  x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -62,16 +63,9 @@ SSOD_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000u;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  const float scale = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  return x < -87.0f ? 0.0f : p * scale;
 }
-
-// The same for any x <= 0: what is too small for a float of full precision is zero.
-SSOD_INLINE float exp_shifted(float x) { return x < -87.0f ? 0.0f : exp_nonpositive(x); }
 
 // Takes `count` more logits of one patch into account; the bias is added on the way.
 SSOD_INLINE void accumulate_body(const float* logits, const float* bias, int64_t count, Softmax& state) {
@@ -87,7 +81,7 @@ SSOD_INLINE void accumulate_body(const float* logits, const float* bias, int64_t
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < count; ++j) {
-    sum += exp_shifted(logits[j] + bias[j] - shift);
+    sum += exp_nonpositive(logits[j] + bias[j] - shift);
   }
   state.sum = (state.sum == 0.0f ? 0.0f : state.sum * std::exp(state.maximum - shift)) + sum;
   state.maximum = maximum;
@@ -136,8 +130,8 @@ SSOD_INLINE void few_confidences_body(const float* logits, int64_t width, const 
   // With all logits at minus infinity any shift will do, and this one keeps a NaN visible.
   for (int64_t i = 0; i < kRows; ++i) maximum[i] = maximum[i] == -kInfinity ? 0.0f : maximum[i];
   for (int64_t j = 0; j < classes; ++j)
-    for (int64_t i = 0; i < kRows; ++i) sum[i] += exp_shifted(column[j][i] - maximum[i]);
-  for (int64_t i = 0; i < kRows; ++i) confidence[i] = exp_shifted(chosen[i] - maximum[i]) / sum[i];
+    for (int64_t i = 0; i < kRows; ++i) sum[i] += exp_nonpositive(column[j][i] - maximum[i]);
+  for (int64_t i = 0; i < kRows; ++i) confidence[i] = exp_nonpositive(chosen[i] - maximum[i]) / sum[i];
 }
 
 // bfloat16 is the upper half of a float.
@@ -148,7 +142,7 @@ SSOD_INLINE void widen_bfloat16_body(const uint16_t* from, float* to, int64_t co
   for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
 }
 
-SSOD_INLINE void widen_half_body(const uint16_t* from, float* to, int64_t count) {
+static void widen_half_portable(const uint16_t* from, float* to, int64_t count) {
   const auto* halves = reinterpret_cast<const c10::Half*>(from);
   for (int64_t i = 0; i < count; ++i) to[i] = halves[i];
 }
@@ -158,12 +152,11 @@ __attribute__((target("avx2,f16c"))) void widen_half_f16c(const uint16_t* from, 
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  widen_half_body(from + i, to + i, count - i);
+  widen_half_portable(from + i, to + i, count - i);
 }
 #endif
 
 struct Routines {
-  const char* name;
   void (*accumulate)(const float*, const float*, int64_t, Softmax&);
   void (*few_classes_1)(const float* const*, const float*, int64_t, float*);
   void (*few_classes_2)(const float* const*, const float*, int64_t, float*);
@@ -189,10 +182,8 @@ struct Routines {
   TARGET static void widen_bfloat16_##NAME(const uint16_t* from, float* to, int64_t count) {                          \
     widen_bfloat16_body(from, to, count);                                                                             \
   }                                                                                                                   \
-  static const Routines routines_##NAME = {#NAME,      accumulate_##NAME,      few_1_##NAME,                          \
-                                           few_2_##NAME, few_confidences_##NAME, widen_bfloat16_##NAME, WIDEN_HALF};
-
-static void widen_half_portable(const uint16_t* from, float* to, int64_t count) { widen_half_body(from, to, count); }
+  static const Routines routines_##NAME = {accumulate_##NAME,      few_1_##NAME,          few_2_##NAME,               \
+                                           few_confidences_##NAME, widen_bfloat16_##NAME, WIDEN_HALF};
 
 SSOD_ROUTINES(portable, , 4, 2, 1, widen_half_portable)
 #if defined(__x86_64__)

@@ -22,7 +22,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <tuple>
 #include <type_traits>
@@ -766,8 +765,8 @@ Tensor multiply(Problem& problem, const Tensor& like, int device, cudaStream_t s
   } else {
     set_tiles(problem, tiles(problem.rows, Sums<T>::kTileRows), tiles(columns, Sums<T>::kTileColumns));
   }
-  const std::array<int64_t, 1> size{(2 * static_cast<int64_t>(problem.class_tiles) + 1) * problem.rows};
-  Tensor workspace = torch::stable::new_empty(like, {size.data(), 1}, ScalarType::Float);
+  const int64_t size = (2 * static_cast<int64_t>(problem.class_tiles) + 1) * problem.rows;
+  Tensor workspace = torch::stable::new_empty(like, {&size, 1}, ScalarType::Float);
   problem.partial = static_cast<float2*>(workspace.mutable_data_ptr());
   problem.target_logit = workspace.mutable_data_ptr<float>() + 2 * problem.class_tiles * problem.rows;
   if constexpr (!std::is_same_v<T, float>) {
@@ -792,10 +791,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& z, const Tensor& we
                   " like z, got ", name_of(ood_weight ? ood_weight->scalar_type() : type));
   const int device = z.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const auto make = [&](int64_t count, ScalarType element) {
-    const std::array<int64_t, 1> size{count};
-    return torch::stable::new_empty(z, {size.data(), 1}, element);
-  };
+  const auto make = [&](int64_t size, ScalarType element) { return torch::stable::new_empty(z, {&size, 1}, element); };
   Tensor confidence = make(f.count(), ScalarType::Float), label = make(f.count(), ScalarType::Char);
   Tensor id_logit = make(ood_weight ? f.count() : 0, ScalarType::Float);
   if (f.count() == 0) return {confidence, label, id_logit};

@@ -3,7 +3,7 @@
 # Usage: scripts/sanitize.sh PYTHON [PYTEST ARGUMENTS]   (PYTHON needs ssod-edge's extra "train", and pytest)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$1
+python=$(realpath -s "$1")  # not what the link of a virtual environment leads to
 shift
 
 work=$(mktemp -d)
@@ -22,4 +22,4 @@ export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=1 UBS
 export PYTHONPATH="$work/src" PYTHONMALLOC=malloc
 preload=$("${CXX:-c++}" -print-file-name=libasan.so):$("${CXX:-c++}" -print-file-name=libubsan.so)
 # What the sanitizer holds back makes the one test that measures memory meaningless.
-LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider -k "not little_memory" "${@:-tests/test_kernel.py}"
+LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider -k "not little_memory" "${@:-tests/kernels/test_kernel.py}"

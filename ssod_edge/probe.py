@@ -11,14 +11,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-#: `FACTOR @ FACTOR`, exact in every floating-point format that an engine may choose.
-FACTOR = [[1.0, 2.0], [3.0, 4.0]]
-PRODUCT = [[7.0, 10.0], [15.0, 22.0]]
+#: float32 [2, 2]; `FACTOR @ FACTOR` is exact in every floating-point format that an engine may choose.
+FACTOR = np.array([[1, 2], [3, 4]], np.float32)
+PRODUCT = np.array([[7, 10], [15, 22]], np.float32)
 
 #: y = x @ x, with float32 [2, 2] x and y: IR version 8, opset 18. tests/test_doctor.py makes it again.
 TINY_ONNX = Path(__file__).with_name("probe.onnx")
@@ -36,8 +37,8 @@ def check(device: str, run: Callable[[], Any], detail: str = "") -> Outcome:
         result = np.asarray(run(), dtype=np.float32)
     except Exception as error:
         return device, "failed", first_line(error)
-    if not np.array_equal(result, np.asarray(PRODUCT, dtype=np.float32)):
-        return device, "failed", f"wrong result: {result.tolist()} instead of {PRODUCT}"
+    if not np.array_equal(result, PRODUCT):
+        return device, "failed", f"wrong result: {result.tolist()} instead of {PRODUCT.tolist()}"
     return device, "ok", detail
 
 
@@ -50,7 +51,6 @@ def probe_onnxruntime() -> Iterator[Outcome]:
     """ONNX Runtime: each execution provider of this build that runs whole graphs by itself."""
     import onnxruntime
 
-    x = np.asarray(FACTOR, dtype=np.float32)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     for provider in onnxruntime.get_available_providers():
@@ -61,7 +61,7 @@ def probe_onnxruntime() -> Iterator[Outcome]:
             session = onnxruntime.InferenceSession(TINY_ONNX.read_bytes(), options, providers=[provider])
             if session.get_providers()[0] != provider:
                 raise RuntimeError(f"{provider} could not be loaded; ONNX Runtime fell back to the CPU")
-            return session.run(["y"], {"x": x})[0]
+            return session.run(["y"], {"x": FACTOR})[0]
 
         yield check(provider.removesuffix("ExecutionProvider"), run)
 
@@ -79,7 +79,7 @@ def probe_openvino() -> Iterator[Outcome]:
         formats = ", ".join(sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")))
 
         def run(device: str = device) -> Any:
-            return core.compile_model(model, device)([np.asarray(FACTOR, dtype=np.float32)])[0]
+            return core.compile_model(model, device)([FACTOR])[0]
 
         yield check(device, run, f"{name}; {formats}")
 
@@ -110,26 +110,14 @@ def probe_torch() -> Iterator[Outcome]:
         yield check(device.upper(), partial(multiply, device), detail)
 
 
-def probe_tensorrt() -> Iterator[Outcome]:
-    """TensorRT: its builder, which needs a GPU and a driver, and the first GPU."""
-    import tensorrt
-
-    return _plan(tensorrt)
-
-
-def probe_tensorrt_rtx() -> Iterator[Outcome]:
-    """TensorRT for RTX: its builder, which works ahead of time without a GPU, and the first GPU."""
-    import tensorrt_rtx
-
-    return _plan(tensorrt_rtx)
-
-
-def _plan(tensorrt: Any) -> Iterator[Outcome]:
-    """Build a plan, and run it on the GPU as the runner does."""
+def probe_plan(name: str) -> Iterator[Outcome]:
+    """TensorRT or TensorRT for RTX: its builder, which for the first needs a GPU, and a plan on the first GPU."""
     from ssod_edge.errors import SsodEdgeError
     from ssod_edge.runtime.engines.cuda import open_gpu
     from ssod_edge.runtime.engines.plans import CUDA_EXTRAS
     from ssod_edge.runtime.engines.tensorrt import Session
+
+    tensorrt = import_module(name)
 
     def build(capability: str | None) -> bytes:
         builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
@@ -152,7 +140,7 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
         return
     yield BUILDER, "ok", ""
     try:
-        gpu = open_gpu(extra=CUDA_EXTRAS[tensorrt.__name__])
+        gpu = open_gpu(extra=CUDA_EXTRAS[name])
     except SsodEdgeError as error:
         yield "CUDA", "missing", first_line(error)
         return
@@ -165,7 +153,7 @@ def _plan(tensorrt: Any) -> Iterator[Outcome]:
     def run() -> Any:
         session = Session(tensorrt, build(number), "probe", gpu)
         try:
-            return session.run({"x": np.asarray(FACTOR, dtype=np.float32)})["y"]
+            return session.run({"x": FACTOR})["y"]
         finally:
             session.close()
 
@@ -189,8 +177,8 @@ PROBES: dict[str, Callable[[], Iterator[Outcome]]] = {
     "onnxruntime": probe_onnxruntime,
     "openvino": probe_openvino,
     "torch": probe_torch,
-    "tensorrt": probe_tensorrt,
-    "tensorrt_rtx": probe_tensorrt_rtx,
+    "tensorrt": partial(probe_plan, "tensorrt"),
+    "tensorrt_rtx": partial(probe_plan, "tensorrt_rtx"),
     "pycuda": probe_pycuda,
 }
 

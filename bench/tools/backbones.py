@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ import click
 import timm
 import torch
 
-from ssod_edge.bench.environment import describe_environment
-from ssod_edge.bench.tools.command import Tool, called, json_option
+from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import SsodEdgeError, UsageError
 from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.source import Source, untrained
-from ssod_edge.files import write_json
 
 #: Pixels; a model that does not run at this size is taken at its own.
 SIZE = 128
@@ -43,16 +42,13 @@ def smallest(family: str) -> tuple[str, int]:
             continue  # it cannot be built without memory, or needs another package
     if not sizes:
         raise UsageError(f"timm has no family '{family}' with a model that can be built")
-    name = min(sizes, key=lambda key: sizes[key])
-    return name, sizes[name]
+    return min(sizes.items(), key=itemgetter(1))
 
 
 def measure(families: list[str], largest: float) -> Iterator[dict[str, Any]]:
-    """A row for each family: whether its smallest model fits, and how far its artifacts are from PyTorch.
+    """A row for each module of timm: whether its smallest model fits, and how far its artifacts are from PyTorch.
 
-    Args:
-        families: modules of timm.
-        largest: million parameters up to which a model is exported; larger ones are left out.
+    Models of more than `largest` million parameters are not exported.
     """
     for family in families:
         try:
@@ -60,14 +56,14 @@ def measure(families: list[str], largest: float) -> Iterator[dict[str, Any]]:
         except UsageError as error:
             yield {"family": family, "status": "left out", "reason": str(error)}
             continue
-        row: dict[str, Any] = {"family": family, "models": len(timm.list_models(module=family)), "backbone": name}
-        row["parameters"] = parameters
+        models = len(timm.list_models(module=family))
+        row: dict[str, Any] = {"family": family, "models": models, "backbone": name, "parameters": parameters}
         if parameters > largest * 1e6:
             yield {**row, "status": "left out", "reason": f"more than {largest:g} million parameters"}
             continue
         try:
             source = _source(name)
-            row["input_size"], row["no_patches"] = source.model.preprocess.input_size, source.model.no_patches
+            row |= {"input_size": source.model.preprocess.input_size, "no_patches": source.model.no_patches}
             yield {**row, "status": "fits", "artifacts": _artifacts(source)}
         except SsodEdgeError as error:
             yield {**row, "status": "not exported" if "no_patches" in row else "refused", "reason": str(error)}
@@ -97,23 +93,14 @@ def _artifacts(source: Source) -> dict[str, float]:
 def main(families: tuple[str, ...], largest: float, json_file: Path | None) -> None:
     """Build and export the smallest model of each family of timm, or of those named."""
     rows: list[dict[str, Any]] = []
-    record = {
-        "command": called("backbones"),
-        "environment": describe_environment(None),
-        "timm": timm.__version__,
-        "rows": rows,
-    }
     for row in measure(list(families or timm.list_modules()), largest):
         rows.append(row)
-        if json_file:
-            write_json(json_file, record)
+        write_rows(json_file, "backbones", rows, timm=timm.__version__)
         said = row.get("reason") or ", ".join(f"{name} {error:.1e}" for name, error in row["artifacts"].items())
         patches = "" if row["status"] != "fits" else "  " if row["no_patches"] else "* "
         click.echo(f"{row['family']:24} {row.get('backbone', ''):32} {row['status']:12} {patches}{said}")
-    found = Counter(row["status"] for row in rows)
-    click.echo(
-        f"{dict(found)}; *: `--method ssod` and `explain` too. Figures: relative error of the logits against PyTorch."
-    )
+    found = dict(Counter(row["status"] for row in rows))
+    click.echo(f"{found}; *: `--method ssod` and `explain` too. Figures: relative error of the logits against PyTorch.")
 
 
 if __name__ == "__main__":

@@ -35,17 +35,17 @@ KERNEL = re.compile(r"\d(sample_portable|sample_hopper|finish)(?:I(f|N3c104HalfE
 ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "N3c108BFloat16E": "BFloat16"}
 
 
-def run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
+def run(command: list[str], seconds: float, environment: dict[str, str]) -> dict[str, Any]:
     """One step as a child process: its exit code (124: out of time), how long it took and the end of its output."""
     started = time.monotonic()
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **(environment or {})}, timeout=max(1.0, seconds),
+            command, cwd=ROOT, env={**os.environ, **environment}, timeout=max(1.0, seconds),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, output = 124, (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes) else ""
+        code, output = 124, error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else ""
     except OSError as error:
         code, output = 127, str(error)
     return {"exit_code": code, "seconds": round(time.monotonic() - started, 1), "output": output[-6000:]}
@@ -123,21 +123,15 @@ def main(out: Path | None, minutes: float, skip_build: bool, only_ragged: bool) 
         built = step("build", [python, "setup.py", "build_ext", "--inplace", "--force"], SSOD_EDGE_EXT="cuda")
         record["resources"] = resources(str(built["output"]))
     step("tests", [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"])
-    step(
-        "kernel",
-        [python, "-m", "ssod_edge.bench.tools.kernel", "--dtype", "bf16", "--json", str(out.resolve() / "kernel.json")],
-    )
     training = ["--size", "224", "--batch", "128", "--classes", "1000", "--precision", "bf16"]
-    step(
-        "training",
-        [python, "-m", "ssod_edge.bench.tools.training", *training, "--json", str(out.resolve() / "training.json")],
-    )
+    for name, arguments in (("kernel", ["--dtype", "bf16"]), ("training", training)):
+        json_file = str(out.resolve() / f"{name}.json")
+        step(name, [python, "-m", f"ssod_edge.bench.tools.{name}", *arguments, "--json", json_file])
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     for tool in TOOLS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-        command += [python, "-m", "ssod_edge.bench.tools.gpu", "--ragged"]
+        watched = [python, "-m", "ssod_edge.bench.tools.gpu", "--ragged"]
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
-        step(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     click.echo(table(record))
     if any(done["exit_code"] != 0 for done in record["steps"].values()):
         sys.exit(1)

@@ -6,7 +6,6 @@ python -m ssod_edge.bench.tools.kernel --json bench/results/kernel.json
 from __future__ import annotations
 
 import ctypes
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod_edge import ops
+from ssod_edge.bench.latency import interleave
+from ssod_edge.bench.memory import peak_rss
 from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import UsageError
 
@@ -57,14 +58,10 @@ def contestants(shape: str, images: int, dtype: str, device: torch.device) -> di
     target_of_patch = target.repeat_interleave(per_image)
     rows = z.view(images, per_image, d)
     separate = weight[:-1], bias[:-1], weight[-1], bias[-1]  # as the model holds them
-
-    def ours() -> Any:
-        return ops.sample_patches(rows, *separate, target, GAMMA, "auto")
-
     compiled = torch.compile(eager)
     steps: dict[str, Callable[[], Any]] = {
         "gemm": lambda: torch.mm(z, weight.T),
-        "kernel": ours,
+        "kernel": lambda: ops.sample_patches(rows, *separate, target, GAMMA),
         "eager": lambda: eager(z, weight, bias, target_of_patch),
         "torch.compile": lambda: compiled(z, weight, bias, target_of_patch),
     }
@@ -89,13 +86,11 @@ def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: torch.devi
         for name, step in steps.items():
             step()  # compiles, and warms the caches
             peaks[name] = peak_bytes(step, device)
-        for index in range(rounds):
-            order = list(steps) if index % 2 else list(steps)[::-1]
-            for name in order:
-                times[name].append(timed(steps[name], device))
+        for _, name in interleave(tuple(steps), rounds):
+            times[name].append(timed(steps[name], device))
     rows = []
     for name, values in times.items():
-        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        quartiles = statistics.quantiles(values, n=4) if rounds > 1 else values * 3
         ratios = [value / base for value, base in zip(values, times["gemm"], strict=True)]
         rows.append(
             {
@@ -131,20 +126,14 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         step()
         return int(torch.cuda.max_memory_allocated() - before)
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before is given back, and has to be asked for again
-        reset.write_text("5")  # the resident peak begins anew
-
-        def resident() -> int:
-            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            return int(found[1]) * 1024 if found else 0
-
-        before = resident()
-        step()
-        return resident() - before
+        Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
     except (OSError, AttributeError):  # no such file, or another C library
         return None
+    before = peak_rss()
+    step()
+    return peak_rss() - before
 
 
 @click.command(cls=Tool)
@@ -163,10 +152,9 @@ def main(
     rows = []
     where = torch.device(device)
     for shape in shapes or tuple(SHAPES):
+        d, m, per_image = SHAPES[shape]
         for dtype in dtypes:
-            steps = contestants(shape, images, dtype, where)
-            for row in measure(steps, rounds, where):
-                d, m, per_image = SHAPES[shape]
+            for row in measure(contestants(shape, images, dtype, where), rounds, where):
                 rows.append({"shape": shape, "P": images * per_image, "D": d, "M": m, "dtype": dtype, **row})
                 show(rows[-1])
     write_rows(json_file, "kernel", rows, device=device, threads=torch.get_num_threads())

@@ -27,7 +27,6 @@ from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Runner
-from ssod_edge.spec import load_spec
 
 #: (median, minimum) in ms. Other work on the machine moves the first, and the second says what is not its doing.
 Times = tuple[float, float]
@@ -146,24 +145,20 @@ def main(export: str, artifacts: tuple[str, ...], seconds: float, rounds: int, j
     """Compare the runners of an export with their engines' own benchmarks, at batch 1."""
     if rounds < 1 or not 0 < seconds < float("inf"):
         raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
-    folder = Export.at(export).folder
-    names = artifacts or _names(folder)
+    opened = Export.at(export)
+    names = artifacts or [a.name for a in opened.spec.artifacts if a.engine in ("openvino", "onnxruntime")]
     if not names:
-        raise UsageError(f"'{folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")
+        raise UsageError(f"'{opened.folder}' holds no artifact of OpenVINO or ONNX Runtime, whose benchmarks these are")
     rows = []
     for name in names:
-        with open_runner(folder, artifact=name, allow_untrained=True) as runner:
-            row = compare(folder, runner, seconds, rounds)
+        with open_runner(opened.folder, artifact=name, allow_untrained=True) as runner:
+            row = compare(opened.folder, runner, seconds, rounds)
         rows.append(row)
         click.echo(
             f"{name}: runner {row['runner_ms']:.3f} ms, own {row['own_ms']:.3f} ms, ratio {row['ratio']:.3f}, "
             f"of the fastest calls {row['ratio_of_minima']:.3f}, to the bare call {row['bare_ratio']:.3f}"
         )
     write_rows(json_file, "overhead", rows)
-
-
-def _names(folder: Path) -> list[str]:
-    return [a.name for a in load_spec(folder).artifacts if a.engine in ("openvino", "onnxruntime")]
 
 
 if __name__ == "__main__":

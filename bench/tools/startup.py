@@ -16,8 +16,6 @@ import click
 from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import UsageError
 
-SSOD_EDGE = (sys.executable, "-m", "ssod_edge")
-
 
 def seconds(arguments: tuple[str, ...], runs: int) -> list[float]:
     """Wall time of `ssod-edge ARGUMENTS`, `runs` times after one that is not counted.
@@ -28,7 +26,7 @@ def seconds(arguments: tuple[str, ...], runs: int) -> list[float]:
     times = []
     for _ in range(runs + 1):
         started = time.perf_counter()
-        done = subprocess.run([*SSOD_EDGE, *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "ssod_edge", *arguments], capture_output=True, text=True)
         times.append(time.perf_counter() - started)
         if done.returncode != 0:
             raise UsageError(f"'ssod-edge {' '.join(arguments)}' ended with {done.returncode}: {done.stderr.strip()}")

@@ -138,7 +138,7 @@ class Photos:
 
 def photo_set(n: int, missing: tuple[int, ...] = (), name: str = "id", labels: np.ndarray | None = None) -> ImageSet:
     photos = Photos([None if i in missing else pixels for i, pixels in enumerate(colour_images(n))])
-    return ImageSet(name, "photos", "abc", photos, np.arange(n), labels)
+    return ImageSet(name, "photos", photos, np.arange(n), labels)
 
 
 def test_each_image_is_read_once_for_all_backends_and_a_bad_one_is_left_out(export: Path) -> None:

@@ -25,7 +25,7 @@ from ssod_edge.bench.backends import BF16, Backends, combined_hash
 from ssod_edge.bench.interrupt import Interrupts
 from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.measurement import BenchOptions
-from ssod_edge.bench.record import load_record
+from ssod_edge.bench.record import RECORD_KEYS, ROW_KEYS, load_record
 from ssod_edge.bench.report import DEPLOYMENT, markdown, print_record
 from ssod_edge.bench.run import BenchOutput, bench, exit_code, run_bench
 from ssod_edge.cli import main
@@ -129,6 +129,7 @@ def test_a_failed_row_is_shown_and_the_others_go_on(damaged: tuple[Path, dict[st
 
 def test_the_record_has_the_golden_keys(damaged: tuple[Path, dict[str, Any]], golden: dict[str, Any]) -> None:
     _, record = damaged
+    assert tuple(record) == RECORD_KEYS and all(tuple(row) == ROW_KEYS for row in record["rows"])
     names = {"packages", "variables", "data", "details"}  # what they hold depends on the machine or the data
 
     def comparable(record: dict[str, Any]) -> Any:

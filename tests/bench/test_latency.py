@@ -12,6 +12,7 @@ from colour import SIZE
 from PIL import Image
 
 from ssod_edge.bench.latency import (
+    BLOCK,
     LEAD_IN,
     P99_SAMPLES,
     QUICK,
@@ -21,7 +22,6 @@ from ssod_edge.bench.latency import (
     alternate,
     interleave,
     measure,
-    quantile,
     summarise,
     summarise_stages,
 )
@@ -33,17 +33,13 @@ from ssod_edge.runtime.open import open_runner
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(0.0, 10), (0.1, 10), (0.5, 50), (0.51, 60), (0.9, 90), (0.91, 100), (1.0, 100)]
+    ("n", "median", "ninetieth"),
+    [(1, 1, 1), (2, 1, 2), (9, 5, 9), (10, 5, 9), (11, 6, 10), (12, 6, 11), (700, 350, 630)],
 )
-def test_quantile_is_a_real_sample_by_nearest_rank(share: float, expected: float) -> None:
-    values = np.array([30, 10, 100, 20, 90, 40, 80, 50, 70, 60])
-    assert quantile(values, share) == expected
-
-
-def test_quantile_of_one_sample_and_of_none() -> None:
-    assert quantile(np.array([7]), 0.99) == 7
-    with pytest.raises(UsageError, match="at least one sample"):
-        quantile(np.array([]), 0.5)
+def test_quantiles_are_real_samples_by_nearest_rank(n: int, median: int, ninetieth: int) -> None:
+    summary = summarise(np.random.default_rng(0).permutation(np.arange(1, n + 1)) * 1_000_000)
+    assert (summary["p50"], summary["p90"]) == (median, ninetieth)
+    assert summary["p99"] == (None if n < P99_SAMPLES else 693)
 
 
 def test_summary_by_hand() -> None:
@@ -104,9 +100,12 @@ class Clock:
     [(0.125, 50, 1024), (0.001, 2000, 10_000), (0.03125, 64, 1024)],
     ids=["slow: the counts decide", "fast: the times decide", "both"],
 )
-def test_both_limits_must_be_reached(seconds: float, warmup: int, measured: int) -> None:
+def test_both_limits_must_be_reached(
+    seconds: float, warmup: int, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(seconds)
-    samples = measure(clock, Plan(), clock=lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    samples = measure(clock, Plan(), clock.tick)
     assert samples.shape == (pytest.approx(measured, abs=1), len(STAGES))
     assert samples[0, 0] == pytest.approx(warmup + 1, abs=1), "the warm-up is not among the samples"
     assert len(samples) + samples[0, 0] - 1 == clock.calls, "no query is dropped"
@@ -117,9 +116,10 @@ def test_the_method_is_the_default() -> None:
     assert QUICK.repeats == 3
 
 
-def test_ticks_come_between_queries_and_not_often() -> None:
+def test_ticks_come_between_queries_and_not_often(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.01)
-    measure(clock, Plan(), tick=clock.tick, clock=lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    measure(clock, Plan(), clock.tick)
     gaps = np.diff(clock.ticks)
     assert 20 <= len(gaps) <= 24
     assert gaps.min() >= 0.49
@@ -137,8 +137,8 @@ def test_backends_take_turns() -> None:
 
 def test_a_pair_alternates_in_short_blocks() -> None:
     calls: list[str] = []
-    turns = alternate(lambda: calls.append("a"), lambda: calls.append("b"), seconds=0, block=4)
-    block = LEAD_IN + 4
+    turns = alternate(lambda: calls.append("a"), lambda: calls.append("b"), seconds=0)
+    block = LEAD_IN + BLOCK
     assert "".join(calls) == ("a" * block + "b" * 2 * block + "a" * block) * 2
     assert 0 < turns.first_ms < 1 and 0 < turns.second_ms < 1
 
@@ -154,7 +154,7 @@ def test_a_machine_that_slows_down_moves_both_of_a_pair(monkeypatch: pytest.Monk
     def work(nanoseconds: int) -> None:
         nonlocal now, calls
         # From about the middle on, and within a round, the machine is three times as slow.
-        now, calls = now + nanoseconds * (3 if calls > 29 * (LEAD_IN + 10) else 1), calls + 1
+        now, calls = now + nanoseconds * (3 if calls > 29 * (LEAD_IN + BLOCK) else 1), calls + 1
 
     monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
     monkeypatch.setattr(time, "monotonic", lambda: now / 1e9)

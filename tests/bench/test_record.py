@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ssod_edge.bench import environment, memory
 from ssod_edge.bench.compare import compare, noise_of
-from ssod_edge.bench.record import LATER_KEYS, RECORD_KEYS, ROW_KEYS, load_record, make_row
+from ssod_edge.bench.record import LATER_KEYS, RECORD_KEYS, ROW_KEYS, load_record
 from ssod_edge.bench.report import print_comparison
 from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.files import write_json
@@ -116,12 +116,6 @@ def test_a_record_of_an_earlier_release_is_read(golden: dict[str, Any], tmp_path
     old.write_text(json.dumps(golden))
     for key in LATER_KEYS:
         assert [row[key] for row in load_record(old)["rows"]] == [None] * len(golden["rows"])
-
-
-def test_a_row_has_no_other_keys() -> None:
-    assert make_row(artifact="a")["error"] is None
-    with pytest.raises(TypeError, match="a row has no key latency"):
-        make_row(latency=1)
 
 
 @pytest.mark.parametrize(
