@@ -311,7 +311,7 @@ void sample_few(const void* z, ScalarType type, const Features& f, const Tensor&
   const int64_t classes = weight.size(0);
   const int64_t vectors = (classes + kLanes) / kLanes;  // classes + 1 columns, rounded up
   const int64_t width = vectors * kLanes;
-  std::vector<Lanes> packed(f.depth * vectors, Lanes{});
+  std::vector<Lanes> packed(std::max<int64_t>(f.depth, 1) * vectors, Lanes{});  // its first is named below in any case
   std::vector<float> row(f.depth);
   for (int64_t j = 0; j <= classes; ++j) {
     if (j < classes) widen_row(weight, j, row.data());

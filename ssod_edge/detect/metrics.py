@@ -226,7 +226,7 @@ def deployment_metrics(
     n, accepted = len(known), int(known.sum())
     curve = risk_coverage(ind, right)
     return {
-        "threshold": {key: value for key, value in asdict(threshold).items() if key != "id_quantiles"},
+        "threshold": {key: value for key, value in asdict(threshold).items() if not key.startswith("id_")},
         **_share("id_tpr", accepted, n),
         "false_reject": 1 - accepted / n,
         "false_reject_ci": list(tpr_interval(n - accepted, n)),
