@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +17,7 @@ from ssod_edge.export.release import Say
 from ssod_edge.files import check_output, sha256_file, write_atomic
 from ssod_edge.json_reader import parse_json
 from ssod_edge.runtime.export import Export
-from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
+from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec, spec_values
 
 README_NAME = "README.md"
 #: The hash of every other file, in the format of `sha256sum --check`.
@@ -71,7 +71,7 @@ def write_bundle(
     if record is not None:
         contents[BENCH_NAME] = record
     contents |= {name: folder / name for name in spec.shared_files}
-    contents[SPEC_NAME] = (json.dumps(asdict(packed), indent=2, allow_nan=False) + "\n").encode()
+    contents[SPEC_NAME] = (json.dumps(spec_values(packed), indent=2, allow_nan=False) + "\n").encode()
     contents[README_NAME] = _readme(packed, record, Path(path).name).encode()
     for name in contents:
         _check_name(name, Path(path))

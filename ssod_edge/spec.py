@@ -24,7 +24,7 @@ DETECTOR_NAME = "detector.npz"
 LOGIT_OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
 #: What graphs of schema 4 give besides: the p-value of "known", and whether it is.
 VERDICT_OUTPUTS = ("p_known", "known")
-#: The inputs from which they are computed, see `ssod_edge.detect.calibration.verdict_inputs`.
+#: The inputs from which they are computed, see `ssod_edge.detect.confidence.verdict_inputs`.
 VERDICT_INPUTS = ("threshold", "p_scores", "p_levels")
 #: What can be asked for besides, by its output: the features that the last layer reads.
 FEATURE_OUTPUTS = {"pooled": "features_pooled"}
@@ -190,9 +190,14 @@ class Spec:
 
 
 def save_spec(spec: Spec, folder: str | Path) -> Path:
-    """Write `ssod.json` into an export folder, atomically, with a hash of itself."""
+    """Write `ssod.json` into an export folder, atomically."""
+    return write_json(Path(folder) / SPEC_NAME, spec_values(spec))
+
+
+def spec_values(spec: Spec) -> dict[str, Any]:
+    """What `ssod.json` says, and a hash of it."""
     values = asdict(spec)
-    return write_json(Path(folder) / SPEC_NAME, {**values, "sha256": spec_hash(values)})
+    return {**values, "sha256": spec_hash(values)}
 
 
 def spec_hash(values: dict[str, Any]) -> str:

@@ -65,15 +65,15 @@ def benchmark_app(path: Path, size: int, seconds: float) -> Times:
     return median, least
 
 
-def bare_session(path: Path, image: dict[str, Any], seconds: float) -> Times:
+def bare_session(path: Path, inputs: dict[str, Any], seconds: float) -> Times:
     """ONNX Runtime's session alone. It goes at the end: its idle threads spin for a while."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return time_calls(lambda: session.run(None, image), seconds)
+    return time_calls(lambda: session.run(None, inputs), seconds)
 
 
-def bare_call(engine: str, path: Path, image: dict[str, Any]) -> Callable[[], object]:
+def bare_call(engine: str, path: Path, inputs: dict[str, Any]) -> Callable[[], object]:
     """One run of the engine, with nothing made, checked or copied around it."""
     if engine == "onnxruntime":
         import onnxruntime
@@ -81,12 +81,14 @@ def bare_call(engine: str, path: Path, image: dict[str, Any]) -> Callable[[], ob
         from ssod_edge.runtime.engines.onnxruntime import session_options
 
         session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
-        return lambda: session.run(None, image)
+        return lambda: session.run(None, inputs)
+    import openvino
+
     from ssod_edge.runtime.engines.openvino import request_config, shared_core
 
     request = shared_core().compile_model(str(path), "CPU", request_config("CPU", "fp32")).create_infer_request()
-    request.get_input_tensor().shape = image["image"].shape
-    request.get_input_tensor().data[:] = image["image"]
+    for name, value in inputs.items():
+        request.set_tensor(name, openvino.Tensor(value))
 
     def run() -> None:
         request.start_async()
@@ -106,10 +108,11 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
     artifact, size = runner.artifact, runner.spec.preprocess.input_size
     path = folder / artifact.main_file
     image = {"image": np.random.default_rng(0).integers(0, 256, (1, 3, size, size), np.uint8)}
+    inputs = {**image, **(runner.verdict_inputs() if "known" in runner.spec.outputs else {})}
     if artifact.engine == "openvino":
         own: Callable[[], Times] = lambda: benchmark_app(path, size, max(1.0, seconds))  # noqa: E731
     elif artifact.engine == "onnxruntime":
-        own = lambda: bare_session(path, image, seconds)  # noqa: E731
+        own = lambda: bare_session(path, inputs, seconds)  # noqa: E731
     else:
         raise UsageError(f"engine must be openvino or onnxruntime, got '{artifact.engine}'")
     turns = {"own": own, "runner": lambda: time_calls(lambda: runner.infer(image), seconds)}
@@ -118,7 +121,7 @@ def compare(folder: Path, runner: Runner, seconds: float, rounds: int) -> dict[s
         times[name].append(turns[name]())
     (own_medians, own_minima), (medians, minima) = (tuple(zip(*times[name], strict=True)) for name in turns)
     ratios = [ours / theirs for theirs, ours in zip(own_medians, medians, strict=True)]
-    bare = bare_call(artifact.engine, path, image)
+    bare = bare_call(artifact.engine, path, inputs)
     bare_ratios = [alternate(lambda: runner.infer(image), bare, seconds).ratio for _ in range(rounds)]
     return {
         "artifact": artifact.name,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, score_parts
 from ssod_edge.data.sources import model_labels
-from ssod_edge.detect.calibration import fit_temperature
+from ssod_edge.detect.confidence import fit_temperature
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.sums import save_score
 from ssod_edge.errors import UsageError

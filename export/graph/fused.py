@@ -54,7 +54,7 @@ class FusedClassifier(nn.Module):
         """uint8 [N, 3, S, S] -> logits [N, M], probs [N, M], id_logit [N], ood_score [N], p_known [N], known bool [N].
 
         The others are fp32, and so are the features that follow where they were asked for. The inputs beside the image
-        are those of `ssod_edge.detect.calibration.verdict_inputs`.
+        are those of `ssod_edge.detect.confidence.verdict_inputs`.
         """
         features = self.trunk(image)
         logits, row, *rows = self.head(features).split(self.sizes, dim=1)

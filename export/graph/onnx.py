@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from ssod_edge.detect.calibration import verdict_inputs
+from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines.artifact import OPSET
@@ -44,7 +44,7 @@ def fused_graph(
 ) -> onnx.ModelProto:
     """The fused fp32 graph, whose features are read by exactly one Gemm of `head_rows` rows; see `check_fused`.
 
-    Inputs: `image` uint8 [N, 3, S, S], and those of `ssod_edge.detect.calibration.verdict_inputs`, which have defaults
+    Inputs: `image` uint8 [N, 3, S, S], and those of `ssod_edge.detect.confidence.verdict_inputs`, which have defaults
     with which nothing is known. Outputs: `logits` [N, M], `probs` [N, M], `id_logit` [N], `ood_score` [N], `p_known`
     [N], `known` bool [N], and the features that were asked for.
 

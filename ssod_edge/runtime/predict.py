@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.data.pixels import ImageLike, load_image, preprocess
-from ssod_edge.detect.calibration import p_known, verdict_inputs
+from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ssod_edge.detect.calibration import verdict_inputs
+from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, missing_extra
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.config import has_state
-from ssod_edge.detect.calibration import p_known, verdict_inputs
+from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.detect.scores import probabilities
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
 from ssod_edge.files import exclusive

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ssod_edge.config import DEFAULT_SCORE
-from ssod_edge.detect.calibration import p_known, verdict_inputs
+from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import ArtifactError, EngineError, UsageError

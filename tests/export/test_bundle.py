@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from colour import edit_spec
+from specs import with_hash
 
 from ssod_edge.cli import main
 from ssod_edge.errors import ArtifactError, OutputError, UsageError
@@ -294,7 +295,9 @@ def test_a_bundle_without_one_of_its_files_is_refused(bundle: Path, empty: Path,
 def test_a_spec_that_names_files_outside_is_refused(bundle: Path, empty: Path, tmp_path: Path) -> None:
     contents = read(bundle)
     (tmp_path / "model.onnx").write_bytes(contents["model-fp32.onnx"])
-    contents["ssod.json"] = contents["ssod.json"].replace(b'"model-fp32.onnx"', b'"../model.onnx"')
+    contents["ssod.json"] = with_hash(
+        json.loads(contents["ssod.json"].replace(b'"model-fp32.onnx"', b'"../model.onnx"'))
+    )
     write(bundle, contents)
     with pytest.raises(ArtifactError, match="outside its folder"):
         unpack(bundle, empty)

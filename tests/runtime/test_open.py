@@ -17,7 +17,7 @@ import pytest
 from colour import CLASSES, SIZE, colour_images, colour_outputs, edit_graph, edit_spec
 
 from ssod_edge.config import Preprocess
-from ssod_edge.detect.calibration import verdict_inputs
+from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, OutputError, UsageError, VerificationError
 from ssod_edge.runtime.engines.openvino import request_config
 from ssod_edge.runtime.export import Export

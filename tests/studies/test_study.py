@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from locks import holding
 from PIL import Image
 from small import write_images
+from specs import edit_spec
 
 from ssod_edge.cli import main
 from ssod_edge.errors import TrainingError, UsageError, VerificationError
-from ssod_edge.spec import SPEC_NAME, load_spec
+from ssod_edge.spec import load_spec
 from ssod_edge.studies.study import (
     EVALUATION,
     STUDY,
@@ -199,11 +200,6 @@ def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monke
 CALIBRATED = ("--calib-fraction", "0.5", "--seeds", "0")
 
 
-def edit_export(run: Path, **changes) -> None:
-    path = run / "export" / SPEC_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_an_export_that_is_lost_or_another_is_made_again(data, tmp_path, monkeypatch):
     out = tmp_path / "study"
     assert one_cell(data, out, *CALIBRATED, "--score", "msp").exit_code == 0
@@ -211,7 +207,7 @@ def test_an_export_that_is_lost_or_another_is_made_again(data, tmp_path, monkeyp
     (row,) = json.loads((out / STUDY).read_text())["runs"]
     assert row["default_score"] == "msp" and row["mean"]["shipped"] == row["mean"]["msp"] != row["mean"]["energy"]
     # An evaluation of another export's score is made again.
-    edit_export(run, choice={"known": "x"})
+    edit_spec(run / "export", lambda values: values.update(choice={"known": "x"}))
     kept = json.loads((run / EVALUATION).read_text())
     (run / EVALUATION).write_text(json.dumps({**kept, "shipped": ["energy", None]}))
     assert one_cell(data, out, *CALIBRATED, "--score", "auto").exit_code == 0, "auto has chosen it before"
@@ -220,10 +216,10 @@ def test_an_export_that_is_lost_or_another_is_made_again(data, tmp_path, monkeyp
     monkeypatch.setattr("ssod_edge.studies.study.export_run", lambda *_, score, **__: f"{score} made again")
     assert load_spec(run / "export") == _exported(run, "auto")
     assert _exported(run, "msp") == "msp made again", "the one there was chosen by auto"
-    edit_export(run, choice={})
+    edit_spec(run / "export", lambda values: values.update(choice={}))
     assert load_spec(run / "export") == _exported(run, "msp")
     assert [_exported(run, score) for score in ("auto", "energy")] == ["auto made again", "energy made again"]
-    edit_export(run, source={"checkpoint_sha256": "0" * 64})
+    edit_spec(run / "export", lambda values: values.update(source={"checkpoint_sha256": "0" * 64}))
     assert _exported(run, "msp") == "msp made again"
     shutil.rmtree(run / "export")
     assert _exported(run, "msp") == "msp made again"

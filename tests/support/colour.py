@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from ssod_edge.config import Preprocess
-from ssod_edge.detect.calibration import verdict_inputs
+from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.export.engines.openvino import open_inputs
 from ssod_edge.files import sha256_file

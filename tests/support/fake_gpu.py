@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from ssod_edge.config import Preprocess
-from ssod_edge.detect.calibration import p_known, verdict_inputs
+from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.engines import cuda

@@ -13,9 +13,14 @@ from ssod_edge.spec import SPEC_NAME, spec_hash
 def edit_spec(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the file's object in place, and give it the hash that belongs to it."""
     values = json.loads((folder / SPEC_NAME).read_text())
-    del values["sha256"]
     change(values)
-    (folder / SPEC_NAME).write_text(json.dumps({**values, "sha256": spec_hash(values)}))
+    (folder / SPEC_NAME).write_bytes(with_hash(values))
+
+
+def with_hash(values: dict[str, Any]) -> bytes:
+    """The file, with the hash that belongs to what it says."""
+    values = {name: value for name, value in values.items() if name != "sha256"}
+    return json.dumps({**values, "sha256": spec_hash(values)}).encode()
 
 
 def earlier_spec(folder: Path, version: int) -> None:

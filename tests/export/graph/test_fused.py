@@ -11,7 +11,7 @@ import torch
 from small import CLASSES, eager, make_model, random_images, run_onnx
 
 from ssod_edge.config import SCORES, ScoreName
-from ssod_edge.detect.calibration import verdict_inputs
+from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.fp16 import to_fp16

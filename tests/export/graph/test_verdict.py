@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from small import random_images, write_images, write_run
 
 from ssod_edge.cli import main
-from ssod_edge.detect import calibration
-from ssod_edge.detect.calibration import fit_temperature, p_known, verdict_inputs
+from ssod_edge.detect import confidence
+from ssod_edge.detect.confidence import fit_temperature, p_known, verdict_inputs
 from ssod_edge.detect.scores import probabilities
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.files import sha256_file
@@ -115,6 +115,6 @@ def test_few_labels_leave_the_probabilities_as_they_are(
 ) -> None:
     result = CliRunner().invoke(main, ["export", str(small_run), "-o", str(tmp_path), "--fp32", "--target", "onnx"])
     assert result.exit_code == 0, result.output
-    assert load_spec(tmp_path).temperature == 1.0 and calibration.LEAST_IMAGES > 42
+    assert load_spec(tmp_path).temperature == 1.0 and confidence.LEAST_IMAGES > 42
     graph = onnx.load(tmp_path / "model-fp32.onnx").graph
     assert sum(node.op_type == "Softmax" for node in graph.node) == 1

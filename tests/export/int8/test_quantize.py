@@ -20,7 +20,7 @@ pytest.importorskip("nncf", reason="needs the extra int8")
 
 from ssod_edge.cli import main
 from ssod_edge.data.images import Images, whole_dataset
-from ssod_edge.detect.calibration import p_known, verdict_inputs
+from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.source import Source

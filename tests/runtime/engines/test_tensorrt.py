@@ -24,7 +24,7 @@ from fake_gpu import (
 )
 
 from ssod_edge.config import Preprocess
-from ssod_edge.detect.calibration import P_SIZE, verdict_inputs
+from ssod_edge.detect.confidence import P_SIZE, verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError
 from ssod_edge.runtime.engines import cuda
 from ssod_edge.runtime.engines import tensorrt as trt

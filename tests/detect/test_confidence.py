@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssod_edge.detect.calibration import LEAST_IMAGES, P_SIZE, fit_temperature, p_known, verdict_inputs
+from ssod_edge.detect.confidence import LEAST_IMAGES, P_SIZE, fit_temperature, p_known, verdict_inputs
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import probabilities
 
