@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import preprocess, via
+from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.detect.metrics import deployment_metrics, detection_metrics
 from ssod_edge.errors import EngineError, ImageError
 from ssod_edge.runtime.runner import Array, Runner
@@ -24,7 +23,7 @@ class Images(Protocol):
     """What an image set is drawn from; `ssod_edge.data.sources.ImageSource` is one."""
 
     def __len__(self) -> int: ...
-    def image(self, index: int) -> Image.Image: ...
+    def picture(self, index: int) -> ImageLike: ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,9 @@ class ImageSet:
     labels: npt.NDArray[np.int64] | None = None
     via: int | None = None
 
-    def load(self, index: int) -> Image.Image:
-        """One image, RGB, through the protocol. Raises ImageError if it cannot be read."""
-        image = self.images.image(int(index))
-        return image if self.via is None else via(image, self.via)
+    def read(self, index: int, settings: Preprocess, out: Array) -> None:
+        """One image, through the protocol, into uint8 [3, S, S]. Raises ImageError if it cannot be read."""
+        read_pixels(self.images.picture(int(index)), settings, out, self.via)
 
 
 @dataclass
@@ -105,7 +103,7 @@ def _batches(images: ImageSet, settings: Preprocess, collected: Collected) -> It
     pixels, filled = np.empty((BATCH, 3, size, size), np.uint8), 0
     for row, index in enumerate(images.indices):
         try:
-            preprocess(images.load(index), settings, pixels[filled])
+            images.read(index, settings, pixels[filled])
         except ImageError as error:
             collected.unreadable.append(str(error))
             continue

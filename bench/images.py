@@ -10,6 +10,7 @@ from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet
 from ssod_edge.data.named import NamedData
+from ssod_edge.data.pixels import load_image, via
 from ssod_edge.data.sources import model_labels, open_dataset
 from ssod_edge.data.splits import read_splits
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
@@ -108,9 +109,10 @@ def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[
         known, found, origin = images.known, [], images.known.data
         for index in _spread(known.indices, count):
             try:
-                found.append(known.load(index))
+                image = load_image(known.images.picture(int(index)))
             except ImageError:
                 continue
+            found.append(image if known.via is None else via(image, known.via))
     if not found:
         raise ArtifactError(f"none of {count} images of '{origin}' can be read")
     sizes = sorted({image.size for image in found})

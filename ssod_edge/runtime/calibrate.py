@@ -197,7 +197,7 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     def draw(failed: Callable[[str], Any]) -> Iterator[ImageLike]:
         for index in images.indices.tolist():
             try:
-                yield images.source.image(index)
+                yield images.source.picture(index)
             except ImageError as error:
                 failed(str(error))
 

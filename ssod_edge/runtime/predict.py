@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ssod_edge.data.pixels import ImageLike, load_image, preprocess
+from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
 
@@ -89,7 +89,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         Raises:
             ImageError: it cannot be read, or the model's output for it is not finite.
         """
-        pixels = preprocess(load_image(image), self._settings)
+        pixels = read_pixels(image, self._settings)
         verdict = self.verdicts([image], self.runner.infer({"image": pixels[None]}))[0]
         if verdict.error is not None:
             raise ImageError(verdict.error)
@@ -149,7 +149,7 @@ class Predictor(AbstractContextManager["Predictor"]):
     def _decode(self, source: ImageLike, out: Pixels) -> str | None:
         """Fill one row of a batch; returns the error, if any."""
         try:
-            preprocess(load_image(source), self._settings, out)
+            read_pixels(source, self._settings, out)
         except ImageError as error:
             return str(error)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import RESAMPLE, preprocess, via
+from ssod_edge.data.pixels import fit_box, read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError
+
+#: Of a random crop, relative to the picture's or to a square; its inverse is the largest.
+ASPECT_MIN = 3 / 4
 
 
 class EvalImages(Dataset[tuple[Tensor, int, int]]):
@@ -43,10 +47,8 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         index = int(self.indices[position])
-        image = self.source.image(index)
-        if self.via_size is not None:
-            image = via(image, self.via_size)
-        return torch.from_numpy(preprocess(image, self.settings)), int(self.source.labels[index]), index
+        pixels = read_pixels(self.source.picture(index), self.settings, via_size=self.via_size)
+        return torch.from_numpy(pixels), int(self.source.labels[index]), index
 
 
 class TrainImages(Dataset[tuple[Tensor, int, int]]):
@@ -71,23 +73,25 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        image = augment(self.source.image(index), self.settings, rng, self.crop_scale_min, self.hflip)
+        # The smallest crop is to be twice as large as its result too.
+        size = math.ceil(self.settings.input_size / (self.crop_scale_min * ASPECT_MIN) ** 0.5)
+        image = self.source.image(index, replace(self.settings, input_size=size, crop_pct=1.0))
+        image = augment(image, self.settings, rng, self.crop_scale_min, self.hflip)
         return torch.from_numpy(image), int(self.source.labels[index]), index
 
 
 class _Reasons(Dataset[str]):
     """Why an image cannot be read; empty if it can."""
 
-    def __init__(self, source: ImageSource, indices: Indices):
-        self.source = source
-        self.indices = indices
+    def __init__(self, images: EvalImages | TrainImages):
+        self.source, self.indices, self.settings = images.source, images.indices, images.settings
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> str:
         try:
-            self.source.image(int(self.indices[position]))
+            self.source.image(int(self.indices[position]), self.settings)
         except ImageError as error:
             return str(error)
         return ""
@@ -113,7 +117,7 @@ def load_batches(
 def _all_unreadable(dataset: EvalImages | TrainImages, workers: int, first: str) -> ImageError:
     """The error for every image that cannot be read, so that they need not be found one run at a time."""
     click.echo(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
-    images = _Reasons(dataset.source, dataset.indices)
+    images = _Reasons(dataset)
     loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=_ignore_interrupts)
     reasons = [reason for batch in loader for reason in batch if reason] or [first]
     if len(reasons) == 1:
@@ -134,15 +138,19 @@ def _ignore_interrupts(worker: int) -> None:
 def augment(
     image: Image.Image, settings: Preprocess, rng: np.random.Generator, crop_scale_min: float, hflip: float
 ) -> NDArray[np.uint8]:
-    """uint8 [3, S, S]: a random crop (area crop_scale_min..1, aspect 3/4..4/3) resized in one pass, maybe mirrored."""
+    """uint8 [3, S, S]: a random crop (area crop_scale_min..1) resized in one pass, maybe mirrored.
+
+    With fit "crop" its aspect is 3/4..4/3. With the others it is the picture's own times 3/4..4/3, so that what is
+    squashed, or stands between bars, is squashed about as much, or has about the same bars, as whole pictures will.
+    """
     width, height = image.size
     area = width * height * rng.uniform(crop_scale_min, 1.0)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    aspect = np.exp(rng.uniform(np.log(ASPECT_MIN), -np.log(ASPECT_MIN)))
+    if settings.fit != "crop":
+        aspect *= width / height
     crop_width, crop_height = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
     left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-    size = (settings.input_size, settings.input_size)
-    box = (left, top, left + crop_width, top + crop_height)
-    pixels = np.asarray(image.resize(size, RESAMPLE[settings.interpolation], box=box))
+    pixels = np.asarray(fit_box(image, (left, top, left + crop_width, top + crop_height), settings))
     if rng.uniform() < hflip:
         pixels = pixels[:, ::-1]
     # A copy at any size: one pixel is contiguous whatever its strides, and torch refuses negative ones.
