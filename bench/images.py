@@ -109,15 +109,31 @@ def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[
         known, found, origin = images.known, [], images.known.data
         for index in _spread(known.indices, count):
             try:
-                image = load_image(known.images.picture(int(index)))
+                picture = known.images.picture(int(index))
+                if known.via is None:
+                    image = load_image(picture)
+                else:
+                    image = via(load_image(picture, replace(export.spec.preprocess, version=1)), known.via)
             except ImageError:
                 continue
-            found.append(image if known.via is None else via(image, known.via))
+            found.append(image)
+    if images.known is None or images.known.via is not None:  # these show the region and nothing around it
+        found = [_in_place(image, export.spec.preprocess.roi) for image in found]
     if not found:
         raise ArtifactError(f"none of {count} images of '{origin}' can be read")
     sizes = sorted({image.size for image in found})
     sizes_text = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
     return found, f"{len(found)} images of {origin}, {sizes_text}, as JPEG in memory"
+
+
+def _in_place(image: Image.Image, roi: tuple[int, int, int, int] | None) -> Image.Image:
+    """What shows a region alone, as part of the picture that the region is cut from."""
+    if roi is None:
+        return image
+    left, top, width, height = roi
+    whole = Image.new("RGB", (left + width, top + height))
+    whole.paste(image.resize((width, height)), (left, top))
+    return whole
 
 
 def _limit(images: ImageSet, via: int | None, quick: bool) -> ImageSet:

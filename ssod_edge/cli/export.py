@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import COUNT, given, newest, take, tpr
+from ssod_edge.cli.options import COUNT, given, newest, shape, take, tpr
 from ssod_edge.config import SHIPPED_SCORES
 
 
@@ -44,6 +44,7 @@ from ssod_edge.config import SHIPPED_SCORES
 @click.option("--pretrained", is_flag=True, help="Export timm's published weights.")
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
 @click.option("--size", type=COUNT, help="Input size in pixels, of weights not trained here.")
+@shape
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
 def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
     """Make verified artifacts for ONNX, OpenVINO and TensorRT.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
 
 
 def _starting_preprocess(options: dict[str, Any]) -> Preprocess:
-    """The preprocessing of the weights that training starts from, at the size asked for."""
-    size, weights = options.pop("size"), options.get("weights")
+    """The preprocessing of the weights that training starts from, with the size, fit and region asked for."""
+    size, fit, roi = options.pop("size"), options.pop("fit", None), options.pop("roi", None)
+    weights = options.get("weights")
     if weights and is_checkpoint(weights):
         preprocess = load_preprocess(weights)
-        return preprocess if size is None else replace(preprocess, input_size=size)
-    return backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
+    else:
+        preprocess = backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
+    return preprocess.changed(input_size=size, fit=fit, roi=roi)
 
 
 def default_name(config: TrainConfig) -> str:
