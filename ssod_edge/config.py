@@ -20,8 +20,14 @@ ALIASES = {
     "densenet121": "densenet121",
 }
 
-#: What a file name that is an image ends in, in data sets and in folders given to `predict`.
-IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
+#: What a file name that is an image ends in, in data sets and in folders given to `predict`: names of the formats that
+#: `ssod_edge.data.pixels` decodes.
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".webp"),
+        *(".jp2", ".j2k", ".avif", ".heic", ".heif"),
+    )
+)
 
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]

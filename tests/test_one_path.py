@@ -88,12 +88,14 @@ def test_a_frame_of_a_video(model: Path, photo: Path, settings: Preprocess, tmp_
 def test_calibrate(model: Path, photo: Path, settings: Preprocess, kind: str) -> None:
     for number in range(1, 20):
         shutil.copy(photo, photo.with_name(f"{number}.jpg"))
+    photo.with_suffix(".svg").write_text("<svg/>")
     data = str(photo.parent.parent)
     if kind == "tar":
         pytest.importorskip("timm", reason="needs the extra train")
         data = shutil.make_archive(data, "tar", data)
     done = CliRunner().invoke(main, ["calibrate", str(model), "--id", data, "--artifact", "onnx-fp32"])
     assert done.exit_code == 0, done.output
+    assert done.stderr.count("left out: 1 file that is no image (.svg)") == 1
     threshold = load_spec(model).artifact("onnx-fp32").threshold
     assert threshold is not None and threshold.value == score(model, read_pixels(photo, settings))
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ssod_edge.config import Preprocess
-from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.errors import ImageError, UsageError, missing_extra
 
 #: Largest width * height that is decoded: Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
@@ -49,6 +49,9 @@ RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 #: Left, top, right and bottom in pixels, with fractions.
 Box: TypeAlias = tuple[float, float, float, float]
+
+#: How the files of the extra `heic` begin, after four bytes: what a phone writes, and other pictures in its container.
+_HEIF = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")]
 
 _ORIENTATION_TAG = 0x0112
 # Not `ImageOps.exif_transpose`: it copies a picture that needs no turn, and writes the EXIF anew after turning, which a
@@ -125,8 +128,8 @@ def load_image(source: ImageLike, settings: Preprocess | None = None) -> Image.I
 
     Raises:
         ImageError: the image cannot be read (missing, empty, truncated, none of `FORMATS`, above `MAX_PIXELS`,
-            `MAX_SIDE` or `MAX_BYTES`, unsupported mode or dtype), or the region does not lie within it; the message
-            holds its name and the reason.
+            `MAX_SIDE` or `MAX_BYTES`, unsupported mode or dtype, a HEIC picture without the extra `heic`), or the
+            region does not lie within it; the message holds its name and the reason.
     """
     name = _name(source)
     # Pillow's decoders raise whatever a damaged file leads them to (OSError, SyntaxError, struct.error, ...).
@@ -142,7 +145,7 @@ def load_image(source: ImageLike, settings: Preprocess | None = None) -> Image.I
                 raise ImageError("it is empty")
             if size > MAX_BYTES:
                 raise ImageError(f"the file is larger than {MAX_BYTES} bytes; reduce the picture, or save it as JPEG")
-            with Image.open(file, formats=FORMATS) as image:
+            with _identify(file) as image:
                 return _decode(image, settings, reducible=image.format in ("JPEG", "MPO"))
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error
@@ -236,6 +239,21 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
             raise ImageError("a pipe, not a file")
         return open(path, "rb")
     raise ImageError(f"expected a path, encoded bytes, a PIL image or a uint8 array, got {type(source).__name__}")
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(4)
+        if file.read(8) not in _HEIF:
+            raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(str(missing_extra("pillow_heif", "a HEIC picture"))) from error
+    pillow_heif.register_heif_opener()
+    return Image.open(file, formats=("HEIF",))
 
 
 def _name(source: object) -> str:

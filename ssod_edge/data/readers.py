@@ -11,14 +11,25 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.config import IMAGE_SUFFIXES, Preprocess
-from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, same_name, sort_key
+from ssod_edge.data.layout import (
+    EXPECTED,
+    FolderReader,
+    TarReader,
+    check_layout,
+    class_names,
+    left_out,
+    same_name,
+    sort_key,
+)
 from ssod_edge.data.pixels import MAX_BYTES, Picture, load_image
 from ssod_edge.data.splits import Indices, Splits
 from ssod_edge.errors import ImageError, UsageError
 
 
 class Pictures:
-    """What can be read of each image of a source."""
+    """What can be read of each image of a source. Attribute: left_out, what a command says of files that are none."""
+
+    left_out = ""
 
     def picture(self, index: int) -> Picture:
         raise NotImplementedError
@@ -39,6 +50,7 @@ class ReaderImages(Pictures):
         self._reader, self.labels, self.classes = _open_reader(name)
         if len(self.labels) == 0:
             raise _no_images(name)
+        self.left_out = "" if self.layout is None else left_out(self.layout.others)
         # File names are bytes: one that is not UTF-8 comes with surrogates.
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for index in range(len(self)):

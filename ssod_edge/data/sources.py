@@ -28,10 +28,12 @@ class ImageSource(Labelled, Protocol):
 
     Attributes, beside those of `Labelled`:
         hflip_ok: whether a mirrored image keeps its label.
+        left_out: what a command says of files that are no images; empty where there are none.
         fingerprint: hash of class names, file names and labels (hex); of an image's content it knows nothing.
     """
 
     hflip_ok: bool
+    left_out: str
     fingerprint: str
 
     def picture(self, index: int) -> Picture: ...
@@ -110,7 +112,7 @@ class ChosenImages(Pictures):
     def __init__(self, source: ImageSource, indices: Indices, name: str):
         self.name = name
         self._source, self._indices = source, indices
-        self.classes, self.hflip_ok = source.classes, source.hflip_ok
+        self.classes, self.hflip_ok, self.left_out = source.classes, source.hflip_ok, source.left_out
         self.labels = source.labels[self._indices]
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes()).hexdigest()
 

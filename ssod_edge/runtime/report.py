@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ssod_edge.data.inputs import list_images
+from ssod_edge.data.layout import left_out
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
@@ -48,7 +49,10 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         opening: options of `ssod_edge.runtime.open.open_runner`.
     """
     no_images: dict[str, str] = {}
-    paths = list_images(images, standard_input(), no_images)
+    others: set[str] = set()
+    paths = list_images(images, standard_input(), no_images, others)
+    if note := left_out(others):
+        click.echo(note, err=True)
     with Predictor(open_runner(folder, **opening)) as predictor, open_monitor(options.monitor, predictor) as watch:
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)

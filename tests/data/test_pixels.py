@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from places import GOLDEN
 
-from ssod_edge.config import FITS, Preprocess
+from ssod_edge.config import FITS, IMAGE_SUFFIXES, Preprocess
 from ssod_edge.data.pixels import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, load_image, preprocess, read_pixels, via
 from ssod_edge.errors import ImageError, UsageError
 
@@ -347,6 +347,32 @@ def fits_file() -> bytes:
 @pytest.mark.parametrize("content", [fits_file(), b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0) + bytes(99), b"8BPS\0\1"])
 def test_formats_that_are_no_photos_are_refused_with_those_that_are(content: bytes) -> None:
     refused(content, "not an image in a format that is read", "JPEG, PNG, GIF", "WEBP", "save it as JPEG or PNG")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_a_heic_picture_names_the_extra_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    refused(HEIC, "a HEIC picture needs", "pip install 'ssod-edge[heic]'")
+
+
+def test_a_heic_picture_is_read_with_the_extra() -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    file = io.BytesIO()
+    heif.from_pillow(Image.fromarray(smooth(120, 160))).save(file, quality=90)
+    found = pixels(load_image(file.getvalue()))
+    assert np.abs(found.astype(int) - smooth(120, 160)).mean() < 3
+    refused(HEIC)
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES - {".heic", ".heif"}))
+def test_every_suffix_of_an_image_is_a_format_that_is_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".avif" and "AVIF" not in FORMATS:
+        pytest.skip("this Pillow reads no AVIF")
+    Image.fromarray(smooth(40, 60)).convert("L" if suffix == ".pgm" else "RGB").save(path)
+    assert load_image(path).size == (60, 40)
 
 
 def test_a_long_picture_and_a_large_file_are_refused_before_they_are_decoded(tmp_path: Path) -> None:

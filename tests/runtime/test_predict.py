@@ -301,7 +301,7 @@ def run(*arguments: str | Path, stdin: str | bytes | None = None) -> tuple[int, 
 def test_json_lines(export: Path, photos: Path) -> None:
     code, out, err = run(export, photos, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "left out: 1 file that is no image (.txt)\n")
     assert [list(row) for row in rows] == [KEYS] * 3
     assert [(Path(row["image"]).name, row["class_name"], row["known"]) for row in rows] == [
         ("red.png", "red", True),
@@ -311,6 +311,15 @@ def test_json_lines(export: Path, photos: Path) -> None:
     assert {(row["engine"], row["precision"], row["threshold"], row["error"]) for row in rows} == {
         ("openvino", "fp32", -2.0, None)
     }
+
+
+def test_files_that_are_no_images_are_said_once(export: Path, photos: Path) -> None:
+    (photos / "sub" / "raw.cr2").write_bytes(b"no image")
+    note = "left out: 2 files that are no images (.cr2, .txt)\n"
+    for images in ((photos,), (photos, photos), (f"{photos.parent}/phot*",)):
+        done = CliRunner().invoke(main, ["predict", str(export), *map(str, images), "--json"])
+        assert done.exit_code == 0 and done.stderr == note, images
+    assert not CliRunner().invoke(main, ["predict", str(export), str(photos / "red.png"), "--json"]).stderr
 
 
 def test_table(export: Path, photos: Path) -> None:
