@@ -29,17 +29,16 @@ from ssod_edge.training.batches import TrainImages
 
 #: 12 megapixels, as a phone takes them.
 LARGE = (4000, 3000)
-#: Standard deviation of the grain, of 255, and the quality of the JPEG: 12 megapixels make a file of about 4 MB.
-GRAIN = 3.0
-QUALITY = 90
+#: Standard deviation of the grain, of 255, and quality of the JPEG: 12 megapixels make about 1.5 MB, or 4 MB.
+PLAIN, FINE = (3.0, 90), (5.0, 95)
 
 
-def enlarged(image: Image.Image, width: int, height: int) -> bytes:
+def enlarged(image: Image.Image, width: int, height: int, kind: tuple[float, int] = PLAIN) -> bytes:
     """A JPEG file of another size, with a sensor's grain: it stands in for a photo of that size."""
     large = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    grain = np.random.default_rng(0).normal(0, GRAIN, large.shape)
+    grain = np.random.default_rng(0).normal(0, kind[0], large.shape)
     file = io.BytesIO()
-    Image.fromarray(np.clip(large + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
+    Image.fromarray(np.clip(large + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=kind[1])
     return file.getvalue()
 
 
@@ -154,7 +153,8 @@ def main(export: str, data: str, engine: str, times: str, count: int, rounds: in
         for size in (None, *(float(text) for text in times.split(",") if text)):
             rows.append(agreement(predictor, source, size, count))
             click.echo(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
-        for file in (source.picture(0).content, enlarged(source.image(0), *LARGE)):
+        large = (enlarged(source.image(0), *LARGE, kind) for kind in (PLAIN, FINE))
+        for file in (source.picture(0).content, *large):
             assert isinstance(file, bytes), "a data set of files"
             rows.append(speed(predictor, file, rounds))
             click.echo(", ".join(f"{key} {value}" for key, value in rows[-1].items()))

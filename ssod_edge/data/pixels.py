@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ssod_edge.config import Preprocess
+from ssod_edge.data.jpeg import decode_jpeg
 from ssod_edge.errors import ImageError, UsageError, missing_extra
 
 #: Largest width * height that is decoded: Pillow's own default warning limit.
@@ -47,6 +49,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 #: The filters of `Preprocess.interpolation`.
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
+Damaged: TypeAlias = Callable[[str], object]
 #: Left, top, right and bottom in pixels, with fractions.
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -97,15 +100,16 @@ def read_pixels(
     settings: Preprocess,
     out: npt.NDArray[np.uint8] | None = None,
     via_size: int | None = None,
+    damaged: Damaged | None = None,
 ) -> npt.NDArray[np.uint8]:
     """From a source to the graph's input: `load_image`, `via` if a size is given for it, and `preprocess`."""
     if via_size is None:
-        return preprocess(load_image(source, settings), settings, out)
+        return preprocess(load_image(source, settings, damaged), settings, out)
     whole = replace(settings, input_size=via_size, crop_pct=1.0, fit="crop")
-    return preprocess(via(load_image(source, whole), via_size), settings, out)
+    return preprocess(via(load_image(source, whole, damaged), via_size), settings, out)
 
 
-def load_image(source: ImageLike, settings: Preprocess | None = None) -> Image.Image:
+def load_image(source: ImageLike, settings: Preprocess | None = None, damaged: Damaged | None = None) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
     The EXIF orientation is applied. An alpha channel is dropped, colours as stored, which is what the usual
@@ -122,6 +126,7 @@ def load_image(source: ImageLike, settings: Preprocess | None = None) -> Image.I
             (RGBA). A PIL image is not modified.
         settings: what the image is read for: its region is cut out, and what is larger than needed may come reduced.
             None gives all of the image, in full.
+        damaged: called with what is wrong with a JPEG that could be decoded, perhaps to other pixels than were taken.
 
     Returns:
         A decoded PIL image of mode RGB. A source that is already one, and has no region to cut, is returned as it is.
@@ -146,7 +151,7 @@ def load_image(source: ImageLike, settings: Preprocess | None = None) -> Image.I
             if size > MAX_BYTES:
                 raise ImageError(f"the file is larger than {MAX_BYTES} bytes; reduce the picture, or save it as JPEG")
             with _identify(file) as image:
-                return _decode(image, settings, reducible=image.format in ("JPEG", "MPO"))
+                return _decode(image, settings, file if image.format in ("JPEG", "MPO") else None, damaged)
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error
 
@@ -284,8 +289,10 @@ def _reason(error: Exception) -> str:
     return f"damaged or unsupported image data ({error or type(error).__name__})"
 
 
-def _decode(image: Image.Image, settings: Preprocess | None, reducible: bool = False) -> Image.Image:
-    """RGB, upright, and the region of the settings; `reducible`: a JPEG that may come at a smaller scale."""
+def _decode(
+    image: Image.Image, settings: Preprocess | None, jpeg: BinaryIO | None = None, damaged: Damaged | None = None
+) -> Image.Image:
+    """RGB, upright, and the region of the settings; `jpeg`: its file, where it is one."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"too many pixels ({width} x {height}, the limit is {MAX_PIXELS}); reduce it first")
@@ -295,11 +302,18 @@ def _decode(image: Image.Image, settings: Preprocess | None, reducible: bool = F
         raise ImageError(f"a kind of {image.format} that is read up to {MAX_SLOW_PIXELS} pixels; save it as PNG")
     if image.format == "EPS":  # Pillow would start Ghostscript on it
         raise ImageError("EPS is a program, not a picture; convert it to PNG first")
-    scale = _scale(image.size, settings) if reducible and settings is not None else 1
-    if scale > 1:
-        image.draft(None, (width // scale, height // scale))
-    image.load()
-    rgb = _to_rgb(image)
+    rgb, damage, scale = None, None, 1
+    if jpeg is not None:
+        scale = 1 if settings is None else _scale(image.size, settings)
+        if scale > 1:
+            image.draft(None, (width // scale, height // scale))
+        jpeg.seek(0)
+        rgb, damage = decode_jpeg(jpeg.read(), image)
+    if rgb is None:
+        image.load()
+        rgb = _to_rgb(image)
+    if damage is not None and damaged is not None:
+        damaged(damage)
     # After load(): Pillow turns some formats (TIFF) upright by itself, and then reports orientation 1.
     turn = _UPRIGHT.get(_orientation(image))
     if turn is not None:
@@ -317,18 +331,19 @@ def _scale(size: tuple[int, int], settings: Preprocess) -> int:
         return 1
     sides = size if settings.roi is None else settings.roi[2:]
     used = max(sides) if settings.fit == "pad" else min(sides) * (settings.crop_pct if settings.fit == "crop" else 1)
-    return next((scale for scale in (8, 4, 2) if used >= 2 * scale * settings.input_size), 1)
+    fits = (scale for scale in (8, 4, 2) if used >= 2 * scale * settings.input_size and min(size) >= scale)
+    return next(fits, 1)
 
 
 def _region(image: Image.Image, roi: tuple[int, int, int, int], full: tuple[int, int], scale: int) -> Image.Image:
-    """A region in pixels of the full picture, of one that is reduced."""
+    """A region in pixels of the full picture, of one that is reduced, to whole pixels of that."""
     left, top, width, height = roi
     if left + width > full[0] or top + height > full[1]:
         raise ImageError(
             f"the region {left},{top},{width},{height} does not lie within its {full[0]} x {full[1]} pixels; give "
             "pictures of the camera that it was set for, or another --roi"
         )
-    return image.crop(tuple(round(edge / scale) for edge in (left, top, left + width, top + height)))
+    return image.crop((left // scale, top // scale, -(-(left + width) // scale), -(-(top + height) // scale)))
 
 
 def _orientation(image: Image.Image) -> int:

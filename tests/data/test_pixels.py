@@ -638,6 +638,14 @@ def test_a_reduced_jpeg_gives_nearly_the_pixels_of_the_whole_one(kind: str, fit:
         assert np.abs(difference).max() <= 10 and np.abs(difference).mean() < 2
 
 
+@pytest.mark.parametrize("region", [(0, 0, 1, 407), (530, 406, 1, 1), (527, 3, 4, 400)])
+def test_the_narrowest_region_of_a_reduced_picture_has_a_pixel(region: tuple[int, int, int, int]) -> None:
+    found = load_image(jpegs()["plain"], Preprocess(input_size=24, fit="pad", roi=region))
+    whole = np.asarray(load_image(jpegs()["plain"]))[region[1] :, region[0] :][: region[3], : region[2]]
+    assert min(found.size) >= 1
+    assert np.abs(pixels(found).mean((0, 1)) - whole.mean((0, 1))).max() < 10
+
+
 def test_only_a_file_is_reduced() -> None:
     data, settings_ = jpegs()["plain"], Preprocess(input_size=24)
     with Image.open(io.BytesIO(data)) as opened:
