@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ssod_edge.config import Preprocess, TrainConfig
 from ssod_edge.data.pixels import Picture, read_pixels
 from ssod_edge.data.readers import Pictures
 from ssod_edge.data.sources import ImageSource, open_dataset
+from ssod_edge.data.splits import Splits
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor
@@ -57,7 +58,7 @@ def agreement(predictor: Predictor, source: ImageSource, times: float | None, co
         if times is not None:
             image = source.image(index)
             factor = times * settings.input_size / min(image.size)
-            picture = Picture(enlarged(image, *(round(side * factor) for side in image.size)), picture.name)
+            picture = Picture(enlarged(image, round(factor * image.width), round(factor * image.height)), picture.name)
         one, other = (read_pixels(picture, replace(settings, version=version)) for version in (1, 2))
         outputs = [predictor.runner.infer({"image": image[None]}) for image in (one, other)]
         first, second = (predictor.verdicts([picture], output)[0] for output in outputs)
@@ -79,26 +80,28 @@ def agreement(predictor: Predictor, source: ImageSource, times: float | None, co
 class _Same(Pictures):
     """A data set that is one file, for the time that training takes to read it."""
 
-    hflip_ok, labels, fingerprint, name, classes, fixed_splits = True, np.zeros(64, np.int64), "", "", ("a",), None
+    hflip_ok, labels, fingerprint, name = True, np.zeros(1, np.int64), "", ""
+    classes: tuple[str, ...] = ("a",)
+    fixed_splits: Splits | None = None
 
-    def __init__(self, files: Sequence[bytes]):
-        self.files = files
+    def __init__(self, file: bytes):
+        self._picture = Picture(file, "")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return 1
 
     def source(self, index: int) -> str:
-        return str(index)
+        return ""
 
     def picture(self, index: int) -> Picture:
-        return Picture(self.files[index], str(index))
+        return self._picture
 
 
 def by_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each task, in turn and in the other order every second time, after one untimed round."""
     taken: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
-        for name in tasks if turn % 2 else reversed(tasks):
+        for name in list(tasks)[:: 1 if turn % 2 else -1]:
             started = time.perf_counter()
             tasks[name]()
             if turn:
@@ -119,7 +122,7 @@ def speed(predictor: Predictor, file: bytes, rounds: int) -> dict[str, Any]:
 
     def training(version: int) -> None:
         one = replace(settings, version=version)
-        TrainImages(_Same([file]), one, 0, TrainConfig.crop_scale_min, 0.5)[0]
+        TrainImages(_Same(file), one, 0, TrainConfig.crop_scale_min, 0.5)[0]
 
     found = by_turns(
         {

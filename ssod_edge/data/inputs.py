@@ -61,9 +61,9 @@ def known_images(folder: str, classes: Sequence[str], say: Callable[[str], objec
     Raises:
         UsageError: as `list_images`.
     """
-    others: set[str] = set()
-    paths, known = list_images([folder], others=others), set(map(same_name, classes))
-    if note := left_out(others):
+    no_images: set[str] = set()
+    paths, known = list_images([folder], others=no_images), set(map(same_name, classes))
+    if note := left_out(no_images):
         say(note)
     folders = {path: os.path.relpath(path, folder).split("/")[:-1] for path in paths}
     kept = [path for path in paths if known & set(map(same_name, folders[path]))]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-simplejpeg: ModuleType | None
 try:
-    import simplejpeg
+    simplejpeg: Any = import_module("simplejpeg")
 except ImportError:  # a machine that it has no wheel for
     simplejpeg = None
 

@@ -183,7 +183,7 @@ def preprocess(
         raise UsageError(
             f"out must be a C-contiguous uint8 array of shape (3, {size}, {size}), got {out.dtype} {out.shape}"
         )
-    box = _centre(image, settings.crop_pct) if settings.fit == "crop" else (0.0, 0.0, *map(float, image.size))
+    box = _centre(image, settings.crop_pct) if settings.fit == "crop" else (0, 0, image.width, image.height)
     resized = fit_box(image, box, settings)
     for channel, band in enumerate("RGB"):  # band by band: half the time of unpacking [S, S, 3] and transposing it
         out[channel] = np.frombuffer(resized.tobytes("raw", band), np.uint8).reshape(size, size)

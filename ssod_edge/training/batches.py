@@ -76,8 +76,8 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         # The smallest crop is to be twice as large as its result too.
         size = math.ceil(self.settings.input_size / (self.crop_scale_min * ASPECT_MIN) ** 0.5)
         image = self.source.image(index, replace(self.settings, input_size=size, crop_pct=1.0))
-        image = augment(image, self.settings, rng, self.crop_scale_min, self.hflip)
-        return torch.from_numpy(image), int(self.source.labels[index]), index
+        pixels = augment(image, self.settings, rng, self.crop_scale_min, self.hflip)
+        return torch.from_numpy(pixels), int(self.source.labels[index]), index
 
 
 class _Reasons(Dataset[str]):
