@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import preprocess, via
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.detect.metrics import deployment_metrics, detection_metrics
 from ssod_edge.errors import EngineError, ImageError
@@ -41,10 +40,9 @@ class ImageSet:
     labels: npt.NDArray[np.int64] | None = None
     via: int | None = None
 
-    def load(self, index: int) -> Image.Image:
-        """One image, RGB, through the protocol. Raises ImageError if it cannot be read."""
-        image = self.source.image(int(index))
-        return image if self.via is None else via(image, self.via)
+    def read(self, index: int, settings: Preprocess) -> Array:
+        """One image, through the protocol, as uint8 [3, S, S]. Raises ImageError if it cannot be read."""
+        return read_pixels(self.source.picture(int(index)), settings, via_size=self.via)
 
 
 @dataclass
@@ -92,7 +90,7 @@ def _batches(images: ImageSet, settings: Preprocess, collected: Collected) -> It
     pixels: list[Array] = []
     for row, index in enumerate(images.indices):
         try:
-            pixels.append(preprocess(images.load(index), settings))
+            pixels.append(images.read(index, settings))
         except ImageError as error:
             collected.unreadable.append(str(error))
             continue

@@ -124,7 +124,7 @@ def _cpuinfo() -> dict[str, str]:
 
 def _clock_mhz() -> float | None:
     kilohertz = read_text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    text = str(int(kilohertz) / 1000) if kilohertz and kilohertz.isdigit() else _cpuinfo().get("cpu MHz")
+    text = str(int(kilohertz) / 1000) if kilohertz and kilohertz.isdecimal() else _cpuinfo().get("cpu MHz")
     try:
         return round(float(text), 1) if text else None
     except ValueError:
@@ -134,7 +134,7 @@ def _clock_mhz() -> float | None:
 def _temperature() -> float | None:
     """The hottest thermal zone."""
     values = [read_text(path) for path in sorted(SYS.glob("class/thermal/thermal_zone*/temp"))]
-    degrees = [int(value) / 1000 for value in values if value and value.lstrip("-").isdigit()]
+    degrees = [int(value) / 1000 for value in values if value and value.removeprefix("-").isdecimal()]
     return round(max(degrees), 1) if degrees else None
 
 

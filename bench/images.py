@@ -11,6 +11,7 @@ from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet
 from ssod_edge.data.named import NamedData
+from ssod_edge.data.pixels import load_image, via
 from ssod_edge.data.sources import model_labels, open_dataset
 from ssod_edge.data.splits import read_splits
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
@@ -102,13 +103,27 @@ def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[
     else:
         known, found, origin = images.known, [], images.known.data
         for index in _spread(known.indices, count):
+            picture, settings = known.source.picture(int(index)), replace(export.spec.preprocess, version=1)
             with suppress(ImageError):
-                found.append(known.load(index))
+                image = load_image(picture) if known.via is None else via(load_image(picture, settings), known.via)
+                found.append(image)
+    if images.known is None or images.known.via is not None:  # these show the region and nothing around it
+        found = [_in_place(image, export.spec.preprocess.roi) for image in found]
     if not found:
         raise ArtifactError(f"none of {count} images of '{origin}' can be read")
     sizes = {"{}x{}".format(*image.size) for image in found}
     sizes_text = sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes"
     return found, f"{len(found)} images of {origin}, {sizes_text}, as JPEG in memory"
+
+
+def _in_place(image: Image.Image, roi: tuple[int, int, int, int] | None) -> Image.Image:
+    """What shows a region alone, as part of the picture that the region is cut from."""
+    if roi is None:
+        return image
+    left, top, width, height = roi
+    whole = Image.new("RGB", (left + width, top + height))
+    whole.paste(image.resize((width, height)), (left, top))
+    return whole
 
 
 def _limit(images: ImageSet, via: int | None, quick: bool) -> ImageSet:

@@ -76,5 +76,5 @@ class PowerMeter:
         while not self._stop.wait(PERIOD_S):
             values = [(read_text(voltage) or "", read_text(current) or "") for voltage, current in self.rails.values()]
             # A sensor that does not answer this time must not make the sum smaller.
-            if all(mv.isdigit() and ma.lstrip("-").isdigit() for mv, ma in values):
+            if all(mv.isdecimal() and ma.removeprefix("-").isdecimal() for mv, ma in values):
                 self._watts.append(sum(int(mv) * int(ma) for mv, ma in values) / 1e6)

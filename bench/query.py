@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssod_edge.data.pixels import load_image, preprocess
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.predict import Predictor
 from ssod_edge.runtime.runner import Array, Runner
@@ -54,7 +54,7 @@ class ImageQuery:
         files = [next(self._images) for _ in self.pixels]
         start = time.perf_counter_ns()
         for file, row in zip(files, self.pixels, strict=True):
-            preprocess(load_image(file), self._settings, row)
+            read_pixels(file, self._settings, row)
         ready = time.perf_counter_ns()
         outputs = self._runner.infer({"image": self.pixels})
         computed = time.perf_counter_ns()

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ssod_edge.config import Fit
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
@@ -52,7 +53,7 @@ class SourceOptions:
         weights, pretrained: export these instead of a run; see `ssod_edge.export.graph.source.from_weights`.
         data: in-distribution images for the thresholds; None takes the run's calibration split.
         classes: file of class names for `weights` and `pretrained`.
-        size: input size in pixels, of weights that were not trained here.
+        size, fit, roi: see `ssod_edge.config.Preprocess`, of weights that were not trained here.
     """
 
     run: str | None = None
@@ -63,6 +64,8 @@ class SourceOptions:
     data: str | None = None
     classes: str | None = None
     size: int | None = None
+    fit: Fit | None = None
+    roi: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,12 @@ def choose_source(options: SourceOptions) -> Source:
     from ssod_edge.export.graph.source import from_run, from_weights, untrained
     from ssod_edge.training.run import Run
 
-    run, runs, backbone, size = options.run, options.runs, options.backbone, options.size
+    run, runs, backbone = options.run, options.runs, options.backbone
+    shape: dict[str, Any] = {"input_size": options.size, "fit": options.fit, "roi": options.roi}
     if options.weights or options.pretrained:
         if run or not backbone or (options.weights and options.pretrained):
             raise UsageError("give --backbone NAME with either --weights FILE or --pretrained, and no run")
-        return from_weights(backbone, options.weights, runs, options.data, options.classes, size)
+        return from_weights(backbone, options.weights, runs, options.data, options.classes, **shape)
     if options.classes:
         raise UsageError("--classes belongs to --weights or --pretrained; a run knows its classes")
     if run and backbone:
@@ -203,9 +207,12 @@ def choose_source(options: SourceOptions) -> Source:
                 raise
             if options.data:
                 raise UsageError("untrained weights have no threshold; leave --id out, or train first") from None
-            return untrained(backbone, runs, size)
-    if size:
-        raise UsageError("--size belongs to weights that were not trained here; a run has its own input size")
+            return untrained(backbone, runs, **shape)
+    if given := [f"--{name}" for name in ("size", "fit", "roi") if getattr(options, name) is not None]:
+        raise UsageError(
+            f"{', '.join(given)}: for weights that were not trained here. A run has its own, which its network has "
+            "learnt; for another one train again"
+        )
     return from_run(run, options.data)
 
 

@@ -77,8 +77,8 @@ def train(data: str, backbone: str = "mobilenetv3", out: str | os.PathLike[str] 
         data: a folder of CLASS/IMAGE files, or another data set that `ssod-edge train` takes.
         backbone: an alias of the paper's Table 6, or a model of timm with one linear classifier.
         out: folder of runs.
-        settings: `size` (pixels), `recipe`, and the fields of `ssod_edge.config.TrainConfig` and `LossConfig`: the
-            options of `ssod-edge train` under the same names.
+        settings: `size` (pixels), `fit`, `roi` (x, y, width, height), `recipe`, and the fields of
+            `ssod_edge.config.TrainConfig` and `LossConfig`: the options of `ssod-edge train` under the same names.
 
     Raises:
         UsageError, BusyError, TrainingError, OutputError: see `ssod_edge.training.loop.train`.

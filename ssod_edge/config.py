@@ -20,8 +20,14 @@ ALIASES = {
     "densenet121": "densenet121",
 }
 
-#: What a file name that is an image ends in, in data sets and in folders given to `predict`.
-IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
+#: What a file name that is an image ends in, in data sets and in folders given to `predict`: names of the formats that
+#: `ssod_edge.data.pixels` decodes.
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".webp"),
+        *(".jp2", ".j2k", ".avif", ".heic", ".heif"),
+    )
+)
 
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
@@ -108,7 +114,7 @@ class Preprocess:
 
     Attributes:
         input_size: height and width of the input in pixels.
-        crop_pct: share of the shorter side that the centre crop keeps, in (0, 1].
+        crop_pct: share of the shorter side that the centre crop keeps, in (0, 1]; for fit "crop" alone.
         interpolation: "bicubic" or "bilinear".
         mean, std: per RGB channel, of values scaled to [0, 1]; applied inside the graph.
         fit: how what is no square becomes one. "crop" keeps the centred square; "squash" keeps everything and its
@@ -141,6 +147,10 @@ class Preprocess:
                 f"preprocessing of version {self.version}; this release knows 1 to {PIXELS_VERSION}. "
                 "Update with: pip install -U ssod-edge"
             )
+
+    def changed(self, **settings: Any) -> Preprocess:
+        """With these settings in place of its own; None leaves one as it is."""
+        return dataclasses.replace(self, **{name: value for name, value in settings.items() if value is not None})
 
     @staticmethod
     def complete(values: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +273,7 @@ class TrainConfig:
         pretrained: start from timm's published weights.
         weights: start from a .safetensors or .pth file, or a run's checkpoint.
         loss: what the network is taught.
-        preprocess: the backbone's own, at --size.
+        preprocess: the backbone's own, with --size, --fit and --roi.
     """
 
     backbone: str = dataclasses.field(metadata=NO_OPTION)

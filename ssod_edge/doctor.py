@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "cv2": "opencv-python-headless",
     "pytorch_ood": "pytorch-ood",
+    "pillow_heif": "pillow-heif",
 }
 BASE = ("numpy", "PIL", "click", "rich")
 #: Engines that this release runs exports on; one of them has to work.
@@ -43,6 +44,7 @@ PURPOSES = {
     "report": "the plots of eval and bench",
     "video": "videos and cameras in predict",
     "baselines": "eval --baselines",
+    "heic": "HEIC pictures",
 }
 #: Of no use without a GPU, and each on machines of its own.
 GPU_EXTRAS = ("tensorrt", "tensorrt-rtx", "jetson")

@@ -26,6 +26,7 @@ EXTRAS = {
     "nncf": "int8",
     "matplotlib": "report",
     "cv2": "video",
+    "pillow_heif": "heic",
     "pytorch_ood": "baselines",
 }
 

@@ -52,6 +52,7 @@ def check_verdicts(folder: str, *options: str, engine: str = "onnxruntime", with
     assert len(found) == len(expected) == 60
     for one, other in zip(found, expected, strict=True):
         assert 0 < one.pop("p_known") <= 1  # of the quantiles that it wrote
+        assert one.pop("image_warning") is None, "new since then"
         assert one.keys() == other.keys() and one["engine"] == engine
         for key in ("confidence", "ood_score", "threshold"):
             assert one.pop(key) == pytest.approx(other.pop(key), abs=within, rel=0 if key == "confidence" else 1e-5)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.data.inputs import list_images
-from ssod_edge.data.pixels import load_image, preprocess
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import BATCH, Predictor, available_cores
@@ -37,12 +37,12 @@ def compare(predictor: Predictor, paths: list[str], rounds: int) -> dict[str, An
     """
     runner = predictor.runner
     settings = runner.spec.preprocess
-    pixels = np.stack([preprocess(load_image(path), settings) for path in paths[:BATCH]])
+    pixels = np.stack([read_pixels(path, settings) for path in paths[:BATCH]])
     workers = min(8, available_cores())
 
     def read() -> None:
         with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(lambda path: preprocess(load_image(path), settings), paths):
+            for _ in pool.map(lambda path: read_pixels(path, settings), paths):
                 pass
 
     def run() -> None:

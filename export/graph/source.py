@@ -96,6 +96,7 @@ def from_weights(
     data: str | None = None,
     classes_file: str | None = None,
     input_size: int | None = None,
+    **shape: Any,
 ) -> Source:
     """Weights that were trained elsewhere: they have classes, and no OOD row.
 
@@ -106,6 +107,7 @@ def from_weights(
         data: in-distribution images for the thresholds, in CLASS/IMAGE folders that name the classes.
         classes_file: the class names, one a line, in label order; wins over the folder names of `data`.
         input_size: in pixels; None takes the backbone's.
+        shape: `fit` and `roi` of `ssod_edge.config.Preprocess`; None takes its defaults.
 
     Raises:
         UsageError: the number of classes does not fit the weights, they cannot be had, or they are a run's.
@@ -121,7 +123,7 @@ def from_weights(
     else:
         classes = imagenet_classes()
     name = resolve_backbone(backbone)
-    settings = backbone_preprocess(backbone, input_size, pretrained=True)
+    settings = backbone_preprocess(backbone, input_size, pretrained=True).changed(**shape)
     if weights is None:
         count = timm.get_pretrained_cfg(name).num_classes
         if count != len(classes):
@@ -141,15 +143,15 @@ def from_weights(
     return Source(model.eval(), True, Path(runs) / facts["run"], facts, Images(thresholds=thresholds))
 
 
-def untrained(backbone: str, runs: str | Path = "runs", input_size: int | None = None) -> Source:
-    """Seeded random weights with 1000 classes: the latency of a backbone, and nothing else.
+def untrained(backbone: str, runs: str | Path = "runs", input_size: int | None = None, **shape: Any) -> Source:
+    """Seeded random weights with 1000 classes: the latency of a backbone, and nothing else. `shape`: see above.
 
     Raises:
         UsageError: no such backbone, or one that is not supported.
     """
     torch.manual_seed(0)
     classes = tuple(str(index) for index in range(UNTRAINED_CLASSES))
-    model = build_model(backbone, classes, backbone_preprocess(backbone, input_size)).eval()
+    model = build_model(backbone, classes, backbone_preprocess(backbone, input_size).changed(**shape)).eval()
     for name, value in model.backbone.named_parameters():
         if name.endswith("bias"):
             # A trained network's are not zero. Engines leave out an addition of zero, and the quantiser knows gates by

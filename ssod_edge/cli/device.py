@@ -50,6 +50,7 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 @click.option("--device", default="auto", help="Where to run: CPU, cuda:N, or an OpenVINO device such as GPU.")
 @threads
 @click.option("--batch", type=COUNT, default=8, help="Images per run of the engine.")
+@click.option("--strict-images", is_flag=True, help="Refuse damaged pictures that can be decoded. Default: mark them.")
 @click.option("--allow-untrained", is_flag=True, help="Run untrained weights, whose verdicts mean nothing.")
 def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     """Classify images, and say which ones are UNKNOWN to the model.
@@ -68,8 +69,8 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     if wanted.camera is not None or any(is_stream(image) for image in images):
-        if "--batch" in given():
-            raise click.UsageError("--batch belongs to images: a video, a camera or a stream runs frame by frame")
+        for option in {"--batch", "--strict-images"} & set(given()):
+            raise click.UsageError(f"{option} belongs to images: a video, a camera or a stream runs frame by frame")
         return run_stream(folder, images, wanted, **options)
     if wanted.smooth is not None or wanted.realtime:
         raise click.UsageError("--smooth and --realtime belong to a video, a camera or a stream; got images")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import COUNT, given, newest, take, tpr
+from ssod_edge.cli.options import COUNT, given, newest, shape, take, tpr
 from ssod_edge.config import SHIPPED_SCORES
 from ssod_edge.spec import FEATURE_OUTPUTS
 
@@ -48,6 +48,7 @@ from ssod_edge.spec import FEATURE_OUTPUTS
 @click.option(
     "--features", type=click.Choice(list(FEATURE_OUTPUTS)), multiple=True, help="Features that the graph gives besides."
 )
+@shape
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
 def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:
     """Make verified artifacts for ONNX, OpenVINO and TensorRT.

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from ssod_edge.config import RECIPES, LossConfig, TrainConfig, setting_types, train_config
+from ssod_edge.config import FITS, RECIPES, LossConfig, TrainConfig, setting_types, train_config
 from ssod_edge.data.named import parse_named_data
 
 T = TypeVar("T")
@@ -51,6 +51,20 @@ COUNT = click.IntRange(min=1)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 backbone = click.option("--backbone", default="mobilenetv3", help="Of the paper's Table 6, or a model of timm.")
 size = click.option("--size", type=COUNT, help="Input height and width in pixels. Default: the backbone's.")
+shape = together(
+    click.option(
+        "--fit",
+        type=click.Choice(FITS),
+        help="How a picture becomes a square: crop keeps its centre, squash all of it in another ratio, pad all of it "
+        "between bars. Default: crop.",
+    ),
+    click.option(
+        "--roi",
+        metavar="X,Y,W,H",
+        callback=lambda _context, _option, text: None if text is None else _region(text),
+        help="Look at this region alone, in pixels of the upright picture: for a camera that does not move.",
+    ),
+)
 threads = click.option("--threads", type=COUNT, help="Threads of an engine. Default: its own choice.")
 tpr = click.option("--tpr", type=float, default=0.95, help="Share of known images that a threshold keeps known.")
 vary = click.option(
@@ -73,6 +87,16 @@ baselines = together(
     click.option("--baselines", metavar="all|NAME,...", help="Also run pytorch-ood's detectors, and show their cost."),
     click.option("--fit-images", type=COUNT, help="Training images that these are fitted on. Default: all."),
 )
+
+
+def _region(text: str) -> tuple[int, ...]:
+    """ "0,120,640,480" -> its numbers; `Preprocess` says what they may be."""
+    try:
+        left, top, width, height = map(int, text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected four numbers of pixels, such as 0,120,640,480, got '{text}'") from None
+    return left, top, width, height
+
 
 _TYPES = setting_types()
 _DEFAULTS = {recipe: train_config(recipe, {"backbone": "", "data": ""}) for recipe in RECIPES}

@@ -6,7 +6,19 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import COUNT, backbone, baselines, given, named_data, size, take, train_options, vary, via
+from ssod_edge.cli.options import (
+    COUNT,
+    backbone,
+    baselines,
+    given,
+    named_data,
+    shape,
+    size,
+    take,
+    train_options,
+    vary,
+    via,
+)
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 
 
@@ -14,6 +26,7 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 @click.argument("data", required=False)
 @backbone
 @size
+@shape
 @click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
 @click.option("-o", "--out", default="runs", help="Folder of runs.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")

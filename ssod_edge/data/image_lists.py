@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ssod_edge.data.layout import shared_depth
+from ssod_edge.data.pixels import load_image
 from ssod_edge.data.readers import ReaderImages
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import UsageError
@@ -62,7 +63,9 @@ def write_image_list(
         name = names[index]
         if "\n" in name or "\r" in name:
             raise UsageError(f"the name {name!r} in '{source.name}' has a line break; rename the file")
-        lines.append(f"{source.image_and_hash(index)[1]}  {name}\n")
+        picture = source.picture(index)
+        load_image(picture)  # a list names what can be read
+        lines.append(f"{picture.sha256}  {name}\n")
         advance(1)
     content = "".join(lines).encode(errors="surrogateescape")
     write_atomic(file, lambda temporary: temporary.write_bytes(content))

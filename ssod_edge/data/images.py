@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import preprocess
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError, UsageError
@@ -52,7 +52,7 @@ class Subset:
             images, labels = [], []
             for index in chosen[start : start + BATCH].tolist():
                 try:
-                    images.append(preprocess(self.source.image(index), settings))
+                    images.append(read_pixels(self.source.picture(index), settings))
                 except ImageError as error:
                     self.unreadable[str(error)] = None
                 else:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ssod_edge.config import IMAGE_SUFFIXES
-from ssod_edge.data.layout import same_name, walk_images
+from ssod_edge.data.layout import left_out, same_name, walk_images
 from ssod_edge.errors import UsageError
 
 
 def list_images(
-    arguments: Sequence[str], stdin: Iterable[str] | None = None, failed: dict[str, str] | None = None
+    arguments: Sequence[str],
+    stdin: Iterable[str] | None = None,
+    failed: dict[str, str] | None = None,
+    others: set[str] | None = None,
 ) -> list[str]:
     """The paths meant by the arguments, in their order; within a folder or pattern, sorted by name.
 
@@ -27,6 +30,7 @@ def list_images(
         stdin: the lines that `-` stands for.
         failed: gets each argument and line that stands for no image, with the reason; it stays in the list. None
             raises the first of them.
+        others: gets the paths of the files in folders that are no images, see `ssod_edge.data.layout.left_out`.
 
     Raises:
         UsageError: no argument, a folder without images, a pattern without a match, or an empty list; where `failed`
@@ -35,7 +39,7 @@ def list_images(
     paths: list[str] = []
     for name, expand in _names(arguments, stdin or ()):
         try:
-            paths += expand(name)
+            paths += expand(name, set() if others is None else others)
         except UsageError as error:
             if failed is None:
                 raise
@@ -52,12 +56,15 @@ def known_images(folder: str, classes: Sequence[str], say: Callable[[str], objec
     """The images of a folder that a model's threshold may be fitted to.
 
     Where folders in it bear names of the model's classes, images in other folders are of something else, and would
-    move the threshold: they are left out, which is said.
+    move the threshold: they are left out, which is said, as of files that are no images.
 
     Raises:
         UsageError: as `list_images`.
     """
-    paths, known = list_images([folder]), set(map(same_name, classes))
+    no_images: set[str] = set()
+    paths, known = list_images([folder], others=no_images), set(map(same_name, classes))
+    if note := left_out(no_images):
+        say(note)
     folders = {path: os.path.relpath(path, folder).split("/")[:-1] for path in paths}
     kept = [path for path in paths if known & set(map(same_name, folders[path]))]
     if not kept or len(kept) == len(paths):
@@ -70,7 +77,9 @@ def known_images(folder: str, classes: Sequence[str], say: Callable[[str], objec
     return kept
 
 
-def _names(arguments: Sequence[str], stdin: Iterable[str]) -> Iterator[tuple[str, Callable[[str], list[str]]]]:
+def _names(
+    arguments: Sequence[str], stdin: Iterable[str]
+) -> Iterator[tuple[str, Callable[[str, set[str]], list[str]]]]:
     """Each argument or line of the list, and what turns it into paths."""
     for argument in arguments:
         if argument != "-":
@@ -80,30 +89,30 @@ def _names(arguments: Sequence[str], stdin: Iterable[str]) -> Iterator[tuple[str
         yield from ((line, _as_it_is) for line in lines) if lines else [(argument, _no_lines)]
 
 
-def _as_it_is(name: str) -> list[str]:
+def _as_it_is(name: str, others: set[str]) -> list[str]:
     """A line of a list: a bracket or a star in it is not a pattern."""
-    return _folder(name) if Path(name).is_dir() else [name]
+    return _folder(name, others) if Path(name).is_dir() else [name]
 
 
-def _no_lines(_: str) -> list[str]:
+def _no_lines(_: str, others: set[str]) -> list[str]:
     raise UsageError("'-' was given, and standard input names no images; write one path a line")
 
 
-def _expand(argument: str) -> list[str]:
+def _expand(argument: str, others: set[str]) -> list[str]:
     if Path(argument).is_dir():
-        return _folder(argument)
+        return _folder(argument, others)
     if os.path.lexists(argument) or not glob.has_magic(argument):
         return [argument]
     matches = sorted(glob.glob(argument, recursive=True))  # Path.glob takes no absolute pattern
-    images = [path for match in matches for path in (walk_images(match) if Path(match).is_dir() else [match])]
+    images = [path for match in matches for path in (walk_images(match, others) if Path(match).is_dir() else [match])]
     if not images:
         raise UsageError(f"no image matches '{argument}'")
     # "**" matches a folder and also what lies in it.
     return list(dict.fromkeys(images))
 
 
-def _folder(folder: str) -> list[str]:
-    images = list(walk_images(folder))
+def _folder(folder: str, others: set[str]) -> list[str]:
+    images = list(walk_images(folder, others))
     if not images:
         raise UsageError(f"the folder '{folder}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return images

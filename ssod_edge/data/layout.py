@@ -7,12 +7,13 @@ import posixpath
 import re
 import tarfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.errors import UsageError
+from ssod_edge.terminal import printable
 
 EXPECTED = "Give a folder of CLASS/IMAGE files, a .tar file of one, 'demo', 'torch/...' or 'hfds/...'"
 
@@ -20,6 +21,8 @@ EXPECTED = "Give a folder of CLASS/IMAGE files, a .tar file of one, 'demo', 'tor
 SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
+#: Files that systems leave there.
+SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 #: Names of splits, which are not classes.
 SPLITS = ("train", "val", "valid", "validation", "test")
 #: A link that leads to a link, and so on, ends here.
@@ -50,9 +53,23 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def walk_images(folder: str) -> Iterator[str]:
+def is_other(name: str) -> bool:
+    """Whether a file that is shown is neither an image nor a system's."""
+    return not is_image(name) and posixpath.basename(name).lower() not in SYSTEM_FILES
+
+
+def left_out(others: Collection[str]) -> str:
+    """What a command says of files that are no images by their names; nothing where there are none."""
+    if not others:
+        return ""
+    suffixes = sorted({os.path.splitext(name)[1].lower() or "no suffix" for name in others})
+    files = "1 file that is no image" if len(others) == 1 else f"{len(others)} files that are no images"
+    return printable(f"left out: {files} ({', '.join(suffixes[:5])}{', ...' if len(suffixes) > 5 else ''})")
+
+
+def walk_images(folder: str, others: set[str] | None = None) -> Iterator[str]:
     """Paths of the images below a folder: each folder's own first, by name. Links to folders are followed, but
-    for one that leads to a folder above it.
+    for one that leads to a folder above it. `others` gets the paths of the other files, see `is_other`.
 
     Raises:
         UsageError: a folder cannot be read.
@@ -70,16 +87,21 @@ def walk_images(folder: str) -> Iterator[str]:
         for name in sorted(names):
             path = os.path.join(parent, name)
             # A pipe or socket would wait for ever; a link that leads nowhere stays, to be reported.
-            if is_shown(name) and is_image(name) and (os.path.isfile(path) or not os.path.exists(path)):
+            if not is_shown(name) or (os.path.exists(path) and not os.path.isfile(path)):
+                continue
+            if is_image(name):
                 yield path
+            elif others is not None and is_other(name):
+                others.add(path)
 
 
 class FolderReader:
-    """The images of a folder. Attributes: names, below it and in order."""
+    """The images of a folder. Attributes: names, below it and in order; others, the paths of files that are none."""
 
     def __init__(self, root: str):
         self._root = root
-        self.names = sorted((os.path.relpath(path, root) for path in walk_images(root)), key=sort_key)
+        self.others: set[str] = set()
+        self.names = sorted((os.path.relpath(path, root) for path in walk_images(root, self.others)), key=sort_key)
 
     def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
         return open(os.path.join(self._root, self.names[index]), "rb"), -1
@@ -101,6 +123,7 @@ class TarReader:
 
     Attributes:
         names: of the members, in order.
+        others: names of members that are no images.
 
     Raises:
         UsageError: it is no .tar file, is cut short, or holds a link to something that it does not hold.
@@ -122,6 +145,7 @@ class TarReader:
             if name not in files:  # it leads to a folder
                 files |= self._below(name, end, links[name], files)
         self.names = sorted((name for name in files if is_shown(name) and is_image(name)), key=sort_key)
+        self.others = {name for name in files if is_shown(name) and is_other(name)}
         self._members = [files[name] for name in self.names]
         # What is shown is the name in the archive ("./a/1.png").
         self._shown = [m.name if _plain(m.name) == n else n for n, m in zip(self.names, self._members, strict=True)]

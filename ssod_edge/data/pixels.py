@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -13,13 +18,29 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ssod_edge.config import Preprocess
-from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.data.jpeg import decode_jpeg
+from ssod_edge.errors import ImageError, UsageError, missing_extra
 
-#: What `load_image` takes.
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
-
-#: Largest width * height that is decoded: 256 MiB of RGB, and Pillow's own default warning limit.
+#: Largest width * height that is decoded: Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
+#: Longest side that is decoded, a JPEG's. Pillow keeps an address for each row: a picture of one column is all rows.
+MAX_SIDE = 65_535
+#: Largest file that is read: MAX_PIXELS of RGB and a megabyte of other things.
+MAX_BYTES = 3 * MAX_PIXELS + 2**20
+#: Pillow's decoders that are written in Python: text PPM, PPM of odd depths, BMP of runs. They take up to 3 s for this
+#: many pixels.
+SLOW_DECODERS = ("ppm_plain", "ppm", "bmp_rle")
+MAX_SLOW_PIXELS = 1_000_000
+
+Image.preinit()
+for _plugin in ("Tiff", "WebP", "Jpeg2K", "Avif"):  # the last is not in every Pillow
+    with suppress(ImportError):
+        import_module(f"PIL.{_plugin}ImagePlugin")
+#: What is decoded, in Pillow's names; "JPEG" stands for MPO too. Of the others some take seconds and gigabytes for a
+#: small file, and none is what a camera writes.
+FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF") if name in Image.OPEN
+)
 
 # Pillow warns of what is refused here anyway. Once, because `catch_warnings` in the threads that decode would undo
 # each other's filters; and last, so that a filter of the host program wins.
@@ -27,6 +48,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 
 #: The filters of `Preprocess.interpolation`.
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+Damaged: TypeAlias = Callable[[str], object]
+#: Left, top, right and bottom in pixels, with fractions.
+Box: TypeAlias = tuple[float, float, float, float]
+
+#: How the files of the extra `heic` begin, after four bytes: what a phone writes, and other pictures in its container.
+_HEIF = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")]
 
 _ORIENTATION_TAG = 0x0112
 # Not `ImageOps.exif_transpose`: it copies a picture that needs no turn, and writes the EXIF anew after turning, which a
@@ -40,9 +68,48 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: Those of them that leave width and height as they are.
+_STANDING = [_UPRIGHT[number] for number in (2, 3, 4)]
 
 
-def load_image(source: ImageLike) -> Image.Image:
+@dataclass(frozen=True)
+class Picture:
+    """An image of a data set as it is stored.
+
+    Attributes:
+        content: the file; a PIL image where there is none.
+        name: what an error calls it.
+    """
+
+    content: bytes | Image.Image
+    name: str
+
+    @property
+    def sha256(self) -> str:
+        """Hex: of the file; of the RGB pixels where there is none."""
+        content = self.content
+        return hashlib.sha256(content if isinstance(content, bytes) else load_image(content).tobytes()).hexdigest()
+
+
+#: What `load_image` takes.
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8] | Picture"
+
+
+def read_pixels(
+    source: ImageLike,
+    settings: Preprocess,
+    out: npt.NDArray[np.uint8] | None = None,
+    via_size: int | None = None,
+    damaged: Damaged | None = None,
+) -> npt.NDArray[np.uint8]:
+    """From a source to the graph's input: `load_image`, `via` if a size is given for it, and `preprocess`."""
+    if via_size is None:
+        return preprocess(load_image(source, settings, damaged), settings, out)
+    whole = replace(settings, input_size=via_size, crop_pct=1.0, fit="crop")
+    return preprocess(via(load_image(source, whole, damaged), via_size), settings, out)
+
+
+def load_image(source: ImageLike, settings: Preprocess | None = None, damaged: Damaged | None = None) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
     The EXIF orientation is applied. An alpha channel is dropped, colours as stored, which is what the usual
@@ -50,44 +117,57 @@ def load_image(source: ImageLike) -> Image.Image:
     values (0..65535) and floating point as 0..1; a picture outside that range is refused, because its scale
     cannot be known. Of an animation the first frame is read (of a PIL image, its current frame).
 
+    From version 2 of the settings on, a JPEG file is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size at
+    which what `preprocess` looks at is still twice as large as its result. The largest picture that is allowed takes
+    0.4 to 1.8 GB while it is decoded: a JPEG 0.6 to 0.9, a JPEG 2000 most (docs/results.md).
+
     Args:
         source: path, encoded bytes, PIL image, or uint8 array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4]
             (RGBA). A PIL image is not modified.
+        settings: what the image is read for: its region is cut out, and what is larger than needed may come reduced.
+            None gives all of the image, in full.
+        damaged: called with what is wrong with a JPEG that could be decoded, perhaps to other pixels than were taken.
 
     Returns:
-        A decoded PIL image of mode RGB. A source that is already one is returned as it is.
+        A decoded PIL image of mode RGB. A source that is already one, and has no region to cut, is returned as it is.
 
     Raises:
-        ImageError: the image cannot be read (missing, empty, truncated, no image, more than `MAX_PIXELS`
-            pixels, unsupported mode or dtype); the message holds its name and the reason.
+        ImageError: the image cannot be read (missing, empty, truncated, none of `FORMATS`, above `MAX_PIXELS`,
+            `MAX_SIDE` or `MAX_BYTES`, unsupported mode or dtype, a HEIC picture without the extra `heic`), or the
+            region does not lie within it; the message holds its name and the reason.
     """
+    name = _name(source)
     # Pillow's decoders raise whatever a damaged file leads them to (OSError, SyntaxError, struct.error, ...).
     try:
+        if isinstance(source, Picture):
+            source = source.content
         if isinstance(source, Image.Image):
-            return _decode(source)
+            return _decode(source, settings)
         if isinstance(source, np.ndarray):
-            return _to_rgb(_from_array(source))
+            return _decode(_from_array(source), settings)
         with _open(source) as file:
-            if not file.read(1):
+            if not (size := file.seek(0, os.SEEK_END)):
                 raise ImageError("it is empty")
-            file.seek(0)
-            with Image.open(file) as image:
-                return _decode(image)
+            if size > MAX_BYTES:
+                raise ImageError(f"the file is larger than {MAX_BYTES} bytes; reduce the picture, or save it as JPEG")
+            with _identify(file) as image:
+                return _decode(image, settings, file if image.format in ("JPEG", "MPO") else None, damaged)
     except Exception as error:
-        raise ImageError(f"{_name(source)}: {_reason(error)}") from error
+        raise ImageError(f"{name}: {_reason(error)}") from error
 
 
 def preprocess(
     image: Image.Image, settings: Preprocess, out: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Centre crop and resize in one pass.
+    """Fit and resize in one pass.
 
-    The crop is the centred square whose side is `crop_pct` times the shorter side of the image. At its border the
-    filter sees the pixels beyond it, as if the whole image had been resized first.
+    With fit "crop" what counts is the centred square whose side is `crop_pct` times the shorter side of the image. At
+    its border the filter sees the pixels beyond it, as if the whole image had been resized first. The other fits keep
+    all of the image, whatever `crop_pct` is.
 
     Args:
-        image: RGB, from `load_image`.
-        settings: input size, crop and interpolation.
+        image: RGB, from `load_image` with these settings.
+        settings: input size, fit, crop and interpolation.
         out: uint8 [3, S, S] to write into, for example one row of a batch.
 
     Returns:
@@ -103,10 +183,28 @@ def preprocess(
         raise UsageError(
             f"out must be a C-contiguous uint8 array of shape (3, {size}, {size}), got {out.dtype} {out.shape}"
         )
-    resized = _square(image, size, settings.crop_pct, RESAMPLE[settings.interpolation])
+    box = _centre(image, settings.crop_pct) if settings.fit == "crop" else (0, 0, image.width, image.height)
+    resized = fit_box(image, box, settings)
     for channel, band in enumerate("RGB"):  # band by band: half the time of unpacking [S, S, 3] and transposing it
         out[channel] = np.frombuffer(resized.tobytes("raw", band), np.uint8).reshape(size, size)
     return out
+
+
+def fit_box(image: Image.Image, box: Box, settings: Preprocess) -> Image.Image:
+    """The part of an RGB image within a box (left, top, right, bottom) as S x S.
+
+    It is stretched to the square; with fit "pad" it keeps its ratio, between bars in the mean colour.
+    """
+    _check_rgb(image)
+    size, resample = settings.input_size, RESAMPLE[settings.interpolation]
+    if settings.fit != "pad":
+        return image.resize((size, size), resample, box)
+    width, height = box[2] - box[0], box[3] - box[1]
+    longer = max(width, height)
+    inner = max(1, round(size * width / longer)), max(1, round(size * height / longer))
+    square = Image.new("RGB", (size, size), tuple(round(255 * value) for value in settings.mean))
+    square.paste(image.resize(inner, resample, box), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return square
 
 
 def via(image: Image.Image, size: int) -> Image.Image:
@@ -120,16 +218,21 @@ def via(image: Image.Image, size: int) -> Image.Image:
     """
     if size < 1:
         raise UsageError(f"via: size must be at least 1 pixel, got {size}")
-    return _square(image, size, 1.0, Image.Resampling.BICUBIC)
+    _check_rgb(image)
+    return image.resize((size, size), Image.Resampling.BICUBIC, _centre(image, 1.0))
 
 
-def _square(image: Image.Image, size: int, crop_pct: float, resample: Image.Resampling) -> Image.Image:
+def _check_rgb(image: Image.Image) -> None:
     if image.mode != "RGB":
         raise UsageError(f"image must have mode RGB, got {image.mode}; pass it through load_image first")
+
+
+def _centre(image: Image.Image, crop_pct: float) -> Box:
+    """The box of the centred square of `crop_pct` times the shorter side."""
     width, height = image.size
     side = crop_pct * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), resample, box=(left, top, left + side, top + side))
+    return left, top, left + side, top + side
 
 
 def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
@@ -143,11 +246,28 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
     raise ImageError(f"expected a path, encoded bytes, a PIL image or a uint8 array, got {type(source).__name__}")
 
 
+def _identify(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(4)
+        if file.read(8) not in _HEIF:
+            raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(str(missing_extra("pillow_heif", "a HEIC picture"))) from error
+    pillow_heif.register_heif_opener()
+    return Image.open(file, formats=("HEIF",))
+
+
 def _name(source: object) -> str:
     """What an error message calls it: a file by its name in quotes, the rest by its kind."""
     if isinstance(source, Image.Image):
         file = getattr(source, "filename", "")
         return f"'{file}'" if file else "PIL image"
+    if isinstance(source, Picture):
+        return source.name
     if isinstance(source, (str, os.PathLike)):
         return f"'{os.fspath(source)}'"
     if isinstance(source, np.ndarray):
@@ -159,7 +279,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
-        return "not an image in a format that Pillow reads"
+        return f"not an image in a format that is read ({', '.join(FORMATS)}); save it as JPEG or PNG"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"too many pixels (the limit is {MAX_PIXELS}); reduce it first"
     if isinstance(error, MemoryError):
@@ -169,22 +289,61 @@ def _reason(error: Exception) -> str:
     return f"damaged or unsupported image data ({error or type(error).__name__})"
 
 
-def _decode(image: Image.Image) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"too many pixels ({image.width} x {image.height}, the limit is {MAX_PIXELS}); reduce it first"
-        )
+def _decode(
+    image: Image.Image, settings: Preprocess | None, jpeg: BinaryIO | None = None, damaged: Damaged | None = None
+) -> Image.Image:
+    """RGB, upright, and the region of the settings; `jpeg`: its file, where it is one."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"too many pixels ({width} x {height}, the limit is {MAX_PIXELS}); reduce it first")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"too long ({width} x {height}, the limit is {MAX_SIDE} a side); cut it into parts first")
+    if any(tile[0] in SLOW_DECODERS for tile in getattr(image, "tile", ())) and width * height > MAX_SLOW_PIXELS:
+        raise ImageError(f"a kind of {image.format} that is read up to {MAX_SLOW_PIXELS} pixels; save it as PNG")
     if image.format == "EPS":  # Pillow would start Ghostscript on it
         raise ImageError("EPS is a program, not a picture; convert it to PNG first")
-    image.load()
-    rgb = _to_rgb(image)
+    rgb, damage, scale = None, None, 1
+    if jpeg is not None:
+        scale = 1 if settings is None else _scale(image.size, settings)
+        if scale > 1:
+            image.draft(None, (width // scale, height // scale))
+        jpeg.seek(0)
+        rgb, damage = decode_jpeg(jpeg.read(), image)
+    if rgb is None:
+        image.load()
+        rgb = _to_rgb(image)
+    if damage is not None and damaged is not None:
+        damaged(damage)
     # After load(): Pillow turns some formats (TIFF) upright by itself, and then reports orientation 1.
     turn = _UPRIGHT.get(_orientation(image))
-    if turn is None:
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+        rgb.info.clear()  # or a second load_image would turn it again
+    if settings is None or settings.roi is None:
         return rgb
-    rgb = rgb.transpose(turn)
-    rgb.info.clear()  # or a second load_image would turn it again
-    return rgb
+    full = rgb.size if scale == 1 else (width, height) if turn is None or turn in _STANDING else (height, width)
+    return _region(rgb, settings.roi, full, scale)
+
+
+def _scale(size: tuple[int, int], settings: Preprocess) -> int:
+    """By how much a JPEG of a size may come reduced."""
+    if settings.version < 2:
+        return 1
+    sides = size if settings.roi is None else settings.roi[2:]
+    used = max(sides) if settings.fit == "pad" else min(sides) * (settings.crop_pct if settings.fit == "crop" else 1)
+    fits = (scale for scale in (8, 4, 2) if used >= 2 * scale * settings.input_size and min(size) >= scale)
+    return next(fits, 1)
+
+
+def _region(image: Image.Image, roi: tuple[int, int, int, int], full: tuple[int, int], scale: int) -> Image.Image:
+    """A region in pixels of the full picture, of one that is reduced, to whole pixels of that."""
+    left, top, width, height = roi
+    if left + width > full[0] or top + height > full[1]:
+        raise ImageError(
+            f"the region {left},{top},{width},{height} does not lie within its {full[0]} x {full[1]} pixels; give "
+            "pictures of the camera that it was set for, or another --roi"
+        )
+    return image.crop((left // scale, top // scale, -(-(left + width) // scale), -(-(top + height) // scale)))
 
 
 def _orientation(image: Image.Image) -> int:

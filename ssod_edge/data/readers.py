@@ -10,14 +10,36 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from ssod_edge.config import IMAGE_SUFFIXES
-from ssod_edge.data.layout import EXPECTED, FolderReader, TarReader, check_layout, class_names, same_name, sort_key
-from ssod_edge.data.pixels import load_image
+from ssod_edge.config import IMAGE_SUFFIXES, Preprocess
+from ssod_edge.data.layout import (
+    EXPECTED,
+    FolderReader,
+    TarReader,
+    check_layout,
+    class_names,
+    left_out,
+    same_name,
+    sort_key,
+)
+from ssod_edge.data.pixels import MAX_BYTES, Picture, load_image
 from ssod_edge.data.splits import Indices, Splits
 from ssod_edge.errors import ImageError, UsageError
 
 
-class ReaderImages:
+class Pictures:
+    """What can be read of each image of a source. Attribute: left_out, what a command says of files that are none."""
+
+    left_out = ""
+
+    def picture(self, index: int) -> Picture:
+        raise NotImplementedError
+
+    def image(self, index: int, settings: Preprocess | None = None) -> Image.Image:
+        """RGB image, as `load_image` gives it. Raises ImageError, naming the file, if it cannot be read."""
+        return load_image(self.picture(index), settings)
+
+
+class ReaderImages(Pictures):
     """Images through timm's reader: folders, tar files, torchvision and Hugging Face data sets."""
 
     hflip_ok = True
@@ -28,6 +50,7 @@ class ReaderImages:
         self._reader, self.labels, self.classes = _open_reader(name)
         if len(self.labels) == 0:
             raise _no_images(name)
+        self.left_out = "" if self.layout is None else left_out(self.layout.others)
         # File names are bytes: one that is not UTF-8 comes with surrogates.
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for index in range(len(self)):
@@ -46,34 +69,18 @@ class ReaderImages:
         filename = getattr(self._reader, "filename", None)
         return str(filename(index)) if callable(filename) else f"{self.name}[{index}]"
 
-    def image(self, index: int) -> Image.Image:
-        """RGB image. Raises ImageError, naming the file, if it cannot be read."""
-        return self._load(index)[0]
-
-    def image_and_hash(self, index: int) -> tuple[Image.Image, str]:
-        """RGB image and its SHA-256 (hex): of the file; of the RGB pixels where the reader hands out no file.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
-        image, content = self._load(index)
-        return image, hashlib.sha256(image.tobytes() if content is None else content).hexdigest()
-
-    def _load(self, index: int) -> tuple[Image.Image, bytes | None]:
-        """RGB image, and its file where there is one."""
+    def picture(self, index: int) -> Picture:
+        """The image as it is stored. Raises ImageError, naming the file, if it cannot be read."""
+        name = f"'{self.source(index)}' of '{self.name}'"
         try:
             item = self._reader[index][0]
             if isinstance(item, Image.Image):
-                return load_image(item), None
+                return Picture(item, name)
             with item:
-                content = item.read()
-            return load_image(content), content
-        except ImageError as error:
-            reason = str(error).partition(": ")[2]  # without load_image's name for bytes
-            raise ImageError(f"'{self.source(index)}' of '{self.name}': {reason}") from error
-        except Exception as error:  # readers and their decoders raise whatever a damaged file leads them to
+                return Picture(item.read(MAX_BYTES + 1), name)  # what is larger is refused
+        except Exception as error:  # readers raise whatever a damaged archive leads them to
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ImageError(f"'{self.source(index)}' of '{self.name}': {reason}") from error
+            raise ImageError(f"{name}: {reason}") from error
 
 
 def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
@@ -168,7 +175,7 @@ class HubReader:
     def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
         item = self._rows[index][self._column]
         if item is None:
-            raise ImageError(f"{self._names[index]}: the row has no image")
+            raise ImageError("the row has no image")
         return (io.BytesIO(item["bytes"]) if item["bytes"] else open(item["path"], "rb")), -1
 
     def filename(self, index: int) -> str:

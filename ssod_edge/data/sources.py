@@ -11,9 +11,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from ssod_edge.config import Preprocess
 from ssod_edge.data.image_lists import find_listed
 from ssod_edge.data.layout import EXPECTED, same_name
-from ssod_edge.data.readers import ReaderImages, check_labels
+from ssod_edge.data.pixels import Picture
+from ssod_edge.data.readers import Pictures, ReaderImages, check_labels
 from ssod_edge.data.splits import Indices, Labelled, Splits
 from ssod_edge.errors import ImageError, UsageError
 
@@ -26,13 +28,16 @@ class ImageSource(Labelled, Protocol):
 
     Attributes, beside those of `Labelled`:
         hflip_ok: whether a mirrored image keeps its label.
+        left_out: what a command says of files that are no images; empty where there are none.
         fingerprint: hash of class names, file names and labels (hex); of an image's content it knows nothing.
     """
 
     hflip_ok: bool
+    left_out: str
     fingerprint: str
 
-    def image(self, index: int) -> Image.Image: ...
+    def picture(self, index: int) -> Picture: ...
+    def image(self, index: int, settings: Preprocess | None = None) -> Image.Image: ...
     def source(self, index: int) -> str: ...
 
 
@@ -99,7 +104,7 @@ def _class_list(name: str) -> Path:
     return Path(name) if os.path.isfile(name) else Path(__file__).parent / "lists" / f"{name}.txt"
 
 
-class ChosenImages:
+class ChosenImages(Pictures):
     """Some images of a source; labels and class names stay those of the source."""
 
     fixed_splits: Splits | None = None
@@ -107,15 +112,15 @@ class ChosenImages:
     def __init__(self, source: ImageSource, indices: Indices, name: str):
         self.name = name
         self._source, self._indices = source, indices
-        self.classes, self.hflip_ok = source.classes, source.hflip_ok
+        self.classes, self.hflip_ok, self.left_out = source.classes, source.hflip_ok, source.left_out
         self.labels = source.labels[self._indices]
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def image(self, index: int) -> Image.Image:
-        return self._source.image(int(self._indices[index]))
+    def picture(self, index: int) -> Picture:
+        return self._source.picture(int(self._indices[index]))
 
     def source(self, index: int) -> str:
         return self._source.source(int(self._indices[index]))
@@ -136,18 +141,19 @@ class ListedImages(ChosenImages):
 
     def __init__(self, source: ReaderImages, indices: Indices, hashes: Sequence[str], name: str):
         super().__init__(source, indices, name)
-        self._reader, self._hashes = source, tuple(hashes)
+        self._hashes = tuple(hashes)
         self.fingerprint = hashlib.sha256("\n".join(self._hashes).encode()).hexdigest()
 
-    def image(self, index: int) -> Image.Image:
-        """RGB image. Raises ImageError if it cannot be read, or is another one than the list's."""
-        image, found = self._reader.image_and_hash(int(self._indices[index]))
+    def picture(self, index: int) -> Picture:
+        """The image as it is stored. Raises ImageError if it cannot be read, or is another one than the list's."""
+        picture = super().picture(index)
+        found = picture.sha256
         if found != self._hashes[index]:
             raise ImageError(
                 f"'{self.source(index)}' of '{self.name}' is not the image that the list was made with (its SHA-256 "
                 f"is {found[:12]}..., expected {self._hashes[index][:12]}...). Restore it, or make a new list"
             )
-        return image
+        return picture
 
 
 def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
@@ -181,7 +187,7 @@ def read_class_list(name: str, classes: tuple[str, ...]) -> list[int]:
     return chosen
 
 
-class DemoImages:
+class DemoImages(Pictures):
     """The embedded data set: "demo" is train + val + calib, "demo:SPLIT" one split of it."""
 
     hflip_ok = False
@@ -204,9 +210,9 @@ class DemoImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, index: int) -> Image.Image:
+    def picture(self, index: int) -> Picture:
         part, offset = self._images[index]
-        return part.image(offset)
+        return Picture(part.image(offset), part.source(offset))
 
     def source(self, index: int) -> str:
         part, offset = self._images[index]

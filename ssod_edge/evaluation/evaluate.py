@@ -36,7 +36,7 @@ from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.files import check_output, write_json
 from ssod_edge.spec import Spec
-from ssod_edge.terminal import image_bar
+from ssod_edge.terminal import image_bar, printable
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.outputs import Outputs, collect
 from ssod_edge.training.run import Run
@@ -108,6 +108,9 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     # Every set is opened before the first image is run: a wrong name shows at once.
     ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
     warn_of_known_images(ood_data, ood, source, meta)
+    for images in (source, *ood.values()):
+        if images.left_out:
+            click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
     sets: dict[str, ImageSet] = {"id": (source, indices)}
     sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ssod_edge.config import LossConfig, check_gamma, from_dict
 from ssod_edge.data.inputs import list_images
-from ssod_edge.data.pixels import ImageLike, load_image, preprocess
+from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ImageError, UsageError
@@ -78,7 +78,7 @@ def explain(
     if model.no_patches:
         raise UsageError(f"'{model.backbone_name}' has no patches to explain: {model.no_patches}")
     target = None if class_name is None else _class_index(model, class_name)
-    pixels = preprocess(load_image(image), model.preprocess)
+    pixels = read_pixels(image, model.preprocess)
     device = next(model.parameters()).device
     x = normalise(torch.from_numpy(pixels[None]).to(device), model.preprocess)
     feature_map = model.backbone.forward_features(x)

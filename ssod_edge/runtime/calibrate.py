@@ -183,6 +183,8 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     from ssod_edge.data.splits import read_splits
 
     images, facts = whole_dataset(data), export.spec.source
+    if images.source.left_out:
+        click.echo(images.source.left_out, err=True)
     labels = model_labels(images.source.labels, images.source.classes, export.spec.classes)
     if (labels >= 0).any() and (labels < 0).any():
         click.echo(f"left out: {(labels < 0).sum()} of {len(labels)} images, of no class of the model", err=True)
@@ -197,7 +199,7 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     def draw(failed: Callable[[str], Any]) -> Iterator[ImageLike]:
         for index in images.indices.tolist():
             try:
-                yield images.source.image(index)
+                yield images.source.picture(index)
             except ImageError as error:
                 failed(str(error))
 

@@ -10,18 +10,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ssod_edge.data.pixels import ImageLike, load_image, preprocess
+from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
 
 Pixels = npt.NDArray[np.uint8]
+#: Why an image could not be read, and what is damaged in one that could.
+Read: TypeAlias = tuple[str | None, str | None]
 
 #: Images that are decoded ahead of the engine, for each decoding thread (and two batches at least).
 AHEAD = 2
@@ -44,6 +46,7 @@ class Verdict:
         p_known: the share of known images to expect whose score is as high or higher, in [0, 1]: a conformal p-value.
             At the threshold for 95% it is 0.05. None without a threshold, or with one of an early release.
         engine, precision: what really ran.
+        image_warning: what is damaged in a picture that could be decoded nevertheless.
         error: why there is no verdict, and then all values above but `image` and `threshold` are None.
     """
 
@@ -57,6 +60,7 @@ class Verdict:
     p_known: float | None
     engine: str
     precision: str
+    image_warning: str | None = None
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,12 +71,16 @@ class Verdict:
 class Predictor(AbstractContextManager["Predictor"]):
     """Verdicts of one open artifact. A context manager; threads may share it.
 
+    Args:
+        strict_images: a damaged picture counts as one that cannot be read.
+
     Attributes:
         runner: the `ssod_edge.runtime.Runner` it owns, and closes.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, strict_images: bool = False) -> None:
         self.runner = runner
+        self._strict = strict_images
         self._settings = runner.spec.preprocess
         threshold = runner.artifact.threshold
         self.threshold = None if threshold is None else threshold.value
@@ -94,8 +102,10 @@ class Predictor(AbstractContextManager["Predictor"]):
         Raises:
             ImageError: it cannot be read, or the model's output for it is not finite.
         """
-        pixels = preprocess(load_image(image), self._settings)
-        verdict = self.verdicts([image], self.runner.infer({"image": pixels[None]}))[0]
+        pixels = np.empty((1, 3, self._settings.input_size, self._settings.input_size), np.uint8)
+        read = self._decode(image, pixels[0])
+        outputs = self.runner.infer({"image": pixels}) if read[0] is None else {}
+        verdict = self.verdicts([image], outputs, [read])[0]
         if verdict.error is not None:
             raise ImageError(verdict.error)
         return verdict
@@ -127,7 +137,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         size = self._settings.input_size
         ahead = max(2, math.ceil(AHEAD * workers / batch))
         free = deque(np.zeros((batch, 3, size, size), np.uint8) for _ in range(1 + ahead))
-        begun: deque[tuple[list[ImageLike], Pixels, list[Future[str | None]]]] = deque()
+        begun: deque[tuple[list[ImageLike], Pixels, list[Future[Read]]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
         def begin() -> None:
@@ -140,48 +150,51 @@ class Predictor(AbstractContextManager["Predictor"]):
             begin()
             while begun:
                 sources, pixels, futures = begun.popleft()
-                errors = [future.result() for future in futures]
+                read = [future.result() for future in futures]
                 # A row that has no image holds old pixels; of a batch without images there is nothing to run.
-                readable = any(error is None for error in errors)
+                readable = any(error is None for error, _ in read)
                 outputs = self.runner.infer({"image": pixels[: len(sources)]}) if readable else {}
-                verdicts = self.verdicts(sources, outputs, errors)
+                verdicts = self.verdicts(sources, outputs, read)
                 free.append(pixels)
                 begin()
                 yield from verdicts
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decode(self, source: ImageLike, out: Pixels) -> str | None:
-        """Fill one row of a batch; returns the error, if any."""
+    def _decode(self, source: ImageLike, out: Pixels) -> Read:
+        """Fill one row of a batch."""
+        damage: list[str] = []
         try:
-            preprocess(load_image(source), self._settings, out)
+            read_pixels(source, self._settings, out, damaged=damage.append)
         except ImageError as error:
-            return str(error)
-        return None
+            return str(error), None
+        if damage and self._strict:
+            return f"'{_name(source)}': {damage[0]}; copy or take it again", None
+        return None, damage[0] if damage else None
 
     def verdicts(
-        self, sources: Sequence[ImageLike], outputs: dict[str, Array], errors: Sequence[str | None] | None = None
+        self, sources: Sequence[ImageLike], outputs: dict[str, Array], read: Sequence[Read] | None = None
     ) -> list[Verdict]:
         """The verdicts that a run of the engine comes to.
 
         Args:
             sources: the n images of the batch.
             outputs: what `Runner.infer` returned for them.
-            errors: for each image, why it could not be read, or None; its outputs then mean nothing.
+            read: for each image, why it could not be read (its outputs then mean nothing), and what is damaged in it.
         """
-        errors = [None] * len(sources) if errors is None else errors
+        read = [(None, None)] * len(sources) if read is None else read
         return [
-            self._verdict(_name(source), {name: values[row] for name, values in outputs.items()}, error)
-            for row, (source, error) in enumerate(zip(sources, errors, strict=True))
+            self._verdict(_name(source), {name: values[row] for name, values in outputs.items()}, *found)
+            for row, (source, found) in enumerate(zip(sources, read, strict=True))
         ]
 
-    def _verdict(self, name: str, output: dict[str, Any], error: str | None) -> Verdict:
+    def _verdict(self, name: str, output: dict[str, Any], error: str | None, warning: str | None) -> Verdict:
         runner = self.runner
         if error is None and not (np.isfinite(output["ood_score"]) and np.isfinite(output["probs"]).all()):
             error = f"'{name}': the model's output is not finite; verify the artifact, or use another precision"
         if error is not None:
             empty = (None, None, None, None)
-            return Verdict(name, *empty, self.threshold, None, None, runner.engine, runner.precision, error)
+            return Verdict(name, *empty, self.threshold, None, None, runner.engine, runner.precision, error=error)
         index, score = int(output["logits"].argmax()), float(output["ood_score"])
         return Verdict(
             image=name,
@@ -195,6 +208,7 @@ class Predictor(AbstractContextManager["Predictor"]):
             p_known=None if self._table is None else round(float(p_known([score], self._table)[0]), 6),
             engine=runner.engine,
             precision=runner.precision,
+            image_warning=warning,
         )
 
 

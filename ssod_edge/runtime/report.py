@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ssod_edge.data.inputs import list_images
+from ssod_edge.data.layout import left_out
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
@@ -28,12 +29,14 @@ class PredictOptions:
         as_json: one JSON object a line, as soon as it is known.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
         batch: images per run of the engine.
+        strict_images: a damaged picture counts as one that cannot be read.
         camera, smooth, realtime: of frames instead of images; see `ssod_edge.runtime.field.stream`.
     """
 
     as_json: bool = False
     monitor: str | None = None
     batch: int = 8
+    strict_images: bool = False
     camera: str | None = None
     smooth: float | None = None
     realtime: bool = False
@@ -48,8 +51,14 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         opening: options of `ssod_edge.runtime.open.open_runner`.
     """
     no_images: dict[str, str] = {}
-    paths = list_images(images, standard_input(), no_images)
-    with Predictor(open_runner(folder, **opening)) as predictor, open_monitor(options.monitor, predictor) as watch:
+    others: set[str] = set()
+    paths = list_images(images, standard_input(), no_images, others)
+    if note := left_out(others):
+        click.echo(note, err=True)
+    with (
+        Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
+        open_monitor(options.monitor, predictor) as watch,
+    ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -75,7 +84,7 @@ def _in_place(predictor: Predictor, verdicts: Iterable[Verdict], no_images: Mapp
     """The verdicts, where an argument that stands for no image says why."""
     for verdict in verdicts:
         reason = no_images.get(verdict.image)
-        yield verdict if reason is None else predictor.verdicts([verdict.image], {}, [reason])[0]
+        yield verdict if reason is None else predictor.verdicts([verdict.image], {}, [(reason, None)])[0]
 
 
 def _print_json(verdicts: Iterable[Verdict]) -> int:
@@ -121,7 +130,8 @@ def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
             continue
         text, style = WORDS[verdict.known]
         shown = (f"{verdict.confidence:.1%}", f"{verdict.ood_score:.3f}")
-        table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name))), *shown)
+        note = f" ({verdict.image_warning})" if verdict.image_warning else ""
+        table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name) + note)), *shown)
     # Off a terminal a row is one line, however long its file name is.
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import RESAMPLE, preprocess, via
+from ssod_edge.data.pixels import fit_box, read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError
+
+#: Of a random crop, relative to the picture's or to a square; its inverse is the largest.
+ASPECT_MIN = 3 / 4
 
 
 class EvalImages(Dataset[tuple[Tensor, int, int]]):
@@ -44,10 +48,8 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         index = int(self.indices[position])
-        image = self.source.image(index)
-        if self.via_size is not None:
-            image = via(image, self.via_size)
-        return torch.from_numpy(preprocess(image, self.settings)), int(self.source.labels[index]), index
+        pixels = read_pixels(self.source.picture(index), self.settings, via_size=self.via_size)
+        return torch.from_numpy(pixels), int(self.source.labels[index]), index
 
 
 class TrainImages(EvalImages):
@@ -67,8 +69,11 @@ class TrainImages(EvalImages):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        image = augment(self.source.image(index), self.settings, rng, self.crop_scale_min, self.hflip)
-        return torch.from_numpy(image), int(self.source.labels[index]), index
+        # The smallest crop is to be twice as large as its result too.
+        size = math.ceil(self.settings.input_size / (self.crop_scale_min * ASPECT_MIN) ** 0.5)
+        image = self.source.image(index, replace(self.settings, input_size=size, crop_pct=1.0))
+        pixels = augment(image, self.settings, rng, self.crop_scale_min, self.hflip)
+        return torch.from_numpy(pixels), int(self.source.labels[index]), index
 
 
 def load_batches(dataset: EvalImages, workers: int, **options: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -86,12 +91,12 @@ def load_batches(dataset: EvalImages, workers: int, **options: Any) -> Iterator[
         raise _all_unreadable(dataset, workers, first) from None
 
 
-def _why_unreadable(source: ImageSource, indices: list[int]) -> list[str]:
+def _why_unreadable(source: ImageSource, settings: Preprocess, indices: list[int]) -> list[str]:
     """Why images cannot be read; nothing of those that can."""
     reasons = []
     for index in indices:
         try:
-            source.image(index)
+            source.image(index, settings)
         except ImageError as error:
             reasons.append(str(error))
     return reasons
@@ -101,7 +106,7 @@ def _all_unreadable(dataset: EvalImages, workers: int, first: str) -> ImageError
     """The error for every image that cannot be read, so that they need not be found one run at a time."""
     click.echo(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
     images: Any = dataset.indices.tolist()
-    read = partial(_why_unreadable, dataset.source)
+    read = partial(_why_unreadable, dataset.source, dataset.settings)
     loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=read, worker_init_fn=_ignore_interrupts)
     reasons = [reason for batch in loader for reason in batch] or [first]
     if len(reasons) == 1:
@@ -122,15 +127,19 @@ def _ignore_interrupts(worker: int) -> None:
 def augment(
     image: Image.Image, settings: Preprocess, rng: np.random.Generator, crop_scale_min: float, hflip: float
 ) -> NDArray[np.uint8]:
-    """uint8 [3, S, S]: a random crop (area crop_scale_min..1, aspect 3/4..4/3) resized in one pass, maybe mirrored."""
+    """uint8 [3, S, S]: a random crop (area crop_scale_min..1) resized in one pass, maybe mirrored.
+
+    With fit "crop" its aspect is 3/4..4/3. With the others it is the picture's own times 3/4..4/3, so that what is
+    squashed, or stands between bars, is squashed about as much, or has about the same bars, as whole pictures will.
+    """
     width, height = image.size
     area = width * height * rng.uniform(crop_scale_min, 1.0)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    aspect = np.exp(rng.uniform(np.log(ASPECT_MIN), -np.log(ASPECT_MIN)))
+    if settings.fit != "crop":
+        aspect *= width / height
     crop_width, crop_height = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
     left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-    size = (settings.input_size, settings.input_size)
-    box = (left, top, left + crop_width, top + crop_height)
-    pixels = np.asarray(image.resize(size, RESAMPLE[settings.interpolation], box=box))
+    pixels = np.asarray(fit_box(image, (left, top, left + crop_width, top + crop_height), settings))
     if rng.uniform() < hflip:
         pixels = pixels[:, ::-1]
     # A copy at any size: one pixel is contiguous whatever its strides, and torch refuses negative ones.

@@ -184,6 +184,8 @@ class _Loop:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
+        if self.source.left_out:
+            _say(self.source.left_out)
         check_same_images(self.source.fingerprint)
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
         self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
         ArtifactError: the checkpoint that training is to start from cannot be read.
     """
     options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
-    size, weights = options.pop("size"), options.get("weights")
-    if weights and is_checkpoint(weights):  # whose images go through what they did, at the size asked for
+    asked = {"input_size": options.pop("size"), "fit": options.pop("fit", None), "roi": options.pop("roi", None)}
+    weights = options.get("weights")
+    if weights and is_checkpoint(weights):  # whose images go through what they did, but for what is asked for
         preprocess = from_json(Preprocess, load_checkpoint(Path(weights))[1]["preprocess"], "preprocess")
-        preprocess = preprocess if size is None else replace(preprocess, input_size=size)
     else:
-        preprocess = backbone_preprocess(options["backbone"], size, bool(weights or options.get("pretrained")))
-    options["preprocess"] = asdict(preprocess)
+        preprocess = backbone_preprocess(
+            options["backbone"], asked["input_size"], bool(weights or options.get("pretrained"))
+        )
+    options["preprocess"] = asdict(preprocess.changed(**asked))
     if options.get("precision") is None:
         # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
         options["precision"] = "bf16" if torch.cuda.is_available() else "fp32"

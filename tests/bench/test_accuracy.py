@@ -15,7 +15,9 @@ from PIL import Image
 from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.images import BenchImages, choose_images, query_images
 from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
+from ssod_edge.config import Preprocess
 from ssod_edge.data.named import NamedData
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
@@ -129,11 +131,9 @@ class Photos:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def image(self, index: int) -> Image.Image:
-        from ssod_edge.data.pixels import load_image
-
+    def picture(self, index: int) -> bytes | np.ndarray:
         pixels = self.pixels[index]
-        return load_image(b"" if pixels is None else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        return b"" if pixels is None else np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
 def photo_set(n: int, missing: tuple[int, ...] = (), name: str = "id", labels: np.ndarray | None = None) -> ImageSet:
@@ -202,7 +202,9 @@ def test_named_data_are_opened(export: Path, tmp_path: Path) -> None:
     assert images.known.labels is not None
     names = [spec.classes[label] for label in images.known.labels]
     assert names == ["blue"] * 4 + ["green"] * 4 + ["red"] * 4, "the model's numbering, not the folder's"
-    assert images.known.load(0).size == (8, 8)
+    through, expected = np.empty((3, 16, 16), np.uint8), Preprocess(input_size=16)
+    images.known.read(0, expected, through)
+    assert np.array_equal(through, read_pixels(data / "blue" / "0.png", expected, via_size=8))
     with pytest.raises(UsageError, match="shares no class with the model"):
         choose_images(Export(export, replace(spec, classes=("cat", "dog"))), NamedData(id_data=str(data)))
     with pytest.raises(UsageError, match="does not exist"):

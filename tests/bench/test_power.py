@@ -44,11 +44,13 @@ def test_without_such_a_rail_the_others_add_up(tmp_path: Path) -> None:
     assert figures is not None and figures["mean_w"] == pytest.approx(12.0)
 
 
-def test_a_sensor_that_does_not_answer_gives_no_smaller_sum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["", "1\u00b2", "--5"])
+def test_a_sensor_that_does_not_answer_gives_no_smaller_sum(tmp_path: Path, answer: str) -> None:
     chip = sensor(tmp_path, 0, "ina3221", ("VDD_GPU_SOC", 20_000, 300), ("VDD_CPU_CV", 20_000, 100))
-    (chip / "curr2_input").write_text("")
+    (chip / "curr2_input").write_text(answer)
     with PowerMeter(tmp_path) as meter:
         time.sleep(3 * PERIOD_S)
+        assert meter._thread.is_alive()
     assert meter.figures(1.0) is None
 
 

@@ -42,6 +42,8 @@ def test_environment_of_a_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "sys/class/thermal/thermal_zone0/temp": "48500\n",
         "sys/class/thermal/thermal_zone1/temp": "51250\n",
         "sys/class/thermal/thermal_zone2/temp": "invalid\n",
+        "sys/class/thermal/thermal_zone3/temp": "--5\n",
+        "sys/class/thermal/thermal_zone4/temp": "5\u00b2\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,15 @@ def test_environment_of_a_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["cpu"]["model"] == "Board 4"
     state = {key: found["state"][key] for key in ("governor", "clock_mhz", "temperature_c")}
     assert state == {"governor": "schedutil", "clock_mhz": 1510.4, "temperature_c": 51.2}
+
+
+def test_a_clock_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+    path.parent.mkdir(parents=True)
+    path.write_text("15\u00b2")
+    monkeypatch.setattr(environment, "PROC", tmp_path)
+    monkeypatch.setattr(environment, "SYS", tmp_path)
+    assert environment.describe_state()["clock_mhz"] is None
 
 
 def test_environment_where_nothing_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_a_command_has_every_setting_and_nothing_unknown_beside_them(command: st
     names = {str(param.name) for param in main.commands[command].params}
     assert set(SETTINGS) <= names
     beside = {
-        "train": {"data", "backbone", "size", "name", "out", "resume"},
+        "train": {"data", "backbone", "size", "fit", "roi", "name", "out", "resume"},
         "study": {"data", "backbone", "size", "out", "seeds", "vary", "score"},
         "reproduce": {"table", "backbone", "size", "out", "seeds", "vary", "root", "check", "folder", "images"},
     }[command]

@@ -14,7 +14,7 @@ import pytest
 from pictures import write_folder
 
 from ssod_edge.data.inputs import list_images
-from ssod_edge.data.layout import sort_key
+from ssod_edge.data.layout import left_out, sort_key
 from ssod_edge.data.sources import model_labels, open_dataset
 from ssod_edge.errors import UsageError
 
@@ -127,11 +127,32 @@ def test_what_systems_leave_is_no_class_and_no_image(folder: Path, as_tar: bool)
     for name in ("@eaDir", "__MACOSX/class0", "class1/@eaDir", "$RECYCLE.BIN"):
         (folder / name).mkdir(parents=True)
         (folder / name / "00.png").write_bytes(b"a thumbnail")
-    (folder / ".DS_Store").write_bytes(b"notes")
+    for name in (".DS_Store", "class0/._00.txt", "class1/Thumbs.db", "class0/desktop.ini"):
+        (folder / name).write_bytes(b"notes")
     (folder / "lost+found").mkdir()
     source = open_dataset(str(pack(folder) if as_tar else folder))
-    assert (source.classes, source.fingerprint) == (plain.classes, plain.fingerprint)
+    assert (source.classes, source.fingerprint, source.left_out) == (plain.classes, plain.fingerprint, "")
     assert len(list_images([str(folder)])) == 20
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+def test_files_that_are_no_images_are_counted_by_their_suffixes(folder: Path, tmp_path: Path, as_tar: bool) -> None:
+    for name in ("notes.txt", "class0/a.TXT", "class1/b.svg", "class1/c"):
+        (folder / name).write_bytes(b"no image")
+    os.mkfifo(folder / "pipe.txt")
+    source = open_dataset(str(pack(folder) if as_tar else folder))
+    assert source.left_out == "left out: 4 files that are no images (.svg, .txt, no suffix)"
+    (tmp_path / "list.txt").write_text("class1\n")
+    assert open_dataset(f"{source.name}@{tmp_path / 'list.txt'}").left_out == source.left_out
+
+
+def test_of_many_suffixes_five_are_named() -> None:
+    assert left_out([]) == ""
+    assert left_out(["a/b.raw"]) == "left out: 1 file that is no image (.raw)"
+    assert left_out([f"x.{letter}" for letter in "fedcba"]) == (
+        "left out: 6 files that are no images (.a, .b, .c, .d, .e, ...)"
+    )
+    assert "\n" not in left_out(["a.b\nc"])
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from places import GOLDEN
 
-from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import MAX_PIXELS, load_image, preprocess, via
+from ssod_edge.config import FITS, IMAGE_SUFFIXES, Preprocess
+from ssod_edge.data.pixels import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, load_image, preprocess, read_pixels, via
 from ssod_edge.errors import ImageError, UsageError
 
 GOLDEN_FILE = GOLDEN / "image.npz"
@@ -73,10 +75,11 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
 def test_a_jpeg_file_its_bytes_and_its_decoded_array_give_the_same_input(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(encode(picture(600, 800), "JPEG", quality=80))
-    expected = preprocess(load_image(path), Preprocess(input_size=32))
+    whole = Preprocess(input_size=32, version=1)
+    expected = read_pixels(path, whole)
     with Image.open(path) as opened:
         for source in (path.read_bytes(), opened, np.asarray(opened)):
-            np.testing.assert_array_equal(preprocess(load_image(source), Preprocess(input_size=32)), expected)
+            np.testing.assert_array_equal(read_pixels(source, whole), expected)
 
 
 def test_an_rgb_image_is_returned_without_a_copy() -> None:
@@ -302,7 +305,7 @@ def test_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
         ("empty.jpg", b"", "empty"),
         ("text.jpg", b"this is not an image", "not an image"),
         ("zeros.png", bytes(1000), "not an image"),
-        ("drawing.eps", encode(picture(), "EPS"), "EPS"),
+        ("drawing.eps", encode(picture(), "EPS"), "not an image"),
     ]:
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, name, reason)
@@ -312,7 +315,10 @@ def test_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
     ("source", "message"),
     [
         (b"", "image bytes: it is empty"),
-        (bytearray(b"no image"), "image bytes: not an image in a format that Pillow reads"),
+        (
+            bytearray(b"no image"),
+            f"image bytes: not an image in a format that is read ({', '.join(FORMATS)}); save it as JPEG or PNG",
+        ),
         (np.zeros((4, 4, 3)), "image array: an array must be uint8 with values 0 to 255, got float64"),
         (5, "image: expected a path, encoded bytes, a PIL image or a uint8 array, got int"),
         (None, "image: expected a path, encoded bytes, a PIL image or a uint8 array, got NoneType"),
@@ -332,6 +338,59 @@ def test_truncated_images_are_refused(file_format: str, share: float, tmp_path: 
     path = tmp_path / "cut.img"
     path.write_bytes(data[: int(share * len(data))])
     refused(path, "cut.img")
+
+
+def fits_file() -> bytes:
+    return b"SIMPLE  =                    T".ljust(80) + b"END".ljust(2800)
+
+
+@pytest.mark.parametrize("content", [fits_file(), b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0) + bytes(99), b"8BPS\0\1"])
+def test_formats_that_are_no_photos_are_refused_with_those_that_are(content: bytes) -> None:
+    refused(content, "not an image in a format that is read", "JPEG, PNG, GIF", "WEBP", "save it as JPEG or PNG")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_a_heic_picture_names_the_extra_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    refused(HEIC, "a HEIC picture needs", "pip install 'ssod-edge[heic]'")
+
+
+def test_a_heic_picture_is_read_with_the_extra() -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    file = io.BytesIO()
+    heif.from_pillow(Image.fromarray(smooth(120, 160))).save(file, quality=90)
+    found = pixels(load_image(file.getvalue()))
+    assert np.abs(found.astype(int) - smooth(120, 160)).mean() < 3
+    refused(HEIC)
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES - {".heic", ".heif"}))
+def test_every_suffix_of_an_image_is_a_format_that_is_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".avif" and "AVIF" not in FORMATS:
+        pytest.skip("this Pillow reads no AVIF")
+    Image.fromarray(smooth(40, 60)).convert("L" if suffix == ".pgm" else "RGB").save(path)
+    assert load_image(path).size == (60, 40)
+
+
+def test_a_long_picture_and_a_large_file_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    refused(png_header(1, MAX_SIDE + 1), f"1 x {MAX_SIDE + 1}", str(MAX_SIDE), "cut it into parts")
+    path = tmp_path / "large.png"
+    path.write_bytes(encode(picture(), "PNG"))
+    os.truncate(path, MAX_BYTES)
+    load_image(path)
+    os.truncate(path, MAX_BYTES + 1)  # a hole, which takes no room
+    refused(path, "large.png", f"larger than {MAX_BYTES} bytes", "save it as JPEG")
+
+
+def test_what_pillow_decodes_in_python_is_read_up_to_a_size() -> None:
+    small = b"P3\n2 1\n255\n" + b"9 8 7 " * 2
+    np.testing.assert_array_equal(pixels(load_image(small)), [[[9, 8, 7]] * 2])
+    for header in (b"P3\n1001 1000\n255\n", b"P6\n1001 1000\n100\n"):
+        refused(header + bytes(4_000_000), "PPM", "1000000 pixels", "save it as PNG")
+    assert load_image(b"P6\n1001 1000\n255\n" + bytes(3_003_000)).size == (1001, 1000)
 
 
 @pytest.mark.parametrize("size", [(20000, 20000), (MAX_PIXELS + 1, 1)])
@@ -516,17 +575,151 @@ def test_via_removes_native_resolution() -> None:
     assert np.abs(np.diff(reduced, axis=2)).mean() < 0.5 * np.abs(np.diff(native, axis=2)).mean()
 
 
+# ---------------------------------------------------------------- reduced decoding
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 3] without fine detail or symmetry, which looks the same at any scale."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    return np.stack([255 * x, 255 * y, 120 + 100 * np.sin(9 * x + 5 * y)], 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "scale"),
+    [
+        ((128, 900), {}, 2),
+        ((127, 900), {}, 1),
+        ((256, 300), {}, 4),
+        ((255, 300), {}, 2),
+        ((512, 512), {}, 8),
+        ((2000, 1600), {}, 8),
+        ((256, 300), {"crop_pct": 0.9}, 2),
+        ((256, 300), {"crop_pct": 0.9, "fit": "squash"}, 4),
+        ((100, 256), {"fit": "pad"}, 4),
+        ((512, 512), {"version": 1}, 1),
+        ((512, 512), {"roi": (0, 0, 256, 300)}, 4),
+        ((512, 512), {"roi": (0, 0, 128, 300), "fit": "pad"}, 4),
+    ],
+)
+def test_a_jpeg_comes_at_the_smallest_scale_that_is_twice_the_input(
+    shape: tuple[int, int], options: dict[str, Any], scale: int
+) -> None:
+    settings_ = Preprocess(input_size=32, **options)
+    data = encode(smooth(*shape), "JPEG", quality=95)
+    sides = settings_.roi[2:] if settings_.roi else shape[::-1]
+    assert load_image(data, settings_).size == tuple(-(-side // scale) for side in sides)
+    assert load_image(data).size == shape[::-1], "without settings it is whole"
+
+
+def jpegs() -> dict[str, bytes]:
+    """The kinds of JPEG that cameras and programs write, of one picture of odd sides."""
+    image = Image.fromarray(smooth(407, 531))
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    return {
+        "plain": encode(image, "JPEG", quality=95),
+        "progressive": encode(image, "JPEG", quality=95, progressive=True),
+        "cmyk": encode(image.convert("CMYK"), "JPEG", quality=95),
+        "gray": encode(image.convert("L"), "JPEG", quality=95),
+        "turned": encode(image, "JPEG", quality=95, exif=turned),
+        "mpo": encode(image, "MPO", quality=95, save_all=True, append_images=[image]),
+    }
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("kind", sorted(jpegs()))
+def test_a_reduced_jpeg_gives_nearly_the_pixels_of_the_whole_one(kind: str, fit: Any) -> None:
+    for region in (None, (31, 47, 300, 310)):
+        settings_ = Preprocess(input_size=24, fit=fit, roi=region)
+        data = jpegs()[kind]
+        small, whole = load_image(data, settings_), load_image(data, replace(settings_, version=1))
+        assert small.width < whole.width / 3
+        difference = read_pixels(data, settings_).astype(int) - read_pixels(data, replace(settings_, version=1))
+        assert np.abs(difference).max() <= 10 and np.abs(difference).mean() < 2
+
+
+@pytest.mark.parametrize("region", [(0, 0, 1, 407), (530, 406, 1, 1), (527, 3, 4, 400)])
+def test_the_narrowest_region_of_a_reduced_picture_has_a_pixel(region: tuple[int, int, int, int]) -> None:
+    found = load_image(jpegs()["plain"], Preprocess(input_size=24, fit="pad", roi=region))
+    whole = np.asarray(load_image(jpegs()["plain"]))[region[1] :, region[0] :][: region[3], : region[2]]
+    assert min(found.size) >= 1
+    assert np.abs(pixels(found).mean((0, 1)) - whole.mean((0, 1))).max() < 10
+
+
+def test_only_a_file_is_reduced() -> None:
+    data, settings_ = jpegs()["plain"], Preprocess(input_size=24)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert load_image(opened, settings_).size == load_image(np.asarray(opened), settings_).size == (531, 407)
+    assert load_image(encode(smooth(407, 531), "PNG"), settings_).size == (531, 407)
+
+
+def test_via_reads_at_its_own_size() -> None:
+    """Of the model's 100 pixels nothing would be reduced, and of 8 pixels' too much if a crop of it were taken."""
+    data = jpegs()["plain"]
+    for size, via_size in ((100, 24), (8, 100)):
+        settings_ = Preprocess(input_size=size, crop_pct=0.5)
+        expected = preprocess(via(load_image(data, Preprocess(input_size=via_size)), via_size), settings_)
+        np.testing.assert_array_equal(read_pixels(data, settings_, via_size=via_size), expected)
+
+
+# ---------------------------------------------------------------- fit and region
+
+
+def test_squash_takes_all_of_the_picture_whatever_the_crop() -> None:
+    array = picture(20, 34)
+    image = load_image(array)
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(preprocess(image, Preprocess(input_size=16, fit="squash", crop_pct=0.5)), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 40), (40, 20), (3, 40), (1, 500), (30, 30)])
+def test_pad_keeps_the_ratio_between_bars_in_the_mean_colour(height: int, width: int) -> None:
+    settings_ = Preprocess(input_size=20, fit="pad", mean=(0.2, 0.5, 0.9), crop_pct=0.5)
+    bars = np.uint8([51, 128, 230])
+    found = preprocess(Image.new("RGB", (width, height), (255, 0, 0)), settings_).transpose(1, 2, 0)
+    rows, columns = (max(1, round(20 * side / max(height, width))) for side in (height, width))
+    top, left = (20 - rows) // 2, (20 - columns) // 2
+    expected = np.tile(bars, (20, 20, 1))
+    expected[top : top + rows, left : left + columns] = (255, 0, 0)  # to the edge: nothing rings into the bars
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["array", "png", "pil"])
+def test_a_region_is_cut_from_the_upright_picture(kind: str) -> None:
+    array = picture(40, 60)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    lying = Image.fromarray(np.ascontiguousarray(np.rot90(array)))
+    source = {"array": array, "png": encode(lying, "PNG", exif=exif), "pil": Image.fromarray(array)}[kind]
+    found = load_image(source, Preprocess(input_size=8, roi=(7, 3, 20, 30)))
+    np.testing.assert_array_equal(pixels(found), array[3:33, 7:27])
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_region_outside_of_a_picture_is_an_error(turn: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = turn
+    data = encode(smooth(407, 531), "JPEG", exif=exif)
+    width, height = (531, 407) if turn == 1 else (407, 531)
+    load_image(data, Preprocess(input_size=24, roi=(0, 0, width, height)))
+    for region in ((1, 0, width, height), (0, 1, width, height), (width, 0, 1, 1)):
+        with pytest.raises(ImageError) as caught:
+            load_image(data, Preprocess(input_size=24, roi=region))
+        words = ("image bytes: the region", ",".join(map(str, region)), f"{width} x {height} pixels", "--roi")
+        assert all(word in str(caught.value) for word in words), caught.value
+
+
 # ---------------------------------------------------------------- golden bytes
 
 
 def golden_results(jpeg: bytes) -> dict[str, np.ndarray]:
-    image, photo = load_image(picture()), load_image(jpeg)
+    image = load_image(picture())
     return {
         "bicubic": preprocess(image, Preprocess(input_size=16, crop_pct=0.875)),
         "bilinear": preprocess(image, Preprocess(input_size=16, interpolation="bilinear")),
         "enlarged": preprocess(load_image(picture(9, 7)), Preprocess(input_size=16)),
         "via8": preprocess(via(image, 8), Preprocess(input_size=16)),
-        "photo": preprocess(photo, Preprocess(input_size=16)),
+        "photo": read_pixels(jpeg, Preprocess(input_size=16, version=1)),
     }
 
 

@@ -310,7 +310,7 @@ def test_a_name_that_is_no_data_set_is_refused_with_the_reason(folder, tmp_path)
         open_dataset(str(tmp_path / "cut.tar"))
     with tarfile.open(tmp_path / "empty.tar", "w") as empty:
         empty.addfile(tarfile.TarInfo("readme.txt"), io.BytesIO())
-    with pytest.raises(UsageError, match=r"holds no images \(\.bmp"):
+    with pytest.raises(UsageError, match=r"holds no images \(\.avif"):
         open_dataset(str(tmp_path / "empty.tar"))
 
 

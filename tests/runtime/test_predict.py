@@ -28,7 +28,7 @@ from ssod_edge.runtime.predict import Predictor, available_cores
 MakeExport = Callable[..., Path]
 KEYS = [
     "image", "class_index", "class_name", "confidence", "ood_score",
-    "threshold", "known", "p_known", "engine", "precision", "error",
+    "threshold", "known", "p_known", "engine", "precision", "image_warning", "error",
 ]  # fmt: skip
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
 
@@ -301,7 +301,7 @@ def run(*arguments: str | Path, stdin: str | bytes | None = None) -> tuple[int, 
 def test_json_lines(export: Path, photos: Path) -> None:
     code, out, err = run(export, photos, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "left out: 1 file that is no image (.txt)\n")
     assert [list(row) for row in rows] == [KEYS] * 3
     assert [(Path(row["image"]).name, row["class_name"], row["known"]) for row in rows] == [
         ("red.png", "red", True),
@@ -311,6 +311,15 @@ def test_json_lines(export: Path, photos: Path) -> None:
     assert {(row["engine"], row["precision"], row["threshold"], row["error"]) for row in rows} == {
         ("openvino", "fp32", -2.0, None)
     }
+
+
+def test_files_that_are_no_images_are_said_once(export: Path, photos: Path) -> None:
+    (photos / "sub" / "raw.cr2").write_bytes(b"no image")
+    note = "left out: 2 files that are no images (.cr2, .txt)\n"
+    for images in ((photos,), (photos, photos), (f"{photos.parent}/phot*",)):
+        done = CliRunner().invoke(main, ["predict", str(export), *map(str, images), "--json"])
+        assert done.exit_code == 0 and done.stderr == note, images
+    assert not CliRunner().invoke(main, ["predict", str(export), str(photos / "red.png"), "--json"]).stderr
 
 
 def test_table(export: Path, photos: Path) -> None:
@@ -330,6 +339,39 @@ def test_one_bad_image_does_not_stop_the_others(export: Path, photos: Path) -> N
     assert "bad.png" in rows[0]["error"] and rows[0]["threshold"] == -2.0
     code, out, _ = run(export, photos)
     assert code == 1 and "1 failed" in out and "ERROR" in out
+
+
+@pytest.fixture
+def damaged(photos: Path) -> Path:
+    """A red JPEG that lost a part from its middle, and can still be decoded."""
+    noise = np.random.default_rng(0).normal((200, 30, 30), 20, (120, 160, 3)).clip(0, 255)
+    path = photos / "damaged.jpg"
+    Image.fromarray(noise.astype(np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:3000] + content[3400:])
+    return path
+
+
+def test_a_damaged_picture_is_marked(export: Path, photos: Path, damaged: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="this machine has no wheel of it")
+    code, out, _ = run(export, damaged, photos / "red.png", "--json")
+    first, second = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and first["class_name"] == "red" and first["error"] is second["image_warning"] is None
+    assert first["image_warning"].startswith("damaged image data (Corrupt JPEG data: ")
+    _, out, _ = run(export, damaged)
+    assert f"red ({first['image_warning']})" in out
+    with ssod_edge.open(export) as predictor:
+        assert predictor.predict(damaged).image_warning == first["image_warning"]
+
+
+def test_strict_images_are_refused_like_any_that_cannot_be_read(export: Path, photos: Path, damaged: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="this machine has no wheel of it")
+    code, out, _ = run(export, damaged, photos / "red.png", "--json", "--strict-images")
+    first, second = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and second["error"] is None and first["class_name"] is first["image_warning"] is None
+    assert first["error"].startswith(f"'{damaged}': damaged image data (Corrupt JPEG data: ")
+    with open_runner(export) as runner, pytest.raises(ImageError, match="damaged image data"):
+        Predictor(runner, strict_images=True).predict(damaged)
 
 
 def test_an_argument_without_images_is_one_row(export: Path, photos: Path) -> None:

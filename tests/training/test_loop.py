@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import ssod_edge.training.loop
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, train_config
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
+from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.terminal import TrainingBar
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
@@ -149,6 +151,16 @@ def test_too_few_calibration_images_are_said_before_the_first_epoch(config, tmp_
     first = capsys.readouterr().err.splitlines()[0]
     assert "calibration split has 3 images" in first and "needs 19" in first
     assert "--calib-fraction" in first and "export --id" in first
+
+
+def test_files_that_are_no_images_are_said_once(config, pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data" / "class0" / "notes.txt").write_text("no image")
+    run = train(replace(config, data=str(tmp_path / "data"), epochs=1, half_size_epochs=0), tmp_path)
+    note = "left out: 1 file that is no image (.txt)"
+    assert capsys.readouterr().err.count(note) == 1
+    evaluate(run, EvalOptions(bootstrap=0))
+    assert capsys.readouterr().err.count(f"'{tmp_path / 'data'}': {note}") == 1
 
 
 def test_a_run_that_is_finished_says_so(config, tmp_path, capsys):

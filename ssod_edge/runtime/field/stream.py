@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.data.pixels import load_image, preprocess
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.runtime.field.frames import FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
@@ -105,7 +105,7 @@ def predict_frames(
     """
     settings, done, monitored = predictor.runner.spec.preprocess, deque[float](), -math.inf
     for frame in frames:
-        outputs = predictor.runner.infer({"image": preprocess(load_image(frame.pixels), settings)[None]})
+        outputs = predictor.runner.infer({"image": read_pixels(frame.pixels, settings)[None]})
         if monitor is not None and frame.time_s - monitored >= MONITOR_PERIOD_S:
             score, monitored = float(outputs["ood_score"][0]), frame.time_s
             monitor.add_score(score if math.isfinite(score) else None)

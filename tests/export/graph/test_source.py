@@ -74,6 +74,10 @@ def test_choose_source(small_run: Path, tmp_path: Path) -> None:
     fresh = choose_source(SourceOptions(None, str(tmp_path), "mobilenetv3_small_050", size=32))
     assert not fresh.trained and len(fresh.model.classes) == 1000 and fresh.model.preprocess.input_size == 32
     assert fresh.folder == tmp_path / "mobilenetv3_small_050-untrained"
+    shaped = SourceOptions(None, str(tmp_path), "test_resnet", size=64, fit="pad", roi=(0, 0, 9, 8))
+    assert choose_source(shaped).model.preprocess == untrained("test_resnet", tmp_path, 64).model.preprocess.changed(
+        fit="pad", roi=(0, 0, 9, 8)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,8 @@ def test_choose_source(small_run: Path, tmp_path: Path) -> None:
         ({"run": "x", "backbone": "resnet18", "pretrained": True}, "and no run"),
         ({"run": None, "weights": "w.pth"}, "--backbone"),
         ({"run": "x", "classes": "names.txt"}, "--classes"),
-        ({"run": "x", "size": 64}, "--size"),
+        ({"run": "x", "size": 64}, "--size: for weights that were not trained here"),
+        ({"run": "x", "fit": "pad", "roi": (0, 0, 9, 9)}, "--fit, --roi: .* A run has its own"),
         ({"run": None, "runs": "nothing-here", "backbone": "resnet18", "data": "demo"}, "leave --id out"),
         ({"run": None, "runs": "nothing-here", "backbone": "resnet-18"}, "unknown backbone"),
     ],
@@ -101,7 +106,11 @@ def test_weights_from_a_file_must_have_the_named_classes(
     arguments = ("mobilenetv3_small_050", str(tmp_path / "w.pth"), tmp_path)
     with pytest.raises(UsageError, match="does not have 1000 classes"):
         from_weights(*arguments)
-    source = from_weights(*arguments, data=str(small_run.parent / "data"))
+    source = from_weights(
+        *arguments, data=str(small_run.parent / "data"), input_size=48, fit="squash", roi=(0, 0, 9, 8)
+    )
+    settings = source.model.preprocess
+    assert (settings.input_size, settings.fit, settings.roi) == (48, "squash", (0, 0, 9, 8))
     assert source.trained and source.model.classes == CLASSES and source.facts["weights"] == "w.pth"
     assert torch.equal(source.model.classifier.weight, small_model.classifier.weight)
     (tmp_path / "names.txt").write_text("\n".join(reversed(CLASSES)))

@@ -31,7 +31,7 @@ cv2 = pytest.importorskip("cv2", reason="needs the extra 'video'")
 
 KEYS = [
     "image", "class_index", "class_name", "confidence", "ood_score", "threshold", "known", "p_known", "engine",
-    "precision", "error", "frame", "time_s", "fps",
+    "precision", "image_warning", "error", "frame", "time_s", "fps",
 ]  # fmt: skip
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
 RATE = 25
