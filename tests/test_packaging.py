@@ -185,7 +185,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(line.split(">")[0] for line in base) == ["Pillow", "click", "numpy", "rich"]
+    assert sorted(line.split(">")[0] for line in base) == ["Pillow", "click", "numpy", "rich", "simplejpeg"]
     # every command that an error message names installs what it says
     assert set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
     for module, extra in EXTRAS.items():
