@@ -107,11 +107,11 @@ def test_bench(model: Path, photo: Path, settings: Preprocess) -> None:
     from ssod_edge.data.named import NamedData
     from ssod_edge.runtime.export import Export
 
-    export, found = Export.at(model), np.empty((3, SIZE, SIZE), np.uint8)
+    export = Export.at(model)
     for via_size in (None, 12):
         images = choose_images(export, NamedData(id_data=str(photo.parent.parent), via_size=via_size))
         assert images.known is not None
-        images.known.read(0, settings, found)
+        found = images.known.read(0, settings)
         np.testing.assert_array_equal(found, read_pixels(photo, settings, via_size=via_size))
         with open_runner(model) as runner:
             query = ImageQuery(runner, encode(query_images(images, export, 1)[0]), batch=1)

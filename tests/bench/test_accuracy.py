@@ -202,9 +202,8 @@ def test_named_data_are_opened(export: Path, tmp_path: Path) -> None:
     assert images.known.labels is not None
     names = [spec.classes[label] for label in images.known.labels]
     assert names == ["blue"] * 4 + ["green"] * 4 + ["red"] * 4, "the model's numbering, not the folder's"
-    through, expected = np.empty((3, 16, 16), np.uint8), Preprocess(input_size=16)
-    images.known.read(0, expected, through)
-    assert np.array_equal(through, read_pixels(data / "blue" / "0.png", expected, via_size=8))
+    settings = Preprocess(input_size=16)
+    assert np.array_equal(images.known.read(0, settings), read_pixels(data / "blue" / "0.png", settings, via_size=8))
     with pytest.raises(UsageError, match="shares no class with the model"):
         choose_images(Export(export, replace(spec, classes=("cat", "dog"))), NamedData(id_data=str(data)))
     with pytest.raises(UsageError, match="does not exist"):
