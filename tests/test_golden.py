@@ -1,4 +1,4 @@
-"""What release 0.1.0 wrote is read by this one, and means the same."""
+"""What release 0.1.0 wrote is read by this one, and means the same; so is what came with schema 4 of the spec."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from places import GOLDEN
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess
 from ssod_edge.runtime.field.monitor import read_monitor
+from ssod_edge.spec import load_spec
 from ssod_edge.training.run import Run, load_config
 
 RUN = Path("runs/old")
@@ -24,8 +25,9 @@ RUN = Path("runs/old")
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
-    with tarfile.open(GOLDEN / "release-0.1.0.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    for name in ("release-0.1.0", "schema-4"):
+        with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
     small.write_images(folder / "data", 420)
     return folder
 
@@ -93,6 +95,26 @@ def test_the_run_is_gone_on_with() -> None:
 @pytest.mark.parametrize("folder", ["runs/old", "runs/old/export"])
 def test_the_export_gives_the_recorded_verdicts(folder: str) -> None:
     check_verdicts(folder)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "eager"])
+def test_the_export_of_schema_4_gives_the_recorded_verdicts(engine: str) -> None:
+    """With a region, bars, a temperature, features, and a JPEG that is decoded at a quarter of its size."""
+    spec = load_spec("runs/new/export")
+    assert (spec.preprocess.fit, spec.preprocess.roi, spec.preprocess.version) == ("pad", (4, 0, 56, 64), 2)
+    assert spec.outputs[4:] == ("p_known", "known", "features_pooled") and spec.temperature != 1
+    result = command("predict", "runs/new", "photos", "data/a", "--engine", engine, "--json")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = [json.loads(line) for line in Path("predicted-4.jsonl").read_text().splitlines()]
+    assert len(found) == len(expected) == 61
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys() and one["image"] == other["image"]
+        for key in ("confidence", "ood_score", "threshold"):
+            assert one[key] == pytest.approx(other[key], abs=1e-3)
+        # Scores of the calibration images may lie to either side of the quantiles that they are.
+        assert one["p_known"] == pytest.approx(other["p_known"], abs=0.02)
+        assert [one[key] for key in ("class_name", "known")] == [other[key] for key in ("class_name", "known")]
 
 
 @pytest.mark.parametrize("folder", ["runs/old", "runs/old/export"])

@@ -196,6 +196,9 @@ class Predictor(AbstractContextManager["Predictor"]):
             empty = (None, None, None, None)
             return Verdict(name, *empty, self.threshold, None, None, runner.engine, runner.precision, error=error)
         index, score = int(output["logits"].argmax()), float(output["ood_score"])
+        p = None
+        if self._table is not None:  # a stream's mean score, and graphs of earlier releases, come without a p-value
+            p = output["p_known"] if "p_known" in output else p_known([score], self._table)[0]
         return Verdict(
             image=name,
             class_index=index,
@@ -204,8 +207,7 @@ class Predictor(AbstractContextManager["Predictor"]):
             ood_score=score,
             threshold=self.threshold,
             known=None if self.threshold is None else bool(score <= self.threshold),
-            # From the score that is shown: a stream's is a mean, and graphs of earlier releases give no p-value.
-            p_known=None if self._table is None else round(float(p_known([score], self._table)[0]), 6),
+            p_known=p if p is None else round(float(p), 6),
             engine=runner.engine,
             precision=runner.precision,
             image_warning=warning,
