@@ -29,6 +29,9 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 
+#: Backbones whose published weights come with the extra `train`, so that no hub has to be reached.
+PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
 Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
@@ -57,8 +60,8 @@ DEFAULT_SCORE: ScoreName = "energy"
 
 
 def resolve_backbone(name: str) -> str:
-    """timm's name for a backbone: an alias of the paper's Table 6, or a timm name as it is."""
-    return ALIASES.get(name, name)
+    """timm's name for a backbone: an alias, or a timm name as it is."""
+    return {**ALIASES, **PACKAGED}.get(name, name)
 
 
 #: Detectors whose rows read changed features, in a Gemm of their own.
@@ -243,6 +246,10 @@ class LossConfig:
         return not (self.trains_row or self.shrinks_background)
 
 
+#: Values of `TrainConfig.weights` that are no file.
+PUBLISHED, NO_WEIGHTS = "published", "none"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run.
@@ -270,8 +277,8 @@ class TrainConfig:
         seed: of the splits, the order of photos, the augmentation and new weights.
         compile: use torch.compile.
         sync_bn: share the statistics of batch norm between GPUs.
-        pretrained: start from timm's published weights.
-        weights: start from a .safetensors or .pth file, or a run's checkpoint.
+        weights: what training starts from. `published`: timm's weights of the backbone; `none`: random ones; or a
+            .safetensors or .pth file, or a run's checkpoint.
         loss: what the network is taught.
         preprocess: the backbone's own, with --size, --fit and --roi.
     """
@@ -297,8 +304,7 @@ class TrainConfig:
     seed: int = 0
     compile: bool = False
     sync_bn: bool = False
-    pretrained: bool = False
-    weights: str | None = None
+    weights: str = NO_WEIGHTS
     loss: LossConfig = dataclasses.field(default=LossConfig(), metadata=NO_OPTION)
     preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 
@@ -320,8 +326,21 @@ class TrainConfig:
         check(self, "hflip", 0 <= self.hflip <= 1, "in [0, 1]")
         if self.val_fraction + self.calib_fraction >= 1:
             raise UsageError("val_fraction and calib_fraction leave no images to train on")
-        if self.pretrained and self.weights:
-            raise UsageError("--pretrained and --weights exclude each other")
+        check(self, "weights", self.weights != "", f"'{PUBLISHED}', '{NO_WEIGHTS}' or a file")
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """The settings of an earlier release, which had `pretrained` beside `weights`."""
+        if "pretrained" not in values:
+            return values
+        values = dict(values)
+        published = values.pop("pretrained")
+        return {**values, "weights": PUBLISHED if published else values.get("weights") or NO_WEIGHTS}
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file that training starts from, if it starts from one."""
+        return None if self.weights in (PUBLISHED, NO_WEIGHTS) else self.weights
 
 
 #: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
@@ -330,7 +349,7 @@ class TrainConfig:
 _MADE_IMAGES = {"method": "ce", "outliers": OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    "short": {"loss": _MADE_IMAGES},
+    "short": {"weights": PUBLISHED, "loss": _MADE_IMAGES},
     "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": _MADE_IMAGES},
     # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
     # 224 px. Epochs are not given there.

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.config import NEED_OOD_ROW
+from ssod_edge.config import NEED_OOD_ROW, PUBLISHED
 from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_list
 from ssod_edge.data.readers import ReaderImages
 from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, open_dataset
@@ -104,7 +104,7 @@ class Table:
 
 
 _CIFAR: dict[str, Any] = {"backbone": "resnet18", "size": 224}
-_IMAGENET: dict[str, Any] = {"size": 224, "pretrained": True}
+_IMAGENET: dict[str, Any] = {"size": 224, "weights": PUBLISHED}
 _METHODS = "method=ce,ssod"
 
 
@@ -210,8 +210,6 @@ def _settings(table: Table, grid: Sequence[str], given: Mapping[str, Any]) -> di
     if "backbone" in given and "backbone" in varied:
         raise UsageError("this table varies the backbone; choose some of it with --vary backbone=NAME,...")
     own = {key: value for key, value in table.options.items() if key not in varied}
-    if given.get("weights") or "weights" in varied:
-        own.pop("pretrained", None)
     return {"recipe": "paper", **own, **given}
 
 

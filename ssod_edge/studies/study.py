@@ -201,7 +201,7 @@ def plan_study(data: str, study: StudyOptions) -> list[Cell]:
     errors = []
     for cell in cells:
         try:
-            weights = run_config(data, _cell_options(cell, given)).weights
+            weights = run_config(data, _cell_options(cell, given)).weights_file
             if weights is not None and not Path(weights).is_file():
                 raise UsageError(f"weights file '{weights}' does not exist")
         except (UsageError, ArtifactError) as error:  # of some runs alone, it is theirs

@@ -34,7 +34,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
         OutputError: read-only folder or full disk; the previous checkpoint is unchanged.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": _hash(contiguous), **meta}
+    meta = {"schema_version": SCHEMA_VERSION, "tensors_sha256": tensors_hash(contiguous), **meta}
     text = json.dumps(meta)
     data = save(contiguous, metadata={"ssod_edge": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
@@ -72,7 +72,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     hashes = {
         "metadata's": version < 2 or hashlib.sha256(text.encode()).hexdigest() == recorded,
-        "tensors'": _hash(tensors) == meta.get("tensors_sha256"),
+        "tensors'": tensors_hash(tensors) == meta.get("tensors_sha256"),
     }
     if changed := [whose for whose, matches in hashes.items() if not matches]:
         raise ArtifactError(
@@ -101,7 +101,7 @@ class _Metadata(dict):
         raise ArtifactError(f"checkpoint '{self.path}' is damaged: its metadata has no '{key}'")
 
 
-def _hash(tensors: dict[str, Tensor]) -> str:
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of contiguous tensors, hex."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -109,6 +109,15 @@ def _hash(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def trunk_hash(model: SSODClassifier) -> str:
+    """SHA-256 of the backbone's tensors but its classifier's: which weights a training started from, hex."""
+    classifier = f"{model.backbone.default_cfg['classifier']}."
+    state = model.backbone.state_dict()
+    return tensors_hash(
+        {name: value.cpu().contiguous() for name, value in state.items() if not name.startswith(classifier)}
+    )
 
 
 def model_meta(model: SSODClassifier) -> dict[str, Any]:

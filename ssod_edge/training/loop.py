@@ -24,7 +24,7 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from ssod_edge.config import TrainConfig
+from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import MIN_CALIB, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
@@ -43,12 +43,14 @@ from ssod_edge.training.checkpoint import (
     model_tensors,
     optimizer_tensors,
     save_checkpoint,
+    trunk_hash,
 )
 from ssod_edge.training.distributed import check_same_images, is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier, build_model, check_size
 from ssod_edge.training.objective import TrainStep
 from ssod_edge.training.outputs import collect
+from ssod_edge.training.published import check_published
 from ssod_edge.training.run import load_config
 from ssod_edge.training.schedule import learning_rate, make_optimizer
 from ssod_edge.training.settings import default_name, run_config
@@ -177,7 +179,10 @@ class _Loop:
     def __init__(self, config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float):
         self.config, self.run, self.device, self.save_minutes = config, run, device, save_minutes
         self.interrupted = False
+        self.started_from: dict[str, str] | None = None
         restored = resume and (run / LAST).exists()
+        if config.weights == PUBLISHED and not restored:
+            check_published(config.backbone)
         try:
             self.source = open_dataset(config.data)
         except UsageError as error:
@@ -190,6 +195,8 @@ class _Loop:
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
         self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}
         self.model = self._make_model(restored)
+        if not restored and config.weights != NO_WEIGHTS:
+            self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
         self.optimizer = make_optimizer(self.model, config)
         self.progress = self._restore() if restored else _Progress()
         if not restored and is_main():
@@ -211,17 +218,18 @@ class _Loop:
 
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
-        if config.weights and not restored and is_checkpoint(config.weights):
-            meta = load_checkpoint(Path(config.weights))[1]
+        weights = None if restored else config.weights_file
+        if weights and is_checkpoint(weights):
+            meta = load_checkpoint(Path(weights))[1]
             if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
                 raise UsageError(
-                    f"'{config.weights}' was trained on another split of these images, so validation and calibration "
+                    f"'{weights}' was trained on another split of these images, so validation and calibration "
                     "would see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's "
                     "config.json"
                 )
         torch.manual_seed(config.seed)
-        pretrained, weights = (False, None) if restored else (config.pretrained, config.weights)
-        model = build_model(config.backbone, classes, config.preprocess, pretrained, weights)
+        published = not restored and config.weights == PUBLISHED
+        model = build_model(config.backbone, classes, config.preprocess, published, weights)
         if config.half_size_epochs:
             check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
         if config.sync_bn and self.device.type == "cuda":
@@ -236,6 +244,7 @@ class _Loop:
             raise UsageError(
                 f"the data set '{self.source.name}' changed since the run '{self.run}' began; start a new run"
             )
+        self.started_from = meta.get("started_from")
         processes = meta.get("processes")  # not recorded by earlier releases
         if processes not in (None, world_size()):
             if meta["progress"]["step"]:
@@ -359,6 +368,7 @@ class _Loop:
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
             "kernel": self.kernel,
+            "started_from": self.started_from,
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
         # A model from before the OOD loss is kept only until there is a later one.
@@ -383,6 +393,7 @@ class _Loop:
             "data": self.config.data,
             **self.data_record,
             "kernel": self.kernel,
+            "started_from": self.started_from,
         }
         if name == LAST:
             self.progress.meters = self.meters.read() if self.progress.step else {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.training.published import packaged_weights, unavailable
 
 _OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
 _CHOOSE = "Choose another; most of timm's have one linear classifier on pooled features"
@@ -178,7 +179,7 @@ def build_model(
         backbone: an alias of `ssod_edge.config.ALIASES` or any timm model with one linear classifier.
         classes: class names, in label order.
         preprocess: stored with the model.
-        pretrained: load timm's published weights.
+        pretrained: load published weights, from a package that holds them or through timm.
         weights: a local .safetensors or .pth state dict, or a checkpoint of ssod-edge, whose OOD row is left out;
             so is a classifier of another width.
 
@@ -192,6 +193,8 @@ def build_model(
     name, cfg = _look_up(backbone)
     other_size = cfg.fixed_input_size and cfg.input_size[-1] != preprocess.input_size
     size = {"img_size": preprocess.input_size} if other_size else {}
+    if pretrained and (packaged := packaged_weights(name)) is not None:
+        pretrained, weights = False, packaged
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **size)
     except MemoryError:
@@ -199,12 +202,7 @@ def build_model(
     except Exception as error:  # a download fails in many ways, and each family has its own rules for sizes
         failed = _why_not_built(name, len(classes), size) if pretrained else error
         if failed is None:
-            # torch's own error for tensors that are no part of the model; everything else is the way to the weights.
-            what = "do not fit it" if "loading state_dict" in str(error) else "cannot be had"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(
-                f"timm's weights of '{name}' {what} ({reason}). Give a local file with --weights FILE"
-            ) from error
+            raise unavailable(name, error) from error
         if size:
             raise _wrong_size(name, preprocess.input_size, failed, "Choose another --size") from error
         raise UsageError(f"backbone '{name}' cannot be built: {failed}") from error
@@ -238,6 +236,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if any(name.startswith(_OWN) for name in state):
         state = {name.removeprefix(_OWN): value for name, value in state.items() if name.startswith(_OWN)}
     own = model.state_dict()
+    if "_conv_stem.weight" in state and len(state) == len(own):  # the first port of EfficientNet, in timm's order
+        state = dict(zip(own, state.values(), strict=True))
     classifier = cast(Any, model).default_cfg["classifier"]
     head_keys = {f"{classifier}.weight", f"{classifier}.bias"}
     state = {k: v for k, v in state.items() if not (k in head_keys and k in own and v.shape != own[k].shape)}

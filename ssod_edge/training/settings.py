@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ssod_edge.config import Preprocess, TrainConfig, resolve_backbone, train_config
+from ssod_edge.config import NO_WEIGHTS, PUBLISHED, RECIPES, Preprocess, TrainConfig, resolve_backbone, train_config
 from ssod_edge.json_reader import from_json
 from ssod_edge.training.checkpoint import is_checkpoint, load_checkpoint
 from ssod_edge.training.model import backbone_preprocess
@@ -24,13 +24,13 @@ def run_config(data: str, options: dict[str, Any]) -> TrainConfig:
     """
     options = {**options, "data": data, "backbone": resolve_backbone(options["backbone"])}
     asked = {"input_size": options.pop("size"), "fit": options.pop("fit", None), "roi": options.pop("roi", None)}
-    weights = options.get("weights")
-    if weights and is_checkpoint(weights):  # whose images go through what they did, but for what is asked for
+    weights = options.get("weights") or RECIPES.get(options["recipe"], {}).get("weights", NO_WEIGHTS)
+    if weights not in (PUBLISHED, NO_WEIGHTS) and is_checkpoint(
+        weights
+    ):  # whose images go through what they did, but for what is asked for
         preprocess = from_json(Preprocess, load_checkpoint(Path(weights))[1]["preprocess"], "preprocess")
     else:
-        preprocess = backbone_preprocess(
-            options["backbone"], asked["input_size"], bool(weights or options.get("pretrained"))
-        )
+        preprocess = backbone_preprocess(options["backbone"], asked["input_size"], weights != NO_WEIGHTS)
     options["preprocess"] = asdict(preprocess.changed(**asked))
     if options.get("precision") is None:
         # bf16 is slower than fp32 on CPUs without the instructions for it, and for MobileNetV3 on all.
