@@ -97,13 +97,12 @@ def test_the_export_gives_the_recorded_verdicts(folder: str) -> None:
     check_verdicts(folder)
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "eager"])
-def test_the_export_of_schema_4_gives_the_recorded_verdicts(engine: str) -> None:
+def test_the_export_of_schema_4_gives_the_recorded_verdicts() -> None:
     """With a region, bars, a temperature, features, and a JPEG that is decoded at a quarter of its size."""
-    spec = load_spec("runs/new/export")
+    spec = load_spec("new")
     assert (spec.preprocess.fit, spec.preprocess.roi, spec.preprocess.version) == ("pad", (4, 0, 56, 64), 2)
     assert spec.outputs[4:] == ("p_known", "known", "features_pooled") and spec.temperature != 1
-    result = command("predict", "runs/new", "photos", "data/a", "--engine", engine, "--json")
+    result = command("predict", "new", "photos", "data/a", "--json")
     assert result.exit_code == 0, result.output
     found = [json.loads(line) for line in result.stdout.splitlines()]
     expected = [json.loads(line) for line in Path("predicted-4.jsonl").read_text().splitlines()]
