@@ -23,7 +23,7 @@ from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner, why_not_here
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import Verification, check_passed, verify_runner
-from ssod_edge.spec import Spec, check_files, save_spec
+from ssod_edge.spec import SPEC_NAME, Spec, check_files, save_spec
 
 #: Of the range of a reference's logits and scores: a tenth of what verification lets an fp32 artifact differ by.
 REFERENCE_NOISE = 1e-4
@@ -145,6 +145,8 @@ def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
     """Carry over what an earlier export has and this one did not make again; say what is lost."""
     folder, spec, found = new.folder, new.spec, Export.in_place(place)
     if found is None:
+        if (place / SPEC_NAME).is_file():
+            say(f"the export that was in '{place}' is damaged: nothing of it is kept")
         return spec
     earlier = found.spec
     identity = attrgetter("backbone", "classes", "preprocess", "score_name", "trained", "outputs")

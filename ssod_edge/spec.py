@@ -232,7 +232,7 @@ def load_spec(folder: str | Path) -> Spec:
     if version >= 4 and values.pop("sha256", None) != spec_hash(values):
         raise ArtifactError(
             f"'{path}' was changed after it was written: its hash does not match. Copy the folder again, or export the "
-            "run again; ssod-edge calibrate sets another threshold."
+            "run again. Of a whole export, ssod-edge calibrate sets another threshold."
         )
     if version < 3:  # every score was one of the logits
         values |= {"detector": {}, "choice": {}}

@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(folder):
 def test_a_spec_that_was_edited_by_hand_says_so(folder):
     path = folder / SPEC_NAME
     path.write_text(path.read_text().replace("-1.5", "-2.5"))
-    with pytest.raises(ArtifactError, match="changed after it was written: .* ssod-edge calibrate sets another"):
+    with pytest.raises(ArtifactError, match="changed after it was written: .* Of a whole export, ssod-edge calibrate"):
         load_spec(folder)
 
 

@@ -28,7 +28,7 @@ from ssod_edge.export.engines.artifact import (
 from ssod_edge.export.graph.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
 from ssod_edge.export.graph.onnx import MADE_WITH, fused_graph, head_rows, make_from
 from ssod_edge.export.graph.reference import IMAGES, SYNTHETIC_IMAGES, synthetic_images, write_reference
-from ssod_edge.export.graph.score import ShippedScore, ship_score, want_score
+from ssod_edge.export.graph.score import ShippedScore, same_weights, ship_score, want_score
 from ssod_edge.export.graph.source import Source, from_run, save_run
 from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
 from ssod_edge.export.release import Say, Targets, release
@@ -57,7 +57,8 @@ class ExportOptions(Targets):
         score: the OOD score that the graph computes, or "auto"; None takes that of an earlier export of the same
             weights in the same place, else the default.
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
-        features: of `ssod_edge.spec.FEATURE_OUTPUTS`: features that the graph gives besides.
+        features: of `ssod_edge.spec.FEATURE_OUTPUTS`: features that the graph gives besides; none takes those of an
+            earlier export of the same weights in the same place.
         others: see `Targets`.
     """
 
@@ -127,6 +128,11 @@ def export_source(
         raise UsageError(f"'{source.folder}' is a training run; name another place with -o/--out, or another --runs")
     place = Path(out) if out is not None else source.folder / "export"
     earlier = Export.in_place(place)
+    if not options.features and earlier is not None and same_weights(source, earlier.spec):
+        features = tuple(name for name, output in FEATURE_OUTPUTS.items() if output in earlier.spec.outputs)
+        if features:
+            say(f"features {', '.join(features)}, as in the export that is there")
+        options = replace(options, features=features)
     wanted = want_score(source, options.score, earlier, say)
     source = replace(source, images=wanted.divide(source.images, say))
     shipped = ship_score(source, wanted, say)

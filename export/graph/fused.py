@@ -64,7 +64,7 @@ class FusedClassifier(nn.Module):
         else:
             score = self.fitted(features, logits, plain, id_logit, rows)
         probs = plain if self.temperature == 1 else torch.softmax(logits * (1 / self.temperature), dim=1)
-        p_known = torch.where(p_scores < score[:, None], p_levels, 1.0).amin(dim=1)
+        p_known = torch.where(p_scores >= score[:, None], 1.0, p_levels).amin(dim=1)
         given = {"pooled": features}
         return logits, probs, id_logit, score, p_known, score <= threshold, *(given[name] for name in self.features)
 

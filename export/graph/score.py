@@ -84,7 +84,7 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
     Raises:
         UsageError: the score needs an OOD row or images that this model has not.
     """
-    if name is None and earlier is not None and _same_weights(source, earlier.spec):
+    if name is None and earlier is not None and same_weights(source, earlier.spec):
         spec = earlier.spec
         return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
     if name is None:
@@ -155,7 +155,8 @@ def _record(source: Source, data: FitData, detector: FittedScore) -> dict[str, A
     }
 
 
-def _same_weights(source: Source, spec: Spec) -> bool:
+def same_weights(source: Source, spec: Spec) -> bool:
+    """Whether an export is of the model that a source is."""
     model = source.model
     return (spec.backbone, spec.classes, spec.preprocess, spec.trained) == (
         model.backbone_name,

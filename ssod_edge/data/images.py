@@ -68,7 +68,8 @@ class Subset:
         """
         batches = list(self.batches(settings, indices))
         if not batches:
-            raise UsageError(f"none of the images of {self.description} can be read")
+            why = f" ({next(iter(self.unreadable))})" if self.unreadable else ""
+            raise UsageError(f"none of the images of {self.description} can be read{why}")
         images, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
         return images, labels
 

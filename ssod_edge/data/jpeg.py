@@ -19,6 +19,11 @@ DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG")
 LEAST_SIDE = 8
 
 
+def tells_damage() -> bool:
+    """Whether damage of a JPEG can be told on this machine."""
+    return simplejpeg is not None
+
+
 def decode_jpeg(content: bytes, image: Image.Image) -> tuple[Image.Image | None, str | None]:
     """What Pillow makes of a JPEG, and whether the file is damaged.
 
@@ -30,11 +35,13 @@ def decode_jpeg(content: bytes, image: Image.Image) -> tuple[Image.Image | None,
         RGB, and None; or None, for Pillow to decode it, and what is damaged, if that is why.
     """
     width, height = image.size
-    if simplejpeg is None or image.mode not in ("RGB", "L") or max(image.size) < LEAST_SIDE:
+    if simplejpeg is None or image.mode not in ("RGB", "L", "CMYK"):
         return None, None
+    taken = image.mode != "CMYK" and max(image.size) >= LEAST_SIDE
+    size = {"min_width": width, "min_height": height} if taken else {}  # else it is only asked about damage
     try:
-        pixels = simplejpeg.decode_jpeg(content, "RGB", min_width=width, min_height=height, strict=True)
+        pixels = simplejpeg.decode_jpeg(content, "CMYK" if image.mode == "CMYK" else "RGB", strict=True, **size)
     except ValueError as error:
         return None, f"damaged image data ({error})" if str(error).startswith(DAMAGE) else None
-    same: bool = pixels.shape == (height, width, 3) and pixels.dtype == np.uint8
+    same: bool = taken and pixels.shape == (height, width, 3) and pixels.dtype == np.uint8
     return (Image.fromarray(pixels), None) if same else (None, None)

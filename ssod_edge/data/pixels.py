@@ -31,6 +31,9 @@ MAX_BYTES = 3 * MAX_PIXELS + 2**20
 #: many pixels.
 SLOW_DECODERS = ("ppm_plain", "ppm", "bmp_rle")
 MAX_SLOW_PIXELS = 1_000_000
+#: Scans of a progressive JPEG of MAX_PIXELS; a smaller picture may have more. Programs write about ten. A few bytes
+#: make another scan, which takes up to 0.15 s.
+MAX_SCANS = 20
 
 Image.preinit()
 for _plugin in ("Tiff", "WebP", "Jpeg2K", "Avif"):  # the last is not in every Pillow
@@ -308,7 +311,11 @@ def _decode(
         if scale > 1:
             image.draft(None, (width // scale, height // scale))
         jpeg.seek(0)
-        rgb, damage = decode_jpeg(jpeg.read(), image)
+        content = jpeg.read()
+        scans = content.count(b"\xff\xda")
+        if scans > MAX_SCANS and scans * width * height > MAX_SCANS * MAX_PIXELS:
+            raise ImageError(f"a JPEG of {scans} scans, each of which takes as long as a picture; save it anew")
+        rgb, damage = decode_jpeg(content, image)
     if rgb is None:
         image.load()
         rgb = _to_rgb(image)

@@ -45,7 +45,9 @@ def verdict_inputs(threshold: Threshold | None) -> dict[str, Array]:
         table[n] = threshold.id_highest
     rows = sorted(table.items())
     scores[0, : len(rows)] = [score for _, score in rows]
-    levels[0, : len(rows)] = [1 - rank / (n + 1) for rank, _ in rows]
+    exact = np.array([1 - rank / (n + 1) for rank, _ in rows])
+    rounded = exact.astype(np.float32)  # down: one that is 0.05 must not be above it
+    levels[0, : len(rows)] = np.where(rounded > exact, np.nextafter(rounded, np.float32(0)), rounded)
     return inputs
 
 
@@ -59,8 +61,9 @@ def p_known(scores: npt.ArrayLike, inputs: dict[str, Array]) -> Array:
     Returns:
         float32 [n], in [0, 1].
     """
-    below = inputs["p_scores"] < np.asarray(scores, np.float32)[:, None]
-    found: Array = np.where(below, inputs["p_levels"], np.float32(1)).min(axis=1)
+    # In this order NaN gets the lowest level.
+    at_or_above = inputs["p_scores"] >= np.asarray(scores, np.float32)[:, None]
+    found: Array = np.where(at_or_above, np.float32(1), inputs["p_levels"]).min(axis=1)
     return found
 
 

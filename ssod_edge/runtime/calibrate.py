@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ssod_edge.data.inputs import known_images
+from ssod_edge.data.jpeg import tells_damage
 from ssod_edge.data.pixels import ImageLike
 from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold
 from ssod_edge.errors import (
@@ -49,20 +50,24 @@ def fit_threshold(
         images: in-distribution images that were not trained on: what `Predictor.predict` takes.
         target_tpr: in (0, 1).
         data: which images these are, for the record.
-        unreadable: takes the message of each image that cannot be read, and so is left out.
+        unreadable: takes the message of each image that cannot be read or is damaged, and so is left out.
 
     Raises:
         UsageError: untrained weights, or too few images for `target_tpr` (fewer than 19 at 95%).
     """
     _require_trained(runner.spec)
     scores: list[float] = []
-    for verdict in Predictor(runner).predict_many(images):
+    failed: list[str] = []
+    for verdict in Predictor(runner, strict_images=tells_damage()).predict_many(images):
         if verdict.ood_score is not None:
             scores.append(verdict.ood_score)
-        elif unreadable is not None:
-            unreadable(str(verdict.error))
+            continue
+        failed.append(str(verdict.error))
+        if unreadable is not None:
+            unreadable(failed[-1])
     if not scores:
-        raise UsageError(f"none of the in-distribution images could be read: {data or 'no images were given'}")
+        why = f" ({failed[0]})" if failed else ""
+        raise UsageError(f"none of the in-distribution images could be read: {data or 'no images were given'}{why}")
     return conformal_threshold(scores, target_tpr, data)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ssod_edge.data.jpeg import tells_damage
 from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.detect.confidence import p_known, verdict_inputs
-from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.errors import ImageError, MissingExtraError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
 
 Pixels = npt.NDArray[np.uint8]
@@ -80,6 +81,8 @@ class Predictor(AbstractContextManager["Predictor"]):
 
     def __init__(self, runner: Runner, strict_images: bool = False) -> None:
         self.runner = runner
+        if strict_images and not tells_damage():
+            raise MissingExtraError("strict_images needs the package simplejpeg: pip install simplejpeg")
         self._strict = strict_images
         self._settings = runner.spec.preprocess
         threshold = runner.artifact.threshold

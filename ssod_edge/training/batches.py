@@ -109,13 +109,13 @@ def _all_unreadable(dataset: EvalImages, workers: int, first: str) -> ImageError
     read = partial(_why_unreadable, dataset.source, dataset.settings)
     loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=read, worker_init_fn=_ignore_interrupts)
     reasons = [reason for batch in loader for reason in batch] or [first]
+    fix = "Remove or replace" if dataset.settings.roi is None else "Give another --roi, or remove or replace"
     if len(reasons) == 1:
-        return ImageError(f"{reasons[0]}. Remove or replace it")
+        return ImageError(f"{reasons[0]}. {fix} it")
     shown = "".join(f"\n  {reason}" for reason in reasons[:10])
     more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
     return ImageError(
-        f"{len(reasons)} of {len(images)} images of '{dataset.source.name}' cannot be read. "
-        f"Remove or replace them:{shown}{more}"
+        f"{len(reasons)} of {len(images)} images of '{dataset.source.name}' cannot be read. {fix} them:{shown}{more}"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import ssod_edge.data.jpeg
 from ssod_edge.config import Preprocess
 from ssod_edge.data.jpeg import decode_jpeg
 from ssod_edge.data.pixels import load_image
-from ssod_edge.errors import ImageError
+from ssod_edge.errors import ImageError, MissingExtraError
+from ssod_edge.runtime.predict import Predictor
 
 pytest.importorskip("simplejpeg", reason="this machine has no wheel of it")
 
@@ -43,6 +46,42 @@ KINDS = {
     "one pixel": encode(photo(1, 1)),
     "narrow": encode(photo(300, 1)),
 }
+
+
+def test_a_jpeg_of_many_scans_is_refused_at_once() -> None:
+    """Each scan of a few bytes takes as long as a whole picture."""
+    file = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    scans = content[:last] + content[last:-2] * 600 + content[-2:]
+    load_image(content[:last] + content[last:-2] * 3 + content[-2:])
+    with pytest.raises(ImageError, match="JPEG of 60. scans"):
+        load_image(scans)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("CMYK", (64, 64)), ("RGB", (7, 7))])
+def test_damage_is_told_of_what_pillow_decodes_too(mode: str, size: tuple[int, int]) -> None:
+    pytest.importorskip("simplejpeg")
+    file, found = io.BytesIO(), []
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, len(mode)), np.uint8)
+    Image.fromarray(pixels, mode).save(file, "JPEG", quality=95)
+    content = bytearray(file.getvalue())
+    load_image(bytes(content), damaged=found.append)
+    assert not found
+    for start in range(content.rindex(b"\xff\xda") + 16, len(content) - 8, 4):
+        damaged = bytes(content[:start]) + bytes(6) + bytes(content[start + 6 :])
+        with contextlib.suppress(ImageError):
+            load_image(damaged, damaged=found.append)
+    assert found
+
+
+def test_strict_images_needs_what_tells_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssod_edge.data.jpeg.simplejpeg", None)
+    runner = SimpleNamespace(spec=SimpleNamespace(preprocess=None), artifact=SimpleNamespace(threshold=None))
+    Predictor(runner)
+    with pytest.raises(MissingExtraError, match="pip install simplejpeg"):
+        Predictor(runner, strict_images=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -50,6 +50,19 @@ def test_a_p_value_is_below_a_level_no_more_often_than_it_says() -> None:
         assert (np.concatenate(draws) <= level).mean() <= level + 0.005
 
 
+@pytest.mark.parametrize("n", [19, 39, 59, 999])
+def test_at_the_threshold_it_is_not_above_the_level_in_any_number_format(n: int) -> None:
+    """Where 1 / 20 is a level, as float32 nearest to 0.05 lies above it."""
+    threshold = conformal_threshold(np.arange(float(n)))
+    (p,) = p_known(np.array([threshold.value + 0.5]), verdict_inputs(threshold))
+    assert 0.04 < float(p) <= 0.05
+
+
+def test_a_score_that_is_no_number_is_not_usual() -> None:
+    inputs = verdict_inputs(conformal_threshold(np.arange(100.0)))
+    assert p_known(np.array([np.nan]), inputs)[0] == inputs["p_levels"].min()
+
+
 def test_without_a_threshold_nothing_is_known() -> None:
     inputs = verdict_inputs(None)
     assert {name: value.shape for name, value in inputs.items()} == {

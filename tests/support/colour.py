@@ -50,8 +50,8 @@ def colour_graph(half: bool = False) -> onnx.ModelProto:
         helper.make_node("ReduceLogSumExp", ["logits", "axis"], ["energy"], keepdims=0),
         helper.make_node("Neg", ["energy"], ["ood_score"]),
         helper.make_node("Unsqueeze", ["ood_score", "axis"], ["column"]),
-        helper.make_node("Less", ["p_scores", "column"], ["below"]),
-        helper.make_node("Where", ["below", "p_levels", "one"], ["levels"]),
+        helper.make_node("GreaterOrEqual", ["p_scores", "column"], ["above"]),
+        helper.make_node("Where", ["above", "one", "p_levels"], ["levels"]),
         helper.make_node("ReduceMin", ["levels", "axis"], ["p_known"], keepdims=0),
         helper.make_node("LessOrEqual", ["ood_score", "threshold"], ["known"]),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,25 @@ def test_a_program_of_its_own_gets_a_verdict_from_the_file_alone(exported: Path)
     np.testing.assert_array_equal(known, score <= limit)
     properties = {p.key: p.value for p in onnx.load(exported / "model-fp32.onnx").metadata_props}
     assert json.loads(properties["ssod.temperature"]) == load_spec(exported).temperature
+
+
+def test_an_export_beside_it_keeps_the_features_and_the_other_artifacts(exported: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exported.parent, run)
+    result = CliRunner().invoke(main, ["export", str(run), "--fp32", "--target", "onnx"])
+    assert result.exit_code == 0, result.output
+    assert "features pooled, as in the export that is there" in result.stderr and "removed" not in result.stderr
+    spec = load_spec(run / "export")
+    assert [artifact.name for artifact in spec.artifacts] == NAMES and "features_pooled" in spec.outputs
+
+
+def test_an_export_in_place_of_a_damaged_one_says_so(exported: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exported.parent, run)
+    path = run / "export" / "ssod.json"
+    path.write_text(path.read_text().replace("pooled", "pulled"))
+    result = CliRunner().invoke(main, ["export", str(run), "--fp32", "--target", "onnx"])
+    assert result.exit_code == 0 and "is damaged: nothing of it is kept" in result.stderr
 
 
 def test_features_must_be_some_that_there_are(exported: Path) -> None:
