@@ -61,7 +61,7 @@ def test_gamma_inside_its_range_is_taken(gamma):
         (TrainConfig, {"workers": -1}, "workers"),
         (TrainConfig, {"precision": "fp16"}, "'fp32' or 'bf16'"),
         (TrainConfig, {"recipe": "long"}, "one of short, scratch, paper"),
-        (TrainConfig, {"pretrained": True, "weights": "w.pth"}, "exclude each other"),
+        (TrainConfig, {"weights": ""}, "weights must be 'published', 'none' or a file"),
         (TrainConfig, {"learning": 1}, "unknown TrainConfig key: learning. Known keys: .*lr"),
     ],
 )
@@ -111,3 +111,16 @@ def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
     ):
         train_config("short", options)
     assert train_config("short", {**options, "method": "ce"}).loss.method == "ce"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        ({"pretrained": False, "weights": None}, "none"),
+        ({"pretrained": True, "weights": None}, "published"),
+        ({"pretrained": False, "weights": "w.pth"}, "w.pth"),
+    ],
+)
+def test_the_weights_of_an_earlier_release_mean_what_they_meant(earlier, now):
+    config = from_dict(TrainConfig, {"backbone": "b", "data": "d", **earlier})
+    assert config.weights == now and config.weights_file == (now if now == "w.pth" else None)

@@ -52,7 +52,7 @@ def test_a_model_is_trained_judged_exported_and_asked_from_python(tmp_path: Path
     data = write_folder(tmp_path / "photos", per_class=48)
     run = ssod_edge.train(
         str(data), "test_efficientnet", tmp_path / "runs", name="mine", size=32, epochs=1, batch_size=8, workers=0,
-        val_fraction=0.2, calib_fraction=0.4, warmup_epochs=0.0,
+        val_fraction=0.2, calib_fraction=0.4, warmup_epochs=0.0, weights="none",
     )  # fmt: skip
     assert run == tmp_path / "runs" / "mine"
     report = ssod_edge.evaluate(run, ood_data={"other": str(data)}, bootstrap=0)

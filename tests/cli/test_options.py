@@ -37,7 +37,7 @@ def value(recipe: str, setting: str, **more: Any) -> Any:
 def test_fields_that_are_no_options_say_so() -> None:
     own = {"backbone", "data", "name", "lr_warmup_fraction", "clip_grad", "loss", "preprocess"}
     assert set(FIELDS) - set(SETTINGS) == own
-    assert len(SETTINGS) == 27
+    assert len(SETTINGS) == 26
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,7 +87,7 @@ def test_its_help_is_a_sentence_of_the_fields_docstring(setting: str) -> None:
 def test_a_default_in_the_help_is_what_the_recipe_gives(setting: str, recipe: str) -> None:
     found = option("train", setting)
     default = re.search(r" Default: (\S+)(?: \((.*)\))?\.$", str(found.help))
-    if setting in ("recipe", "precision", "weights") or found.is_flag:
+    if setting in ("recipe", "precision") or found.is_flag:
         assert default is None
         return
     assert default is not None, found.help

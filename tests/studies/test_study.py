@@ -31,7 +31,20 @@ from ssod_edge.studies.study import (
 )
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 
-TINY = ["--backbone", "test_efficientnet", "--size", "40", "--epochs", "1", "--batch-size", "8", "--workers", "0"]
+TINY = [
+    "--backbone",
+    "test_efficientnet",
+    "--size",
+    "40",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--weights",
+    "none",
+]
 
 
 def test_a_grid_has_every_setting_with_the_first_seed_first():

@@ -301,8 +301,8 @@ def wait_until(condition, process, seconds=240):
 
 
 def test_ctrl_c_on_the_command_line_ends_with_130_and_keeps_a_checkpoint(pictures, tmp_path):
-    command = [sys.executable, "-m", "ssod_edge", "train", str(pictures), "--backbone", "test_efficientnet", "--size",
-               "40", "--epochs", "500", "--batch-size", "8", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+    command = [sys.executable, "-m", "ssod_edge", "train", str(pictures), "--backbone", "test_efficientnet",
+               "--weights", "none", "--size", "40", "--epochs", "500", "--batch-size", "8", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_until(lambda: (tmp_path / "run" / LAST).exists(), process)
     process.send_signal(signal.SIGINT)
@@ -519,8 +519,8 @@ def test_an_epoch_without_patches_has_no_shares():
 def test_torchrun_trains_one_run_folder(pictures, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ssod_edge", "train",
-               str(pictures), "--backbone", "test_efficientnet", "--size", "40", "--epochs", "2", "--batch-size", "4",
-               "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+               str(pictures), "--backbone", "test_efficientnet", "--weights", "none", "--size", "40", "--epochs", "2",
+               "--batch-size", "4", "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert len(rows(tmp_path / "run")) == 2 and Run.at(tmp_path / "run").meta["epoch"] >= 1
