@@ -302,7 +302,8 @@ def wait_until(condition, process, seconds=240):
 
 def test_ctrl_c_on_the_command_line_ends_with_130_and_keeps_a_checkpoint(pictures, tmp_path):
     command = [sys.executable, "-m", "ssod_edge", "train", str(pictures), "--backbone", "test_efficientnet",
-               "--weights", "none", "--size", "40", "--epochs", "500", "--batch-size", "8", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
+               "--weights", "none", "--size", "40", "--epochs", "500", "--batch-size", "8", "-o", str(tmp_path),
+               "--name", "run"]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_until(lambda: (tmp_path / "run" / LAST).exists(), process)
     process.send_signal(signal.SIGINT)
