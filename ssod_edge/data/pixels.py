@@ -122,7 +122,7 @@ def load_image(source: ImageLike, settings: Preprocess | None = None, damaged: D
 
     From version 2 of the settings on, a JPEG file is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size at
     which what `preprocess` looks at is still twice as large as its result. The largest picture that is allowed takes
-    0.4 to 1.8 GB while it is decoded: a JPEG 0.6 to 0.9, a JPEG 2000 most (docs/results.md).
+    several times the 256 MiB of its pixels while it is decoded.
 
     Args:
         source: path, encoded bytes, PIL image, or uint8 array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4]

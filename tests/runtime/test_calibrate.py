@@ -276,3 +276,25 @@ def test_an_interrupt_changes_nothing(export: Path, tmp_path: Path) -> None:
     before = (export / "ssod.json").read_bytes()
     assert interrupt_while_reading(folder, "calibrate", export, "--id", folder) == (130, "interrupted\n")
     assert (export / "ssod.json").read_bytes() == before
+
+
+def test_where_no_image_can_be_read_the_first_reason_is_shown(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with open_runner(export) as runner, pytest.raises(UsageError, match=r"could be read: mine \(.*a.png': it is empty"):
+        fit_threshold(runner, [tmp_path / "a.png"], data="mine")
+
+
+def test_a_damaged_photo_sets_no_threshold(export: Path, tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg")
+    photos = []
+    for number in range(30):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        photos.append(tmp_path / f"{number}.jpg")
+        Image.fromarray(pixels).save(photos[-1], quality=95)
+    content = bytearray(photos[0].read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    photos[0].write_bytes(content)
+    failed: list[str] = []
+    with open_runner(export) as runner:
+        threshold = fit_threshold(runner, photos, unreadable=failed.append)
+    assert threshold.n == 29 and len(failed) == 1 and "0.jpg" in failed[0] and "damaged" in failed[0]
