@@ -7,9 +7,8 @@ import io
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -35,14 +34,11 @@ MAX_SLOW_PIXELS = 1_000_000
 #: make another scan, which takes up to 0.15 s.
 MAX_SCANS = 20
 
-Image.preinit()
-for _plugin in ("Tiff", "WebP", "Jpeg2K", "Avif"):  # the last is not in every Pillow
-    with suppress(ImportError):
-        import_module(f"PIL.{_plugin}ImagePlugin")
 #: What is decoded, in Pillow's names; "JPEG" stands for MPO too. Of the others some take seconds and gigabytes for a
-#: small file, and none is what a camera writes.
-FORMATS = tuple(
-    name for name in ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF") if name in Image.OPEN
+#: small file, and none is what a camera writes. The usual ones come first: Pillow loads the rest once they are asked.
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"),
+    *(("AVIF",) if find_spec("PIL._avif") else ()),  # not in every Pillow
 )
 
 # Pillow warns of what is refused here anyway. Once, because `catch_warnings` in the threads that decode would undo
