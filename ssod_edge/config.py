@@ -32,6 +32,8 @@ IMAGE_SUFFIXES = frozenset(
 #: Backbones whose published weights come with the extra `train`, so that no hub has to be reached.
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
+Head = Literal["last", "stages"]
+Tune = Literal["auto", "head", "upper", "all"]
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
 Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
@@ -277,6 +279,10 @@ class TrainConfig:
         seed: of the splits, the order of photos, the augmentation and new weights.
         compile: use torch.compile.
         sync_bn: share the statistics of batch norm between GPUs.
+        head: what the last layer reads. `stages`: every stage of the backbone; `last`: its last features alone.
+        tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `upper`: after that
+            the upper half of the backbone too, gently. `all`: everything. `auto`: `head`, and `upper` where held-out
+            photos say that it pays.
         weights: what training starts from. `published`: timm's weights of the backbone; `none`: random ones; or a
             .safetensors or .pth file, or a run's checkpoint.
         loss: what the network is taught.
@@ -304,6 +310,8 @@ class TrainConfig:
     seed: int = 0
     compile: bool = False
     sync_bn: bool = False
+    head: Head = "last"
+    tune: Tune = "all"
     weights: str = NO_WEIGHTS
     loss: LossConfig = dataclasses.field(default=LossConfig(), metadata=NO_OPTION)
     preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
@@ -326,6 +334,10 @@ class TrainConfig:
         check(self, "hflip", 0 <= self.hflip <= 1, "in [0, 1]")
         if self.val_fraction + self.calib_fraction >= 1:
             raise UsageError("val_fraction and calib_fraction leave no images to train on")
+        check(self, "head", self.head in get_args(Head), "'last' or 'stages'")
+        check(self, "tune", self.tune in get_args(Tune), f"one of {', '.join(get_args(Tune))}")
+        if self.tune != "all" and self.weights == NO_WEIGHTS:
+            raise UsageError(f"tune {self.tune} keeps the features of trained weights, and random ones have none")
         check(self, "weights", self.weights != "", f"'{PUBLISHED}', '{NO_WEIGHTS}' or a file")
 
     @staticmethod
@@ -349,7 +361,7 @@ class TrainConfig:
 _MADE_IMAGES = {"method": "ce", "outliers": OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    "short": {"weights": PUBLISHED, "loss": _MADE_IMAGES},
+    "short": {"weights": PUBLISHED, "tune": "auto", "loss": _MADE_IMAGES},
     "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": _MADE_IMAGES},
     # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
     # 224 px. Epochs are not given there.
@@ -362,6 +374,12 @@ PATCH_WARMUP_EPOCHS = {"scratch": 10.0}
 
 #: Settings of `LossConfig` that say how patches are labelled and weighed.
 PATCH_SETTINGS = {"gamma", "alpha", "balance", "norm_weight"}
+
+#: Settings that only training of the whole network reads: --tune all is meant where one of them is given.
+WHOLE_SETTINGS = {
+    *("batch_size", "weight_decay", "half_size_epochs", "crop_scale_min", "hflip", "compile", "sync_bn"),
+    *("epochs", "lr", *(field.name for field in dataclasses.fields(LossConfig))),
+}
 
 T = TypeVar("T")
 
@@ -385,11 +403,12 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     """Settings from a recipe and the options given beside it; those that are None are left to the recipe.
 
     A method that is given comes without the recipe's made outliers: it trains what its name says, and outliers that are
-    named beside it.
+    named beside it. With random weights, and where one of `WHOLE_SETTINGS` is given, the whole network is trained;
+    where it is not, made images are not used either.
 
     Raises:
-        UsageError: an unknown recipe or key, a value out of range, or a setting of patches where none are trained on
-            and no method was given.
+        UsageError: an unknown recipe or key, a value out of range, a setting of patches where none are trained on and
+            no method was given, or one of `WHOLE_SETTINGS` where the whole network is not trained.
     """
     if recipe not in RECIPES:
         raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'")
@@ -401,6 +420,14 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
         loss["outliers"] = asked.get("outliers", ())
     if asked.get("method", "ce") != "ce" and recipe in PATCH_WARMUP_EPOCHS:
         loss.setdefault("warmup_epochs", PATCH_WARMUP_EPOCHS[recipe])
+    whole = sorted(WHOLE_SETTINGS & {*asked, *given})
+    if "tune" not in given and (whole or given.get("weights", base.get("weights", NO_WEIGHTS)) == NO_WEIGHTS):
+        base["tune"] = "all"
+    tune = given.get("tune", base.get("tune", "all"))
+    if tune != "all":
+        if whole:
+            raise UsageError(f"{', '.join(whole)}: for training of the whole network, which is --tune all")
+        base, loss = {**base, "head": "stages"}, {"method": "ce"}
     config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
     unused = sorted(PATCH_SETTINGS & set(asked))
     if unused and "method" not in asked and config.loss.method == "ce":

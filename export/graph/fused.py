@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +69,13 @@ class FusedClassifier(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """uint8 [N, 3, S, S] -> pooled features z [N, D] in fp32."""
+    """uint8 [N, 3, S, S] -> features z [N, Dall] in fp32."""
 
     def __init__(self, model: SSODClassifier):
         super().__init__()
-        self.backbone = model.backbone
+        self.model = model
         self.preprocess: Preprocess = model.preprocess
 
     def forward(self, image: Tensor) -> Tensor:
         # The normalisation is not folded into the first convolution: its zero padding stands for the mean colour.
-        backbone = cast(Any, self.backbone)
-        x = normalise(image, self.preprocess)
-        return cast(Tensor, backbone.forward_head(backbone.forward_features(x), pre_logits=True)).float()
+        return self.model.features(normalise(image, self.preprocess)).float()

@@ -34,6 +34,8 @@ class Source:
         images: in-distribution, by what they may be used for.
         checkpoint: the run's; None if `folder` is yet to be made from the weights.
         outliers: kinds of made images that the model was trained to reject, of `ssod_edge.config.OUTLIERS`.
+        published: whether its features are published ones, or were tuned gently from there (`train --tune`): detectors
+            are then fitted with disturbed copies of the training images too.
     """
 
     model: SSODClassifier
@@ -43,6 +45,7 @@ class Source:
     images: Images = field(default_factory=Images)
     checkpoint: Path | None = None
     outliers: tuple[str, ...] = ()
+    published: bool = False
 
 
 def check_score(source: Source, score: str) -> None:
@@ -86,7 +89,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    return Source(run.model, meta.get("trained") is True, run.folder, facts, images, run.checkpoint, run.outliers)
+    trained, published = meta.get("trained") is True, "tuned" in meta
+    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, published)
 
 
 def from_weights(

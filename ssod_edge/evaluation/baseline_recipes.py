@@ -51,6 +51,8 @@ class Network:
 
     def feature_map(self, x: Tensor) -> Tensor:
         """[N, C, H, W], contiguous: RankFeat takes a view of it."""
+        if self.model.stages:
+            raise UsageError("it takes its logits from the last feature map, and this head reads every stage")
         backbone: Any = self.model.backbone
         maps = backbone.forward_features(x)
         if not isinstance(maps, Tensor) or maps.dim() != 4 or getattr(backbone, "output_fmt", "NCHW") != "NCHW":

@@ -81,15 +81,14 @@ def explain(
     pixels = read_pixels(image, model.preprocess)
     device = next(model.parameters()).device
     x = normalise(torch.from_numpy(pixels[None]).to(device), model.preprocess)
-    feature_map = model.backbone.forward_features(x)
-    pooled = model.backbone.forward_head(feature_map, pre_logits=True)
+    pooled, z = model.forward_train(x)
+    assert z is not None
     logits, id_logit = model.head(pooled)
     if not (logits.isfinite().all() and id_logit.isfinite().all()):
         raise ImageError("the model's output for it is not finite")
     probs = logits.softmax(dim=1)[0]
     predicted = int(probs.argmax())
     shown = predicted if target is None else target
-    z = model.patch_features(feature_map)
     shape = z.shape[1:3]
     weight, bias = model.head_weight()
     labels = torch.tensor([shown], device=device)

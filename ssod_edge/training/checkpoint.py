@@ -122,7 +122,12 @@ def trunk_hash(model: SSODClassifier) -> str:
 
 def model_meta(model: SSODClassifier) -> dict[str, Any]:
     """What `ssod_edge.training.run.Run` needs to build the model again."""
-    return {"backbone": model.backbone_name, "classes": list(model.classes), "preprocess": asdict(model.preprocess)}
+    return {
+        "backbone": model.backbone_name,
+        "classes": list(model.classes),
+        "preprocess": asdict(model.preprocess),
+        "head": model.head_kind,
+    }
 
 
 def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import shlex
 import shutil
@@ -17,43 +16,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import click
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
-from ssod_edge.data.sources import open_dataset
-from ssod_edge.data.splits import MIN_CALIB, split_dataset
+from ssod_edge.config import TrainConfig
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
-from ssod_edge.files import claim, write_atomic, write_json
-from ssod_edge.json_reader import from_json, parse_json
+from ssod_edge.files import claim
+from ssod_edge.json_reader import from_json
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.training.batches import TrainImages, load_batches
 from ssod_edge.training.checkpoint import (
     BEST,
     LAST,
-    is_checkpoint,
     load_checkpoint,
     load_optimizer,
     load_state,
-    model_meta,
-    model_tensors,
     optimizer_tensors,
-    save_checkpoint,
-    trunk_hash,
 )
-from ssod_edge.training.distributed import check_same_images, is_main, rank, start_processes, world_size
+from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
-from ssod_edge.training.model import SSODClassifier, build_model, check_size
+from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.objective import TrainStep
 from ssod_edge.training.outputs import collect
-from ssod_edge.training.published import check_published
 from ssod_edge.training.run import load_config
 from ssod_edge.training.schedule import learning_rate, make_optimizer
+from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.settings import default_name, run_config
+from ssod_edge.training.transfer import tune
 
 
 @dataclass
@@ -93,16 +84,22 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     device = start_processes()
     try:
         with _claimed(run):
-            if not resume and (run / LAST).exists():
+            if not resume and any((run / kept).exists() for kept in (BEST, LAST)):
                 raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
+            if config.tune != "all":
+                if (run / BEST).exists():
+                    say(f"the run '{run}' is finished already")
+                else:
+                    tune(Session(config, run, device, resume=resume))
+                return run
             loop = _Loop(config, run, resume, device, save_minutes)
             if loop.progress.epoch >= config.epochs:
-                _say(f"the run '{run}' is finished already ({config.epochs} epochs)")
+                say(f"the run '{run}' is finished already ({config.epochs} epochs)")
             loop.run_epochs()
             _warn_of_untrained_row(config, loop.model)
     except KeyboardInterrupt:
         if (run / LAST).exists():
-            _say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
+            say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
         raise
     finally:
         if dist.is_initialized():
@@ -134,7 +131,7 @@ def _kernel_in_use(device: torch.device, kernel: str) -> str:
         warnings.simplefilter("always")
         in_use = kernel_in_use(device, kernel)
     for warning in caught:
-        _say(f"note: {warning.message}")
+        say(f"note: {warning.message}")
     return in_use
 
 
@@ -146,12 +143,7 @@ def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
         reason = f"all {config.epochs} epochs were its warm-up. Use more --epochs or fewer --warmup-epochs"
     else:
         reason = "no patch was labelled ID or OOD. Use more --epochs, or a --gamma nearer to 0.5"
-    _say(f"warning: the OOD row was not trained, and the score `ssod` is constant: {reason}")
-
-
-def _say(message: str) -> None:
-    if is_main():
-        click.echo(message, err=True)
+    say(f"warning: the OOD row was not trained, and the score `ssod` is constant: {reason}")
 
 
 def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
@@ -173,34 +165,17 @@ def resume_run(run: str | Path) -> Path:
     return train(replace(load_config(run), name=run.name), run.parent, resume=True)
 
 
-class _Loop:
+class _Loop(Session):
     """The state one training run carries from batch to batch: as new, or as the last checkpoint has it."""
 
     def __init__(self, config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float):
-        self.config, self.run, self.device, self.save_minutes = config, run, device, save_minutes
-        self.interrupted = False
-        self.started_from: dict[str, str] | None = None
         restored = resume and (run / LAST).exists()
-        if config.weights == PUBLISHED and not restored:
-            check_published(config.backbone)
-        try:
-            self.source = open_dataset(config.data)
-        except UsageError as error:
-            if not resume:
-                raise
-            raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
-        if self.source.left_out:
-            _say(self.source.left_out)
-        check_same_images(self.source.fingerprint)
-        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
-        self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}
-        self.model = self._make_model(restored)
-        if not restored and config.weights != NO_WEIGHTS:
-            self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
+        super().__init__(config, run, device, restored, resume)
+        self.save_minutes, self.interrupted = save_minutes, False
         self.optimizer = make_optimizer(self.model, config)
         self.progress = self._restore() if restored else _Progress()
         if not restored and is_main():
-            self._begin_folder()
+            self.begin_folder()
         self.meters = Meters(device, self.progress.meters)
         self.images = TrainImages(self.source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = _kernel_in_use(device, config.kernel)
@@ -215,26 +190,6 @@ class _Loop:
                 f"'{config.data}' leaves {len(self.splits.train)} training images, fewer than one batch of "
                 f"{config.batch_size * world_size()}. Use a smaller --batch-size"
             )
-
-    def _make_model(self, restored: bool) -> SSODClassifier:
-        config, classes = self.config, self.source.classes
-        weights = None if restored else config.weights_file
-        if weights and is_checkpoint(weights):
-            meta = load_checkpoint(Path(weights))[1]
-            if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
-                raise UsageError(
-                    f"'{weights}' was trained on another split of these images, so validation and calibration "
-                    "would see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's "
-                    "config.json"
-                )
-        torch.manual_seed(config.seed)
-        published = not restored and config.weights == PUBLISHED
-        model = build_model(config.backbone, classes, config.preprocess, published, weights)
-        if config.half_size_epochs:
-            check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
-        if config.sync_bn and self.device.type == "cuda":
-            model = cast(SSODClassifier, convert_sync_batchnorm(model))
-        return model.to(self.device, memory_format=torch.channels_last)
 
     def _restore(self) -> _Progress:
         """Put back what the last checkpoint holds."""
@@ -254,26 +209,13 @@ class _Loop:
                     f"--nproc-per-node {processes}"
                 )
             before, now = (count * self.config.batch_size for count in (processes, world_size()))
-            _say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
+            say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
         load_state(self.model, tensors, path)
         try:
             load_optimizer(self.optimizer, tensors)
             return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
         except (UsageError, ValueError, KeyError) as error:
             raise ArtifactError(f"checkpoint '{path}' does not hold a run to go on with ({error})") from error
-
-    def _begin_folder(self) -> None:
-        """Write the settings and splits of a new run, and say what they leave out."""
-        splits = self.splits
-        write_json(self.run / "config.json", dataclasses.asdict(self.config))
-        held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
-        record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
-        write_json(self.run / "splits.json", record)
-        if len(splits.calib) < MIN_CALIB:
-            _say(
-                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
-                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
-            )
 
     def run_epochs(self) -> None:
         from ssod_edge.terminal import TrainingBar
@@ -379,40 +321,15 @@ class _Loop:
             if best:
                 self._save(BEST, accuracy)
             # Before `last`: a kill in between repeats the epoch and its line, and loses neither.
-            _append_metrics(self.run / "metrics.jsonl", row)
+            append_metrics(self.run / "metrics.jsonl", row)
             self._save(LAST, accuracy)
         bar.epoch_done(row)
 
     def _save(self, name: str, accuracy: float | None = None) -> None:
-        tensors = model_tensors(self.model)
-        meta = {
-            **model_meta(self.model),
-            "trained": True,
-            "epoch": self.progress.epoch,
-            "val_accuracy": accuracy,
-            "data": self.config.data,
-            **self.data_record,
-            "kernel": self.kernel,
-            "started_from": self.started_from,
-        }
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {"kernel": self.kernel}
         if name == LAST:
             self.progress.meters = self.meters.read() if self.progress.step else {}
-            tensors |= optimizer_tensors(self.optimizer)
+            tensors = optimizer_tensors(self.optimizer)
             meta |= {"progress": dataclasses.asdict(self.progress), "processes": world_size()}
-        save_checkpoint(self.run / name, tensors, meta)
-
-
-def _append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it.
-
-    A line that is damaged is left out, and said so: it is not worth the epoch that was trained.
-    """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if from_json(int, parse_json(line).get("epoch"), "epoch") < row["epoch"]:
-                kept.append(line)
-        except UsageError as error:
-            _say(f"left out line {number} of '{path}', which is damaged ({error})")
-    write_atomic(path, lambda temporary: temporary.write_bytes(b"\n".join([*kept, json.dumps(row).encode(), b""])))
+        self.save(name, self.progress.epoch, accuracy, tensors, meta)

@@ -1,4 +1,4 @@
-"""A timm model whose last linear layer has one more row: the OOD head."""
+"""A timm model with one linear layer on its features, which has one more row: the OOD head."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssod_edge.config import ALIASES, Preprocess, resolve_backbone
+from ssod_edge.config import ALIASES, Head, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.training.published import packaged_weights, unavailable
+from ssod_edge.training.stages import find_stages, pooled, stage_maps
 
 _OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
 _CHOOSE = "Choose another; most of timm's have one linear classifier on pooled features"
@@ -28,43 +29,69 @@ _POOLS = ("SelectAdaptivePool2d", "FastAdaptiveAvgPool2d", "AdaptiveAvgPool2d")
 class SSODClassifier(nn.Module):
     """Classes and ID logit from one feature vector: [logits | s] = z @ [W; w_ood].T + [b; b_ood].
 
+    z is what the timm model's own classifier reads, of width D. With the head "stages" the pooled means of its stages'
+    maps come before that: z = [stages | last], of width Dall.
+
     Attributes:
-        backbone: the timm model; its classifier is the `nn.Linear` [M, D].
-        ood: `nn.Linear` [1, D], the OOD row; its output s is the ID logit of Eq. 13 and 15.
+        backbone: the timm model; its classifier is the `nn.Linear` [M, D], or nothing with the head "stages".
+        linear: `nn.Linear` [M, Dall] of the head "stages", or None.
+        stages: which of `ssod_edge.training.stages.stage_maps` are read; none with the head "last".
+        last_width: D.
+        ood: `nn.Linear` [1, Dall], the OOD row; its output s is the ID logit of Eq. 13 and 15.
         classes: the M class names.
         preprocess: what the input image goes through; mean and std are applied by `normalise`.
         backbone_name: timm's name.
         no_patches: why `patch_features` has no meaning for this backbone; empty where it has one.
     """
 
-    def __init__(self, backbone: nn.Module, backbone_name: str, classes: tuple[str, ...], preprocess: Preprocess):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        backbone_name: str,
+        classes: tuple[str, ...],
+        preprocess: Preprocess,
+        head: Head = "last",
+    ):
         super().__init__()
         self.backbone = backbone
         self.backbone_name = backbone_name
         self.classes = tuple(classes)
         self.preprocess = preprocess
+        self.linear: nn.Linear | None = None
+        self.stages: tuple[int, ...] = ()
         classifier: object = cast(Any, backbone).get_classifier()
         if not isinstance(classifier, nn.Linear):
             kind = type(classifier).__name__
             raise UsageError(f"backbone '{backbone_name}' ends in {kind}, not in one nn.Linear. {_CHOOSE}")
+        self.last_width = classifier.in_features
+        self.no_patches = _check_backbone(self)
+        if head == "stages":
+            self.stages, widths = find_stages(backbone, backbone_name, preprocess.input_size)
+            self.linear = nn.Linear(sum(widths) + self.last_width, len(classes))
+            nn.init.normal_(self.linear.weight, std=0.01)
+            nn.init.zeros_(self.linear.bias)
+            cast(Any, backbone).reset_classifier(0)
         self.ood = nn.Linear(self.classifier.in_features, 1)
         # A zero row makes s = 0 for every image: undecided until the OOD loss moves it.
         nn.init.zeros_(self.ood.weight)
         nn.init.zeros_(self.ood.bias)
-        self.no_patches = _check_backbone(self)
+
+    @property
+    def head_kind(self) -> Head:
+        """What the last layer reads: "stages" or "last"."""
+        return "last" if self.linear is None else "stages"
 
     @property
     def classifier(self) -> nn.Linear:
-        """The backbone's last layer, `nn.Linear` [M, D]."""
-        return cast(nn.Linear, cast(Any, self.backbone).get_classifier())
+        """The last layer, `nn.Linear` [M, Dall]."""
+        return self.linear if self.linear is not None else cast(nn.Linear, cast(Any, self.backbone).get_classifier())
 
     def features(self, x: Tensor) -> Tensor:
-        """Pooled features z [N, D] of a normalised image [N, 3, S, S]."""
-        backbone = cast(Any, self.backbone)
-        return cast(Tensor, backbone.forward_head(backbone.forward_features(x), pre_logits=True))
+        """Features z [N, Dall] of a normalised image [N, 3, S, S]."""
+        return self.forward_train(x, patches=0)[0]
 
     def head_weight(self) -> tuple[Tensor, Tensor]:
-        """The fused last layer: weight [M+1, D] and bias [M+1], the OOD row last."""
+        """The fused last layer: weight [M+1, Dall] and bias [M+1], the OOD row last."""
         classifier = self.classifier
         bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(len(self.classes))
         return torch.cat([classifier.weight, self.ood.weight]), torch.cat([bias, self.ood.bias])
@@ -74,7 +101,7 @@ class SSODClassifier(nn.Module):
         return self.head(self.features(x))
 
     def head(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits fp32 [N, M], id_logit fp32 [N]) of pooled features [N, D]."""
+        """(logits fp32 [N, M], id_logit fp32 [N]) of features [N, Dall]."""
         weight, bias = self.head_weight()
         with torch.autocast(device_type=z.device.type, enabled=False):
             out = F.linear(z.float(), weight.float(), bias.float())
@@ -88,15 +115,20 @@ class SSODClassifier(nn.Module):
             patches: the first so many images also give their patch features; None: all, 0: none.
 
         Returns:
-            pooled features [N, D]; patch features [n, H, W, D], or None.
+            features [N, Dall]; patch features [n, H, W, Dall], or None.
         """
-        backbone = cast(Any, self.backbone)
-        feature_map = backbone.forward_features(x)
-        z = cast(Tensor, backbone.forward_head(feature_map, pre_logits=True))
-        return z, None if patches == 0 else self.patch_features(feature_map[:patches])
+        feature_map, maps = stage_maps(self.backbone, x, self.stages)
+        last = cast(Tensor, cast(Any, self.backbone).forward_head(feature_map, pre_logits=True))
+        z = torch.cat([*map(pooled, maps), last], dim=1) if maps else last
+        if patches == 0:
+            return z, None
+        grid = self.patch_features(feature_map[:patches])
+        # Each map averaged onto the last one's grid: where the sides divide, the mean over patches is the pooled mean.
+        on_grid = [F.adaptive_avg_pool2d(m[:patches], grid.shape[1:3]).permute(0, 2, 3, 1) for m in maps]
+        return z, torch.cat([*on_grid, grid], dim=3) if maps else grid
 
     def patch_features(self, feature_map: Tensor) -> Tensor:
-        """The head's pre-logits at every location: [N, C, H, W] -> [N, H, W, D]."""
+        """The backbone's pre-logits at every location of its last map: [N, C, H, W] -> [N, H, W, D]."""
         return cast(Tensor, unpooled_head(self.backbone).forward_head(feature_map, pre_logits=True)).permute(0, 2, 3, 1)
 
 
@@ -172,6 +204,7 @@ def build_model(
     preprocess: Preprocess,
     pretrained: bool = False,
     weights: str | Path | None = None,
+    head: Head = "last",
 ) -> SSODClassifier:
     """Make a classifier from a timm backbone.
 
@@ -182,6 +215,7 @@ def build_model(
         pretrained: load published weights, from a package that holds them or through timm.
         weights: a local .safetensors or .pth state dict, or a checkpoint of ssod-edge, whose OOD row is left out;
             so is a classifier of another width.
+        head: what the last layer reads: "last", the features of the timm model's own, or "stages", every stage's too.
 
     Raises:
         UsageError: no such backbone, one whose classifier is not one linear layer (the message says why), or published
@@ -213,7 +247,7 @@ def build_model(
         nn.init.normal_(classifier.weight, std=0.01)
     if weights is not None:
         load_weights(model, weights)
-    return SSODClassifier(model, name, classes, preprocess)
+    return SSODClassifier(model, name, classes, preprocess, head)
 
 
 def _why_not_built(name: str, classes: int, size: dict[str, int]) -> Exception | None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.config import Preprocess, TrainConfig, from_dict, resolve_backbone
+from ssod_edge.config import Head, Preprocess, TrainConfig, from_dict, resolve_backbone
 from ssod_edge.data.images import Images, Subset
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import Splits, read_splits
@@ -68,7 +68,9 @@ class Run:
         try:
             backbone = from_json(str, meta["backbone"], "backbone")
             classes = from_json(tuple[str, ...], meta["classes"], "classes")
-            model = build_model(backbone, classes, from_json(Preprocess, meta["preprocess"], "preprocess"))
+            preprocess = from_json(Preprocess, meta["preprocess"], "preprocess")
+            head = from_json(Head, meta.get("head", "last"), "head")  # earlier releases had no other
+            model = build_model(backbone, classes, preprocess, head=head)
         except UsageError as error:
             raise ArtifactError(f"checkpoint '{self.checkpoint}' does not describe a model ({error})") from error
         load_state(model, tensors, self.checkpoint)

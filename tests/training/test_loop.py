@@ -21,6 +21,7 @@ from locks import holding
 from pictures import write_folder
 
 import ssod_edge.training.loop
+import ssod_edge.training.session
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, train_config
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
@@ -565,7 +566,7 @@ def test_synchronised_norms_keep_what_a_network_says(backbone):
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before = model(image)[0]
-        converted = ssod_edge.training.loop.convert_sync_batchnorm(model).eval()
+        converted = ssod_edge.training.session.convert_sync_batchnorm(model).eval()
         after = converted(image)[0]
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
     torch.testing.assert_close(after, before)

@@ -1,0 +1,136 @@
+"""Features of images through a network that does not change: computed once, and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssod_edge.data.disturbances import disturbed_copy
+from ssod_edge.data.pixels import read_pixels
+from ssod_edge.data.sources import ImageSource
+from ssod_edge.errors import OutputError
+from ssod_edge.files import write_atomic
+from ssod_edge.training.batches import EvalImages, load_batches
+from ssod_edge.training.checkpoint import trunk_hash
+from ssod_edge.training.model import SSODClassifier, normalise
+
+#: Of what `disturbed_copy` makes of an image, and how it is read; another one makes features anew.
+VERSION = 1
+#: Folder of kept features, in a folder of runs.
+CACHE = ".features"
+#: Bytes that it may hold; the features that were used longest ago go first.
+MOST_BYTES = 4 * 2**30
+SEED = 0
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of all N images of a source, through the trunk of one model.
+
+    Attributes:
+        plain: float32 [N, Dall], of the images as they are.
+        disturbed: float32 [N, Dall], of one disturbed copy of each (`disturbed_copy`), seeded by its place.
+    """
+
+    plain: NDArray[np.float32]
+    disturbed: NDArray[np.float32]
+
+
+class _Pairs(EvalImages):
+    """(uint8 [2, 3, S, S]: the image and its disturbed copy, label, index)."""
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = int(self.indices[position])
+        pixels = read_pixels(self.source.picture(index), self.settings)
+        copy = disturbed_copy(pixels, np.random.default_rng((SEED, index)))
+        return torch.from_numpy(np.stack([pixels, copy])), int(self.source.labels[index]), index
+
+
+def features_of(
+    model: SSODClassifier,
+    source: ImageSource,
+    folder: Path,
+    workers: int = 1,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Features:
+    """The features of all images of a source, from the folder where they are kept, or computed and put there.
+
+    Args:
+        model: its head does not matter.
+        source: images.
+        folder: of runs; the features lie in `CACHE` there.
+        workers: processes that read photos.
+        advance: called with the size of each finished batch.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    path = _path(model, source, folder)
+    if (kept := _read(path, len(source))) is not None:
+        advance(len(source))
+        return kept
+    device = next(model.parameters()).device
+    parts: list[NDArray[np.float32]] = []
+    model.eval()
+    with torch.inference_mode():
+        for pair, labels, _ in load_batches(_Pairs(source, None, model.preprocess), workers, batch_size=BATCH):
+            x = normalise(pair.flatten(0, 1).to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
+            parts.append(model.features(x).float().cpu().numpy().reshape(len(labels), 2, -1))
+            advance(len(labels))
+    both = np.concatenate(parts)
+    found = Features(np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1]))
+    _keep(path, found)
+    return found
+
+
+def kept_features(model: SSODClassifier, source: ImageSource, folder: Path) -> Features | None:
+    """What `features_of` has kept; None where there is nothing."""
+    return _read(_path(model, source, folder), len(source))
+
+
+def _path(model: SSODClassifier, source: ImageSource, folder: Path) -> Path:
+    record = {
+        "version": VERSION,
+        "trunk": trunk_hash(model),
+        "backbone": model.backbone_name,
+        "stages": model.stages,
+        "preprocess": asdict(model.preprocess),
+        "images": source.fingerprint,
+    }
+    return folder / CACHE / f"{hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]}.npz"
+
+
+def _read(path: Path, count: int) -> Features | None:
+    """None where there is no such file, or a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = Features(file["plain"], file["disturbed"])
+        path.touch()
+    except Exception:  # of a damaged archive the reader may raise anything
+        return None
+    return found if len(found.plain) == len(found.disturbed) == count else None
+
+
+def _keep(path: Path, features: Features) -> None:
+    """Write features, and delete those that nobody used for the longest time; without room for them, do without."""
+    size = features.plain.nbytes + features.disturbed.nbytes
+    others = sorted(path.parent.glob("*.npz"), key=lambda other: other.stat().st_mtime)
+    total = size + sum(other.stat().st_size for other in others)
+    for other in others:
+        if total > MOST_BYTES:
+            total -= other.stat().st_size
+            other.unlink(missing_ok=True)
+    if total > MOST_BYTES:
+        return
+    with contextlib.suppress(OutputError):  # they are computed again
+        write_atomic(path, lambda temporary: np.savez(temporary, **asdict(features)))  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""A last layer by regression on features that do not change: logistic regression, its strength by cross-validation."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+#: Inverse weights of the L2 penalty on standardised features that are tried.
+STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2)
+FOLDS = 4
+ITERATIONS = 300
+#: Least deviation of a feature that is divided by: some are the same for every image.
+LEAST_DEVIATION = 1e-6
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A last layer.
+
+    Attributes:
+        weight: float32 [M, Dall], of the features as they are: that they were standardised is folded in.
+        bias: float32 [M].
+        strength: of `STRENGTHS`.
+        losses: strength -> mean log loss of images that were left out of the fit; empty where none was.
+        accuracy: share of images that are classified rightly when left out of the fit; NaN where none was.
+    """
+
+    weight: Array
+    bias: Array
+    strength: float
+    losses: dict[float, float]
+    accuracy: float
+
+    def logits(self, features: Array) -> Array:
+        """[n, Dall] -> float32 [n, M]."""
+        values: Array = features @ self.weight.T + self.bias
+        return values
+
+
+def fit_head(plain: Array, disturbed: Array, labels: Labels, classes: int, weights: Array | None = None) -> LinearHead:
+    """Fit on images and a disturbed copy of each, which stay together in every fold.
+
+    Args:
+        plain, disturbed: features [n, Dall].
+        labels: [n], of `classes` classes, each of which has images.
+        classes: M.
+        weights: [n], how much an image counts; None: all the same.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    folds = min(FOLDS, int(counts.min()))
+    losses: dict[float, float] = {}
+    accuracies: dict[float, float] = {}
+    if folds >= 2:
+        from sklearn.model_selection import StratifiedKFold
+
+        parts = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(plain, labels))
+        for strength in STRENGTHS:
+            found = np.zeros((len(labels), classes))
+            for inside, outside in parts:
+                head = _fit(plain, disturbed, labels, classes, weights, inside, strength)
+                found[outside] = plain[outside] @ head[0].T + head[1]
+            found -= found.max(axis=1, keepdims=True)
+            log_probs = found - np.log(np.exp(found).sum(axis=1, keepdims=True))
+            losses[strength] = float(-np.average(log_probs[np.arange(len(labels)), labels], weights=weights))
+            accuracies[strength] = float((found.argmax(axis=1) == labels).mean())
+            if losses[strength] > min(losses.values()):
+                break  # convex in the strength, but for noise
+    strength = min(losses, key=losses.__getitem__) if losses else STRENGTHS[1]
+    weight, bias = _fit(plain, disturbed, labels, classes, weights, np.arange(len(labels)), strength)
+    return LinearHead(weight, bias, strength, losses, accuracies.get(strength, float("nan")))
+
+
+def _fit(
+    plain: Array,
+    disturbed: Array,
+    labels: Labels,
+    classes: int,
+    weights: Array | None,
+    chosen: NDArray[np.intp],
+    strength: float,
+) -> tuple[Array, Array]:
+    """Weight [M, Dall] and bias [M] of a fit to some of the images."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    z, y = np.concatenate([plain[chosen], disturbed[chosen]]), np.tile(labels[chosen], 2)
+    mean, deviation = z.mean(axis=0), np.maximum(z.std(axis=0), LEAST_DEVIATION)
+    model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the loss do not matter
+        model.fit((z - mean) / deviation, y, None if weights is None else np.tile(weights[chosen], 2))
+    rows, intercept = model.coef_, model.intercept_
+    if classes == 2:  # one row, of the second class against the first
+        rows, intercept = np.concatenate([-rows, rows]) / 2, np.concatenate([-intercept, intercept]) / 2
+    weight = rows / deviation
+    return weight.astype(np.float32), (intercept - weight @ mean).astype(np.float32)

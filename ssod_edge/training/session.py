@@ -1,0 +1,143 @@
+"""What every way of training begins with and leaves: images and how they are split, the model, and the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
+
+from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
+from ssod_edge.data.sources import open_dataset
+from ssod_edge.data.splits import MIN_CALIB, split_dataset
+from ssod_edge.errors import UsageError
+from ssod_edge.files import write_atomic, write_json
+from ssod_edge.json_reader import from_json, parse_json
+from ssod_edge.training.checkpoint import (
+    is_checkpoint,
+    load_checkpoint,
+    model_meta,
+    model_tensors,
+    save_checkpoint,
+    trunk_hash,
+)
+from ssod_edge.training.distributed import check_same_images, is_main
+from ssod_edge.training.model import SSODClassifier, build_model, check_size
+from ssod_edge.training.published import check_published
+
+
+def say(message: str) -> None:
+    """A line for the user, from one process."""
+    if is_main():
+        click.echo(message, err=True)
+
+
+class Session:
+    """A run that is being trained: its images, model and folder.
+
+    Args:
+        config: the settings.
+        run: the folder.
+        device: of the model.
+        restored: whether the weights will be put back from a checkpoint of this run.
+        resume: whether the run was begun before.
+
+    Raises:
+        UsageError: data or settings that cannot be trained on.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run: Path, device: torch.device, restored: bool = False, resume: bool = False
+    ):
+        self.config, self.run, self.device = config, run, device
+        self.started_from: dict[str, str] | None = None
+        if config.weights == PUBLISHED and not restored:
+            check_published(config.backbone)
+        try:
+            self.source = open_dataset(config.data)
+        except UsageError as error:
+            if not resume:
+                raise
+            raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
+        if self.source.left_out:
+            say(self.source.left_out)
+        check_same_images(self.source.fingerprint)
+        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
+        self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}
+        self.model = self._make_model(restored)
+        if not restored and config.weights != NO_WEIGHTS:
+            self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
+
+    def _make_model(self, restored: bool) -> SSODClassifier:
+        config, classes = self.config, self.source.classes
+        weights = None if restored else config.weights_file
+        if weights and is_checkpoint(weights):
+            meta = load_checkpoint(Path(weights))[1]
+            if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
+                raise UsageError(
+                    f"'{weights}' was trained on another split of these images, so validation and calibration "
+                    "would see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's "
+                    "config.json"
+                )
+        torch.manual_seed(config.seed)
+        published = not restored and config.weights == PUBLISHED
+        model = build_model(config.backbone, classes, config.preprocess, published, weights, config.head)
+        if config.half_size_epochs:
+            check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
+        if config.sync_bn and self.device.type == "cuda":
+            model = cast(SSODClassifier, convert_sync_batchnorm(model))
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def begin_folder(self) -> None:
+        """Write the settings and splits of a new run, and say what they leave out."""
+        splits = self.splits
+        write_json(self.run / "config.json", dataclasses.asdict(self.config))
+        held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
+        record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
+        write_json(self.run / "splits.json", record)
+        if len(splits.calib) < MIN_CALIB:
+            say(
+                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
+                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
+            )
+
+    def save(
+        self,
+        name: str,
+        epoch: int,
+        accuracy: float | None,
+        tensors: dict[str, Tensor] | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint of the model, with the tensors and metadata that are given beside it."""
+        record = {
+            **model_meta(self.model),
+            "trained": True,
+            "epoch": epoch,
+            "val_accuracy": accuracy,
+            "data": self.config.data,
+            **self.data_record,
+            "started_from": self.started_from,
+        }
+        save_checkpoint(self.run / name, model_tensors(self.model) | (tensors or {}), record | (meta or {}))
+
+
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it.
+
+    A line that is damaged is left out, and said so: it is not worth the epoch that was trained.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if from_json(int, parse_json(line).get("epoch"), "epoch") < row["epoch"]:
+                kept.append(line)
+        except UsageError as error:
+            say(f"left out line {number} of '{path}', which is damaged ({error})")
+    write_atomic(path, lambda temporary: temporary.write_bytes(b"\n".join([*kept, json.dumps(row).encode(), b""])))
