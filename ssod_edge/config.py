@@ -39,8 +39,8 @@ Balance = Literal["lwb", "lw", "dr"]
 Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["auto", "reference"]
-ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "posterior"]
-DetectorName = Literal["vim", "mahalanobis", "rmd", "knn", "react", "ash", "scale"]
+ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "gen", "posterior"]
+DetectorName = Literal["vim", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn", "react", "ash", "scale"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 BALANCES: tuple[str, ...] = get_args(Balance)
@@ -57,8 +57,11 @@ SHIPPED_SCORES = (*SCORES, *DETECTORS)
 #: `export --score` of this name chooses one of them on held-out data.
 AUTO_SCORE = "auto"
 
-#: The score an artifact ships until a study has chosen another one for it.
+#: The score of a model whose images are not at hand.
 DEFAULT_SCORE: ScoreName = "energy"
+#: The score of a model whose images are at hand, until the evidence is for another: doubt between the classes, or far
+#: from all of them.
+PRIOR_SCORE = "gen+mahalanobispp"
 
 
 def resolve_backbone(name: str) -> str:

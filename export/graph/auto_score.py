@@ -64,7 +64,7 @@ def choose(
             advance(len(half))
     logits, _, features = known
     fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
-    candidates = choice.Candidates(fitted, data, bool(model.ood.weight.any()))
+    candidates = choice.Candidates(fitted, known, bool(model.ood.weight.any()))
     chosen = choice.choose(candidates, known, labels, made, multiply_adds(model))
     for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(images), choices.description):
         say(line)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
 from ssod_edge.data.images import LEAST_IMAGES, Images
 from ssod_edge.data.sources import model_labels
-from ssod_edge.detect.choice import LEAST_UNASKED, chooses_unasked
+from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
 from ssod_edge.detect.fit import FitData
-from ssod_edge.detect.sums import FittedScore, fit_score
+from ssod_edge.detect.sums import FittedScore, Outputs, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
@@ -25,6 +25,8 @@ from ssod_edge.terminal import image_bar
 
 #: Training images that a detector is fitted on.
 FIT_IMAGES = 10_000
+#: Held-out images that the parts of a sum are standardised by.
+HELD_OUT_IMAGES = 2000
 DEFAULT_EVIDENCE = "the default for a network that was not trained with made outliers, or has few images to choose by"
 
 
@@ -47,6 +49,11 @@ class WantedScore:
     @property
     def chooses(self) -> bool:
         return self.name == AUTO_SCORE
+
+    @property
+    def told(self) -> str:
+        """What stands in for "nobody asked" where the score cannot be made."""
+        return "no score can be chosen" if self.chooses else f"the score {self.name} cannot be fitted"
 
     def divide(self, images: Images, say: Say) -> Images:
         """The images, with some to choose by and to fit on where this score takes them; errors as `Images.divide`."""
@@ -77,7 +84,8 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
     Args:
         source: what is exported.
         name: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
-            if the network was trained with made outliers and its images are at hand, and else takes the default.
+            if the network was trained with made outliers and its images are at hand, else takes config's `PRIOR_SCORE`
+            if they are, and `DEFAULT_SCORE` if not.
         earlier: the export that this one goes beside.
         say: gets a line for each step.
 
@@ -89,14 +97,13 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
         return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
     if name is None:
         counts = [0 if part is None else len(part) for part in (source.images.training, source.images.choices)]
-        if chooses_unasked(source.outliers, *counts):
-            return WantedScore(AUTO_SCORE, DEFAULT_EVIDENCE, asked=False)
-        if source.outliers:
+        default = unasked_score(source.outliers, *counts) if source.trained else DEFAULT_SCORE
+        if default != AUTO_SCORE and source.outliers:
             say(
-                f"the score is {DEFAULT_SCORE}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
+                f"the score is {default}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
                 f"choose another, and there are {counts[0]} and {counts[1]}"
             )
-        return WantedScore(DEFAULT_SCORE, DEFAULT_EVIDENCE)
+        return WantedScore(default, DEFAULT_EVIDENCE, asked=False)
     if name == AUTO_SCORE and not source.trained:
         say(f"--score auto: untrained weights give nothing to choose by, so the score is {DEFAULT_SCORE}")
         return WantedScore(DEFAULT_SCORE, "auto: untrained weights give nothing to choose by")
@@ -117,19 +124,31 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
     """
     if wanted.kept is not None and (kept := _kept(source, wanted.kept, say)) is not None:
         return kept
-    if wanted.chooses:
-        try:
+    try:
+        if wanted.chooses:
             return _chosen(source, say, brief=not wanted.asked)
-        except UsageError as error:
-            if wanted.asked:
-                raise
-            say(f"no score can be chosen ({error}), so it is {DEFAULT_SCORE}")
-            return ShippedScore(DEFAULT_SCORE, wanted.evidence)
-    if not has_state(wanted.name):
-        return ShippedScore(wanted.name, wanted.evidence)
-    data = fit_data(source, say)
-    detector = fit_score(wanted.name, data)
-    return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
+        if not has_state(wanted.name):
+            return ShippedScore(wanted.name, wanted.evidence)
+        data = fit_data(source, say)
+        detector = fit_score(wanted.name, data, _held_out(source, say))
+        return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
+    except UsageError as error:
+        if wanted.asked:
+            raise
+        say(f"{wanted.told} ({error}), so it is {DEFAULT_SCORE}")
+        return ShippedScore(DEFAULT_SCORE, wanted.evidence)
+
+
+def _held_out(source: Source, say: Say) -> Outputs | None:
+    """What the network says of held-out images that no threshold is fitted to; None where none can be read."""
+    choices = source.images.choices
+    if choices is None:
+        return None
+    drawn = np.random.default_rng(0).permutation(choices.indices)[:HELD_OUT_IMAGES]
+    parts = [run_eager(source.model, images) for images, _ in choices.batches(source.model.preprocess, np.sort(drawn))]
+    for message in choices.unreadable:
+        say(f"left out: {message}")
+    return tuple(map(np.concatenate, zip(*parts, strict=True))) or None
 
 
 def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
@@ -140,7 +159,7 @@ def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
     chosen, candidate, figures = choose(source, choices, data, say, brief)
     for message in choices.unreadable:
         say(f"left out: {message}")
-    evidence = f"auto: the best by AUROC and FPR on images made from {choices.description}, within the cost allowed"
+    evidence = f"auto: the least regret over kinds of images made from {choices.description}, within the cost allowed"
     record = {} if candidate is None else _record(source, data, candidate)
     return ShippedScore(chosen, evidence, candidate, record, figures)
 

@@ -8,7 +8,7 @@ once; and the energy, which ViM holds too, is computed once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssod_edge.detect.detectors import TINY, Array, Detector
-from ssod_edge.detect.sums import FittedScore
+from ssod_edge.detect.detectors import TINY, UNIT_LENGTH, Array, Detector
+from ssod_edge.detect.scores import GEN_CLASSES, GEN_GAMMA
+from ssod_edge.detect.sums import SHARPNESS, FittedScore, ScoreSum
 from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
 
 #: A detector whose rounding takes more of verification's tolerance than this is not shipped: an engine adds its own.
@@ -39,8 +40,47 @@ class FusedScore(nn.Module):
 
     def __init__(self, score: FittedScore, head: tuple[Tensor, Tensor]):
         super().__init__()
-        parts: dict[str, Detector] = {score.name: score} if isinstance(score, Detector) else score.detectors
-        scales: dict[str, float] = {score.name: 1.0} if isinstance(score, Detector) else score.scales
+        self.one_sided = isinstance(score, ScoreSum) and bool(score.centers)
+        if isinstance(score, Detector):
+            parts = [_Plain({score.name: score}, {score.name: 1.0}, head)]
+        elif not score.centers:
+            parts = [_Plain(score.detectors, score.scales, head)]
+        else:
+            parts = [_Plain(_only(name, score.detectors), {name: 1.0}, head) for name in score.scales]
+            factors = SHARPNESS * np.array(list(score.scales.values()))
+            offsets = -factors * np.array(list(score.centers.values()))
+            self.register_buffer("factors", torch.from_numpy(factors.astype(np.float32)))
+            self.register_buffer("offsets", torch.from_numpy(offsets.astype(np.float32)))
+        self.parts = nn.ModuleList(parts)
+        self.weight = np.concatenate([part.weight for part in parts])
+        self.bias = np.concatenate([part.bias for part in parts])
+        self.sizes = [size for part in parts for size in part.sizes]
+
+    def forward(
+        self, features: Tensor, logits: Tensor, probs: Tensor, id_logit: Tensor, rows: Sequence[Tensor]
+    ) -> Tensor:
+        """features [N, D], logits and probs [N, M], id_logit [N], rows by `sizes` -> ood_score [N], all fp32."""
+        blocks, found = list(rows), []
+        for part in cast(Iterable[_Plain], self.parts):
+            own, blocks = blocks[: len(part.sizes)], blocks[len(part.sizes) :]
+            found.append(part(features, logits, probs, id_logit, own))
+        if not self.one_sided:
+            return found[0]
+        standardised = torch.stack(found, dim=1) * cast(Tensor, self.factors) + cast(Tensor, self.offsets)
+        return F.softplus(standardised).sum(dim=1) * (1 / SHARPNESS)
+
+
+class _Plain(nn.Module):
+    """The plain sum of scores, each times its factor; of one, that score.
+
+    Args:
+        parts: name -> state, for the scores that have one.
+        scales: name -> factor of each score.
+        head: see `FusedScore`, and there for the attributes.
+    """
+
+    def __init__(self, parts: dict[str, Detector], scales: dict[str, float], head: tuple[Tensor, Tensor]):
+        super().__init__()
         free = {name: scale for name, scale in scales.items() if name not in parts}
         distances = [(parts[name], scale) for name, scale in scales.items() if name in ("mahalanobis", "rmd")]
         terms: list[_Term] = []
@@ -53,8 +93,7 @@ class FusedScore(nn.Module):
         if "vim" in parts:
             terms.append(_residual(parts["vim"], scales["vim"]))
             free["energy"] = free.get("energy", 0.0) + scales["vim"]
-        if "knn" in parts:
-            terms.append(_Cosine(parts["knn"], scales["knn"]))
+        terms += [_UnitLength(parts[name], scales[name]) for name in parts if name in UNIT_LENGTH]
         terms += [_Shaped(parts[name], scales[name]) for name in parts if name in ("react", "ash", "scale")]
         self.terms, self.free = nn.ModuleList(terms), free
         none = np.zeros((0, head[0].shape[1]), np.float32)
@@ -65,7 +104,7 @@ class FusedScore(nn.Module):
     def forward(
         self, features: Tensor, logits: Tensor, probs: Tensor, id_logit: Tensor, rows: Sequence[Tensor]
     ) -> Tensor:
-        """features [N, D], logits and probs [N, M], id_logit [N], rows by `sizes` -> ood_score [N], all fp32."""
+        """As `FusedScore.forward`."""
         blocks = iter(rows)
         found = [term(features, logits, next(blocks) if len(cast(_Term, term).bias) else None) for term in self.terms]
         for name, scale in self.free.items():
@@ -88,8 +127,9 @@ class _Term(nn.Module):
 class _Squares(_Term):
     """sum of factors * y^2 over its rows y and, with a center, z - center before them; with `root` its root."""
 
-    def __init__(self, weight: Array, bias: Array, factors: Array, center: Array, root: bool = False):
+    def __init__(self, weight: Array, bias: Array, factors: Array, center: Array, start: int = 0, root: bool = False):
         super().__init__(weight, bias)
+        self.start = start
         self.centered, self.root, self.plain = bool(center.size), root, bool((factors == 1).all())
         self.register_buffer("center", torch.from_numpy(np.array(center)))
         self.register_buffer("factors", torch.from_numpy(factors.astype(np.float32)))
@@ -97,14 +137,14 @@ class _Squares(_Term):
     def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
         y = cast(Tensor, rows)
         if self.centered:
-            y = torch.cat([features - cast(Tensor, self.center), y], dim=1)
+            y = torch.cat([_from(self.start, features) - cast(Tensor, self.center), y], dim=1)
         total = (y * y if self.plain else y * cast(Tensor, self.factors) * y).sum(dim=1)
         return total.clamp(min=0).sqrt() if self.root else total
 
 
 def _squares(distances: list[tuple[Detector, float]]) -> _Squares:
     """The quadratic rows of Mahalanobis distances, each distance times its factor."""
-    weights, biases, factors, center = [], [], [], np.zeros(0, np.float32)
+    weights, biases, factors, center, start = [], [], [], np.zeros(0, np.float32), 0
     for detector, scale in distances:
         rows = int(detector.numbers["quadratic"])
         weights.append(detector.weight[:rows])
@@ -112,16 +152,16 @@ def _squares(distances: list[tuple[Detector, float]]) -> _Squares:
         sign = -scale if detector.center.size else scale
         factors.append(np.full(rows, sign))
         if detector.center.size:
-            center = detector.center
+            center, start = detector.center, detector.start
             factors.insert(0, np.full(len(center), scale * detector.numbers["scale"]))
-    return _Squares(np.concatenate(weights), np.concatenate(biases), np.concatenate(factors), center)
+    return _Squares(np.concatenate(weights), np.concatenate(biases), np.concatenate(factors), center, start)
 
 
 def _residual(vim: Detector, scale: float) -> _Squares:
     """ViM without its energy."""
     factor = (scale * vim.numbers["alpha"]) ** 2
     factors = np.repeat([factor, -factor if vim.center.size else factor], [len(vim.center), len(vim.bias)])
-    return _Squares(vim.weight, vim.bias, factors, vim.center, root=True)
+    return _Squares(vim.weight, vim.bias, factors, vim.center, vim.start, root=True)
 
 
 class _Lowest(_Term):
@@ -140,14 +180,26 @@ class _Lowest(_Term):
         return cast(Tensor, rows).amin(dim=1)
 
 
-class _Cosine(_Term):
-    def __init__(self, knn: Detector, scale: float):
-        super().__init__(-scale * knn.weight, -scale * knn.bias)
-        self.scale = scale
+class _UnitLength(_Term):
+    """A detector of features at length 1, times a factor. Its bias is added after the division by their length."""
+
+    def __init__(self, detector: Detector, scale: float):
+        rows = int(detector.numbers.get("quadratic", 0))
+        linear = -scale if detector.name == "knn" else scale
+        factors = np.repeat([np.sqrt(scale), linear], [rows, len(detector.weight) - rows])
+        super().__init__(factors[:, None] * detector.weight, np.zeros(len(factors), np.float32))
+        self.quadratic, self.start, self.minus = rows, detector.start, detector.name == "mahalanobispp"
+        constant = linear * detector.bias[rows:] + (scale if detector.name == "knn" else 0)
+        self.register_buffer("constant", torch.from_numpy(np.asarray(constant, np.float32)))
 
     def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
-        norm = torch.linalg.vector_norm(features, dim=1).clamp(min=TINY)
-        return self.scale + cast(Tensor, rows).amin(dim=1) / norm
+        length = torch.linalg.vector_norm(_from(self.start, features), dim=1, keepdim=True).clamp(min=TINY)
+        u = cast(Tensor, rows) / length
+        lowest = (u[:, self.quadratic :] + cast(Tensor, self.constant)).amin(dim=1)
+        if not self.quadratic:
+            return lowest
+        squares = u[:, : self.quadratic].square().sum(dim=1)
+        return lowest - squares if self.minus else lowest + squares
 
 
 class _Shaped(_Term):
@@ -215,6 +267,8 @@ def score_of_graph(name: str, logits: Tensor, probs: Tensor, id_logit: Tensor) -
         return -logits.amax(dim=1)
     if name == "energy":
         return _energy(logits, probs)
+    if name == "gen":
+        return _generalised_entropy(logits, probs)
     if name == "posterior":
         return F.softplus(-id_logit) - probs.amax(dim=1).log()
     top, index = logits.max(dim=1)
@@ -235,6 +289,29 @@ def _energy(logits: Tensor, probs: Tensor | None = None) -> Tensor:
     """-logsumexp, without overflow in any engine."""
     probs = torch.softmax(logits, dim=1) if probs is None else probs
     return probs.amax(dim=1).log() - logits.amax(dim=1)
+
+
+def _generalised_entropy(logits: Tensor, probs: Tensor) -> Tensor:
+    """GEN. 1 - p is taken from the other classes where p > 0.5: of a sure network it would be 0, and its power not.
+
+    p^gamma comes from its logarithm, because it is a number where p is none in fp32.
+    """
+    sure = probs > 0.5
+    others = probs.masked_fill(sure, 0.0).sum(dim=1, keepdim=True)
+    rest = torch.where(sure, others, 1 - probs)
+    terms = (GEN_GAMMA * torch.log_softmax(logits, dim=1)).exp() * rest.pow(GEN_GAMMA)
+    if terms.shape[1] > GEN_CLASSES:  # a term is the larger, the larger p
+        terms = terms.topk(GEN_CLASSES, dim=1).values
+    return terms.sum(dim=1)
+
+
+def _from(start: int, features: Tensor) -> Tensor:
+    """[N, D] -> [N, D - start]."""
+    return features[:, start:] if start else features
+
+
+def _only(name: str, states: dict[str, Detector]) -> dict[str, Detector]:
+    return {name: states[name]} if name in states else {}
 
 
 def _times(scale: float, score: Tensor) -> Tensor:

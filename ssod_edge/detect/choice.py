@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from ssod_edge.config import DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, SCORES, DetectorName
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, PRIOR_SCORE, SCORES, DetectorName
+from ssod_edge.data.images import LEAST_IMAGES
 from ssod_edge.detect.detectors import Array, Detector
 from ssod_edge.detect.fit import FitData, Labels, fit
 from ssod_edge.detect.metrics import detection_metrics
-from ssod_edge.detect.sums import FittedScore, part_scores, spreads, sum_of
+from ssod_edge.detect.sums import FittedScore, Outputs, held_out_scores, standards, sum_of
 from ssod_edge.errors import UsageError
-
-#: What a network says of n images: logits [n, M], id_logit [n] and features [n, D], all float32.
-Outputs = tuple[Array, ...]
 
 #: What a score may add to the network's multiply-adds, as a share.
 MOST_COST = 0.01
@@ -28,9 +25,11 @@ NOT_CHOSEN = ("ash", "scale")
 MISTAKEN = "mistaken"
 #: Fewer of them say nothing.
 LEAST_MISTAKES = 20
-#: Parts of the sums that are candidates: one score of each family, two or more of them together.
-PARTS = ("ssod", "energy", "knn", "vim", "mahalanobis", "rmd")
-#: Candidates whose figure is this near to the best are level: of 2,000 images, a difference of a point is noise.
+#: A kind of the other sign: known images as another camera or light would give them, which are to be accepted.
+DISTURBED = "disturbed"
+#: Parts of the sums that are candidates: one of the logits and one distance, and the OOD row where it was trained.
+LOGIT_PARTS, DISTANCES = ("gen", "energy", "maxlogit"), ("mahalanobispp", "rmdpp", "knn", "vim", "mahalanobis", "rmd")
+#: Candidates whose regret is this near to the least are level: of 2,000 images, a difference of a point is noise.
 LEVEL = 0.01
 #: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
 #: chance chooses.
@@ -45,6 +44,19 @@ def chooses_unasked(outliers: Sequence[str], training: int, choices: int) -> boo
     (docs/detection.md).
     """
     return bool(outliers) and min(training, choices) >= LEAST_UNASKED
+
+
+def unasked_score(outliers: Sequence[str], training: int, choices: int) -> str:
+    """What an export ships that names no score and has none beside it: "auto", or a score by name.
+
+    Args:
+        outliers: kinds of made images that the network was trained to reject.
+        training: how many training images are at hand.
+        choices: how many held-out ones, apart from those of the thresholds.
+    """
+    if chooses_unasked(outliers, training, choices):
+        return AUTO_SCORE
+    return PRIOR_SCORE if training >= LEAST_IMAGES and choices else DEFAULT_SCORE
 
 
 @dataclass(frozen=True)
@@ -66,21 +78,32 @@ class Choice:
     mistaken: int
 
 
-def choose(candidates: Candidates, known: Outputs, labels: Labels, made: Mapping[str, Outputs], network: int) -> Choice:
-    """The candidate that does best over the kinds of images that no class describes.
+def choose(
+    candidates: Candidates,
+    known: Outputs,
+    labels: Labels,
+    made: Mapping[str, Outputs],
+    network: int,
+    disturbed: Outputs | None = None,
+) -> Choice:
+    """The candidate that never does much worse than another, whatever kind of image is shown.
 
-    What counts is AUROC and the share of them that is rejected where 95% of the held-out images are accepted, half
-    each: a device runs at the one threshold, and a mean over all of them, which AUROC is, may hide what it does.
+    A candidate's figure on a kind is the mean of its AUROC and the share of the kind that is rejected where 95% of the
+    held-out images are accepted: a device runs at the one threshold, and a mean over all of them, which AUROC is, may
+    hide what it does. On disturbed known images it is the share accepted there. Its regret on a kind is the best
+    figure of a candidate, less its own; the one with the least worst regret is taken. A mean over the kinds would let
+    many easy ones outvote the one that goes wrong.
 
-    A candidate that adds more than `MOST_COST` to the network's multiply-adds is measured and not taken. Of those that
-    are level (`LEVEL`) the sum of most parts wins: what one part does not see in images that nobody made, another may.
+    Of those that are level (`LEVEL`) it is `PRIOR_SCORE`, or else the one of fewest parts. A candidate that adds more
+    than `MOST_COST` to the network's multiply-adds is measured and not taken.
 
     Args:
         candidates: all of them.
         known: of in-distribution images that were not trained on, and that no threshold is fitted to.
         labels: int64 [n], their classes, -1 where there is none.
-        made: kind -> of images made from them.
+        made: kind -> of images that no class describes.
         network: multiply-adds of the network, for one image.
+        disturbed: of known images as another camera or light would give them; None for none.
     """
     scores = candidates.scores(*known)
     pairs = {kind: (scores, candidates.scores(*outputs)) for kind, outputs in made.items()}
@@ -89,11 +112,14 @@ def choose(candidates: Candidates, known: Outputs, labels: Labels, made: Mapping
     if wrong.sum() >= LEAST_MISTAKES and right.any():
         answered, missed = ({name: values[part] for name, values in scores.items()} for part in (right, wrong))
         pairs[MISTAKEN] = answered, missed
+    shifted = None if disturbed is None else candidates.scores(*disturbed)
     states = {name: candidates.state(name) for name in scores}
-    costs = {name: state.multiply_adds / network if state else 0.0 for name, state in states.items()}
-    rows = {name: {**_figures(name, pairs), "cost": costs[name]} for name in scores}
-    best = _best(rows)
-    return Choice(best, states[best], rows, tuple(pairs), int(wrong.sum()))
+    rows = {name: _measured(name, pairs, scores[name], shifted) for name in scores}
+    for name, row in rows.items():
+        state = states[name]
+        row["cost"] = state.multiply_adds / network if state else 0.0
+    best = best_of(rows)
+    return Choice(best, states[best], rows, (*pairs, *([] if disturbed is None else [DISTURBED])), int(wrong.sum()))
 
 
 def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable[[str], None]) -> dict[str, Detector]:
@@ -111,60 +137,78 @@ def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable
     return fitted
 
 
-def _figures(name: str, pairs: dict[str, tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, Any]:
-    """Of one candidate: `auroc` and `fpr` (at 95% of known images) by kind, their means, and `figure`, to choose by."""
+def _measured(
+    name: str,
+    pairs: Mapping[str, tuple[dict[str, Array], dict[str, Array]]],
+    known: Array,
+    shifted: dict[str, Array] | None,
+) -> dict[str, Any]:
+    """Of one candidate: `auroc` and `fpr` (at 95% of known images) by kind, their means, `accepted` of disturbed known
+    images (None without), and `figures` by kind.
+    """
     found = {
-        kind: detection_metrics(known[name], unknown[name], bootstrap=0) for kind, (known, unknown) in pairs.items()
+        kind: detection_metrics(inside[name], unknown[name], bootstrap=0) for kind, (inside, unknown) in pairs.items()
     }
     auroc = {kind: metrics["auroc"] for kind, metrics in found.items()}
     fpr = {kind: metrics["fpr_at_id_tpr95"] for kind, metrics in found.items()}
+    figures = {kind: (auroc[kind] + 1 - fpr[kind]) / 2 for kind in found}
+    accepted = None
+    if shifted is not None:
+        accepted = figures[DISTURBED] = float(np.mean(shifted[name] <= np.quantile(known, 0.95, method="higher")))
     mean_auroc, mean_fpr = (float(np.mean(list(values.values()))) for values in (auroc, fpr))
-    figure = (mean_auroc + 1 - mean_fpr) / 2
-    return {"figure": figure, "mean_auroc": mean_auroc, "mean_fpr": mean_fpr, "auroc": auroc, "fpr": fpr}
+    means = {"mean_auroc": mean_auroc, "mean_fpr": mean_fpr}
+    return {"figures": figures, **means, "auroc": auroc, "fpr": fpr, "accepted": accepted}
 
 
-def _best(rows: dict[str, dict[str, Any]]) -> str:
-    """The candidate to take, by its `figure`, its `cost` and the parts in its name."""
+def best_of(rows: dict[str, dict[str, Any]]) -> str:
+    """The candidate to take, by its `figures`, its `cost` and its name; every row gets its `regret`, the worst of all
+    kinds, and `worst`, that kind.
+    """
     allowed = {name: row for name, row in rows.items() if row["cost"] <= MOST_COST}
-    level = max(row["figure"] for row in allowed.values()) - LEVEL
-    return max(
-        (name for name, row in allowed.items() if row["figure"] >= level),
-        key=lambda name: (name.count("+"), allowed[name]["figure"], -allowed[name]["cost"]),
+    best = {
+        kind: max(row["figures"][kind] for row in allowed.values()) for kind in next(iter(rows.values()))["figures"]
+    }
+    for row in rows.values():
+        row["worst"] = max(best, key=lambda kind: best[kind] - row["figures"][kind])
+        row["regret"] = best[row["worst"]] - row["figures"][row["worst"]]
+    level = min(row["regret"] for row in allowed.values()) + LEVEL
+    return min(
+        (name for name, row in allowed.items() if row["regret"] <= level),
+        key=lambda name: (name != PRIOR_SCORE, name.count("+"), allowed[name]["regret"], allowed[name]["cost"]),
     )
 
 
 class Candidates:
-    """Every score that may be chosen: those of the logits, the detectors, and the sums of `PARTS`.
+    """Every score that may be chosen: those of the logits, the detectors, and sums of the parts that go together.
 
     The default comes first: of single scores that are equal it wins.
 
     Args:
         detectors: of `fit_all`.
-        data: what they were fitted on.
+        known: what the network says of held-out known images, which parts of sums are standardised by.
         ood_row: whether it was trained; those that read it are candidates only then.
     """
 
-    def __init__(self, detectors: dict[str, Detector], data: FitData, ood_row: bool) -> None:
+    def __init__(self, detectors: dict[str, Detector], known: Outputs, ood_row: bool) -> None:
         free = sorted(SCORES, key=lambda name: name != DEFAULT_SCORE)
         free = [name for name in free if name not in NEED_OOD_ROW or ood_row]
         self.detectors = detectors
         self.singles = (*free, *detectors)
-        self.spread = spreads(self.singles, detectors, data)
-        parts = [name for name in PARTS if name in self.singles and self.spread[name] > 0]
+        self.standards = standards(held_out_scores(self.singles, detectors, known))
+        pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES]
+        sums = [*pairs, *(("ssod", *rest) for rest in (*((distance,) for distance in DISTANCES), *pairs))]
+        usable = {name for name in self.singles if self.standards[name][1] > 0}
         self.sums = {
-            "+".join(names): names
-            for count in range(2, len(parts) + 1)
-            for names in itertools.combinations(parts, count)
+            "+".join(parts): sum_of("+".join(parts), detectors, self.standards)
+            for parts in sums
+            if usable.issuperset(parts)
         }
 
     def scores(self, logits: Array, id_logit: Array, features: Array) -> dict[str, Array]:
         """All of them for n images, float32 [n] each, of their outputs."""
-        found = part_scores(self.singles, self.detectors, features, logits, id_logit)
-        for name, parts in self.sums.items():
-            total = sum(found[part].astype(np.float64) / self.spread[part] for part in parts)
-            found[name] = np.asarray(total, np.float32)
-        return found
+        found = held_out_scores(self.singles, self.detectors, (logits, id_logit, features))
+        return found | {name: total.add(found) for name, total in self.sums.items()}
 
     def state(self, name: str) -> FittedScore | None:
         """What the graph needs to compute a score; None for those of the logits."""
-        return sum_of(name, self.detectors, self.spread) if name in self.sums else self.detectors.get(name)
+        return self.sums.get(name) or self.detectors.get(name)

@@ -19,6 +19,8 @@ from ssod_edge.config import DETECTORS, OWN_GEMM, DetectorName
 Array = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
 
+#: Detectors of features that are brought to length 1: the rows' products are divided by it before the bias is added.
+UNIT_LENGTH = ("knn", "mahalanobispp", "rmdpp")
 #: Less than any divisor that means something.
 TINY = 1e-12
 
@@ -27,23 +29,27 @@ TINY = 1e-12
 class Detector:
     """A fitted detector, in the form that the graph computes.
 
-    With y = z @ weight.T + bias, Q = numbers["quadratic"], e(l) = -logsumexp(l), and r = exp(sum(z+) / sum(top-k z+)):
+    With y = z @ weight.T + bias, v = z[start:], u = z @ weight.T / |v| + bias, Q = numbers["quadratic"],
+    e(l) = -logsumexp(l), and r = exp(sum(z+) / sum(top-k z+)):
 
-        vim          alpha |y| + e(logits); with a center: |y|^2 is |z - center|^2 - |y|^2
-        rmd          |y[:Q]|^2 + min(y[Q:])
-        mahalanobis  the same; with a center: scale |z - center|^2 - |y[:Q]|^2 + min(y[Q:])
-        knn          1 - max(y) / |z|
-        react        e(min(z, clip) @ weight.T + bias)
-        ash          e(r * (z where z >= the k-th largest) @ weight.T + bias)
-        scale        e(r * (logits - bias) + bias)
+        vim            alpha |y| + e(logits); with a center: |y|^2 is |v - center|^2 - |y|^2
+        rmd            |y[:Q]|^2 + min(y[Q:])
+        mahalanobis    the same; with a center: scale |v - center|^2 - |y[:Q]|^2 + min(y[Q:])
+        rmdpp          min(u[Q:]) + |u[:Q]|^2
+        mahalanobispp  min(u[Q:]) - |u[:Q]|^2
+        knn            1 - max(u)
+        react          e(min(z, clip) @ weight.T + bias)
+        ash            e(r * (z where z >= the k-th largest) @ weight.T + bias)
+        scale          e(r * (logits - bias) + bias)
 
     Attributes:
         name: of `ssod_edge.config.DETECTORS`.
-        weight: float32 [K, D]; K = 0 for `scale`.
+        weight: float32 [K, D], 0 before `start`; K = 0 for `scale`.
         bias: float32 [K]; for `scale` the classifier's, [M].
-        center: float32 [D], or [0].
+        center: float32 [D - start], or [0].
         numbers: those above.
         settings: what it was fitted with, for the record.
+        start: first of the features that it reads.
     """
 
     name: DetectorName
@@ -52,6 +58,7 @@ class Detector:
     center: Array = field(default_factory=lambda: np.zeros(0, np.float32))
     numbers: dict[str, float] = field(default_factory=dict)
     settings: dict[str, float | str] = field(default_factory=dict)
+    start: int = 0
 
     @property
     def rows(self) -> int:
@@ -77,25 +84,28 @@ class Detector:
         return self._score(np.asarray(features, np.float64), np.asarray(logits, np.float64)).astype(np.float32)
 
     def _score(self, features: Wide, given: Wide) -> Wide:
-        z, weight = features, self.weight.T.astype(np.float64)
+        z, v, weight = features, features[:, self.start :], self.weight.T.astype(np.float64)
         if self.name in OWN_GEMM or self.name == "scale":
             factor = 1.0 if self.name == "react" else self._factor(z)
             product = given - self.bias if self.name == "scale" else self._shaped(z) @ weight
             return _energy(factor * product + self.bias)
+        quadratic = int(self.numbers.get("quadratic", 0))
+        if self.name in UNIT_LENGTH:
+            u = z @ weight / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), TINY) + self.bias
+            if self.name == "knn":
+                return np.asarray(1 - u.max(axis=1))
+            sign = 1 if self.name == "rmdpp" else -1
+            return np.asarray(u[:, quadratic:].min(axis=1) + sign * np.square(u[:, :quadratic]).sum(axis=1))
         y = z @ weight + self.bias
-        if self.name == "knn":
-            cosine: Wide = y.max(axis=1) / np.maximum(np.linalg.norm(z, axis=1), TINY)
-            return 1 - cosine
         if self.name == "vim":
             squared = np.square(y).sum(axis=1)
             if self.center.size:
-                squared = np.maximum(np.square(z - self.center).sum(axis=1) - squared, 0)
+                squared = np.maximum(np.square(v - self.center).sum(axis=1) - squared, 0)
             residual: Wide = np.sqrt(squared)
             return self.numbers["alpha"] * residual + _energy(given)
-        quadratic = int(self.numbers["quadratic"])
         distance: Wide = np.square(y[:, :quadratic]).sum(axis=1)
         if self.center.size:
-            distance = self.numbers["scale"] * np.square(z - self.center).sum(axis=1) - distance
+            distance = self.numbers["scale"] * np.square(v - self.center).sum(axis=1) - distance
         distance += y[:, quadratic:].min(axis=1)
         return distance
 
@@ -128,17 +138,22 @@ def write_detector(detector: Detector) -> dict[str, npt.NDArray[Any]]:
         "center": detector.center,
         "names": np.array(names),
         "numbers": np.array([detector.numbers[name] for name in names], np.float64),
+        "start": np.array(detector.start),
     }
 
 
 def read_detector(arrays: Mapping[str, npt.NDArray[Any]]) -> Detector:
-    """Raises KeyError or ValueError if the arrays are not those of a detector."""
+    """One without `start`, as earlier releases wrote it, reads all features.
+
+    Raises:
+        KeyError, ValueError: the arrays are not those of a detector.
+    """
     numbers = dict(zip(arrays["names"].tolist(), arrays["numbers"].tolist(), strict=True))
     name = str(arrays["name"])
     if name not in DETECTORS:
         raise ValueError(f"unknown detector '{name}'")
     weight, bias, center = (np.asarray(arrays[key], np.float32) for key in ("weight", "bias", "center"))
-    return Detector(name, weight, bias, center, numbers)  # type: ignore[arg-type]
+    return Detector(name, weight, bias, center, numbers, start=int(arrays.get("start", 0)))  # type: ignore[arg-type]
 
 
 def _energy(logits: Wide) -> Wide:

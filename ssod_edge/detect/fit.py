@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import DETECTORS, DetectorName
 from ssod_edge.detect.detectors import TINY, Array, Detector, Wide
-from ssod_edge.errors import UsageError
+from ssod_edge.errors import UsageError, missing_extra
 
 Labels = npt.NDArray[np.int64]
 
@@ -21,7 +22,11 @@ PRINCIPAL = 64
 #: Largest term over the result (ViM's squared residual) or its spread (Mahalanobis), up to which a difference is taken
 #: in fp32: it loses 1e-7 of the term.
 CANCELLATION = 1e3
-#: Prototypes of a class, as long as all classes together have no more than so many.
+#: Directions that Mahalanobis++ keeps.
+RANK = 64
+#: Least variance of unit-length features in a direction: fp32 loses the distances of a smaller one.
+LEAST_VARIANCE = 1e-5
+#: Prototypes of a class, as long as all classes together have no more than so many. So many images are all prototypes.
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
 KMEANS_ROUNDS = 20
 REACT_QUANTILE = 0.9
@@ -33,12 +38,13 @@ class FitData:
     """What detectors are fitted on: N training images.
 
     Attributes:
-        features: float32 [N, D], pooled.
+        features: float32 [N, D], pooled; of images and, where there are any, of disturbed copies of them.
         labels: int64 [N]; -1 where unknown, for which the classifier's own answer stands in.
         logits: float32 [N, M].
         weight: float32 [M, D], the classifier's.
         bias: float32 [M].
         id_logit: float32 [N].
+        last: width of the network's last features, which distances read, at the end of `features`; 0: all of them.
     """
 
     features: Array
@@ -47,6 +53,7 @@ class FitData:
     weight: Array
     bias: Array
     id_logit: Array
+    last: int = 0
 
     def __post_init__(self) -> None:
         n, d = self.features.shape
@@ -55,8 +62,29 @@ class FitData:
                 f"a detector is fitted on two images or more, with features [N, D], labels [N] and logits [N, M], got "
                 f"{list(self.features.shape)}, {list(self.labels.shape)} and {list(self.logits.shape)}"
             )
+        if not 0 <= self.last <= d:
+            raise UsageError(f"last must lie between 0 and the {d} features, got {self.last}")
         if not (np.isfinite(self.features).all() and np.isfinite(self.logits).all()):
             raise UsageError("the features of the training images are not finite, so that no detector can be fitted")
+
+    @property
+    def start(self) -> int:
+        """First of the last features."""
+        return int(self.features.shape[1]) - self.last if self.last else 0
+
+    @property
+    def read(self) -> Array:
+        """The last features, float32 [N, D - start]."""
+        return self.features[:, self.start :]
+
+    def wide(self, rows: npt.NDArray[np.floating[Any]]) -> Array:
+        """Rows that read the last features as rows that read all: [K, D - start] -> float32 [K, D]."""
+        return _f(np.pad(rows, ((0, 0), (self.start, 0))))
+
+    def of(self, images: Labels) -> FitData:
+        """Of some of the images, by their indices."""
+        parts = {name: getattr(self, name)[images] for name in ("features", "labels", "logits", "id_logit")}
+        return replace(self, **parts)
 
     def classes(self) -> Labels:
         """The class of each image, int64 [N]."""
@@ -74,12 +102,13 @@ def fit(name: DetectorName, data: FitData) -> Detector:
     if name in PERCENTILES:
         return fit_scale(name, data)
     fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn, "react": fit_react}
+    fits |= {"mahalanobispp": fit_mahalanobispp, "rmdpp": fit_rmdpp}
     return fits[name](data)
 
 
-def _dimensions(data: FitData) -> int:
-    """Principal directions to keep: one for each class, at least `PRINCIPAL` and at most D / 2."""
-    return min(int(data.features.shape[1]) // 2, max(PRINCIPAL, len(data.bias)))
+def _dimensions(data: FitData, width: int) -> int:
+    """Principal directions to keep: one for each class, at least `PRINCIPAL` and at most width / 2."""
+    return min(width // 2, max(PRINCIPAL, len(data.bias)))
 
 
 def fit_vim(data: FitData) -> Detector:
@@ -95,7 +124,8 @@ def fit_vim(data: FitData) -> Detector:
     d (see `_dimensions`) is the paper's 1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better
     with ten classes, and takes eight times the rows (docs/detection.md).
     """
-    z, width, dimensions = data.features.astype(np.float64), data.features.shape[1], _dimensions(data)
+    z, width = data.features.astype(np.float64), data.features.shape[1]
+    dimensions = _dimensions(data, width)
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
     v = z - origin
     _, vectors = np.linalg.eigh(v.T @ v / len(v))  # ascending
@@ -126,20 +156,21 @@ def fit_mahalanobis(data: FitData) -> Detector:
 
     d is that of `_dimensions`.
     """
-    groups, width, dimensions = _Groups(data), data.features.shape[1], _dimensions(data)
+    groups, width = _Groups.of(data), data.read.shape[1]
+    dimensions = _dimensions(data, width)
     largest = groups.variances[width - dimensions :]
     rest = float(groups.variances[: width - dimensions].mean())
     rows = np.sqrt(np.maximum(1 / rest - 1 / largest, 0))[:, None] * groups.directions[:, width - dimensions :].T
     inverse = np.eye(width) / rest - rows.T @ rows
-    v = data.features.astype(np.float64) - groups.mean
+    v = data.read.astype(np.float64) - groups.mean
     distance = np.einsum("nd,nd->n", v @ inverse, v)
     if np.square(v).sum(axis=1).max() / rest > CANCELLATION * max(float(distance.std()), TINY):
-        return groups.nearest("mahalanobis", groups.whitening, groups.settings | {"dimensions": width})
+        return groups.nearest("mahalanobis", groups.whitening, data, {"dimensions": width})
     weight = np.concatenate([rows, -2 * groups.offsets @ inverse])
     bias = -weight @ groups.mean
     bias[dimensions:] += np.einsum("cd,cd->c", groups.offsets @ inverse, groups.offsets)
     numbers, settings = {"quadratic": dimensions, "scale": 1 / rest}, groups.settings | {"dimensions": dimensions}
-    return Detector("mahalanobis", _f(weight), _f(bias), _f(groups.mean), numbers, settings)
+    return Detector("mahalanobis", data.wide(weight), _f(bias), _f(groups.mean), numbers, settings, data.start)
 
 
 def fit_rmd(data: FitData) -> Detector:
@@ -149,31 +180,71 @@ def fit_rmd(data: FitData) -> Detector:
     B that between the class means m_c. B has at most C - 1 directions, so S^-1 - S0^-1 = A' A has as many: with
     S^-1 = L' L and L B L' = V diag(t) V', A = diag(sqrt(t / (1 + t))) V' L. So 2 C - 1 rows do instead of 2 D.
     """
-    groups = _Groups(data)
-    if len(groups.shares) < 2:
-        raise UsageError("the training features are all of one class: its distance is that to all images, and no score")
-    scaled = (groups.offsets * np.sqrt(groups.shares)[:, None]) @ groups.whitening.T  # L B L' = scaled' scaled
-    _, singular, directions = np.linalg.svd(scaled, full_matrices=False)
-    t = np.square(singular)
-    used = t > 1e-9 * max(t.max(), TINY)
-    quadratic = (np.sqrt(t / (1 + t))[:, None] * directions)[used] @ groups.whitening
-    return groups.nearest("rmd", quadratic, groups.settings)
+    groups = _Groups.of(data)
+    return groups.nearest("rmd", groups.between(), data)
+
+
+def fit_mahalanobispp(data: FitData) -> Detector:
+    """Mahalanobis++ (Mueller and Hein, ICML 2025): `fit_mahalanobis` of features that are brought to length 1.
+
+    The covariance within the classes is shrunk towards a sphere (Ledoit and Wolf, 2004), as much as the number of
+    images asks for, and of its variances the `RANK` largest are kept, the others take their mean v.
+
+    With u = z / |z|, S^-1 = I / v - A' A and |u| = 1, the distance (u - m_c)' S^-1 (u - m_c) is
+    1 / v - |A u|^2 - 2 m_c' S^-1 u + m_c' S^-1 m_c: but for the squares of A u it is linear in u, so that nothing is
+    computed of the D features but their length.
+    """
+    groups, rank, width = _Groups.of_unit(data), min(RANK, data.read.shape[1] // 2), data.read.shape[1]
+    rest, kept = groups.variances[: width - rank].mean(), groups.variances[width - rank :]
+    rows = np.sqrt(np.maximum(1 / rest - 1 / kept, 0))[:, None] * groups.directions[:, width - rank :].T
+    means = groups.mean + groups.offsets
+    products = means / rest - (means @ rows.T) @ rows  # S^-1 m_c
+    bias = 1 / rest + np.einsum("cd,cd->c", products, means)
+    settings = groups.settings | {"dimensions": rank}
+    return _of_unit_length("mahalanobispp", data, np.concatenate([rows, -2 * products]), bias, settings)
+
+
+def fit_rmdpp(data: FitData) -> Detector:
+    """`fit_rmd` of features at length 1, with the covariance of `fit_mahalanobispp` within the classes.
+
+    The covariance S0 of all images is that one, S, and what lies between the class means. One that is shrunk by itself
+    is below S in directions in which no training image varies, if features outnumber images, and then the further an
+    image lies in them, the more it counts as known. Here S0 >= S, so that no distance ever becomes an argument for it.
+    """
+    groups = _Groups.of_unit(data)
+    rows = groups.between()
+    # |A (u - m)|^2 is |A u|^2 and what is linear in u, and so is the distance to a class, less that to the middle.
+    whitened = groups.offsets @ groups.whitening.T
+    linear = -2 * (whitened @ groups.whitening + (rows @ groups.mean) @ rows)
+    bias = np.square(whitened).sum(axis=1) + 2 * whitened @ (groups.whitening @ groups.mean)
+    bias += np.square(rows @ groups.mean).sum()
+    return _of_unit_length("rmdpp", data, np.concatenate([rows, linear]), bias, groups.settings)
+
+
+def _of_unit_length(
+    name: DetectorName, data: FitData, weight: Wide, bias: Wide, settings: dict[str, float | str]
+) -> Detector:
+    """Rows A [Q, D] whose squares are added up, with the classes' [C, D] and bias [C] after them."""
+    numbers: dict[str, float] = {"quadratic": len(weight) - len(bias)}
+    bias = np.concatenate([np.zeros(len(weight) - len(bias)), bias])
+    return Detector(name, data.wide(weight), _f(bias), np.zeros(0, np.float32), numbers, settings, data.start)
 
 
 def fit_knn(data: FitData) -> Detector:
     """Nearest neighbour (Sun et al., ICML 2022) among prototypes: 1 - max over k of cos(z, p_k).
 
-    The prototypes are the centres that spherical k-means finds for each class, so that the training images need not
-    travel. A class of fewer images has one for each.
+    Up to `MOST_PROTOTYPES` images are all prototypes. Of more, the prototypes are the centres that spherical k-means
+    finds for each class, so that the training images need not travel; a class of fewer images has one for each.
     """
-    classes = data.classes()
+    classes, rows = data.classes(), _unit(data.read)
     present = np.unique(classes)
-    prototypes = max(1, min(PROTOTYPES, MOST_PROTOTYPES // len(present)))
-    unit = _unit(data.features)
-    rng = np.random.default_rng(0)
-    rows = np.concatenate([_spherical_kmeans(unit[classes == c], prototypes, rng) for c in present])
+    if len(rows) > MOST_PROTOTYPES:
+        prototypes = max(1, min(PROTOTYPES, MOST_PROTOTYPES // len(present)))
+        rng = np.random.default_rng(0)
+        rows = np.concatenate([_spherical_kmeans(rows[classes == c], prototypes, rng) for c in present])
     settings: dict[str, float | str] = {"prototypes": len(rows), "classes": len(present), "seed": 0}
-    return Detector("knn", _f(rows), np.zeros(len(rows), np.float32), settings=settings)
+    bias = np.zeros(len(rows), np.float32)
+    return Detector("knn", data.wide(rows), bias, settings=settings, start=data.start)
 
 
 def _spherical_kmeans(unit: Array, k: int, rng: np.random.Generator) -> Array:
@@ -227,33 +298,72 @@ class _Groups:
         mean: [D], of all images.
         offsets: [C, D], class means less `mean`, of the C classes that have images.
         shares: [C], of the images.
-        variances, directions: [D], ascending, and [D, D], a column each: of the ridged covariance within the classes.
+        variances, directions: [D], ascending, and [D, D], a column each: of the covariance within the classes.
         whitening: L [D, D], with L' L its inverse.
     """
 
-    def __init__(self, data: FitData) -> None:
-        z, classes = data.features.astype(np.float64), data.classes()
+    def __init__(self, features: Array, classes: Labels) -> None:
+        z = features.astype(np.float64)
         present, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
         self.mean = z.mean(axis=0)
         means = np.stack([z[index == i].mean(axis=0) for i in range(len(present))])
         self.offsets, self.shares = means - self.mean, counts / len(z)
-        within = z - means[index]
-        covariance = within.T @ within / len(z)
-        ridge = RIDGE * float(np.trace(covariance)) / len(covariance)
-        values, vectors = np.linalg.eigh(covariance)
-        if not ridge > 0:
+        self.within = z - means[index]
+        if not self.within.any():
             raise UsageError("the training features do not vary within their classes: there is no covariance to fit")
-        self.variances, self.directions = np.maximum(values, 0) + ridge, vectors
-        self.whitening = vectors.T / np.sqrt(self.variances)[:, None]
-        self.settings: dict[str, float | str] = {"classes": len(present), "ridge": RIDGE}
+        self.settings: dict[str, float | str] = {"classes": len(present)}
 
-    def nearest(self, name: DetectorName, quadratic: Wide, settings: dict[str, float | str]) -> Detector:
+    @classmethod
+    def of(cls, data: FitData) -> _Groups:
+        """With `RIDGE` times the mean variance in every direction."""
+        groups = cls(data.read, data.classes())
+        covariance = groups.within.T @ groups.within / len(groups.within)
+        ridge = RIDGE * float(np.trace(covariance)) / len(covariance)
+        return groups._whitened(covariance, ridge, {"ridge": RIDGE})
+
+    @classmethod
+    def of_unit(cls, data: FitData) -> _Groups:
+        """Of features at length 1, with a covariance that is shrunk."""
+        try:
+            from sklearn.covariance import ledoit_wolf
+        except ImportError as error:
+            raise missing_extra("sklearn", "fitting a distance on features of length 1") from error
+        groups = cls(_unit(data.read), data.classes())
+        covariance, shrinkage = ledoit_wolf(groups.within, assume_centered=True)
+        return groups._whitened(covariance, 0.0, {"shrinkage": float(shrinkage)}, LEAST_VARIANCE)
+
+    def _whitened(
+        self, covariance: Wide, ridge: float, settings: dict[str, float | str], least: float = 0.0
+    ) -> _Groups:
+        values, vectors = np.linalg.eigh(covariance)
+        self.variances, self.directions = np.maximum(np.maximum(values, 0) + ridge, least), vectors
+        self.whitening = vectors.T / np.sqrt(self.variances)[:, None]
+        self.settings |= settings
+        return self
+
+    def between(self) -> Wide:
+        """A of `fit_rmd`, at most [C - 1, D]."""
+        if len(self.shares) < 2:
+            message = "the training features are all of one class: its distance is that to all images, and no score"
+            raise UsageError(message)
+        scaled = (self.offsets * np.sqrt(self.shares)[:, None]) @ self.whitening.T  # L B L' = scaled' scaled
+        _, singular, directions = np.linalg.svd(scaled, full_matrices=False)
+        t = np.square(singular)
+        used = t > 1e-9 * max(t.max(), TINY)
+        rows: Wide = (np.sqrt(t / (1 + t))[:, None] * directions)[used] @ self.whitening
+        return rows
+
+    def nearest(
+        self, name: DetectorName, quadratic: Wide, data: FitData, settings: dict[str, float | str] | None = None
+    ) -> Detector:
         """|A (z - m)|^2 of the rows A, and for each class what the distance to it adds."""
         u = self.offsets @ self.whitening.T
         weight = np.concatenate([quadratic, -2 * u @ self.whitening])
         bias = -weight @ self.mean
         bias[len(quadratic) :] += np.square(u).sum(axis=1)
-        return Detector(name, _f(weight), _f(bias), numbers={"quadratic": len(quadratic)}, settings=settings)
+        numbers: dict[str, float] = {"quadratic": len(quadratic)}
+        settings = self.settings | (settings or {})
+        return Detector(name, data.wide(weight), _f(bias), np.zeros(0, np.float32), numbers, settings, data.start)
 
 
 def _unit(vectors: Array) -> Array:

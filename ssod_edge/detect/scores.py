@@ -10,6 +10,9 @@ from ssod_edge.errors import UsageError
 
 Array = npt.NDArray[np.float32]
 
+#: GEN's exponent, and how many of the largest probabilities it reads.
+GEN_GAMMA, GEN_CLASSES = 0.1, 100
+
 
 def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName, Array]:
     """Every score of the logits, in fp32: the definition that the graph is tested against. None saturates.
@@ -20,7 +23,10 @@ def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName
         msp       = rest - top                          (= -logit of the largest probability)
         maxlogit  = -top
         energy    = -logsumexp(logits)
+        gen       = sum of (p (1 - p))^0.1 over the 100 largest p of softmax(logits)
         posterior = -(max log_softmax + logsigmoid(s))  (the paper's Eq. 7)
+
+    gen is the generalised entropy of Liu et al. (GEN, CVPR 2023).
 
     Args:
         logits: [N, M], M >= 2, raw class logits.
@@ -44,6 +50,7 @@ def ood_scores(logits: npt.ArrayLike, id_logit: npt.ArrayLike) -> dict[ScoreName
             "msp": margin,
             "maxlogit": -top,
             "energy": -(top + doubt),
+            "gen": _generalised_entropy(values, top, margin),
             "posterior": doubt + _softplus(-s),
         }
 
@@ -73,6 +80,19 @@ def _top_and_rest(logits: Array) -> tuple[Array, Array]:
     return top, rest
 
 
+def _generalised_entropy(logits: Array, top: Array, margin: Array) -> Array:
+    """GEN [N] from logarithms: 1 - p of a class that the network is sure of is the share of the others."""
+    doubt = _softplus(margin)
+    log_p = logits - top[:, None] - doubt[:, None]
+    log_rest = np.log1p(-np.exp(np.minimum(log_p, -np.log(np.float32(2)))))  # right for every class but the winner
+    log_rest[np.arange(len(logits)), logits.argmax(axis=1)] = margin - doubt
+    terms = np.exp(np.float32(GEN_GAMMA) * (log_p + log_rest))
+    if terms.shape[1] > GEN_CLASSES:  # a term is the larger, the larger p
+        terms = np.partition(terms, -GEN_CLASSES, axis=1)[:, -GEN_CLASSES:]
+    total: Array = terms.sum(axis=1)
+    return total
+
+
 def _softplus(x: Array) -> Array:
     """log(1 + exp(x)), without overflow."""
     value: Array = np.logaddexp(np.float32(0), x)
@@ -80,7 +100,7 @@ def _softplus(x: Array) -> Array:
 
 
 def _check_logits(logits: npt.ArrayLike) -> Array:
-    values = np.asarray(logits, np.float32)
+    values = np.asarray(logits, np.float32, order="C")
     if values.ndim != 2 or values.shape[1] < 2:
         raise UsageError(f"logits must have shape [N, M] with M >= 2 classes, got {list(values.shape)}")
     return values

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE
+from ssod_edge.config import DEFAULT_SCORE
 from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
 from ssod_edge.data.splits import Indices
-from ssod_edge.detect.choice import chooses_unasked
+from ssod_edge.detect.choice import unasked_score
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
@@ -143,8 +143,7 @@ def _ships(run: Run, spec: Spec | None) -> str:
         _, splits = run.splits("")
     except UsageError:
         return DEFAULT_SCORE
-    chooses = chooses_unasked(run.outliers, len(splits.train), len(splits.val))
-    return AUTO_SCORE if chooses else DEFAULT_SCORE
+    return unasked_score(run.outliers, len(splits.train), len(splits.val))
 
 
 @dataclass(frozen=True)

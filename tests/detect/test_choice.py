@@ -7,7 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ssod_edge.detect.choice import MISTAKEN, Candidates, Choice, _best, choose, fit_all
+from ssod_edge.detect.choice import (
+    DISTURBED,
+    MISTAKEN,
+    Candidates,
+    Choice,
+    best_of,
+    choose,
+    fit_all,
+    unasked_score,
+)
 from ssod_edge.detect.choice_table import choice_in_brief, choice_table
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData
@@ -30,11 +39,17 @@ def outputs(data: FitData) -> tuple[Array, ...]:
     return data.logits, data.id_logit, data.features
 
 
-def chosen(labels: np.ndarray | None = None, network: int = 1_000_000, ood_row: bool = True) -> Choice:
+def chosen(
+    labels: np.ndarray | None = None,
+    network: int = 1_000_000,
+    ood_row: bool = True,
+    disturbed: tuple[Array, ...] | None = None,
+) -> Choice:
     known, data = make(200, seed=1), make(400, seed=0)
     made = {"near": outputs(make(100, seed=2, away=5)), "far": outputs(make(100, seed=3, away=12))}
-    candidates = Candidates(fit_all(data, lambda detector: True, lambda line: None), data, ood_row)
-    return choose(candidates, outputs(known), known.labels if labels is None else labels, made, network)
+    fitted = fit_all(data, lambda detector: True, lambda line: None)
+    candidates = Candidates(fitted, outputs(known), ood_row)
+    return choose(candidates, outputs(known), known.labels if labels is None else labels, made, network, disturbed)
 
 
 def test_what_lies_where_no_class_does_is_found_by_a_distance() -> None:
@@ -67,22 +82,68 @@ def test_an_ood_row_that_was_not_trained_is_no_candidate() -> None:
     assert "energy" in names and not any({"ssod", "posterior"} & set(name.split("+")) for name in names)
 
 
+def test_known_images_that_are_to_be_accepted_count_against_what_rejects_them() -> None:
+    """Disturbed images lie where the made ones do: who rejects these rejects them too."""
+    without, disturbed = chosen(), outputs(make(100, seed=5, away=5))
+    found = chosen(disturbed=disturbed)
+    assert found.kinds == ("near", "far", DISTURBED)
+    distance, logits = found.rows["mahalanobis"], found.rows["energy"]
+    assert distance["accepted"] < 0.2 and logits["accepted"] > 0.8
+    assert distance["worst"] == DISTURBED and distance["regret"] > 0.7
+    assert without.rows["mahalanobis"]["regret"] < 0.05
+    accepted = np.mean(
+        outputs(make(100, seed=5, away=5))[0].max(axis=1) >= np.quantile(make(200, seed=1).logits.max(axis=1), 0.05)
+    )
+    assert found.rows["maxlogit"]["accepted"] == pytest.approx(accepted, abs=0.02)
+    assert any(
+        line.startswith("score") and line.rstrip().endswith("disturbed    cost") for line in choice_table(found, 1, "")
+    )
+
+
+def rows_of(figures: dict[str, tuple[float, float]], cost: float = 0.0) -> dict[str, dict[str, object]]:
+    return {name: {"figures": dict(zip("ab", pair, strict=True)), "cost": cost} for name, pair in figures.items()}
+
+
 @pytest.mark.parametrize(
-    ("rows", "best"),
+    ("figures", "best"),
     [
-        ({"energy": (0.80, 0), "ssod+rmd": (0.79, 0.001), "ssod": (0.81, 0)}, "ssod"),  # 0.79 is not level with it
-        ({"energy": (0.80, 0), "ssod+rmd": (0.795, 0.001), "ssod": (0.804, 0)}, "ssod+rmd"),
-        ({"ssod+rmd": (0.80, 0), "ssod+knn": (0.801, 0), "energy": (0.81, 0)}, "ssod+knn"),
-        ({"ssod+rmd": (0.80, 0.002), "ssod+knn": (0.80, 0.001)}, "ssod+knn"),
-        ({"ssod+knn+rmd": (0.80, 0.011), "ssod+rmd": (0.70, 0.01), "ssod": (0.69, 0)}, "ssod+rmd"),
+        # The best by its mean fails one kind by 0.3, the other none by more than 0.1.
+        ({"knn": (1.0, 0.6), "energy": (0.9, 0.8), "vim": (0.5, 0.9)}, "energy"),
+        # Within a point of the least regret: fewer parts, and before all the prior.
+        ({"gen+knn": (0.9, 0.9), "knn": (0.895, 0.895), "gen+vim": (0.88, 0.88)}, "knn"),
+        ({"gen+knn": (0.9, 0.9), "knn": (0.895, 0.895), "gen+mahalanobispp": (0.892, 0.9)}, "gen+mahalanobispp"),
+        ({"gen+knn": (0.9, 0.9), "gen+mahalanobispp": (0.88, 0.9)}, "gen+knn"),
     ],
 )
-def test_of_candidates_that_are_level_the_one_of_most_parts_is_taken(rows, best: str) -> None:
-    assert _best({name: {"figure": figure, "cost": cost} for name, (figure, cost) in rows.items()}) == best
+def test_the_least_of_the_worst_regrets_is_taken(figures: dict[str, tuple[float, float]], best: str) -> None:
+    rows = rows_of(figures)
+    assert best_of(rows) == best
+    expected = {
+        name: max(max(p[i] for p in figures.values()) - pair[i] for i in (0, 1)) for name, pair in figures.items()
+    }
+    assert {name: row["regret"] for name, row in rows.items()} == pytest.approx(expected)
+
+
+def test_what_costs_too_much_sets_no_mark() -> None:
+    rows = rows_of({"energy": (0.8, 0.8), "msp": (0.7, 0.82)}) | rows_of({"knn": (1.0, 0.0)}, cost=0.02)
+    assert best_of(rows) == "energy" and rows["energy"]["regret"] == pytest.approx(0.02)
+
+
+def test_sums_have_one_score_of_the_logits_one_distance_and_the_row_where_it_was_trained() -> None:
+    sums = {name for name in chosen().rows if "+" in name}
+    assert "gen+mahalanobispp" in sums and "ssod+gen+knn" in sums and "ssod+vim" in sums
+    assert not sums & {"gen+energy", "knn+vim", "ssod+gen"} and max(name.count("+") for name in sums) == 2
+
+
+def test_what_ships_unasked() -> None:
+    assert unasked_score(("rotate",), 200, 200) == "auto"
+    assert unasked_score(("rotate",), 200, 199) == unasked_score((), 5000, 5000) == "gen+mahalanobispp"
+    assert unasked_score((), 32, 1) == "gen+mahalanobispp"
+    assert unasked_score((), 31, 10) == unasked_score((), 100, 0) == "energy"
 
 
 def test_a_detector_that_cannot_be_fitted_is_no_candidate() -> None:
     lines: list[str] = []
     data = replace(make(400, seed=0), labels=np.arange(400))  # an image a class
     assert set(fit_all(data, lambda detector: True, lines.append)) == {"vim", "knn", "react"}
-    assert sum("no candidate" in line and "do not vary within their classes" in line for line in lines) == 2
+    assert sum("no candidate" in line and "do not vary within their classes" in line for line in lines) == 4

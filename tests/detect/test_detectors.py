@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.covariance import ledoit_wolf
 
-from ssod_edge.config import DETECTORS
-from ssod_edge.detect.detectors import Detector
+from ssod_edge.config import DETECTORS, DetectorName
+from ssod_edge.detect.detectors import Detector, read_detector, write_detector
 from ssod_edge.detect.fit import (
     PERCENTILES,
     RIDGE,
@@ -110,6 +111,131 @@ def test_relative_mahalanobis_takes_two_rows_a_class(data: FitData, images: FitD
     assert np.ptp(expected) > 10
 
 
+def unit(features: np.ndarray) -> np.ndarray:
+    return features.astype(np.float64) / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+
+
+def shrunk(data: FitData) -> tuple[np.ndarray, np.ndarray]:
+    """Class means of features at length 1, and their shrunk covariance within the classes."""
+    z = unit(data.features)
+    means = np.stack([z[data.labels == c].mean(axis=0) for c in range(CLASSES)])
+    return means, ledoit_wolf(z - means[data.labels], assume_centered=True)[0]
+
+
+@pytest.mark.parametrize("rank", [4, WIDTH // 2])
+def test_mahalanobispp_is_the_distance_of_features_at_length_1(
+    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    tune(monkeypatch, RANK=rank)
+    means, within = shrunk(data)
+    values, vectors = np.linalg.eigh(within)
+    values[: WIDTH - rank] = values[: WIDTH - rank].mean()
+    within = (vectors * values) @ vectors.T
+    expected = np.min([squared_distance(unit(images.features), mean, within) for mean in means], axis=0)
+    found = fit("mahalanobispp", data)
+    assert found.rows == rank + CLASSES
+    score = found.score(images.features, images.logits)
+    np.testing.assert_allclose(score, expected, rtol=1e-3, atol=1e-3 * np.ptp(expected))
+    longer = found.score(7 * images.features, images.logits)
+    np.testing.assert_allclose(longer, score, rtol=1e-5, atol=1e-5 * np.ptp(expected))
+
+
+def test_rmdpp_is_that_distance_less_the_one_to_all_images(data: FitData, images: FitData) -> None:
+    means, within = shrunk(data)
+    middle = unit(data.features).mean(axis=0)
+    shares = np.bincount(data.labels) / len(data.labels)
+    total = within + (means - middle).T @ ((means - middle) * shares[:, None])
+    nearest = np.min([squared_distance(unit(images.features), mean, within) for mean in means], axis=0)
+    expected = nearest - squared_distance(unit(images.features), middle, total)
+    found = fit("rmdpp", data)
+    assert found.rows == 2 * CLASSES - 1
+    np.testing.assert_allclose(
+        found.score(images.features, images.logits), expected, rtol=1e-3, atol=1e-4 * np.ptp(expected)
+    )
+
+
+def few_and_wide(n: int, seed: int, away: float = 0.0, width: int = 300) -> FitData:
+    """Images of `CLASSES` classes with far more features than images; `away`: along directions that no class has."""
+    rng = np.random.default_rng(seed)
+    means = np.random.default_rng(1).normal(0, 1, (CLASSES, width))
+    labels = np.arange(n) % CLASSES
+    features = 3 + means[labels] + rng.normal(0, 1, (n, width)) * np.geomspace(2, 0.1, width)
+    features = (features + away * np.random.default_rng(8).normal(0, 1, (n, width))).astype(np.float32)
+    weight = means.astype(np.float32)
+    return FitData(features, labels, features @ weight.T, weight, np.zeros(CLASSES, np.float32), features[:, 0])
+
+
+@pytest.mark.parametrize("name", ["mahalanobispp", "rmdpp", "knn"])
+def test_what_is_unlike_all_images_is_far_with_ten_images_a_class(name: DetectorName) -> None:
+    data = few_and_wide(10 * CLASSES, seed=0)
+    sets = few_and_wide(100, seed=1), few_and_wide(100, seed=2, away=2.0)
+    inside, outside = (fit(name, data).score(images.features, images.logits) for images in sets)
+    assert np.mean(outside[:, None] > inside) > 0.85
+    # The relative distance of two covariances that are shrunk apart turns round.
+    means, within = shrunk(data)
+    z = unit(data.features)
+    total = ledoit_wolf(z - z.mean(axis=0), assume_centered=True)[0]
+    inside, outside = (
+        np.min([squared_distance(unit(images.features), mean, within) for mean in means], axis=0)
+        - squared_distance(unit(images.features), z.mean(axis=0), total)
+        for images in sets
+    )
+    assert np.mean(outside[:, None] > inside) < 0.05
+
+
+def test_no_distance_from_all_images_makes_rmdpp_smaller() -> None:
+    """Along what the classes do not differ in, it is the same at any distance: S^-1 - S0^-1 has no negative part."""
+    data = few_and_wide(10 * CLASSES, seed=0)
+    found = fit("rmdpp", data)
+    quadratic = found.weight[: int(found.numbers["quadratic"])].astype(np.float64)
+    assert len(quadratic) == CLASSES - 1 and np.linalg.eigvalsh(quadratic.T @ quadratic).min() > -1e-6
+
+
+def test_a_variance_that_fp32_would_lose_is_no_direction_of_its_own() -> None:
+    data = few_and_wide(200, seed=0)
+    means = np.stack([data.features[data.labels == c].mean(axis=0) for c in range(CLASSES)])[data.labels]
+    flat = replace(data, features=(means + 1e-5 * (data.features - means)).astype(np.float32))
+    assert fit("mahalanobispp", flat).bias.max() < 1.1e5 * (1 + 1)  # 1 / LEAST_VARIANCE, and as much of the means
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn"])
+def test_a_distance_reads_the_last_features_alone(
+    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, name: DetectorName
+) -> None:
+    monkeypatch.setattr("ssod_edge.detect.fit.CANCELLATION", 1e9)  # so that `mahalanobis` has a center
+    stages = 7
+    early = np.random.default_rng(5).normal(0, 50, (len(data.features), stages)).astype(np.float32)
+    both = replace(
+        data,
+        features=np.concatenate([early, data.features], axis=1),
+        weight=np.pad(data.weight, ((0, 0), (stages, 0))),
+        last=WIDTH,
+    )
+    found, expected = fit(name, both), fit(name, data)
+    assert found.start == stages and found.weight.shape == (expected.rows, stages + WIDTH)
+    assert not found.weight[:, :stages].any()
+    seen = np.concatenate([np.full((len(images.features), stages), 9, np.float32), images.features], axis=1)
+    score = expected.score(images.features, images.logits)
+    np.testing.assert_allclose(found.score(seen, images.logits), score, rtol=1e-5, atol=1e-5 * np.ptp(score))
+    assert fit("vim", both).start == 0
+
+
+def test_disturbed_copies_bring_a_disturbance_nearer(data: FitData, images: FitData) -> None:
+    """A fit may hold images and copies of them, with the labels of both."""
+    offset = np.random.default_rng(6).normal(0, 2, WIDTH).astype(np.float32)
+    both = data.of(np.tile(np.arange(len(data.features)), 2))
+    features = both.features.copy()
+    features[len(data.features) :] += offset
+    both, known = replace(both, features=features), images.features[:30]
+    for name in ("mahalanobis", "mahalanobispp", "knn"):
+        apart, together = (
+            np.mean(found.score(known + offset, images.logits[:30])) / np.mean(found.score(known, images.logits[:30]))
+            for found in (fit(name, data), fit(name, both))  # type: ignore[arg-type]
+        )
+        assert together < 0.5 * apart, name
+    assert fit("rmdpp", both).settings["classes"] == CLASSES
+
+
 @pytest.mark.parametrize(
     ("constants", "kept", "rows"),
     [({}, 12, 12), ({"PRINCIPAL": 8}, 8, 8), ({"PRINCIPAL": 8, "CANCELLATION": 0}, 8, WIDTH - 8)],
@@ -141,14 +267,14 @@ def test_vim_keeps_the_residual_rows_where_the_difference_would_cancel(
 
 
 def test_knn_is_one_less_the_largest_cosine(data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch) -> None:
-    tune(monkeypatch, PROTOTYPES=3)
+    tune(monkeypatch, PROTOTYPES=3, MOST_PROTOTYPES=len(data.features) - 1)
     found = fit("knn", data)
     assert found.rows == 3 * CLASSES
     np.testing.assert_allclose(np.linalg.norm(found.weight, axis=1), 1, rtol=1e-5)
     cosine = images.features @ found.weight.T / np.linalg.norm(images.features, axis=1)[:, None]
     np.testing.assert_allclose(found.score(images.features, images.logits), 1 - cosine.max(axis=1), atol=1e-6)
-    # With a prototype for each image it is the nearest training image, exactly.
-    tune(monkeypatch, PROTOTYPES=len(data.features), MOST_PROTOTYPES=CLASSES * len(data.features))
+    # Of so many images all are prototypes: it is the nearest training image, exactly.
+    tune(monkeypatch, MOST_PROTOTYPES=len(data.features))
     full = fit("knn", data)
     assert full.rows == len(data.features)
     np.testing.assert_allclose(full.score(data.features, data.logits), 0, atol=1e-6)
@@ -211,6 +337,13 @@ def test_a_detector_comes_back_from_its_file(data: FitData, images: FitData, tmp
     np.testing.assert_array_equal(again.score(images.features, images.logits), expected)
 
 
+def test_a_file_of_an_earlier_release_reads_all_features(data: FitData) -> None:
+    arrays = write_detector(fit("knn", replace(data, last=WIDTH - 4)))
+    assert read_detector(arrays).start == 4
+    del arrays["start"]
+    assert read_detector(arrays).start == 0
+
+
 def test_wrong_input_is_refused(data: FitData, tmp_path) -> None:
     with pytest.raises(UsageError, match="detector must be one of vim"):
         fit("best", data)  # type: ignore[arg-type]
@@ -218,6 +351,8 @@ def test_wrong_input_is_refused(data: FitData, tmp_path) -> None:
         replace(data, features=np.full_like(data.features, np.nan))
     with pytest.raises(UsageError, match="features"):
         replace(data, labels=data.labels[1:])
+    with pytest.raises(UsageError, match="between 0 and the 24 features, got 25"):
+        replace(data, last=WIDTH + 1)
     with pytest.raises(UsageError, match="do not vary"):
         fit("rmd", replace(data, features=np.ones_like(data.features)))
 

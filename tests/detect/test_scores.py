@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import rankdata
 
-from ssod_edge.config import SCORES
+from ssod_edge.config import SCORES, ScoreName
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import UsageError
 
@@ -26,8 +26,17 @@ def reference(logits: np.ndarray, id_logit: np.ndarray) -> dict[str, np.ndarray]
         "msp": logsumexp(ordered[:, :-1], axis=1) - ordered[:, -1],
         "maxlogit": -ordered[:, -1],
         "energy": -logsumexp(z, axis=1),
+        "gen": generalised_entropy(z),
         "posterior": -(log_softmax(z, axis=1).max(axis=1) - np.logaddexp(0, -s)),
     }
+
+
+def generalised_entropy(z: np.ndarray) -> np.ndarray:
+    """(p (1 - p))^0.1 of the 100 likeliest classes, where 1 - p is the sum of the others."""
+    log_p = log_softmax(z, axis=1)
+    log_rest = np.stack([logsumexp(np.delete(log_p, c, axis=1), axis=1) for c in range(z.shape[1])], axis=1)
+    likeliest = np.argsort(-log_p, axis=1, kind="stable")[:, :100]
+    return np.take_along_axis(np.exp(0.1 * (log_p + log_rest)), likeliest, axis=1).sum(axis=1)
 
 
 def assert_matches(logits: np.ndarray, id_logit: np.ndarray) -> None:
@@ -65,6 +74,7 @@ def test_known_values() -> None:
     np.testing.assert_allclose(scores["msp"], np.log(4 / 6), rtol=1e-6)
     np.testing.assert_allclose(scores["maxlogit"], -np.log(6), rtol=1e-6)
     np.testing.assert_allclose(scores["energy"], -np.log(10), rtol=1e-6)
+    np.testing.assert_allclose(scores["gen"], 0.24**0.1 + 0.21**0.1 + 0.09**0.1, rtol=1e-6)
     np.testing.assert_allclose(scores["posterior"], -np.log(0.6 * 0.5), rtol=1e-6)
 
 
@@ -75,10 +85,11 @@ def test_msp_ranks_as_the_largest_probability_does() -> None:
     assert (np.diff(exact[order]) <= 1e-6).all()
 
 
-def test_msp_ranks_on_where_the_probability_has_saturated() -> None:
+@pytest.mark.parametrize("name", ["msp", "gen"])
+def test_msp_and_gen_rank_on_where_the_probability_has_saturated(name: ScoreName) -> None:
     logits = np.stack([np.linspace(20, 200, 300), np.zeros(300), np.zeros(300)], 1)
     assert len(np.unique(probabilities(logits).max(axis=1))) == 1
-    assert (np.diff(ood_scores(logits, np.zeros(300))["msp"]) < 0).all()
+    assert (np.diff(ood_scores(logits, np.zeros(300))[name]) < 0).all()
 
 
 def test_ssod_ranks_on_where_the_sigmoid_has_saturated() -> None:
@@ -104,7 +115,14 @@ def test_larger_is_more_ood(name: str) -> None:
 def test_a_common_shift_of_the_logits_moves_energy_and_maxlogit_alone(logits: np.ndarray, shift: int) -> None:
     zeros = np.zeros(len(logits))
     before, after = ood_scores(logits, zeros), ood_scores(logits + np.float32(shift), zeros)
-    for name, moved in [("ssod", 0), ("msp", 0), ("posterior", 0), ("energy", -shift), ("maxlogit", -shift)]:
+    for name, moved in [
+        ("ssod", 0),
+        ("msp", 0),
+        ("gen", 0),
+        ("posterior", 0),
+        ("energy", -shift),
+        ("maxlogit", -shift),
+    ]:
         np.testing.assert_allclose(after[name], before[name] + moved, rtol=1e-4, atol=1e-4, err_msg=name)  # type: ignore[index]
 
 
@@ -139,7 +157,7 @@ def test_a_row_that_is_not_finite_stays_alone_and_quiet() -> None:
     clean = ood_scores(logits[:1], [0])
     for name in SCORES:
         assert scores[name][0] == clean[name][0]  # type: ignore[index]
-    for name in ("msp", "maxlogit", "energy", "posterior"):
+    for name in ("msp", "maxlogit", "energy", "gen", "posterior"):
         assert not np.isfinite(scores[name][1:3]).any()  # type: ignore[index]
     assert np.isnan(scores["ssod"][3]) and np.isnan(scores["posterior"][3]) and np.isfinite(scores["energy"][3])
     assert np.isnan(shares[1]).all() and np.isfinite(shares[[0, 3]]).all()
