@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
-from ssod_edge.data.images import LEAST_IMAGES, Images
+from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
+from ssod_edge.data.splits import Indices
 from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, Outputs, fit_score
@@ -22,6 +25,10 @@ from ssod_edge.export.release import Say, without_names
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
+from ssod_edge.training.features import features_of
+
+Array = NDArray[np.float32]
+Advance = Callable[[int], None]
 
 #: Training images that a detector is fitted on.
 FIT_IMAGES = 10_000
@@ -208,23 +215,44 @@ def _kept(source: Source, earlier: Export, say: Say) -> ShippedScore | None:
 def fit_data(source: Source, say: Say) -> FitData:
     """The features of a seeded choice of training images, through the deployment preprocessing.
 
+    Where the network's features are published ones, a disturbed copy of each image counts too: known photos of a worse
+    camera are then no surprise.
+
     Raises:
         UsageError: too few of them can be read.
     """
     model, training = source.model, source.images.training
     assert training is not None
-    chosen = np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES]
-    say(f"fitting on the features of {len(chosen)} images of {training.description}")
-    parts: list[tuple[NDArray[Any], ...]] = []
+    chosen = np.sort(np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES])
+    copies = " and a disturbed copy of each" if source.published else ""
+    say(f"fitting on the features of {len(chosen)} images of {training.description}{copies}")
     with image_bar("fitting", len(chosen)) as advance:
-        for images, found in training.batches(model.preprocess, np.sort(chosen)):
-            parts.append((*run_eager(model, images), found))
-            advance(len(images))
+        features, found = (_kept_features if source.published else _read_features)(source, training, chosen, advance)
     for message in training.unreadable:
         say(f"left out: {message}")
-    if sum(len(part[-1]) for part in parts) < LEAST_IMAGES:
+    if len(found) < LEAST_IMAGES:
         raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
     weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
-    logits, id_logits, features, labels = map(np.concatenate, zip(*parts, strict=True))
-    known = model_labels(labels, training.source.classes, model.classes)
-    return FitData(features, known, logits, weight, bias, id_logits)
+    with torch.inference_mode():
+        logits, id_logits = (part.numpy() for part in model.head(torch.from_numpy(features)))
+    known = model_labels(found, training.source.classes, model.classes)
+    return FitData(features, known, logits, weight, bias, id_logits, model.last_width)
+
+
+def _read_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
+    """Features [n, Dall] and labels [n] of the images that can be read."""
+    parts: list[tuple[NDArray[Any], ...]] = [
+        (np.empty((0, source.model.classifier.in_features), np.float32), chosen[:0])
+    ]
+    for images, labels in training.batches(source.model.preprocess, chosen):
+        parts.append((run_eager(source.model, images)[2], labels))
+        advance(len(images))
+    features, found = map(np.concatenate, zip(*parts, strict=True))
+    return features, found
+
+
+def _kept_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
+    """The same from where `train --tune` keeps them, and of a disturbed copy of each image after them."""
+    both = features_of(source.model, training.source, source.folder.parent)
+    advance(len(chosen))
+    return np.concatenate([both.plain[chosen], both.disturbed[chosen]]), np.tile(training.source.labels[chosen], 2)

@@ -32,7 +32,7 @@ class Tolerance:
             precision.
         prob: bound on |probs - softmax(the artifact's own logits)|.
         class_agreement: least share of images whose class is the reference's.
-        flip_share: largest share of images that cross the threshold.
+        flip_share: largest share of images that cross the threshold, besides the one whose score it is.
 
     One image may always change class or side: a conformal threshold is itself the score of one image, which any
     rounding moves across it.
@@ -264,7 +264,7 @@ def _failures(figures: Verification, precision: str, trained: bool) -> tuple[str
         share = max(1 / figures.n, 1 - tolerance.class_agreement)
         bounds.append(("share of changed classes", 1 - figures.class_agreement, share + ROUNDING))
         if figures.decision_flips is not None:
-            bounds.append(("decision_flips", figures.decision_flips, max(1, tolerance.flip_share * figures.n)))
+            bounds.append(("decision_flips", figures.decision_flips, 1 + tolerance.flip_share * figures.n))
     found = [f"{name} is {value:.3g}, at most {most:.3g} allowed" for name, value, most in bounds if not value <= most]
     if not trained and not math.isfinite(figures.max_abs_score_diff):
         found.append("max_abs_score_diff is not finite")

@@ -93,9 +93,9 @@ def features_of(
     return found
 
 
-def kept_features(model: SSODClassifier, source: ImageSource, folder: Path) -> Features | None:
-    """What `features_of` has kept; None where there is nothing."""
-    return _read(_path(model, source, folder), len(source))
+def keep_features(model: SSODClassifier, source: ImageSource, folder: Path, features: Features) -> None:
+    """Put what was computed in another way where `features_of` finds it."""
+    _keep(_path(model, source, folder), features)
 
 
 def _path(model: SSODClassifier, source: ImageSource, folder: Path) -> Path:

@@ -33,6 +33,13 @@ def stage_maps(backbone: nn.Module, x: Tensor, stages: Sequence[int]) -> tuple[T
     return last, maps
 
 
+def maps_until(backbone: nn.Module, x: Tensor, stages: Sequence[int]) -> list[Tensor]:
+    """The stages' maps alone; nothing is computed beyond the last of them."""
+    model, options = cast(Any, backbone), _every_block(backbone)
+    found = model.forward_intermediates(x, indices=list(stages), stop_early=True, intermediates_only=True, **options)
+    return cast(list[Tensor], found)
+
+
 def pooled(feature_map: Tensor) -> Tensor:
     """The mean over all places, [N, C, H, W] -> [N, C]."""
     return feature_map.mean(dim=(2, 3))

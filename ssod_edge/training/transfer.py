@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,32 +14,115 @@ from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST
 from ssod_edge.training.distributed import world_size
-from ssod_edge.training.features import Features, features_of
+from ssod_edge.training.features import Features, features_of, keep_features
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
+from ssod_edge.training.upper import EPOCHS, Cut, border_maps, cut, tune_upper, tuned_features
 
 
 def tune(session: Session) -> None:
     """Train as `TrainConfig.tune` says, but for `all`; the run folder gets its checkpoint and a line of metrics.
 
     Raises:
-        UsageError: several processes, or classes without training images.
+        UsageError: several processes, or a backbone that `upper` cannot cut.
         ImageError: an image cannot be read.
     """
+    config = session.config
     if world_size() > 1:
-        raise UsageError(f"--tune {session.config.tune} runs in one process. Leave torchrun out, or use --tune all")
+        raise UsageError(f"--tune {config.tune} runs in one process. Leave torchrun out, or use --tune all")
+    parts = None
+    if config.tune != "head":
+        try:
+            parts = cut(session.model)
+        except UsageError as error:
+            if config.tune == "upper":
+                raise
+            say(f"upper blocks stay as they are: {error}")
     session.begin_folder()
     started = time.monotonic()
     features = _features(session)
-    read = time.monotonic()
+    fitted = time.monotonic()
     head = _fit(session, features)
     set_head(session, head)
-    accuracy = _accuracy(session, head, features)
+    before = _held_out(session, features)
     say(
-        f"head: {accuracy:.1%} of {len(session.splits.val)} validation images, {head.accuracy:.1%} of the training "
-        f"images when left out of the fit ({read - started:.0f} s for features, {time.monotonic() - read:.0f} s)"
+        f"head: {before} ({fitted - started:.0f} s for features of {len(session.source)} photos and disturbed copies, "
+        f"{time.monotonic() - fitted:.0f} s for the head)"
     )
-    _write(session, accuracy, time.monotonic() - started, {"tuned": "head", "strength": head.strength})
+    facts: dict[str, Any] = {"tuned": "head", "strength": head.strength, "tried": {"head": asdict(before)}}
+    if parts is not None:
+        untouched = copy.deepcopy(session.model.state_dict())
+        after = _tune_upper(session, parts, features)
+        facts["tried"]["upper"] = asdict(after)
+        if config.tune == "upper" or after.better_than(before):
+            facts["tuned"], before = "upper", after
+        else:
+            say("the upper blocks are put back: tuned, they do no better on the validation images")
+            session.model.load_state_dict(untouched)
+    _write(session, before.accuracy, time.monotonic() - started, facts)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a network says of validation images.
+
+    Attributes:
+        accuracy: in [0, 1].
+        loss: mean log loss.
+        disturbed_accuracy: of a disturbed copy of each.
+        images: how many.
+    """
+
+    accuracy: float
+    loss: float
+    disturbed_accuracy: float
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.accuracy:.1%} of {self.images} validation images, {self.disturbed_accuracy:.1%} of disturbed copies"
+        )
+
+    def better_than(self, other: HeldOut) -> bool:
+        """By all that is classified rightly; of equals the one with less loss."""
+        right, others = (held.accuracy + held.disturbed_accuracy for held in (self, other))
+        return (right, -self.loss) > (others, -other.loss)
+
+
+def _tune_upper(session: Session, parts: Cut, features: Features) -> HeldOut:
+    """Tune, and keep the features of the tuned network; what that makes of the validation images."""
+    started = time.monotonic()
+    model, source, config = session.model, session.source, session.config
+    with image_bar("lower part", len(source)) as advance:
+        maps = border_maps(model, parts, source, config.workers, advance)
+    computed = time.monotonic()
+    labels, train = source.labels, session.splits.train
+    tune_upper(model, parts, maps, features, labels, train, config.seed, _say_epoch)
+    tuned = tuned_features(parts, maps)
+    keep_features(model, source, session.run.parent, tuned)
+    after = _held_out(session, tuned)
+    say(
+        f"upper: {after} ({computed - started:.0f} s for the maps of the border, {time.monotonic() - computed:.0f} s "
+        "for tuning)"
+    )
+    return after
+
+
+def _say_epoch(epoch: int, loss: float) -> None:
+    say(f"epoch {epoch}/{EPOCHS}  loss {loss:.4f}")
+
+
+def _held_out(session: Session, features: Features) -> HeldOut:
+    """Of the validation images, by the model's last layer as it is."""
+    val = session.splits.val
+    labels = torch.from_numpy(np.asarray(session.source.labels[val]))
+    with torch.inference_mode():
+        plain, disturbed = (
+            session.model.head(torch.from_numpy(z[val]))[0] for z in (features.plain, features.disturbed)
+        )
+        loss = float(torch.nn.functional.cross_entropy(plain, labels))
+        right = [float((logits.argmax(1) == labels).float().mean()) for logits in (plain, disturbed)]
+    return HeldOut(right[0], loss, right[1], len(val))
 
 
 def _features(session: Session) -> Features:
@@ -59,12 +144,6 @@ def set_head(session: Session, head: LinearHead) -> None:
         classifier.weight.copy_(torch.from_numpy(head.weight))
         if classifier.bias is not None:
             classifier.bias.copy_(torch.from_numpy(head.bias))
-
-
-def _accuracy(session: Session, head: LinearHead, features: Features) -> float:
-    val = session.splits.val
-    right = head.logits(features.plain[val]).argmax(axis=1) == session.source.labels[val]
-    return float(np.mean(right))
 
 
 def _write(session: Session, accuracy: float, seconds: float, facts: dict[str, Any]) -> None:

@@ -1,0 +1,261 @@
+"""Gentle tuning: blocks above a border learn with all norms frozen, on maps of the border that are computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssod_edge.data.disturbances import disturbed_copy
+from ssod_edge.data.pixels import read_pixels
+from ssod_edge.data.sources import ImageSource
+from ssod_edge.data.splits import Indices
+from ssod_edge.errors import UsageError
+from ssod_edge.training.batches import EvalImages, load_batches
+from ssod_edge.training.features import BATCH, SEED, Features
+from ssod_edge.training.model import SSODClassifier, normalise
+from ssod_edge.training.stages import maps_until, pooled, stage_maps
+
+#: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
+BORDER_REDUCTION = 16
+#: Bytes that the maps of the border may take in memory.
+MOST_BYTES = 3 * 2**30
+EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 4, 5e-4, 0.01, 64
+SMOOTHING = 0.1
+LEAST_DEVIATION = 1e-6
+#: Versions of an image: as it is, mirrored, and disturbed.
+PLAIN, MIRRORED, DISTURBED = range(3)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network in two parts.
+
+    Attributes:
+        border: index of the stage whose map is handed on.
+        below, above: which of the model's stages lie up to the border, and beyond it.
+        view: a view of the backbone that shares its parameters, and in which all that computes the border's map is the
+            identity, so that it takes that map in place of an image.
+    """
+
+    border: int
+    below: tuple[int, ...]
+    above: tuple[int, ...]
+    view: nn.Module
+
+    def features(self, border_map: Tensor, below: Tensor) -> Tensor:
+        """z [N, Dall] of maps [N, C, h, w] and the pooled means of the stages up to there [N, Dbelow]."""
+        last, maps = stage_maps(self.view, border_map, self.above)
+        z = cast(Any, self.view).forward_head(last, pre_logits=True)
+        return torch.cat([below, *map(pooled, maps), z], dim=1)
+
+
+def cut(model: SSODClassifier) -> Cut:
+    """Cut a model with the head "stages" above the first stage of `BORDER_REDUCTION`.
+
+    Raises:
+        UsageError: this backbone computes more before the border than modules that follow each other.
+    """
+    size, backbone = model.preprocess.input_size, model.backbone.eval()
+    x = torch.linspace(-1, 1, 2 * 3 * size * size, device=next(model.parameters()).device).view(2, 3, size, size)
+    finished: list[tuple[nn.Module, Any]] = []
+    hooks = [m.register_forward_hook(lambda m, _, out: finished.append((m, out))) for m in backbone.modules()]
+    try:
+        with torch.no_grad():
+            _, maps = stage_maps(backbone, x, model.stages)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    at = next((i for i, m in enumerate(maps) if m.shape[-1] * BORDER_REDUCTION <= size), None)
+    ends = [] if at is None else [i for i, (_, out) in enumerate(finished) if out is maps[at]]
+    failed = UsageError(f"'{model.backbone_name}' cannot be cut into a lower and an upper part. Use --tune head or all")
+    if at is None or not ends:
+        raise failed
+    done = {id(module) for module, _ in finished[: ends[-1] + 1]}
+    parts = Cut(model.stages[at], model.stages[: at + 1], model.stages[at + 1 :], _without(backbone, done))
+    try:
+        with torch.no_grad():
+            found = parts.features(maps[at], torch.cat([pooled(m) for m in maps[: at + 1]], dim=1))
+            same = torch.allclose(found, model.features(x), rtol=1e-3, atol=1e-4)
+    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError):
+        same = False
+    if not same or not _trainable(parts.view):
+        raise failed
+    return parts
+
+
+def _without(module: nn.Module, done: set[int]) -> nn.Module:
+    """A view of a module that shares its parameters, in which these modules are the identity."""
+    shared = copy.copy(module)
+    shared._modules = {
+        name: child if child is None else nn.Identity() if id(child) in done else _without(child, done)
+        for name, child in module._modules.items()
+    }
+    return shared
+
+
+@dataclass(frozen=True)
+class BorderMaps:
+    """Of all N images of a source, in three versions: PLAIN, MIRRORED and DISTURBED.
+
+    Attributes:
+        maps: float16 [N, 3, C, h, w].
+        below: float32 [N, 3, Dbelow].
+    """
+
+    maps: Tensor
+    below: Tensor
+
+
+class _Versions(EvalImages):
+    """(uint8 [3, 3, S, S]: the image, its mirror image and its disturbed copy, label, index)."""
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = int(self.indices[position])
+        pixels = read_pixels(self.source.picture(index), self.settings)
+        disturbed = disturbed_copy(pixels, np.random.default_rng((SEED, index)))
+        versions = np.stack([pixels, pixels[:, :, ::-1], disturbed])
+        return torch.from_numpy(versions), int(self.source.labels[index]), index
+
+
+def border_maps(
+    model: SSODClassifier, parts: Cut, source: ImageSource, workers: int, advance: Callable[[int], None]
+) -> BorderMaps:
+    """Compute them, by the lower part of the network alone where timm can stop there.
+
+    Raises:
+        UsageError: they do not fit into `MOST_BYTES`.
+        ImageError: an image cannot be read.
+    """
+    device, backbone = next(model.parameters()).device, model.backbone.eval()
+    maps: Tensor | None = None
+    below: list[Tensor] = []
+    with torch.inference_mode():
+        for versions, _, index in load_batches(_Versions(source, None, model.preprocess), workers, batch_size=BATCH):
+            x = normalise(versions.flatten(0, 1).to(device), model.preprocess)
+            x = x.contiguous(memory_format=torch.channels_last)
+            found = maps_until(backbone, x, parts.below)
+            if maps is None:
+                shape = (len(source), 3, *found[-1].shape[1:])
+                if 2 * np.prod(shape, dtype=np.int64) > MOST_BYTES:
+                    raise UsageError(
+                        f"the maps of {len(source)} images take more than {MOST_BYTES // 2**30} GB. Use --tune head or "
+                        "all, or a smaller --size"
+                    )
+                maps = torch.empty(shape, dtype=torch.float16)
+            maps[index] = found[-1].half().cpu().reshape(len(index), 3, *found[-1].shape[1:])
+            below.append(torch.cat([pooled(m) for m in found], dim=1).cpu().reshape(len(index), 3, -1))
+            advance(len(index))
+    assert maps is not None
+    return BorderMaps(maps, torch.cat(below))
+
+
+@dataclass
+class Tuning:
+    """What `tune_upper` learns with, beside the parameters of the upper part.
+
+    Attributes:
+        weight, bias: of the last layer, on features that are standardised by `mean` and `deviation`.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def logits(self, z: Tensor) -> Tensor:
+        """[N, Dall] -> [N, M]."""
+        return F.linear((z - self.mean) / self.deviation, self.weight, self.bias)
+
+
+def tune_upper(
+    model: SSODClassifier,
+    parts: Cut,
+    maps: BorderMaps,
+    features: Features,
+    labels: Indices,
+    train: Indices,
+    seed: int,
+    finished: Callable[[int, float], None],
+) -> None:
+    """Train the upper part and the last layer, from what they are.
+
+    Args:
+        model: its upper part and head are changed.
+        parts, maps: of it.
+        features: of the untouched network, which the last layer was fitted to.
+        labels: int64 [N].
+        train: which images.
+        seed: of the order and of the versions.
+        finished: called after each epoch, with its number from 1 and its mean loss.
+    """
+    both = np.concatenate([features.plain[train], features.disturbed[train]])
+    mean, deviation = both.mean(axis=0), np.maximum(both.std(axis=0), LEAST_DEVIATION)
+    head = _standardised(model.classifier, torch.from_numpy(mean), torch.from_numpy(deviation))
+    upper = _trainable(parts.view)
+    optimizer = torch.optim.AdamW([*upper, head.weight, head.bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    rng, target = np.random.default_rng(seed), torch.from_numpy(np.asarray(labels))
+    size = min(BATCH_SIZE, len(train))
+    steps = EPOCHS * (len(train) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    parts.view.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for epoch in range(EPOCHS):
+        order, total = rng.permutation(train), 0.0
+        for start in range(0, len(order) - size + 1, size):
+            index = torch.from_numpy(order[start : start + size])
+            version = torch.from_numpy(rng.integers(0, 3, size))
+            border = maps.maps[index, version].float().contiguous(memory_format=torch.channels_last)
+            logits = head.logits(parts.features(border, maps.below[index, version]))
+            loss = F.cross_entropy(logits, target[index], label_smoothing=SMOOTHING)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([*upper, head.weight, head.bias], 5.0)
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach()) * size
+        finished(epoch + 1, total / len(train))
+    with torch.no_grad():
+        weight = head.weight / head.deviation
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(head.bias - weight @ head.mean)
+
+
+def tuned_features(parts: Cut, maps: BorderMaps) -> Features:
+    """`Features` of the network as it is now."""
+    found: list[NDArray[np.float32]] = []
+    with torch.inference_mode():
+        for version in (PLAIN, DISTURBED):
+            rows = []
+            for start in range(0, len(maps.maps), 2 * BATCH):
+                border = maps.maps[start : start + 2 * BATCH, version].float()
+                border = border.contiguous(memory_format=torch.channels_last)
+                rows.append(parts.features(border, maps.below[start : start + 2 * BATCH, version]).numpy())
+            found.append(np.concatenate(rows))
+    return Features(*found)
+
+
+def _standardised(classifier: nn.Linear, mean: Tensor, deviation: Tensor) -> Tuning:
+    """A last layer on features as they are, as one on standardised features."""
+    with torch.no_grad():
+        weight = classifier.weight * deviation
+        bias = classifier.bias + classifier.weight @ mean
+    return Tuning(mean, deviation, nn.Parameter(weight.clone()), nn.Parameter(bias.clone()))
+
+
+def _trainable(view: nn.Module) -> list[nn.Parameter]:
+    """The parameters above the border but those of norms; the others take no gradient."""
+    chosen = []
+    for module in view.modules():
+        is_norm = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(not is_norm)
+            if not is_norm:
+                chosen.append(parameter)
+    return chosen
