@@ -27,8 +27,10 @@ MISTAKEN = "mistaken"
 LEAST_MISTAKES = 20
 #: A kind of the other sign: known images as another camera or light would give them, which are to be accepted.
 DISTURBED = "disturbed"
-#: Parts of the sums that are candidates: one of the logits and one distance, and the OOD row where it was trained.
-LOGIT_PARTS, DISTANCES = ("gen", "energy", "maxlogit"), ("mahalanobispp", "rmdpp", "knn", "vim", "mahalanobis", "rmd")
+#: Parts of the sums that are candidates: one that the logits are in (ViM's energy, too) and one distance, and the OOD
+#: row where it was trained.
+LOGIT_PARTS = ("gen", "energy", "maxlogit", "vim")
+DISTANCES = ("mahalanobispp", "rmdpp", "knn", "vim", "mahalanobis", "rmd")
 #: Candidates whose regret is this near to the least are level: of 2,000 images, a difference of a point is noise.
 LEVEL = 0.01
 #: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
@@ -195,7 +197,7 @@ class Candidates:
         self.detectors = detectors
         self.singles = (*free, *detectors)
         self.standards = standards(held_out_scores(self.singles, detectors, known))
-        pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES]
+        pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES if logit != distance]
         sums = [*pairs, *(("ssod", *rest) for rest in (*((distance,) for distance in DISTANCES), *pairs))]
         usable = {name for name in self.singles if self.standards[name][1] > 0}
         self.sums = {
