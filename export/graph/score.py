@@ -96,6 +96,8 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
     """
     if name is None and earlier is not None and same_weights(source, earlier.spec):
         spec = earlier.spec
+        if spec.score["evidence"] == DEFAULT_EVIDENCE:
+            return WantedScore(spec.score_name, DEFAULT_EVIDENCE, asked=False, kept=earlier)
         return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
     if name is None:
         counts = [0 if part is None else len(part) for part in (source.images.training, source.images.choices)]
