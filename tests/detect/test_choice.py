@@ -14,6 +14,7 @@ from ssod_edge.detect.choice import (
     Choice,
     best_of,
     choose,
+    figure_of,
     fit_all,
     unasked_score,
 )
@@ -102,6 +103,26 @@ def test_known_images_that_are_to_be_accepted_count_against_what_rejects_them() 
 
 def rows_of(figures: dict[str, tuple[float, float]], cost: float = 0.0) -> dict[str, dict[str, object]]:
     return {name: {"figures": dict(zip("ab", pair, strict=True)), "cost": cost} for name, pair in figures.items()}
+
+
+def test_the_prior_gives_way_to_a_lead_beyond_chance() -> None:
+    rows = rows_of({"gen+mahalanobispp": (0.9, 0.85), "knn": (0.9, 0.9)})
+    assert best_of(rows, lead=0.06) == "gen+mahalanobispp" and best_of(rows, lead=0.04) == "knn"
+    assert chosen().lead == pytest.approx(1 / np.sqrt(200))
+
+
+def test_a_kind_that_was_measured_elsewhere_counts() -> None:
+    """Classes that head and detectors were refitted without, say; what could not be refitted has found nothing."""
+    data, known = make(400, seed=0), outputs(make(200, seed=1))
+    candidates = Candidates(fit_all(data, lambda detector: True, lambda line: None), known, True)
+    before = chosen()
+    best = "vim" if before.name != "vim" else "knn"
+    after = before.including("left out", {best: 0.9, before.name: 0.3}, candidates)
+    assert (after.name, after.kinds) == (best, (*before.kinds, "left out")) and after.state == candidates.state(best)
+    assert after.rows["energy"]["regret"] == pytest.approx(0.9) and after.rows["energy"]["worst"] == "left out"
+    assert "left out" not in before.rows["energy"]["figures"]
+    scores = np.arange(10, dtype=np.float32)
+    assert (figure_of(scores, scores + 20), figure_of(scores + 20, scores)) == (1, 0)
 
 
 @pytest.mark.parametrize(
