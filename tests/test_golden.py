@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 from click.testing import CliRunner, Result
@@ -15,6 +16,8 @@ from places import GOLDEN
 
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess
+from ssod_edge.detect.scores import ood_scores
+from ssod_edge.detect.sums import ScoreSum, load_score
 from ssod_edge.runtime.field.monitor import read_monitor
 from ssod_edge.spec import load_spec
 from ssod_edge.training.run import Run, load_config
@@ -114,6 +117,16 @@ def test_the_export_of_schema_4_gives_the_recorded_verdicts() -> None:
         # Scores of the calibration images may lie to either side of the quantiles that they are.
         assert one["p_known"] == pytest.approx(other["p_known"], abs=0.02)
         assert [one[key] for key in ("class_name", "known")] == [other[key] for key in ("class_name", "known")]
+
+
+def test_the_sum_that_the_export_ships_is_a_plain_one() -> None:
+    """Its parts are no one-sided ones, and its detectors read all features."""
+    score = load_score(RUN / "export" / "detector.npz")
+    assert isinstance(score, ScoreSum) and score.name == "ssod+energy" and not score.centers
+    logits, id_logit = np.array([[3, 1, 0], [9, 2, 1]], np.float32), np.array([-2, 5], np.float32)
+    free = ood_scores(logits, id_logit)
+    expected = score.scales["ssod"] * free["ssod"] + score.scales["energy"] * free["energy"]
+    np.testing.assert_allclose(score.score(np.zeros((2, 1)), logits, id_logit), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("folder", ["runs/old", "runs/old/export"])

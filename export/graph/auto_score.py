@@ -76,6 +76,7 @@ def choose(
         "cost": "multiply-adds over those of the network",
         "most_cost": choice.MOST_COST,
         "level": choice.LEVEL,
+        "lead": chosen.lead,
         "candidates": chosen.rows,
     }
     return chosen.name, chosen.state, figures

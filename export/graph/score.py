@@ -15,11 +15,13 @@ from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
+from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, Outputs, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
+from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
 from ssod_edge.export.release import Say, without_names
 from ssod_edge.runtime.export import Export
@@ -101,6 +103,8 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
     """
     if name is None and earlier is not None and same_weights(source, earlier.spec):
         spec = earlier.spec
+        if spec.score["evidence"] == DEFAULT_EVIDENCE:
+            return WantedScore(spec.score_name, DEFAULT_EVIDENCE, asked=False, kept=earlier)
         return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
     if name is None:
         counts = [0 if part is None else len(part) for part in (source.images.training, source.images.choices)]
@@ -136,14 +140,24 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
             return _chosen(source, say, brief=not wanted.asked)
         if not has_state(wanted.name):
             return ShippedScore(wanted.name, wanted.evidence)
-        data = fit_data(source, say)
-        detector = fit_score(wanted.name, data, _held_out(source, say))
+        data, held_out = fit_data(source, say), _held_out(source, say)
+        detector = fit_score(wanted.name, data, held_out)
+        if not wanted.asked and held_out is not None:
+            _check_rounding(detector, held_out)
         return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
     except UsageError as error:
         if wanted.asked:
             raise
         say(f"{wanted.told} ({error}), so it is {DEFAULT_SCORE}")
         return ShippedScore(DEFAULT_SCORE, wanted.evidence)
+
+
+def _check_rounding(score: FittedScore, held_out: Outputs) -> None:
+    """Raises UsageError where verification would refuse what nobody asked for."""
+    logits, _, features = held_out
+    for detector in [score] if isinstance(score, Detector) else score.detectors.values():
+        if lost_to_rounding(detector, features, logits) > MOST_ROUNDING:
+            raise UsageError("fp32 does not hold it, because the features hardly vary within the classes")
 
 
 def _held_out(source: Source, say: Say) -> Outputs | None:

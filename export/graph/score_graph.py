@@ -194,11 +194,11 @@ class _UnitLength(_Term):
 
     def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
         length = torch.linalg.vector_norm(_from(self.start, features), dim=1, keepdim=True).clamp(min=TINY)
-        u = cast(Tensor, rows) / length
-        lowest = (u[:, self.quadratic :] + cast(Tensor, self.constant)).amin(dim=1)
+        u, constant = cast(Tensor, rows) / length, cast(Tensor, self.constant)
         if not self.quadratic:
-            return lowest
-        squares = u[:, : self.quadratic].square().sum(dim=1)
+            return (u + constant).amin(dim=1)
+        y, classes = u.split([self.quadratic, len(constant)], dim=1)
+        lowest, squares = (classes + constant).amin(dim=1), (y * y).sum(dim=1)
         return lowest - squares if self.minus else lowest + squares
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -27,10 +27,15 @@ MISTAKEN = "mistaken"
 LEAST_MISTAKES = 20
 #: A kind of the other sign: known images as another camera or light would give them, which are to be accepted.
 DISTURBED = "disturbed"
-#: Parts of the sums that are candidates: one of the logits and one distance, and the OOD row where it was trained.
-LOGIT_PARTS, DISTANCES = ("gen", "energy", "maxlogit"), ("mahalanobispp", "rmdpp", "knn", "vim", "mahalanobis", "rmd")
+#: Parts of the sums that are candidates: one that the logits are in (ViM's energy, too) and one distance, and the OOD
+#: row where it was trained.
+LOGIT_PARTS = ("gen", "energy", "maxlogit", "vim")
+DISTANCES = ("mahalanobispp", "rmdpp", "knn", "vim", "mahalanobis", "rmd")
 #: Candidates whose regret is this near to the least are level: of 2,000 images, a difference of a point is noise.
 LEVEL = 0.01
+#: Of n held-out images, half of which are made into each kind, a figure has a standard error of about 0.4 / sqrt(n).
+#: The worst of some ten regrets is off by more than twice that: `PRIOR_SCORE` gives way to a lead of this / sqrt(n).
+LEAD = 1.0
 #: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
 #: chance chooses.
 LEAST_UNASKED = 200
@@ -69,6 +74,7 @@ class Choice:
         rows: the figures of every candidate.
         kinds: that it was measured by.
         mistaken: held-out images that the network gets wrong.
+        lead: by how much less the regret of another has to be than that of `PRIOR_SCORE`.
     """
 
     name: str
@@ -76,6 +82,23 @@ class Choice:
     rows: dict[str, dict[str, Any]]
     kinds: tuple[str, ...]
     mistaken: int
+    lead: float = LEVEL
+
+    def including(self, kind: str, figures: Mapping[str, float], candidates: Candidates) -> Choice:
+        """The choice with one more kind of evidence, such as classes that head and detectors were refitted without.
+
+        Args:
+            kind: a name that it has not.
+            figures: candidate -> its figure there, see `figure_of`; what has none, because it could not be fitted, is
+                taken to have found nothing.
+            candidates: those that were chosen from.
+        """
+        rows = {
+            name: {**row, "figures": {**row["figures"], kind: figures.get(name, 0.0)}}
+            for name, row in self.rows.items()
+        }
+        best = best_of(rows, self.lead)
+        return replace(self, name=best, state=candidates.state(best), rows=rows, kinds=(*self.kinds, kind))
 
 
 def choose(
@@ -94,8 +117,9 @@ def choose(
     figure of a candidate, less its own; the one with the least worst regret is taken. A mean over the kinds would let
     many easy ones outvote the one that goes wrong.
 
-    Of those that are level (`LEVEL`) it is `PRIOR_SCORE`, or else the one of fewest parts. A candidate that adds more
-    than `MOST_COST` to the network's multiply-adds is measured and not taken.
+    It is `PRIOR_SCORE` unless another's regret is less by more than chance makes it (`LEAD`), and then, of those that
+    are level (`LEVEL`), the one of fewest parts. A candidate that adds more than `MOST_COST` to the network's
+    multiply-adds is measured and not taken.
 
     Args:
         candidates: all of them.
@@ -118,8 +142,10 @@ def choose(
     for name, row in rows.items():
         state = states[name]
         row["cost"] = state.multiply_adds / network if state else 0.0
-    best = best_of(rows)
-    return Choice(best, states[best], rows, (*pairs, *([] if disturbed is None else [DISTURBED])), int(wrong.sum()))
+    lead = max(LEVEL, LEAD / float(np.sqrt(len(labels))))
+    best = best_of(rows, lead)
+    kinds = (*pairs, *([] if disturbed is None else [DISTURBED]))
+    return Choice(best, states[best], rows, kinds, int(wrong.sum()), lead)
 
 
 def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable[[str], None]) -> dict[str, Detector]:
@@ -160,7 +186,13 @@ def _measured(
     return {"figures": figures, **means, "auroc": auroc, "fpr": fpr, "accepted": accepted}
 
 
-def best_of(rows: dict[str, dict[str, Any]]) -> str:
+def figure_of(known: Array, unknown: Array) -> float:
+    """What a score is worth against a kind of unknown image, see `choose`; scores float32 [n] and [m] -> 0 to 1."""
+    metrics = detection_metrics(known, unknown, bootstrap=0)
+    return float(metrics["auroc"] + 1 - metrics["fpr_at_id_tpr95"]) / 2
+
+
+def best_of(rows: dict[str, dict[str, Any]], lead: float = LEVEL) -> str:
     """The candidate to take, by its `figures`, its `cost` and its name; every row gets its `regret`, the worst of all
     kinds, and `worst`, that kind.
     """
@@ -171,10 +203,12 @@ def best_of(rows: dict[str, dict[str, Any]]) -> str:
     for row in rows.values():
         row["worst"] = max(best, key=lambda kind: best[kind] - row["figures"][kind])
         row["regret"] = best[row["worst"]] - row["figures"][row["worst"]]
-    level = min(row["regret"] for row in allowed.values()) + LEVEL
+    least = min(row["regret"] for row in allowed.values())
+    if PRIOR_SCORE in allowed and allowed[PRIOR_SCORE]["regret"] <= least + lead:
+        return PRIOR_SCORE
     return min(
-        (name for name, row in allowed.items() if row["regret"] <= level),
-        key=lambda name: (name != PRIOR_SCORE, name.count("+"), allowed[name]["regret"], allowed[name]["cost"]),
+        (name for name, row in allowed.items() if row["regret"] <= least + LEVEL),
+        key=lambda name: (name.count("+"), allowed[name]["regret"], allowed[name]["cost"]),
     )
 
 
@@ -195,7 +229,7 @@ class Candidates:
         self.detectors = detectors
         self.singles = (*free, *detectors)
         self.standards = standards(held_out_scores(self.singles, detectors, known))
-        pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES]
+        pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES if logit != distance]
         sums = [*pairs, *(("ssod", *rest) for rest in (*((distance,) for distance in DISTANCES), *pairs))]
         usable = {name for name in self.singles if self.standards[name][1] > 0}
         self.sums = {

@@ -53,7 +53,7 @@ def choice_table(choice: Choice, images: int, known: str) -> list[str]:
     if len(rows) > len(lines) - 2:
         lines.append(f"{len(rows) - len(lines) + 2} sums below these are in the spec")
     lines.append(
-        f"shipped: of those whose largest regret is within {100 * LEVEL:.0f} point of the least, {PRIOR_SCORE}, or "
-        "else the one of fewest parts"
+        f"shipped: {PRIOR_SCORE}, unless the largest regret of another is {100 * choice.lead:.0f} points less; then, "
+        f"of those within {100 * LEVEL:.0f} point of the least, the one of fewest parts"
     )
     return lines

@@ -14,6 +14,7 @@ from ssod_edge.detect.choice import (
     Choice,
     best_of,
     choose,
+    figure_of,
     fit_all,
     unasked_score,
 )
@@ -104,6 +105,26 @@ def rows_of(figures: dict[str, tuple[float, float]], cost: float = 0.0) -> dict[
     return {name: {"figures": dict(zip("ab", pair, strict=True)), "cost": cost} for name, pair in figures.items()}
 
 
+def test_the_prior_gives_way_to_a_lead_beyond_chance() -> None:
+    rows = rows_of({"gen+mahalanobispp": (0.9, 0.85), "knn": (0.9, 0.9)})
+    assert best_of(rows, lead=0.06) == "gen+mahalanobispp" and best_of(rows, lead=0.04) == "knn"
+    assert chosen().lead == pytest.approx(1 / np.sqrt(200))
+
+
+def test_a_kind_that_was_measured_elsewhere_counts() -> None:
+    """Classes that head and detectors were refitted without, say; what could not be refitted has found nothing."""
+    data, known = make(400, seed=0), outputs(make(200, seed=1))
+    candidates = Candidates(fit_all(data, lambda detector: True, lambda line: None), known, True)
+    before = chosen()
+    best = "vim" if before.name != "vim" else "knn"
+    after = before.including("left out", {best: 0.9, before.name: 0.3}, candidates)
+    assert (after.name, after.kinds) == (best, (*before.kinds, "left out")) and after.state == candidates.state(best)
+    assert after.rows["energy"]["regret"] == pytest.approx(0.9) and after.rows["energy"]["worst"] == "left out"
+    assert "left out" not in before.rows["energy"]["figures"]
+    scores = np.arange(10, dtype=np.float32)
+    assert (figure_of(scores, scores + 20), figure_of(scores + 20, scores)) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("figures", "best"),
     [
@@ -132,7 +153,10 @@ def test_what_costs_too_much_sets_no_mark() -> None:
 def test_sums_have_one_score_of_the_logits_one_distance_and_the_row_where_it_was_trained() -> None:
     sums = {name for name in chosen().rows if "+" in name}
     assert "gen+mahalanobispp" in sums and "ssod+gen+knn" in sums and "ssod+vim" in sums
-    assert not sums & {"gen+energy", "knn+vim", "ssod+gen"} and max(name.count("+") for name in sums) == 2
+    assert (
+        not sums & {"gen+energy", "knn+mahalanobispp", "vim+vim", "ssod+gen"}
+        and max(name.count("+") for name in sums) == 2
+    )
 
 
 def test_what_ships_unasked() -> None:
