@@ -16,6 +16,12 @@ from ssod_edge.cli.options import baselines, named_data, newest, take
 @click.option(
     "--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of the confidence intervals; 0: none."
 )
+@click.option(
+    "--shift-images",
+    type=click.IntRange(min=0),
+    default=200,
+    help="Known images to show under disturbances too (light, colour, blur, noise, JPEG, ...); 0: none.",
+)
 @baselines
 @click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
 @click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")

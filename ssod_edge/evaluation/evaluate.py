@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.config import DEFAULT_SCORE
+from ssod_edge.config import DEFAULT_SCORE, ScoreName
 from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
 from ssod_edge.data.splits import Indices
@@ -34,6 +34,7 @@ from ssod_edge.evaluation.images import (
 )
 from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
+from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
 from ssod_edge.files import check_output, write_json
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar, printable
@@ -60,11 +61,19 @@ class EvalOptions(NamedData):
         baselines: "all" or "NAME[,NAME...]": detectors of pytorch-ood to run beside the built-in scores.
         fit_images: how many training images they are fitted on; None: the whole training split.
         bootstrap: resamples of the confidence intervals.
+        shift_images: how many of the known images are also shown under `ssod_edge.data.disturbances.SHIFTS`, seeded; 0
+            leaves that out.
     """
 
     baselines: str | None = None
     fit_images: int | None = None
     bootstrap: int = 1000
+    shift_images: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift_images < 0:
+            raise UsageError(f"shift_images must be 0 or more, got {self.shift_images}")
 
     def baseline_names(self) -> tuple[str, ...]:
         """The detectors; raises UsageError if there is none of a name, or `fit_images` without any."""
@@ -85,8 +94,9 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         The JSON face: `id_accuracy`, `default_score` (what the export ships; `energy` without one), `ships` (the same,
         but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `results` (a
         row for each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment`
-        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), with
-        baselines also `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
+        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift`
+        (`shift_rows` of the default score at that threshold; empty where none was asked for), with baselines also
+        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
@@ -130,6 +140,8 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "ood_row_trained": bool(model.ood.weight.any()),
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
+    shipped = Shipped(report["default_score"], state)
+    report["shift"] = _shift(model, sets["id"], found, shipped, options, workers)
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found
@@ -230,6 +242,38 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
         ood = {name: scores[score] for name, scores in unknown.items()}
         deployed[score] = deployment_metrics(known, ood, threshold, outputs.correct, outputs.labels, classes)
     return deployed
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The default score. Attributes: its name; its state, None of one without."""
+
+    name: str
+    state: FittedScore | None
+
+    def score(self, outputs: Outputs) -> NDArray[np.floating[Any]]:
+        """[N], larger = more OOD."""
+        if self.state is not None:
+            return self.state.score(outputs.features, outputs.logits, outputs.id_logit)
+        return ood_scores(outputs.logits, outputs.id_logit)[cast(ScoreName, self.name)]
+
+
+def _shift(
+    model: SSODClassifier, known: ImageSet, found: Found, shipped: Shipped, options: EvalOptions, workers: int
+) -> list[dict[str, Any]]:
+    """`shift_rows` of a sample of the known images at the shipped score's threshold; nothing if none are asked for."""
+    if options.shift_images == 0:
+        return []
+    source, indices = known
+    chosen = sample(len(indices), options.shift_images)
+    outputs = found.outputs["id"]
+    images = ShiftedImages(source, indices[chosen], model.preprocess, options.via_size)
+    with image_bar("shifting", len(chosen)) as advance:
+        shifted = judge_shifted(model, images, outputs.labels[chosen], shipped.score, workers, advance)
+    calibration = found.calibration.get(shipped.name)
+    threshold = None if calibration is None else conformal_threshold(calibration).value
+    undisturbed = found.scores["id"][shipped.name][chosen], outputs.correct[chosen]
+    return shift_rows(shifted, undisturbed, threshold)
 
 
 def _setup(outputs: Outputs, fit: ImageSet | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ssod_edge.data.disturbances import STRENGTHS
+
 Report = Mapping[str, Any]
 
 
@@ -33,6 +35,9 @@ def print_report(report: Report) -> None:
     if report["deployment"]:
         console.print(_deployment(report, names or list(report["deployment"])))
         say(_shipped(report))
+    if report["shift"]:
+        console.print(_shift(report))
+        say(_worst_shift(report))
     if "baselines" in report:
         console.print(_costs(report, names))
         setup = report["baselines_setup"]
@@ -97,6 +102,40 @@ def _shipped(report: Report) -> str:
     worst = sorted((c for c in found if found[c]["n"]), key=lambda c: -found[c]["rate"])[:3]
     rejected = ", ".join(f"{c} {_interval(found[c]['rate'], found[c]['ci'])}" for c in worst)
     return f"{name} accepts {accepted}; it rejects most of the classes {rejected}"
+
+
+def _shift(report: Report) -> Table:
+    """A row for each kind of shift, and first the same images without one."""
+    rows = {(row["kind"], row["strength"]): row for row in report["shift"]}
+    first = report["shift"][0]
+    title = f"{first['n']} known images, disturbed: accepted at that threshold, and accuracy, %"
+    table = _table(title, "kind")
+    for strength in STRENGTHS:
+        for title in (f"{strength}: accepted", "accuracy"):
+            table.add_column(title, justify="right")
+    table.add_row(first["kind"], _percent(first["accepted"]), _percent(first["accuracy"]), "", "")
+    for kind in dict.fromkeys(kind for kind, _ in [*rows][1:]):
+        cells = [rows[kind, strength][key] for strength in STRENGTHS for key in ("accepted", "accuracy")]
+        table.add_row(kind, *map(_percent, cells))
+    return table
+
+
+def _worst_shift(report: Report) -> str:
+    """The kind of either strength of which the fewest are accepted, and the one that costs most accuracy."""
+    accepted, lost = [], []
+    for strength in STRENGTHS:
+        rows = [row for row in report["shift"] if row["strength"] == strength]
+        if rows[0]["accepted"] is not None:
+            row = min(rows, key=lambda row: row["accepted"])
+            accepted.append(f"{_interval(row['accepted'], row['accepted_ci'])} of {strength} {row['kind']}")
+        row = max(rows, key=lambda row: row["accuracy_drop"])
+        lost.append(f"{100 * row['accuracy_drop']:.1f} points under {strength} {row['kind']}")
+    words = f"Worst: {report['default_score']} accepts {' and '.join(accepted)}; a" if accepted else "Worst: a"
+    text = f"{words}ccuracy falls by {' and '.join(lost)}"
+    if accepted and (found := report["deployment"][report["default_score"]]["ood"]):
+        unknown = ", ".join(f"{_percent(row['false_accept'])}% of {ood}" for ood, row in found.items())
+        text += f". At that threshold it accepts {unknown}"
+    return text
 
 
 def _costs(report: Report, names: list[str]) -> Table:

@@ -66,7 +66,7 @@ class StudyOptions:
     Attributes:
         vary, seeds: see `parse_grid`.
         training: options of `train`, for all runs; None is as if it were not there.
-        evaluation: of every run. No intervals are computed, whatever `bootstrap` says.
+        evaluation: of every run. No intervals are computed and no disturbances shown, whatever it says.
         score: each run is exported with it ("auto" chooses one for each) before it is evaluated; None exports nothing.
     """
 
@@ -85,7 +85,7 @@ class StudyOptions:
     def asked(self) -> dict[str, Any]:
         """What the records say of the evaluation and the score."""
         asked = {**asdict(self.evaluation), "ood_data": dict(self.evaluation.ood_data or {})}
-        del asked["bootstrap"]
+        del asked["bootstrap"], asked["shift_images"]
         return asked if self.score is None else {**asked, "score": self.score}
 
 
@@ -335,7 +335,7 @@ def _evaluated(run: Path, study: StudyOptions, export: Spec | None) -> dict[str,
         report = from_json(dict[str, Any], stored.pop("report", None), "report")
         if stored == record:
             return report
-    report, _ = evaluate(run, replace(study.evaluation, bootstrap=0))
+    report, _ = evaluate(run, replace(study.evaluation, bootstrap=0, shift_images=0))
     if export is not None:
         if report["default_score"] != export.score_name:
             raise ArtifactError(f"the score '{export.score_name}' of the export of '{run}' could not be evaluated")

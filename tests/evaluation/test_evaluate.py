@@ -101,10 +101,10 @@ def test_without_id_data_the_recorded_validation_split_is_used(place):
 def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
     images = {"same": str(small_run.parent / "data")}
-    before, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
+    before, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0, shift_images=0))
     assert before["default_score"] == "energy" and set(before["mean"]) == set(SCORES)
     export_run(run, precisions=("fp32",), engines=("onnxruntime",), score="energy+rmd")
-    report, found = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
+    report, found = evaluate(run, EvalOptions(images["same"], images, bootstrap=0, shift_images=12))
     assert report["default_score"] == "energy+rmd" and set(report["mean"]) == {*SCORES, "energy+rmd"}
     assert "energy+rmd" in report["deployment"]
     with open_runner(run / "export") as runner:
@@ -115,7 +115,7 @@ def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "shipped *" in printed and "* energy+rmd: the score that the run's export ships" in printed
     (run / "export" / DETECTOR_NAME).write_bytes(b"")
-    damaged, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0))
+    damaged, _ = evaluate(run, EvalOptions(images["same"], images, bootstrap=0, shift_images=0))
     assert damaged["default_score"] == "energy" and "left out" in capsys.readouterr().err
 
 
