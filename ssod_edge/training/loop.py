@@ -25,8 +25,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
-from ssod_edge.data.sources import open_dataset
-from ssod_edge.data.splits import MIN_CALIB, split_dataset
+from ssod_edge.data.groups import describe_groups, image_groups
+from ssod_edge.data.sources import open_training_data
+from ssod_edge.data.splits import MIN_CALIB, Indices, split_dataset
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim, write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
@@ -48,7 +49,7 @@ from ssod_edge.training.checkpoint import (
 from ssod_edge.training.distributed import check_same_images, is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier, build_model, check_size
-from ssod_edge.training.objective import TrainStep
+from ssod_edge.training.objective import TrainStep, class_weights
 from ssod_edge.training.outputs import collect
 from ssod_edge.training.published import check_published
 from ssod_edge.training.run import load_config
@@ -184,16 +185,22 @@ class _Loop:
         if config.weights == PUBLISHED and not restored:
             check_published(config.backbone)
         try:
-            self.source = open_dataset(config.data)
+            self.source = open_training_data(config.data, config.val)
         except UsageError as error:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         if self.source.left_out:
             _say(self.source.left_out)
-        check_same_images(self.source.fingerprint)
-        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
-        self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}
+        check_same_images(self.source.fingerprint + self.source.val_record.get("val_fingerprint", ""))
+        groups = image_groups(self.source, config.group)
+        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed, groups)
+        self.data_record = {
+            "data_fingerprint": self.source.fingerprint,
+            "splits_hash": self.splits.hash,
+            **self.source.val_record,
+        }
+        self._say_data(groups)
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
@@ -204,17 +211,35 @@ class _Loop:
         self.meters = Meters(device, self.progress.meters)
         self.images = TrainImages(self.source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = _kernel_in_use(device, config.kernel)
-        step: nn.Module = TrainStep(self.model, config.loss, config.precision, config.kernel)
+        weights = class_weights(self.source.labels[self.splits.train], config.class_weights)
+        step: nn.Module = TrainStep(self.model, config.loss, config.precision, config.kernel, weights).to(device)
         if dist.is_initialized():
             # The OOD row takes no part while the OOD loss warms up.
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
         self.train_step = cast(nn.Module, torch.compile(step)) if config.compile else step
         self.steps_per_epoch = len(self._batches(0))
-        if self.steps_per_epoch == 0:
+
+    def _say_data(self, groups: Indices | None) -> None:
+        """What the images are used for, before anything is done with them."""
+        splits, asked = self.splits, self.config.batch_size
+        _say(
+            f"{len(splits.train)} images to train on, {len(splits.val)} to validate on, {len(splits.calib)} for "
+            "thresholds"
+        )
+        if groups is not None:
+            _say(describe_groups(groups))
+        if self.batch_size < 2:  # batch norm needs two images
             raise UsageError(
-                f"'{config.data}' leaves {len(self.splits.train)} training images, fewer than one batch of "
-                f"{config.batch_size * world_size()}. Use a smaller --batch-size"
+                f"'{self.config.data}' leaves {len(splits.train)} training images for {world_size()} process(es), and "
+                "each needs at least 2. Add images, or use fewer processes"
             )
+        if self.batch_size < asked:
+            _say(f"note: a batch is {self.batch_size} images, all that there are (--batch-size {asked})")
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a step of each process: never more than its share of all."""
+        return min(self.config.batch_size, len(self.splits.train) // world_size())
 
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
@@ -343,7 +368,7 @@ class _Loop:
     def _batches(self, epoch: int) -> list[list[int]]:
         """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
-        world, size = world_size(), self.config.batch_size * world_size()
+        world, size = world_size(), self.batch_size * world_size()
         return [order[i : i + size][rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
 
     def _check_finite(self, loss: Tensor, norm: Tensor, index: Tensor) -> None:
