@@ -76,7 +76,7 @@ def test_gamma_inside_its_range_is_taken(gamma):
         (TrainConfig, {"lr": 0.0}, "lr must be positive"),
         (TrainConfig, {"half_size_epochs": 10}, "below epochs"),
         (TrainConfig, {"val_fraction": 0.0}, "val_fraction"),
-        (TrainConfig, {"class_weights": "equal"}, "one of none, balanced"),
+        (TrainConfig, {"class_weights": "equal"}, "class_weights must be 'none' or 'balanced'"),
         (TrainConfig, {"val_fraction": 0.5, "calib_fraction": 0.5}, "no images to train on"),
         (TrainConfig, {"hflip": 2.0}, "hflip"),
         (TrainConfig, {"workers": -1}, "workers"),

@@ -50,6 +50,6 @@ def describe_groups(groups: Indices) -> str:
     sizes = np.bincount(groups)
     alone = int((sizes == 1).sum())
     return (
-        f"groups: {len(sizes) - alone} of 2 to {sizes.max()} images, and {alone} images on their own; each group lies "
+        f"groups: {len(sizes) - alone} of up to {sizes.max()} images, and {alone} images on their own; each group lies "
         "in one split"
     )

@@ -77,7 +77,7 @@ def sizes(source: Labels, val: float | None = None, calib: float | None = None) 
         ([20] * 4, [48, 12, 20]),  # 19 for a threshold
         ([10] * 4, [24, 8, 8]),  # 19 would be more than a third
         ([3] * 5, [5, 5, 5]),
-        ([300, 10, 3], [218, 47, 48]),
+        ([300, 10, 3], [217, 48, 48]),
     ],
 )
 def test_without_fractions_the_held_out_splits_follow_the_number_of_images(
@@ -88,7 +88,7 @@ def test_without_fractions_the_held_out_splits_follow_the_number_of_images(
 
 def test_fractions_that_are_given_are_taken_as_they_are() -> None:
     assert sizes(Labels(20, 20), 0.05, 0.05) == [36, 2, 2]
-    assert sizes(Labels(20, 20), 0.05, None) == [18, 2, 20] or sizes(Labels(20, 20), 0.05, None)[1] == 2
+    assert sizes(Labels(20, 20), 0.05, None) == [32, 2, 6]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -100,8 +100,8 @@ def test_groups_stay_together_and_every_class_is_everywhere(seed: int) -> None:
     parts = (splits.train, splits.val, splits.calib)
     assert sorted(np.concatenate(parts).tolist()) == list(range(140))
     assert sum(len(np.unique(groups[part])) for part in parts) == 35
-    counts = [np.bincount(source.labels[part], minlength=3).tolist() for part in parts]
-    assert counts[1] == counts[2] == [12, 8, 4] or all(0 < a <= 16 for row in counts[1:] for a in row)
+    for part in parts[1:]:
+        assert np.bincount(source.labels[part], minlength=3).tolist() == [12, 4, 4], "15%, by fours"
     assert split_dataset(source, None, None, seed, groups).hash == splits.hash
     assert split_dataset(source, None, None, seed + 1, groups).hash != splits.hash
 
@@ -137,7 +137,7 @@ def test_groups_come_from_names_or_from_the_data() -> None:
     some = image_groups(source, r"(video0)")
     assert len(np.unique(some)) == 9 and len(np.unique(some[:4])) == 1
     assert describe_groups(some) == (
-        "groups: 1 of 2 to 4 images, and 8 images on their own; each group lies in one split"
+        "groups: 1 of up to 4 images, and 8 images on their own; each group lies in one split"
     )
     source.group_names = ("a", "b", "") * 4
     assert len(np.unique(image_groups(source, None))) == 2 + 4

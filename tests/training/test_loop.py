@@ -169,7 +169,7 @@ def test_a_run_keeps_to_the_parts_of_its_data(config, tmp_path, capsys):
     run = train(replace(config, data=str(data), epochs=1, half_size_epochs=0), tmp_path)
     said = capsys.readouterr().err
     assert f"not used: 6 images of 'test' (ssod-edge eval RUN --id {data}/test)" in said
-    assert "21 images to train on, 12 to validate on, 15 for thresholds" not in said
+    assert "30 images to train on, 12 to validate on, 6 for thresholds" in said
     source, splits = Run.at(run).splits("none")
     assert {source.source(int(index)).split("/")[0] for index in splits.val} == {"val"}
     assert {source.source(int(index)).split("/")[0] for index in (*splits.train, *splits.calib)} == {"train"}
@@ -183,7 +183,7 @@ def test_a_run_keeps_to_the_parts_of_its_data(config, tmp_path, capsys):
 def test_a_run_reads_back_the_validation_images_that_were_named(config, tmp_path):
     val = write_folder(tmp_path / "val", per_class=4)
     run = train(replace(config, val=str(val), epochs=1, half_size_epochs=0), tmp_path)
-    source, splits = Run.at(run).splits("none")
+    _, splits = Run.at(run).splits("none")
     assert splits.val.tolist() == list(range(48, 60)) and splits.calib.max() < 48
     record = json.loads((run / "splits.json").read_text())
     assert record["val_data"] == str(val) and record["val_fingerprint"] == Run.at(run).meta["val_fingerprint"]
@@ -199,7 +199,7 @@ def test_groups_are_counted_at_the_start_and_kept_together(config, tmp_path, cap
     with pytest.raises(UsageError, match="class 'class0' of .* has 2 group"):
         train(grouped, tmp_path)
     run = train(replace(grouped, group=r"(class\d/\d)[0-4]"), tmp_path)  # 05 to 09 and 15 stand alone
-    assert "groups: 6 of 5 to 5 images" not in capsys.readouterr().err
+    assert "groups: 6 of up to 5 images, and 18 images on their own" in capsys.readouterr().err
     source, splits = Run.at(run).splits("none")
     sides = [
         {source.source(int(i))[:8] for i in part if source.source(int(i))[8] < "5"} for part in vars(splits).values()

@@ -188,7 +188,7 @@ def test_class_weights_are_those_of_the_cross_entropy():
     image, target = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 0, 0, 1])
     plain, weights = LossConfig(method="ce"), torch.tensor([0.5, 2.0])
     step = TrainStep(model, plain, class_weights=weights)
-    loss, log = step(image, target, True)
+    loss, _ = step(image, target, True)
     logits = model(normalise(image, model.preprocess))[0]
     torch.testing.assert_close(loss, F.cross_entropy(logits, target, weights))
     assert not any("class_weights" in name for name in step.state_dict())
