@@ -12,7 +12,7 @@ from PIL import Image
 from ssod_edge.bench.accuracy import ImageSet
 from ssod_edge.data.named import NamedData
 from ssod_edge.data.pixels import load_image, via
-from ssod_edge.data.sources import model_labels, open_dataset
+from ssod_edge.data.sources import model_labels, open_dataset, open_training_data
 from ssod_edge.data.splits import read_splits
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
 from ssod_edge.runtime.export import Export
@@ -82,7 +82,7 @@ def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
     if not facts.get("splits_hash"):
         return None, "The weights were not trained here, so that there is no recorded validation split."
     try:
-        source = open_dataset(str(facts["data"]))
+        source = open_training_data(str(facts["data"]), facts.get("val_data"), facts.get("val_fingerprint"))
         if source.fingerprint != facts["data_fingerprint"]:
             return None, f"The data '{facts['data']}' changed since the run."
         indices = read_splits(export.folder.resolve().parent, source, str(facts["splits_hash"])).val

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ssod_edge.errors import UsageError
@@ -36,6 +37,7 @@ Head = Literal["last", "stages"]
 Tune = Literal["auto", "head", "upper", "all"]
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
+ClassWeights = Literal["none", "balanced"]
 Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["auto", "reference"]
@@ -44,6 +46,7 @@ DetectorName = Literal["vim", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "k
 
 METHODS: tuple[str, ...] = get_args(Method)
 BALANCES: tuple[str, ...] = get_args(Balance)
+CLASS_WEIGHTS: tuple[str, ...] = get_args(ClassWeights)
 OUTLIERS: tuple[str, ...] = get_args(Outlier)
 KERNELS: tuple[str, ...] = get_args(Kernel)
 #: Scores of the logits and the ID logit alone.
@@ -186,8 +189,8 @@ class LossConfig:
         gamma: confidence from which a patch shows a known thing, in (0.5, 1); below 1 - gamma it is background (Eq. 12
             of the paper).
         alpha: weight of what patches teach about "unknown" (Eq. 14); 0 leaves it out.
-        balance: how the few patches of known things count beside the many of background (Table 5). `lwb`: half each;
-            `lw`: background weighted down to their number; `dr`: as many of each, drawn at random.
+        patch_balance: how the few patches of known things count beside the many of background (Table 5). `lwb`: half
+            each; `lw`: background weighted down to their number; `dr`: as many of each, drawn at random.
         norm_weight: weight of the size of background features, with `lbf` and `both`.
         outliers: training also shows the network spoiled copies of your photos (turned, shuffled, zoomed, blended) and
             teaches it to call them unknown. Which kinds, comma-separated; with --method only those named here.
@@ -200,7 +203,7 @@ class LossConfig:
     method: Method = "ssod"
     gamma: float = 0.95
     alpha: float = 1.0
-    balance: Balance = "lwb"
+    patch_balance: Balance = "lwb"
     norm_weight: float = 0.05
     outliers: tuple[Outlier, ...] = ()
     outlier_share: float = 0.5
@@ -210,7 +213,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
         check(self, "method", self.method in METHODS, f"one of {', '.join(METHODS)}")
-        check(self, "balance", self.balance in BALANCES, f"one of {', '.join(BALANCES)}")
+        check(self, "patch_balance", self.patch_balance in BALANCES, f"one of {', '.join(BALANCES)}")
         unknown = [kind for kind in self.outliers if kind not in OUTLIERS]
         if unknown or len(set(self.outliers)) < len(self.outliers):
             raise UsageError(
@@ -219,6 +222,13 @@ class LossConfig:
         check(self, "outlier_share", 0 < self.outlier_share <= 1, "in (0, 1]")
         for name in ("alpha", "norm_weight", "outlier_weight", "warmup_epochs"):
             check(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """The settings of an earlier release, which called `patch_balance` `balance`."""
+        if "balance" not in values or "patch_balance" in values:
+            return values
+        return {"patch_balance" if key == "balance" else key: value for key, value in values.items()}
 
     @property
     def trains_row_on_patches(self) -> bool:
@@ -262,6 +272,10 @@ class TrainConfig:
     Attributes:
         backbone: timm model name (aliases resolved).
         data: what `ssod_edge.data.sources.open_dataset` takes.
+        val: validation photos of their own, as DATA; then DATA is for training and calibration alone.
+        group: regular expression that is searched for in the name of each photo within DATA ("cat/video3_0012.jpg").
+            What its first group matches, or without one all of it, names the burst, video or camera of the photo;
+            photos of one never lie in two splits. Default: the column `group` of a table.
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
@@ -271,8 +285,12 @@ class TrainConfig:
         weight_decay: weight decay of the optimizer.
         lr_warmup_fraction: share of the steps in which the learning rate rises.
         clip_grad: largest norm of the gradient.
-        val_fraction: share of the photos kept back to choose the best epoch and score by.
-        calib_fraction: share of the photos kept back for thresholds and int8.
+        val_fraction: share of the photos kept back to choose the best epoch and score by. Default: what makes 200
+            photos, from 0.05 to 0.15.
+        calib_fraction: share of the photos kept back for thresholds and int8. Default: as --val-fraction, but at least
+            the 19 photos that a threshold for 95% needs where that is no more than a third.
+        class_weights: how the classes count in the loss. `balanced`: each as much as the others, whatever number of
+            photos it has; `none`: each photo as much as the others.
         half_size_epochs: first epochs at half the input size, at about a quarter of the cost.
         crop_scale_min: smallest random crop of a training photo, as a share of its area.
         hflip: probability of mirroring a training photo.
@@ -294,6 +312,8 @@ class TrainConfig:
 
     backbone: str = dataclasses.field(metadata=NO_OPTION)
     data: str = dataclasses.field(metadata=NO_OPTION)
+    val: str | None = dataclasses.field(default=None, metadata={"metavar": "DATA"})
+    group: str | None = dataclasses.field(default=None, metadata={"metavar": "PATTERN"})
     name: str = dataclasses.field(default="", metadata=NO_OPTION)
     recipe: Literal["short", "scratch", "paper"] = "short"
     epochs: int = 10
@@ -302,8 +322,9 @@ class TrainConfig:
     weight_decay: float = 0.05
     lr_warmup_fraction: float = dataclasses.field(default=0.1, metadata=NO_OPTION)
     clip_grad: float = dataclasses.field(default=5.0, metadata=NO_OPTION)
-    val_fraction: float = 0.05
-    calib_fraction: float = 0.05
+    val_fraction: float | None = None
+    calib_fraction: float | None = None
+    class_weights: ClassWeights = "none"
     half_size_epochs: int = 0
     crop_scale_min: float = 0.5
     hflip: float = 0.5
@@ -332,15 +353,17 @@ class TrainConfig:
         if self.half_size_epochs and self.preprocess.input_size < 2:
             raise UsageError("half_size_epochs needs an input_size of at least 2 pixels, got 1")
         check(self, "workers", self.workers >= 0, "0 or more")
-        for name in ("val_fraction", "calib_fraction", "crop_scale_min"):
-            check(self, name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+        for name in ("val_fraction", "calib_fraction"):
+            check(self, name, getattr(self, name) is None or 0 < getattr(self, name) <= 1, "in (0, 1]")
+        check(self, "crop_scale_min", 0 < self.crop_scale_min <= 1, "in (0, 1]")
         check(self, "hflip", 0 <= self.hflip <= 1, "in [0, 1]")
-        if self.val_fraction + self.calib_fraction >= 1:
+        if (self.val_fraction or 0) + (self.calib_fraction or 0) >= 1:
             raise UsageError("val_fraction and calib_fraction leave no images to train on")
         check(self, "head", self.head in get_args(Head), "'last' or 'stages'")
         check(self, "tune", self.tune in get_args(Tune), f"one of {', '.join(get_args(Tune))}")
         if self.tune != "all" and self.weights == NO_WEIGHTS:
             raise UsageError(f"tune {self.tune} keeps the features of trained weights, and random ones have none")
+        check(self, "class_weights", self.class_weights in CLASS_WEIGHTS, f"one of {', '.join(CLASS_WEIGHTS)}")
         check(self, "weights", self.weights != "", f"'{PUBLISHED}', '{NO_WEIGHTS}' or a file")
 
     @staticmethod
@@ -364,7 +387,7 @@ class TrainConfig:
 _MADE_IMAGES = {"method": "ce", "outliers": OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    "short": {"weights": PUBLISHED, "tune": "auto", "loss": _MADE_IMAGES},
+    "short": {"weights": PUBLISHED, "tune": "auto", "class_weights": "balanced", "loss": _MADE_IMAGES},
     "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": _MADE_IMAGES},
     # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
     # 224 px. Epochs are not given there.
@@ -376,7 +399,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 PATCH_WARMUP_EPOCHS = {"scratch": 10.0}
 
 #: Settings of `LossConfig` that say how patches are labelled and weighed.
-PATCH_SETTINGS = {"gamma", "alpha", "balance", "norm_weight"}
+PATCH_SETTINGS = {"gamma", "alpha", "patch_balance", "norm_weight"}
 
 #: Settings that only training of the whole network reads: --tune all is meant where one of them is given.
 WHOLE_SETTINGS = {
@@ -398,8 +421,9 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def setting_types() -> dict[str, Any]:
-    """Name -> type of every setting of `TrainConfig` and its loss."""
-    return {**get_type_hints(TrainConfig), **get_type_hints(LossConfig)}
+    """Name -> type of every setting of `TrainConfig` and its loss; of one that may be None, the other type."""
+    kinds = {**get_type_hints(TrainConfig), **get_type_hints(LossConfig)}
+    return {name: get_args(kind)[0] if NoneType in get_args(kind) else kind for name, kind in kinds.items()}
 
 
 def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:

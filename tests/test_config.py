@@ -10,6 +10,7 @@ import pytest
 from ssod_edge.config import (
     ALIASES,
     OUTLIERS,
+    RECIPES,
     LossConfig,
     Preprocess,
     TrainConfig,
@@ -21,8 +22,27 @@ from ssod_edge.errors import UsageError
 
 
 def test_json_gives_the_same_settings_back():
-    config = TrainConfig("resnet18", "photos", loss=LossConfig(gamma=0.9, balance="dr"), preprocess=Preprocess(96))
+    config = TrainConfig(
+        "resnet18", "photos", loss=LossConfig(gamma=0.9, patch_balance="dr"), preprocess=Preprocess(96)
+    )
     assert from_dict(TrainConfig, json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_settings_of_an_earlier_release_keep_their_meaning():
+    earlier = {**asdict(TrainConfig("resnet18", "photos")), "val_fraction": 0.05, "calib_fraction": 0.05}
+    earlier["loss"]["balance"] = earlier["loss"].pop("patch_balance")
+    for new in ("val", "group", "class_weights"):
+        del earlier[new]
+    config = from_dict(TrainConfig, {**earlier, "loss": {**earlier["loss"], "balance": "dr"}})
+    assert config.loss.patch_balance == "dr" and (config.val_fraction, config.calib_fraction) == (0.05, 0.05)
+    assert config.class_weights == "none" and config.val is None and config.group is None
+    with pytest.raises(UsageError, match="unknown LossConfig key: balance"):
+        from_dict(LossConfig, {"balance": "dr", "patch_balance": "lw"})
+
+
+def test_class_weights_are_balanced_by_the_short_recipe_alone():
+    found = {recipe: train_config(recipe, {"backbone": "x", "data": "y"}).class_weights for recipe in RECIPES}
+    assert found == {"short": "balanced", "scratch": "none", "paper": "none"}
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 0.0, -0.7, 1.5, float("nan")])
@@ -40,7 +60,7 @@ def test_gamma_inside_its_range_is_taken(gamma):
     ("cls", "values", "message"),
     [
         (LossConfig, {"alpha": -1.0}, "alpha must be 0 or more"),
-        (LossConfig, {"balance": "none"}, "one of lwb, lw, dr"),
+        (LossConfig, {"patch_balance": "none"}, "one of lwb, lw, dr"),
         (LossConfig, {"warmup_epochs": -1.0}, "warmup_epochs"),
         (Preprocess, {"input_size": 0}, "at least 1 pixel"),
         (Preprocess, {"crop_pct": 1.1}, "crop_pct"),
@@ -56,6 +76,7 @@ def test_gamma_inside_its_range_is_taken(gamma):
         (TrainConfig, {"lr": 0.0}, "lr must be positive"),
         (TrainConfig, {"half_size_epochs": 10}, "below epochs"),
         (TrainConfig, {"val_fraction": 0.0}, "val_fraction"),
+        (TrainConfig, {"class_weights": "equal"}, "class_weights must be 'none' or 'balanced'"),
         (TrainConfig, {"val_fraction": 0.5, "calib_fraction": 0.5}, "no images to train on"),
         (TrainConfig, {"hflip": 2.0}, "hflip"),
         (TrainConfig, {"workers": -1}, "workers"),
@@ -102,7 +123,7 @@ def test_a_recipe_trains_on_made_images_and_a_method_on_what_its_name_says(recip
     )
 
 
-@pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"balance": "dr"}, {"norm_weight": 0.1}])
+@pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"patch_balance": "dr"}, {"norm_weight": 0.1}])
 def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
     """Given beside `--method ce`, as in a grid, it stays."""
     options = {"backbone": "resnet18", "data": "photos", **setting}

@@ -83,10 +83,11 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         images = Images()
     if not (recorded or moved):
         images = replace(images, thresholds=named)
-    facts = {
+    facts: dict[str, Any] = {
         "run": run.folder.resolve().name,
         "checkpoint_sha256": run.checkpoint_sha256,
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
+        **{key: meta[key] for key in ("val_data", "val_fingerprint") if key in meta},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
     trained, published = meta.get("trained") is True, "tuned" in meta

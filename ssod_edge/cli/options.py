@@ -117,7 +117,10 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Decorator:
             if field.metadata.get("option", True):
                 help = texts.get(field.name, "") + _default_text(field.name)
                 flags = "--" + field.name.replace("_", "-")
-                options.append(click.option(flags, help=help, **_value(_TYPES[field.name]), **more.get(field.name, {})))
+                settings = {**_value(_TYPES[field.name]), **more.get(field.name, {})}
+                if "metavar" in field.metadata:
+                    settings |= {"metavar": field.metadata["metavar"], "type": str}
+                options.append(click.option(flags, help=help, **settings))
     return together(*options)
 
 

@@ -34,7 +34,9 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
     """Train a classifier that knows when to say "unknown".
 
-    DATA is a folder of CLASS/IMAGE files, a .tar file in that layout, demo, torch/NAME:ROOT or hfds/NAME.
+    DATA is a folder of CLASS/IMAGE files, or of train/, val/ and test/ folders of that layout (test/ is not read); a
+    .tar file of either; a .csv or .parquet file with columns path and label, and maybe split (train, val, test) and
+    group; demo, torch/NAME:ROOT or hfds/NAME. FILE/test is the test part of a .tar, .csv or .parquet file.
     DATA@LIST has only the classes that a text file names, one a line.
     Several processes: torchrun --nproc-per-node N -m ssod_edge train DATA ...
     """

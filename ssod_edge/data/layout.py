@@ -15,7 +15,10 @@ from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import printable
 
-EXPECTED = "Give a folder of CLASS/IMAGE files, a .tar file of one, 'demo', 'torch/...' or 'hfds/...'"
+EXPECTED = (
+    "Give a folder of CLASS/IMAGE files (or of train/, val/ and test/ folders of them), a .tar file of one, a .csv or "
+    ".parquet file of paths and labels, 'demo', 'torch/...' or 'hfds/...'"
+)
 
 #: Folders that systems leave beside pictures; their thumbnails and notes are no images of anybody's class.
 SYSTEM_FOLDERS = frozenset(
@@ -23,8 +26,10 @@ SYSTEM_FOLDERS = frozenset(
 )
 #: Files that systems leave there.
 SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
-#: Names of splits, which are not classes.
-SPLITS = ("train", "val", "valid", "validation", "test")
+#: Names of parts of a data set, which are not classes, and the part that each means.
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+#: Files that hold a whole data set, so that FILE/test is a part of one.
+DATA_FILES = (".tar", ".csv", ".parquet")
 #: A link that leads to a link, and so on, ends here.
 MOST_LINKS = 40
 
@@ -95,35 +100,61 @@ def walk_images(folder: str, others: set[str] | None = None) -> Iterator[str]:
                 others.add(path)
 
 
-class FolderReader:
-    """The images of a folder. Attributes: names, below it and in order; others, the paths of files that are none."""
+class FileReader:
+    """What readers of files have in common.
 
-    def __init__(self, root: str):
-        self._root = root
-        self.others: set[str] = set()
-        self.names = sorted((os.path.relpath(path, root) for path in walk_images(root, self.others)), key=sort_key)
+    Attributes:
+        names: of the images, in order.
+        others: names of files that are no images.
+        given_val: positions of the images that the data set keeps for validation; None where it names none.
+        above: how many folders, from the top, lie above the class folders.
+        in_parts: whether the last of these is a part's.
+        untouched: what a command says of a part that it leaves alone; empty where there is none.
+    """
 
-    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
-        return open(os.path.join(self._root, self.names[index]), "rb"), -1
+    names: list[str]
+    others: set[str]
+    given_val: list[int] | None = None
+    above = 0
+    in_parts = False
+    untouched = ""
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Leave these images alone in it."""
+        self.names = [self.names[position] for position in positions]
 
     def filename(self, index: int) -> str:
         return self.names[index]
 
     def empty_folders(self) -> list[str]:
-        """Folders of the first level that hold no image."""
-        used = {name.split("/")[0] for name in self.names}
-        return sorted(p.name for p in Path(self._root).iterdir() if p.is_dir() and p.name not in used | SYSTEM_FOLDERS)
+        """Class folders that hold no image."""
+        return []
 
 
-class TarReader:
+class FolderReader(FileReader):
+    """The images of a folder; their names are below it."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self.others = set()
+        self.names = sorted((os.path.relpath(path, root) for path in walk_images(root, self.others)), key=sort_key)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        return open(os.path.join(self._root, self.names[index]), "rb"), -1
+
+    def empty_folders(self) -> list[str]:
+        level = 1 if self.in_parts else 0
+        used = {"/".join(name.split("/")[: level + 1]) for name in self.names}
+        above = {""} if level == 0 else {name.split("/")[0] for name in self.names}
+        folders = (os.path.join(top, p.name) for top in above for p in Path(self._root, top).iterdir() if p.is_dir())
+        return sorted(f for f in folders if f not in used and os.path.basename(f) not in SYSTEM_FOLDERS)
+
+
+class TarReader(FileReader):
     """The images of a .tar file; of a member that was packed twice the last one, as unpacking would have it.
 
     Args:
         path: of the file. It is opened anew in each process, because a forked one shares its parent's position.
-
-    Attributes:
-        names: of the members, in order.
-        others: names of members that are no images.
 
     Raises:
         UsageError: it is no .tar file, is cut short, or holds a link to something that it does not hold.
@@ -179,11 +210,13 @@ class TarReader:
         assert file is not None
         return file, -1
 
+    def keep(self, positions: Sequence[int]) -> None:
+        super().keep(positions)
+        self._members = [self._members[position] for position in positions]
+        self._shown = [self._shown[position] for position in positions]
+
     def filename(self, index: int) -> str:
         return self._shown[index]
-
-    def empty_folders(self) -> list[str]:
-        return []
 
 
 def _plain(name: str) -> str:
@@ -199,15 +232,71 @@ def class_names(names: Sequence[str]) -> list[str]:
     return [posixpath.basename(posixpath.dirname(name)) for name in names]
 
 
-def check_layout(source: str, reader: FolderReader | TarReader) -> None:
-    """Raises UsageError unless every image is CLASS/IMAGE and every class folder holds one.
+def split_part(name: str) -> tuple[str, str | None]:
+    """FILE/test -> (FILE, "test"), where FILE is a file of a whole data set; (name, None) of any other name."""
+    parent, _, last = name.rstrip("/").rpartition("/")
+    is_part = last.lower() in PARTS and parent.lower().endswith(DATA_FILES) and os.path.isfile(parent)
+    return (parent, last.lower()) if is_part else (name, None)
 
-    A .tar file may have one folder around all of it.
+
+def choose_parts(source: str, parts: Sequence[str], part: str | None) -> tuple[list[int], list[int] | None, str]:
+    """Which images of a data set in parts are read: those of one part, or those of train and val; never both and test.
+
+    Args:
+        source: how the user named the data set.
+        parts: of each image, as it is spelled there ("train", "Valid").
+        part: the one that is asked for.
+
+    Returns:
+        positions of the images; those of val among them (None without any, and of one part); what is to be said of
+        the images of test (empty without any).
+
+    Raises:
+        UsageError: there is no such part.
     """
-    names = reader.names
+    meaning = [PARTS[name.lower()] for name in parts]
+    wanted = ("train", "val") if part is None else (PARTS[part],)
+    kept = [position for position, name in enumerate(meaning) if name in wanted]
+    if wanted[0] not in meaning:
+        raise UsageError(f"'{source}' has no images of '{wanted[0]}'; it has those of: {', '.join(sorted(set(parts)))}")
+    if part is not None:
+        return kept, None, ""
+    val = [place for place, position in enumerate(kept) if meaning[position] == "val"]
+    test = [name for name, means in zip(parts, meaning, strict=True) if means == "test"]
+    note = f"not used: {len(test)} images of '{test[0]}' (ssod-edge eval RUN --id {source}/{test[0]})" if test else ""
+    return kept, val or None, note
+
+
+def divide_files(source: str, reader: FileReader, part: str | None = None) -> None:
+    """Find out how deep the class folders lie; of files in PART/CLASS/IMAGE, keep what `choose_parts` says of them.
+
+    A .tar file may have folders around all of it.
+
+    Raises:
+        UsageError: `part` is asked for and there is none; folders of other names lie beside the parts.
+    """
     if isinstance(reader, TarReader):
-        depth = shared_depth([posixpath.dirname(name) for name in names])  # above the class folders
-        names = [name.split("/", depth)[-1] for name in names]
+        reader.above = shared_depth([posixpath.dirname(name) for name in reader.names])
+    names = [name.split("/", reader.above)[-1] for name in reader.names]
+    first = [name.split("/")[0] for name in names]
+    deep = any(name.count("/") > 1 and top.lower() in PARTS for name, top in zip(names, first, strict=True))
+    if not deep or (part is None and "train" not in map(str.lower, first)):
+        if part is not None:
+            raise UsageError(f"'{source}' holds no folders train/, val/ and test/ of CLASS/IMAGE files")
+        return
+    if other := next((name for name in first if name.lower() not in PARTS), None):
+        raise UsageError(
+            f"'{other}' of '{source}' lies beside the parts of a data set ({', '.join(sorted(set(first) - {other}))}). "
+            "Move it away: expected train/, val/ and test/ alone"
+        )
+    kept, reader.given_val, reader.untouched = choose_parts(source, first, part)
+    reader.keep(kept)
+    reader.above, reader.in_parts = reader.above + 1, True
+
+
+def check_layout(source: str, reader: FileReader) -> None:
+    """Raises UsageError unless every image is CLASS/IMAGE and every class folder holds one."""
+    names = [name.split("/", reader.above)[-1] for name in reader.names]
     strays = [name for name in names if "/" not in name]
     if strays and len(strays) == len(names):
         raise UsageError(f"'{source}' holds images, but no class folders. {EXPECTED}")
@@ -215,14 +304,13 @@ def check_layout(source: str, reader: FolderReader | TarReader) -> None:
         raise UsageError(f"'{strays[0]}' of '{source}' is in no class folder. Move it into one, or remove it")
     deep = next((name for name in names if name.count("/") > 1), None)
     if deep is not None:
-        first = {name.split("/")[0] for name in names}
-        if deep.split("/")[0] in SPLITS and "train" in first:
-            fix = f"Give '{Path(source) / 'train'}'" if Path(source).is_dir() else "Pack each as a .tar file of its own"
-            raise UsageError(f"'{source}' holds splits, not classes. {fix}")
+        if deep.split("/")[0].lower() in PARTS:
+            part = deep.split("/")[0]
+            raise UsageError(f"'{source}' holds parts of a data set, but no 'train'. Name one: {source}/{part}")
         raise UsageError(
             f"'{deep}' of '{source}' is in a folder below its class folder. Move it up: expected CLASS/IMAGE.jpg"
         )
-    empty = [name for name in reader.empty_folders() if name[:1] != "."]
+    empty = [name for name in reader.empty_folders() if posixpath.basename(name)[:1] != "."]
     if empty:
         raise UsageError(f"class folder '{empty[0]}' of '{source}' holds no images. Add some or remove it")
 

@@ -1,4 +1,4 @@
-"""Readers of data sets: folders, tar files, torchvision and Hugging Face, through timm; and what is wrong with them."""
+"""Readers of data sets: folders, tar files, tables, torchvision and Hugging Face; and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,33 @@ from PIL import Image
 
 from ssod_edge.config import IMAGE_SUFFIXES, Preprocess
 from ssod_edge.data.layout import (
+    DATA_FILES,
     EXPECTED,
+    FileReader,
     FolderReader,
     TarReader,
     check_layout,
     class_names,
+    divide_files,
     left_out,
     same_name,
     sort_key,
+    split_part,
 )
 from ssod_edge.data.pixels import MAX_BYTES, Picture, load_image
 from ssod_edge.data.splits import Indices, Splits
+from ssod_edge.data.tables import TableReader
 from ssod_edge.errors import ImageError, UsageError
 
 
 class Pictures:
-    """What can be read of each image of a source. Attribute: left_out, what a command says of files that are none."""
+    """What can be read of each image of a source, and what a source has unless it says otherwise."""
 
     left_out = ""
+    fixed_splits: Splits | None = None
+    given_val: Indices | None = None
+    group_names: tuple[str, ...] | None = None
+    val_record: dict[str, str] = {}  # noqa: RUF012 (never changed)
 
     def picture(self, index: int) -> Picture:
         raise NotImplementedError
@@ -40,17 +49,20 @@ class Pictures:
 
 
 class ReaderImages(Pictures):
-    """Images through timm's reader: folders, tar files, torchvision and Hugging Face data sets."""
+    """Images through a reader: folders, tar files, tables, torchvision and Hugging Face data sets."""
 
     hflip_ok = True
-    fixed_splits: Splits | None = None
 
     def __init__(self, name: str):
         self.name = name
         self._reader, self.labels, self.classes = _open_reader(name)
         if len(self.labels) == 0:
             raise _no_images(name)
-        self.left_out = "" if self.layout is None else left_out(self.layout.others)
+        others = "" if self.layout is None else left_out(self.layout.others)
+        if isinstance(self._reader, (FileReader, TableReader)):
+            self.left_out = "; ".join(filter(None, (others, self._reader.untouched)))
+            self.given_val = None if self._reader.given_val is None else np.array(self._reader.given_val, np.int64)
+            self.group_names = getattr(self._reader, "group_names", None)
         # File names are bytes: one that is not UTF-8 comes with surrogates.
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for index in range(len(self)):
@@ -58,9 +70,9 @@ class ReaderImages(Pictures):
         self.fingerprint = digest.hexdigest()
 
     @property
-    def layout(self) -> FolderReader | TarReader | None:
+    def layout(self) -> FileReader | None:
         """The files, of a folder or .tar file."""
-        return self._reader if isinstance(self._reader, (FolderReader, TarReader)) else None
+        return self._reader if isinstance(self._reader, FileReader) else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +96,7 @@ class ReaderImages(Pictures):
 
 
 def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
-    """(reader, labels, class names) of a folder, tar file, torchvision or Hugging Face data set."""
+    """(reader, labels, class names) of a folder, tar file, table, torchvision or Hugging Face data set."""
     if name.startswith("torch/"):
         return _open_torchvision(name)
     if name.startswith("hfds/"):
@@ -94,13 +106,19 @@ def _open_reader(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
 
 
 def _open_path(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
-    """(reader, labels, class names) of a folder or tar file."""
-    path = Path(name)
+    """(reader, labels, class names) of a folder, tar file or table, or of one part of a file."""
+    place, part = split_part(name)
+    path = Path(place)
     if not path.exists():
         raise UsageError(f"data set '{name}' does not exist. {EXPECTED}")
-    if path.is_file() and path.suffix != ".tar":
-        raise UsageError(f"data set '{name}' is a file, and no .tar file. {EXPECTED}")
-    reader = FolderReader(name) if path.is_dir() else TarReader(name)
+    if path.is_file() and path.suffix.lower() not in DATA_FILES:
+        raise UsageError(f"data set '{name}' is a file, and no {', '.join(DATA_FILES)} file. {EXPECTED}")
+    if path.is_file() and path.suffix.lower() != ".tar":
+        table = TableReader(place, part)
+        return table, table.labels, table.classes
+    reader = FolderReader(place) if path.is_dir() else TarReader(place)
+    if reader.names:
+        divide_files(place, reader, part)
     found = class_names(reader.names)
     classes = sorted(set(found), key=sort_key)
     numbers = {name: number for number, name in enumerate(classes)}
@@ -220,7 +238,7 @@ def check_labels(source: ReaderImages) -> None:
             f"'{source.name}' has two classes whose names look alike ('{same_name(twice)}'): an accented letter is one "
             "character in one, and a letter and a mark in the other. Move their images into one folder"
         )
-    if isinstance(source._reader, HubReader):
+    if isinstance(source._reader, (HubReader, TableReader)):
         if not source.classes:
             raise UsageError(
                 f"'{source.name}' has no column of labels: call it 'label', a number or a text in each row"
@@ -235,3 +253,11 @@ def check_labels(source: ReaderImages) -> None:
     missing = set(range(len(source.classes))) - set(np.unique(source.labels).tolist())
     if missing:
         raise UsageError(f"class '{source.classes[min(missing)]}' of '{source.name}' holds no images")
+    if source.given_val is not None:
+        training = set(np.delete(source.labels, source.given_val).tolist())
+        only = sorted(set(source.labels[source.given_val].tolist()) - training)
+        if only:
+            raise UsageError(
+                f"'{source.name}' has images of the class '{source.classes[only[0]]}' for validation and none to train "
+                "on. Add some, or leave the class out"
+            )

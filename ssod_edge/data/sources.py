@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.image_lists import find_listed
-from ssod_edge.data.layout import EXPECTED, same_name
+from ssod_edge.data.layout import EXPECTED, same_name, split_part
 from ssod_edge.data.pixels import Picture
 from ssod_edge.data.readers import Pictures, ReaderImages, check_labels
 from ssod_edge.data.splits import Indices, Labelled, Splits
@@ -28,12 +28,16 @@ class ImageSource(Labelled, Protocol):
 
     Attributes, beside those of `Labelled`:
         hflip_ok: whether a mirrored image keeps its label.
-        left_out: what a command says of files that are no images; empty where there are none.
+        left_out: what a command says of files that are no images or that are not used; empty where there are none.
+        group_names: of the group of each image (a burst, a video), "" for none; None where the data names none.
+        val_record: "val_data" and "val_fingerprint" of validation images that are another data set; else empty.
         fingerprint: hash of class names, file names and labels (hex); of an image's content it knows nothing.
     """
 
     hflip_ok: bool
     left_out: str
+    group_names: tuple[str, ...] | None
+    val_record: dict[str, str]
     fingerprint: str
 
     def picture(self, index: int) -> Picture: ...
@@ -45,11 +49,13 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     """Open images by name.
 
     Args:
-        name: an ImageFolder directory; a .tar file in that layout; "demo" or "demo:SPLIT"; "torch/NAME:ROOT"
-            (torchvision, training part; "torch/NAME:ROOT:test" for the test part); "hfds/NAME" or
-            "hfds/NAME:SPLIT" (Hugging Face). Everything but the demo is read through timm. "NAME@LIST" has only the
-            classes that LIST names: a text file, or a list that ships here ("imagenet-objects"); with LIST.sha256 the
-            images that a list of `ssod_edge.data.image_lists` names, unchanged.
+        name: an ImageFolder directory, or one of train/, val/ and test/ folders of that layout, of which the last is
+            not read; a .tar file of either; a .csv or .parquet file of paths and labels (`ssod_edge.data.tables`);
+            FILE/PART, one part of such a file ("photos.tar/test"); "demo" or "demo:SPLIT"; "torch/NAME:ROOT"
+            (torchvision, training part; "torch/NAME:ROOT:test" for the test part); "hfds/NAME" or "hfds/NAME:SPLIT"
+            (Hugging Face). "NAME@LIST" has only the classes that LIST names: a text file, or a list that ships here
+            ("imagenet-objects"); with LIST.sha256 the images that a list of `ssod_edge.data.image_lists` names,
+            unchanged.
         labelled: False accepts images without classes (an OOD set).
 
     Raises:
@@ -69,6 +75,26 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     if chosen.endswith(IMAGE_LIST_SUFFIX):
         return ListedImages(source, *find_listed(source, chosen), f"{name}@{chosen}")
     return ListedClasses(source, read_class_list(chosen, source.classes), f"{name}@{chosen}")
+
+
+def open_training_data(name: str, val: str | None = None, val_fingerprint: str | None = None) -> ImageSource:
+    """The images of a training run, with the validation images of another data set where there is one.
+
+    Args:
+        name, val: what `open_dataset` takes.
+        val_fingerprint: that `val` had when this was recorded.
+
+    Raises:
+        UsageError: as `open_dataset`; both have validation images; `val` has classes that are not trained, or is the
+            training data itself, or was changed.
+    """
+    source = open_dataset(name)
+    if val is None:
+        return source
+    others = open_dataset(val)
+    if val_fingerprint not in (None, others.fingerprint):
+        raise UsageError(f"the validation data set '{val}' changed since training")
+    return JoinedImages(source, others)
 
 
 def model_labels(labels: Indices, classes: Sequence[str], known: Sequence[str]) -> Indices:
@@ -94,6 +120,7 @@ def _split_list(name: str) -> tuple[str, str | None]:
 
 def _is_there(data: str) -> bool:
     """Whether a data set's path exists; of a Hugging Face name, True. No name at all is an error of its own."""
+    data = split_part(data)[0]
     if data.startswith("torch/"):
         data = [*data.split(":"), "."][1]
     return not data or data.startswith("hfds/") or os.path.exists(data)
@@ -107,13 +134,16 @@ def _class_list(name: str) -> Path:
 class ChosenImages(Pictures):
     """Some images of a source; labels and class names stay those of the source."""
 
-    fixed_splits: Splits | None = None
-
     def __init__(self, source: ImageSource, indices: Indices, name: str):
         self.name = name
         self._source, self._indices = source, indices
         self.classes, self.hflip_ok, self.left_out = source.classes, source.hflip_ok, source.left_out
         self.labels = source.labels[self._indices]
+        if source.given_val is not None:
+            val = np.flatnonzero(np.isin(indices, source.given_val))
+            self.given_val = val if len(val) else None
+        if source.group_names is not None:
+            self.group_names = tuple(source.group_names[index] for index in indices.tolist())
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -124,6 +154,50 @@ class ChosenImages(Pictures):
 
     def source(self, index: int) -> str:
         return self._source.source(int(self._indices[index]))
+
+
+class JoinedImages(Pictures):
+    """The images of two data sets, those to train on and those to validate on; classes are those of the first.
+
+    The fingerprint is of the first alone, so that it is recognised where it is named; `val_record` has the other.
+    """
+
+    def __init__(self, training: ImageSource, validation: ImageSource):
+        one, other = training.name, validation.name
+        if training.given_val is not None or training.fixed_splits is not None:
+            raise UsageError(f"'{one}' has validation images of its own. Leave --val out, or name its training part")
+        if validation.given_val is not None or validation.fixed_splits is not None:
+            raise UsageError(f"--val '{other}' has parts of its own. Name one of them: {other}/val")
+        if training.fingerprint == validation.fingerprint:
+            raise UsageError(f"--val '{other}' has the images of '{one}'. Name others, or leave --val out")
+        labels = model_labels(validation.labels, validation.classes, training.classes)
+        if (labels < 0).any():
+            name = validation.classes[validation.labels[int(np.argmin(labels))]]
+            raise UsageError(f"--val '{other}' has the class '{name}', which '{one}' has no images of to train on")
+        self._sources, self.name, self.classes = (training, validation), one, training.classes
+        self.hflip_ok, self.fingerprint = training.hflip_ok, training.fingerprint
+        self.left_out = "; ".join(filter(None, (training.left_out, validation.left_out)))
+        self.labels = np.concatenate([training.labels, labels])
+        self.given_val = np.arange(len(training), len(self.labels))
+        self.val_record = {"val_data": other, "val_fingerprint": validation.fingerprint}
+        if training.group_names is not None or validation.group_names is not None:
+            names = (source.group_names or ("",) * len(source) for source in self._sources)
+            self.group_names = tuple(name for group in names for name in group)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        first = self._sources[0]
+        return (first, index) if index < len(first) else (self._sources[1], index - len(first))
+
+    def picture(self, index: int) -> Picture:
+        source, place = self._find(index)
+        return source.picture(place)
+
+    def source(self, index: int) -> str:
+        source, place = self._find(index)
+        return source.source(place)
 
 
 class ListedClasses(ChosenImages):
@@ -202,7 +276,6 @@ class DemoImages(Pictures):
         self.labels = np.concatenate([part.labels for part in parts])
         self.classes = parts[0].classes
         self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
-        self.fixed_splits: Splits | None = None
         if not split:
             ends = np.cumsum([len(part) for part in parts])
             self.fixed_splits = Splits(*np.split(np.arange(len(self.labels)), ends[:-1]))

@@ -184,7 +184,7 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
         paths = known_images(data, export.spec.classes, partial(click.echo, err=True))
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
     from ssod_edge.data.images import whole_dataset
-    from ssod_edge.data.sources import model_labels
+    from ssod_edge.data.sources import model_labels, open_training_data
     from ssod_edge.data.splits import read_splits
 
     images, facts = whole_dataset(data), export.spec.source
@@ -198,8 +198,11 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     if splits_hash and images.source.fingerprint == facts.get("data_fingerprint"):
         if export.run_folder is None:
             raise trained_on(data)
-        splits = read_splits(export.run_folder, images.source, str(splits_hash))
-        images = replace(images, indices=splits.calib, description=f"'{data}', calib split {str(splits_hash)[:12]}")
+        source = open_training_data(data, facts.get("val_data"), facts.get("val_fingerprint"))
+        splits = read_splits(export.run_folder, source, str(splits_hash))
+        images = replace(
+            images, source=source, indices=splits.calib, description=f"'{data}', calib split {str(splits_hash)[:12]}"
+        )
 
     def draw(failed: Callable[[str], Any]) -> Iterator[ImageLike]:
         for index in images.indices.tolist():

@@ -134,10 +134,10 @@ TABLES: dict[str, Table] = {
         {"alpha=0.5": 94.25, "alpha=0.7": 94.17, "alpha=1.0": 94.17, "alpha=1.2": 92.53, "alpha=1.5": 91.36},
     ),
     "balance": Table(
-        5, CIFAR10_TRAIN, CIFAR10, (PLACES,), ("balance=lw,dr,lwb",), _CIFAR,
-        {"balance=lw": {"places": (10.72, 97.66)}, "balance=dr": {"places": (8.48, 98.05)},
-         "balance=lwb": {"places": (7.44, 98.42)}},
-        {"balance=lw": 93.97, "balance=dr": 94.11, "balance=lwb": 94.17},
+        5, CIFAR10_TRAIN, CIFAR10, (PLACES,), ("patch_balance=lw,dr,lwb",), _CIFAR,
+        {"patch_balance=lw": {"places": (10.72, 97.66)}, "patch_balance=dr": {"places": (8.48, 98.05)},
+         "patch_balance=lwb": {"places": (7.44, 98.42)}},
+        {"patch_balance=lw": 93.97, "patch_balance=dr": 94.11, "patch_balance=lwb": 94.17},
     ),
     "backbones": Table(
         6, IMAGENET_TRAIN, IMAGENET, (INATURALIST, PLACES),

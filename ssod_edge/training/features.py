@@ -105,7 +105,7 @@ def _path(model: SSODClassifier, source: ImageSource, folder: Path) -> Path:
         "backbone": model.backbone_name,
         "stages": model.stages,
         "preprocess": asdict(model.preprocess),
-        "images": source.fingerprint,
+        "images": [source.fingerprint, source.val_record],
     }
     return folder / CACHE / f"{hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]}.npz"
 

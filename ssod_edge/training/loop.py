@@ -38,7 +38,7 @@ from ssod_edge.training.checkpoint import (
 from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier
-from ssod_edge.training.objective import TrainStep
+from ssod_edge.training.objective import TrainStep, class_weights
 from ssod_edge.training.outputs import collect
 from ssod_edge.training.run import load_config
 from ssod_edge.training.schedule import learning_rate, make_optimizer
@@ -173,23 +173,31 @@ class _Loop(Session):
         super().__init__(config, run, device, restored, resume)
         self.save_minutes, self.interrupted = save_minutes, False
         self.optimizer = make_optimizer(self.model, config)
+        if self.batch_size < 2:  # batch norm needs two images
+            raise UsageError(
+                f"'{config.data}' leaves {len(self.splits.train)} training images for {world_size()} process(es), and "
+                "each needs at least 2. Add images, or use fewer processes"
+            )
+        if self.batch_size < config.batch_size:
+            say(f"note: a batch is {self.batch_size} images, all that there are (--batch-size {config.batch_size})")
         self.progress = self._restore() if restored else _Progress()
         if not restored and is_main():
             self.begin_folder()
         self.meters = Meters(device, self.progress.meters)
         self.images = TrainImages(self.source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = _kernel_in_use(device, config.kernel)
-        step: nn.Module = TrainStep(self.model, config.loss, config.precision, config.kernel)
+        weights = class_weights(self.source.labels[self.splits.train], config.class_weights)
+        step: nn.Module = TrainStep(self.model, config.loss, config.precision, config.kernel, weights).to(device)
         if dist.is_initialized():
             # The OOD row takes no part while the OOD loss warms up.
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
         self.train_step = cast(nn.Module, torch.compile(step)) if config.compile else step
         self.steps_per_epoch = len(self._batches(0))
-        if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"'{config.data}' leaves {len(self.splits.train)} training images, fewer than one batch of "
-                f"{config.batch_size * world_size()}. Use a smaller --batch-size"
-            )
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a step of each process: never more than its share of all."""
+        return min(self.config.batch_size, len(self.splits.train) // world_size())
 
     def _restore(self) -> _Progress:
         """Put back what the last checkpoint holds."""
@@ -285,7 +293,7 @@ class _Loop(Session):
     def _batches(self, epoch: int) -> list[list[int]]:
         """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
-        world, size = world_size(), self.config.batch_size * world_size()
+        world, size = world_size(), self.batch_size * world_size()
         return [order[i : i + size][rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
 
     def _check_finite(self, loss: Tensor, norm: Tensor, index: Tensor) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssod_edge.config import LossConfig
@@ -19,10 +21,19 @@ class TrainStep(nn.Module):
     """uint8 images and labels -> the loss of Eq. 14 with the terms of `LossConfig`, and what there is to log.
 
     A module of its own so that DistributedDataParallel and torch.compile see the whole step.
+
+    Args:
+        class_weights: float [classes], how much the cross-entropy of an image of each class counts; None: alike.
     """
 
-    def __init__(self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel: str = "auto"):
+    class_weights: Tensor | None
+
+    def __init__(
+        self, model: SSODClassifier, config: LossConfig, precision: str = "fp32", kernel: str = "auto",
+        class_weights: Tensor | None = None,
+    ):  # fmt: skip
         super().__init__()
+        self.register_buffer("class_weights", class_weights, persistent=False)
         if config.labels_patches and model.no_patches:
             raise UsageError(
                 f"--method {config.method} labels the patches of a feature map, and '{model.backbone_name}' has none: "
@@ -46,7 +57,7 @@ class TrainStep(nn.Module):
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             pooled, z = self.model.forward_train(x, patches)
             logits = self.model.classifier(pooled[:n])
-        loss = F.cross_entropy(logits.float(), target)
+        loss = F.cross_entropy(logits.float(), target, self.class_weights)
         log = {"ce": loss.detach(), "correct": (logits.detach().argmax(1) == target).sum()}
         if z is not None:
             extra, stats = self._patch_terms(z, target)
@@ -68,9 +79,25 @@ class TrainStep(nn.Module):
             norm, stats = background_norm(z, sampled[1])
             total, log = total + config.norm_weight * norm, {**stats, "norm": norm.detach()}
         if config.trains_row_on_patches:
-            ood, stats = ood_loss(sampled, target, config.balance, math.prod(z.shape[1:-1]))
+            ood, stats = ood_loss(sampled, target, config.patch_balance, math.prod(z.shape[1:-1]))
             total, log = total + config.alpha * ood, {**log, "ood": ood.detach(), **stats}
         return total, log
+
+
+def class_weights(labels: NDArray[np.int64], kind: str) -> Tensor | None:
+    """What an image of each class counts in the cross-entropy.
+
+    Args:
+        labels: int64 [n], of the training images; every class is among them.
+        kind: "balanced" gives n / (classes * images of the class), so that all classes count alike; "none".
+
+    Returns:
+        float32 [classes], a mean of 1 over images; None where all count alike.
+    """
+    counts = np.bincount(labels)
+    if kind == "none" or counts.min() == counts.max():
+        return None
+    return torch.from_numpy(len(labels) / (len(counts) * counts)).float()
 
 
 def outlier_loss(id_logit: Tensor, n: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ssod_edge.config import Head, Preprocess, TrainConfig, from_dict, resolve_backbone
 from ssod_edge.data.images import Images, Subset
-from ssod_edge.data.sources import ImageSource, open_dataset
+from ssod_edge.data.sources import ImageSource, open_training_data
 from ssod_edge.data.splits import Splits, read_splits
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import sha256_file
@@ -122,7 +122,10 @@ class Run:
 
     @cached_property
     def _data(self) -> ImageSource:
-        return open_dataset(str(self.meta["data"]))
+        return self._open_data(str(self.meta["data"]))
+
+    def _open_data(self, data: str) -> ImageSource:
+        return open_training_data(data, self.meta.get("val_data"), self.meta.get("val_fingerprint"))
 
     def splits(self, fix: str, place: str | None = None) -> tuple[ImageSource, Splits]:
         """The data that the model was trained on, and how it was split.
@@ -139,7 +142,7 @@ class Run:
             raise UsageError(f"'{self.checkpoint}' records no training data, so it has no splits; {fix}")
         data = str(recorded if place is None else place)
         try:
-            source = self._data if place is None else open_dataset(data)
+            source = self._data if place is None else self._open_data(data)
         except UsageError as error:
             raise UsageError(
                 f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "

@@ -13,7 +13,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
-from ssod_edge.data.sources import open_dataset
+from ssod_edge.data.groups import describe_groups, image_groups
+from ssod_edge.data.sources import open_training_data
 from ssod_edge.data.splits import MIN_CALIB, split_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic, write_json
@@ -59,16 +60,28 @@ class Session:
         if config.weights == PUBLISHED and not restored:
             check_published(config.backbone)
         try:
-            self.source = open_dataset(config.data)
+            self.source = open_training_data(config.data, config.val)
         except UsageError as error:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         if self.source.left_out:
             say(self.source.left_out)
-        check_same_images(self.source.fingerprint)
-        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed)
-        self.data_record = {"data_fingerprint": self.source.fingerprint, "splits_hash": self.splits.hash}
+        check_same_images(self.source.fingerprint + self.source.val_record.get("val_fingerprint", ""))
+        groups = image_groups(self.source, config.group)
+        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed, groups)
+        self.data_record = {
+            "data_fingerprint": self.source.fingerprint,
+            "splits_hash": self.splits.hash,
+            **self.source.val_record,
+        }
+        splits = self.splits
+        say(
+            f"{len(splits.train)} images to train on, {len(splits.val)} to validate on, {len(splits.calib)} for "
+            "thresholds"
+        )
+        if groups is not None:
+            say(describe_groups(groups))
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, RECIPES, Preprocess, TrainConfig, resolve_backbone, train_config
+from ssod_edge.data.layout import DATA_FILES
 from ssod_edge.json_reader import from_json
 from ssod_edge.training.checkpoint import is_checkpoint, load_checkpoint
 from ssod_edge.training.model import backbone_preprocess
@@ -42,4 +43,5 @@ def default_name(config: TrainConfig) -> str:
     """Run folder name: "<backbone>-<data set>"."""
     # Of "." and "..", the folder's own name.
     path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
-    return f"{config.backbone}-{Path(path).name.removesuffix('.tar') or 'data'}"
+    base, suffix = os.path.splitext(Path(path).name)
+    return f"{config.backbone}-{base if suffix in DATA_FILES else (base + suffix) or 'data'}"

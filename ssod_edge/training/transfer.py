@@ -15,9 +15,10 @@ from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST
 from ssod_edge.training.distributed import world_size
 from ssod_edge.training.features import Features, features_of, keep_features
+from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
-from ssod_edge.training.upper import EPOCHS, Cut, border_maps, cut, tune_upper, tuned_features
+from ssod_edge.training.upper import EPOCHS, Cut, Lesson, border_maps, cut, tune_upper, tuned_features
 
 
 def tune(session: Session) -> None:
@@ -96,8 +97,8 @@ def _tune_upper(session: Session, parts: Cut, features: Features) -> HeldOut:
     with image_bar("lower part", len(source)) as advance:
         maps = border_maps(model, parts, source, config.workers, advance)
     computed = time.monotonic()
-    labels, train = source.labels, session.splits.train
-    tune_upper(model, parts, maps, features, labels, train, config.seed, _say_epoch)
+    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights)
+    tune_upper(model, parts, maps, features, lesson, _say_epoch)
     tuned = tuned_features(parts, maps)
     keep_features(model, source, session.run.parent, tuned)
     after = _held_out(session, tuned)
@@ -134,7 +135,9 @@ def _features(session: Session) -> Features:
 
 def _fit(session: Session, features: Features) -> LinearHead:
     train, source = session.splits.train, session.source
-    return fit_head(features.plain[train], features.disturbed[train], source.labels[train], len(source.classes))
+    labels, by_class = source.labels[train], class_weights(source.labels[train], session.config.class_weights)
+    counts = None if by_class is None else by_class.numpy()[labels]
+    return fit_head(features.plain[train], features.disturbed[train], labels, len(source.classes), counts)
 
 
 def set_head(session: Session, head: LinearHead) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ssod_edge.config import ClassWeights
 from ssod_edge.data.disturbances import disturbed_copy
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource
@@ -21,6 +22,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.training.batches import EvalImages, load_batches
 from ssod_edge.training.features import BATCH, SEED, Features
 from ssod_edge.training.model import SSODClassifier, normalise
+from ssod_edge.training.objective import class_weights
 from ssod_edge.training.stages import maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
@@ -28,7 +30,6 @@ BORDER_REDUCTION = 16
 #: Bytes that the maps of the border may take in memory.
 MOST_BYTES = 3 * 2**30
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 4, 5e-4, 0.01, 64
-SMOOTHING = 0.1
 LEAST_DEVIATION = 1e-6
 #: Versions of an image: as it is, mirrored, and disturbed.
 PLAIN, MIRRORED, DISTURBED = range(3)
@@ -175,14 +176,29 @@ class Tuning:
         return F.linear((z - self.mean) / self.deviation, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is learnt.
+
+    Attributes:
+        labels: int64 [N], of the source.
+        train: which images.
+        seed: of their order and versions.
+        class_weights: of `ssod_edge.config.ClassWeights`.
+    """
+
+    labels: Indices
+    train: Indices
+    seed: int = 0
+    class_weights: ClassWeights = "none"
+
+
 def tune_upper(
     model: SSODClassifier,
     parts: Cut,
     maps: BorderMaps,
     features: Features,
-    labels: Indices,
-    train: Indices,
-    seed: int,
+    lesson: Lesson,
     finished: Callable[[int, float], None],
 ) -> None:
     """Train the upper part and the last layer, from what they are.
@@ -191,17 +207,17 @@ def tune_upper(
         model: its upper part and head are changed.
         parts, maps: of it.
         features: of the untouched network, which the last layer was fitted to.
-        labels: int64 [N].
-        train: which images.
-        seed: of the order and of the versions.
+        lesson: what is learnt.
         finished: called after each epoch, with its number from 1 and its mean loss.
     """
+    train = lesson.train
     both = np.concatenate([features.plain[train], features.disturbed[train]])
     mean, deviation = both.mean(axis=0), np.maximum(both.std(axis=0), LEAST_DEVIATION)
     head = _standardised(model.classifier, torch.from_numpy(mean), torch.from_numpy(deviation))
     upper = _trainable(parts.view)
     optimizer = torch.optim.AdamW([*upper, head.weight, head.bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    rng, target = np.random.default_rng(seed), torch.from_numpy(np.asarray(labels))
+    rng, target = np.random.default_rng(lesson.seed), torch.from_numpy(np.asarray(lesson.labels))
+    by_class = class_weights(lesson.labels[train], lesson.class_weights)
     size = min(BATCH_SIZE, len(train))
     steps = EPOCHS * (len(train) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -213,14 +229,14 @@ def tune_upper(
             version = torch.from_numpy(rng.integers(0, 3, size))
             border = maps.maps[index, version].float().contiguous(memory_format=torch.channels_last)
             logits = head.logits(parts.features(border, maps.below[index, version]))
-            loss = F.cross_entropy(logits, target[index], label_smoothing=SMOOTHING)
+            loss = F.cross_entropy(logits, target[index], by_class)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([*upper, head.weight, head.bias], 5.0)
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * size
-        finished(epoch + 1, total / len(train))
+        finished(epoch + 1, total / (len(order) // size * size))
     with torch.no_grad():
         weight = head.weight / head.deviation
         model.classifier.weight.copy_(weight)

@@ -55,15 +55,6 @@ def test_numbers_count_by_their_value_and_superscripts_are_letters() -> None:
     assert sorted(["a10", "a9", "\u00b2", "2", "A9"], key=sort_key) == ["2", "A9", "a9", "a10", "\u00b2"]
 
 
-def test_splits_in_a_tar_are_not_merged(folder: Path, tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        write_folder(tmp_path / "sets" / split, classes=2, per_class=3)
-    with pytest.raises(UsageError, match="holds splits, not classes. Pack each as a .tar file of its own"):
-        open_dataset(str(pack(tmp_path / "sets")))
-    with pytest.raises(UsageError, match="holds splits, not classes. Give .*train"):
-        open_dataset(str(tmp_path / "sets"))
-
-
 @pytest.mark.parametrize("as_tar", [False, True])
 def test_a_folder_below_a_class_is_no_class(folder: Path, as_tar: bool) -> None:
     for label in ("class0", "class1"):

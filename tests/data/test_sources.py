@@ -285,22 +285,13 @@ def test_a_wrong_layout_is_refused_with_the_reason(folder):
     (folder / "class0" / "more").mkdir()
     shutil.copy(folder / "class0" / "00.png", folder / "class0" / "more" / "x.png")
     refused("'class0/more/x.png' of .* is in a folder below its class folder")
-    shutil.rmtree(folder / "class0" / "more")
-    shutil.copytree(folder, folder / "train" / "deeper")
-    shutil.copytree(folder / "class0", folder / "val" / "class0")
-    for label in range(3):
-        shutil.move(folder / "train" / "deeper" / f"class{label}", folder / "train" / f"class{label}")
-        shutil.rmtree(folder / f"class{label}")
-    shutil.rmtree(folder / "train" / "deeper")
-    refused(f"holds splits, not classes. Give '{folder / 'train'}'")
-    assert len(open_dataset(str(folder / "train"))) == 36
 
 
 def test_a_name_that_is_no_data_set_is_refused_with_the_reason(folder, tmp_path):
     for name, reason in (
         ("", "name of the data set is empty"),
         ("@imagenet-objects", "name of the data set is empty"),
-        (str(folder / "class0" / "00.png"), r"is a file, and no \.tar file"),
+        (str(folder / "class0" / "00.png"), r"is a file, and no \.tar, \.csv, \.parquet file"),
     ):
         with pytest.raises(UsageError, match=reason):
             open_dataset(name)

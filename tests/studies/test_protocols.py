@@ -89,7 +89,7 @@ def test_tables_of_imagenet_start_from_weights(table, vary, root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "vary", "paper"), [("alpha", "alpha=1.2", "92.53"), ("balance", "balance=dr", "94.11")]
+    ("table", "vary", "paper"), [("alpha", "alpha=1.2", "92.53"), ("balance", "patch_balance=dr", "94.11")]
 )
 def test_tables_of_the_ablations(table, vary, paper, root, tmp_path):
     result = run(table, root, tmp_path / "out", "--vary", vary)
@@ -318,12 +318,12 @@ def test_lists_that_lack_a_set_are_refused(root, tmp_path):
 def test_means_over_seeds():
     table = TABLES["balance"]
     runs = [
-        {"settings": "balance=dr", "seed": seed, "id_accuracy": accuracy, "protocol": "native", "input_size": 224,
+        {"settings": "patch_balance=dr", "seed": seed, "id_accuracy": accuracy, "protocol": "native", "input_size": 224,
          "ood_row_trained": True, "mean": {"ssod": {}},
          "results": [{"ood": "places", "score": "ssod", "fpr_at_id_tpr95": fpr, "auroc": 1 - fpr}]}
         for seed, accuracy, fpr in ((0, 0.9, 0.1), (1, 0.8, 0.2))
     ]  # fmt: skip
-    assert "| balance=dr | 2 | ssod | 85.00 | 15.00 / 85.00 | 15.00 / 85.00 |" in markdown(table, runs)
+    assert "| patch_balance=dr | 2 | ssod | 85.00 | 15.00 / 85.00 | 15.00 / 85.00 |" in markdown(table, runs)
     for part in (0, 1):  # a detector that failed in the other seed
         runs[part]["mean"]["KNN"] = {}
         runs[part]["results"].append({"ood": "places", "score": "KNN", "fpr_at_id_tpr95": 0.3, "auroc": 0.7})

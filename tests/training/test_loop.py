@@ -24,6 +24,7 @@ import ssod_edge.training.loop
 import ssod_edge.training.session
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, train_config
+from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.ops import kernel_in_use
@@ -148,10 +149,63 @@ def test_an_ood_row_that_never_learned_is_said_at_the_end(config, tmp_path, caps
 
 
 def test_too_few_calibration_images_are_said_before_the_first_epoch(config, tmp_path, capsys):
-    train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
-    first = capsys.readouterr().err.splitlines()[0]
+    train(replace(config, epochs=1, half_size_epochs=0, val_fraction=0.05, calib_fraction=0.05), tmp_path)
+    images, first = capsys.readouterr().err.splitlines()[:2]
+    assert images == "42 images to train on, 3 to validate on, 3 for thresholds"
     assert "calibration split has 3 images" in first and "needs 19" in first
     assert "--calib-fraction" in first and "export --id" in first
+
+
+def test_a_batch_is_never_larger_than_what_there_is(config, tmp_path, capsys):
+    run = train(replace(config, epochs=1, half_size_epochs=0, batch_size=64), tmp_path)
+    splits = json.loads((run / "splits.json").read_text())
+    assert f"note: a batch is {splits['train']} images, all that there are (--batch-size 64)" in capsys.readouterr().err
+    assert len(rows(run)) == 1 and load_config(run).batch_size == 64
+
+
+def test_a_run_keeps_to_the_parts_of_its_data(config, tmp_path, capsys):
+    for name, count in (("train", 12), ("val", 4), ("test", 2)):
+        write_folder(tmp_path / "photos" / name, per_class=count)
+    data = tmp_path / "photos"
+    run = train(replace(config, data=str(data), epochs=1, half_size_epochs=0), tmp_path)
+    said = capsys.readouterr().err
+    assert f"not used: 6 images of 'test' (ssod-edge eval RUN --id {data}/test)" in said
+    assert "30 images to train on, 12 to validate on, 6 for thresholds" in said
+    source, splits = Run.at(run).splits("none")
+    assert {source.source(int(index)).split("/")[0] for index in splits.val} == {"val"}
+    assert {source.source(int(index)).split("/")[0] for index in (*splits.train, *splits.calib)} == {"train"}
+    shutil.rmtree(data / "test")
+    assert Run.at(run).splits("none")[1].hash == splits.hash
+    (data / "val" / "class0" / "00.png").unlink()
+    with pytest.raises(UsageError, match="changed since training"):
+        Run.at(run).splits("none")
+
+
+def test_a_run_reads_back_the_validation_images_that_were_named(config, tmp_path):
+    val = write_folder(tmp_path / "val", per_class=4)
+    run = train(replace(config, val=str(val), epochs=1, half_size_epochs=0), tmp_path)
+    _, splits = Run.at(run).splits("none")
+    assert splits.val.tolist() == list(range(48, 60)) and splits.calib.max() < 48
+    record = json.loads((run / "splits.json").read_text())
+    assert record["val_data"] == str(val) and record["val_fingerprint"] == Run.at(run).meta["val_fingerprint"]
+    assert record["data_fingerprint"] == open_dataset(config.data).fingerprint
+    assert train(replace(config, epochs=1, half_size_epochs=0), tmp_path, resume=True) == run
+    (val / "class0" / "00.png").unlink()
+    with pytest.raises(UsageError, match=f"the validation data set '{val}' changed since training"):
+        Run.at(run).splits("none")
+
+
+def test_groups_are_counted_at_the_start_and_kept_together(config, tmp_path, capsys):
+    grouped = replace(config, group=r"(class\d/\d)", epochs=1, half_size_epochs=0)  # 00 to 09, and 10 to 15
+    with pytest.raises(UsageError, match="class 'class0' of .* has 2 group"):
+        train(grouped, tmp_path)
+    run = train(replace(grouped, group=r"(class\d/\d)[0-4]"), tmp_path)  # 05 to 09 and 15 stand alone
+    assert "groups: 6 of up to 5 images, and 18 images on their own" in capsys.readouterr().err
+    source, splits = Run.at(run).splits("none")
+    sides = [
+        {source.source(int(i))[:8] for i in part if source.source(int(i))[8] < "5"} for part in vars(splits).values()
+    ]
+    assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
 
 
 def test_files_that_are_no_images_are_said_once(config, pictures, tmp_path, capsys):
@@ -236,24 +290,24 @@ def test_a_start_that_fails_leaves_no_folder(config, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ImageError, match="36 of 36 images"):
         train(replace(config, data=str(folder)), tmp_path / "runs")
-    with pytest.raises(UsageError, match="fewer than one batch"):
-        train(replace(config, batch_size=64), tmp_path / "runs")
+    with pytest.raises(UsageError, match="does not exist"):
+        train(replace(config, data="nowhere"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UsageError, match="fewer than one batch"):
-        train(replace(config, batch_size=64), tmp_path / "runs")
+    with pytest.raises(UsageError, match="does not exist"):
+        train(replace(config, data="nowhere"), tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
     (tmp_path / "runs" / "run").mkdir()
     (tmp_path / "runs" / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="fewer than one batch"):
-        train(replace(config, batch_size=64), tmp_path / "runs")
+    with pytest.raises(UsageError, match="does not exist"):
+        train(replace(config, data="nowhere"), tmp_path / "runs")
     assert (tmp_path / "runs" / "run" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize(("kill", "recipe"), [(signal.SIGKILL, "short"), (signal.SIGINT, "scratch")])
 def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, kill, recipe):
     """The kill falls inside an epoch; mini-batches, augmentation, schedule and optimizer go on as if it had not."""
-    whole = train(replace(config, recipe=recipe, loss=replace(config.loss, balance="dr")), tmp_path / "whole")
+    whole = train(replace(config, recipe=recipe, loss=replace(config.loss, patch_balance="dr")), tmp_path / "whole")
     (tmp_path / "config.json").write_text((whole / "config.json").read_text())
     code = (
         "import json, sys, torch\n"
@@ -363,12 +417,10 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, tmp_pat
     assert not (tmp_path / "run" / BEST).exists()
 
 
-def test_runs_are_not_overwritten_and_need_enough_images(config, tmp_path, pictures):
+def test_runs_are_not_overwritten(config, tmp_path, pictures):
     run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
     with pytest.raises(UsageError, match="exists already. Go on with --resume"):
         train(config, tmp_path)
-    with pytest.raises(UsageError, match="fewer than one batch"):
-        train(replace(config, name="big", batch_size=64), tmp_path)
     with pytest.raises(UsageError, match="no run .* to resume"):
         train(replace(config, name="none"), tmp_path, resume=True)
     for damaged in ("{", "[]", "Infinity", "[" * 100_000, '{"seed": NaN}', '{"seed": 1, "seed": 2}'):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.ops import background_norm, patch_sample
 from ssod_edge.training import objective
 from ssod_edge.training.model import build_model, normalise
-from ssod_edge.training.objective import TrainStep, outlier_loss
+from ssod_edge.training.objective import TrainStep, class_weights, outlier_loss
 
 
 def test_torch_compile_takes_the_step():
@@ -171,3 +172,24 @@ def test_background_norm_of_nothing_and_of_a_nan_that_is_ignored():
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(UsageError, match=message):
         LossConfig(**settings)
+
+
+def test_balanced_class_weights_let_every_class_count_alike():
+    labels = np.repeat([0, 1, 2], [6, 3, 1])
+    weights = class_weights(labels, "balanced")
+    assert weights is not None and torch.allclose(weights * torch.tensor([6.0, 3, 1]), torch.full((3,), 10 / 3))
+    assert class_weights(labels, "none") is None
+    assert class_weights(np.repeat([0, 1], 4), "balanced") is None, "nothing to change"
+
+
+def test_class_weights_are_those_of_the_cross_entropy():
+    torch.manual_seed(0)
+    model = build_model("test_efficientnet", ("a", "b"), Preprocess(32)).eval()
+    image, target = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 0, 0, 1])
+    plain, weights = LossConfig(method="ce"), torch.tensor([0.5, 2.0])
+    step = TrainStep(model, plain, class_weights=weights)
+    loss, _ = step(image, target, True)
+    logits = model(normalise(image, model.preprocess))[0]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, weights))
+    assert not any("class_weights" in name for name in step.state_dict())
+    assert not torch.isclose(loss, TrainStep(model, plain)(image, target, True)[0])
