@@ -122,7 +122,7 @@ def _held_out(session: Session, features: Features) -> HeldOut:
             session.model.head(torch.from_numpy(z[val]))[0] for z in (features.plain, features.disturbed)
         )
         loss = float(torch.nn.functional.cross_entropy(plain, labels))
-        right = [float((logits.argmax(1) == labels).float().mean()) for logits in (plain, disturbed)]
+        right = [float((logits.argmax(1) == labels).double().mean()) for logits in (plain, disturbed)]
     return HeldOut(right[0], loss, right[1], len(val))
 
 

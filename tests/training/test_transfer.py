@@ -1,0 +1,284 @@
+"""`train --tune`: the last layer by regression on features computed once, and the upper blocks tuned gently."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from numpy.testing import assert_allclose
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from small import random_images
+
+import ssod_edge.training.features
+import ssod_edge.training.transfer
+from ssod_edge.cli import main
+from ssod_edge.config import ALIASES, Preprocess, train_config
+from ssod_edge.data.sources import open_dataset
+from ssod_edge.errors import UsageError
+from ssod_edge.training.checkpoint import trunk_hash
+from ssod_edge.training.features import CACHE, features_of
+from ssod_edge.training.model import build_model, normalise
+from ssod_edge.training.regression import STRENGTHS, fit_head
+from ssod_edge.training.run import Run
+from ssod_edge.training.stages import find_stages, pooled, stage_maps
+from ssod_edge.training.upper import DISTURBED, PLAIN, Lesson, border_maps, cut, tune_upper, tuned_features
+
+CLASSES = tuple("abcdefg")
+SIZE = 64
+
+
+def staged(backbone="test_efficientnet", size=SIZE, classes=CLASSES):
+    torch.manual_seed(3)
+    return build_model(backbone, classes, Preprocess(input_size=size), head="stages").eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded random weights, as a file to start from."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(build_model_plain().state_dict(), path)
+    return path
+
+
+def build_model_plain():
+    torch.manual_seed(3)
+    return build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE)).backbone
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """168 images of seven classes, each of a colour."""
+    rng = np.random.default_rng(0)
+    for index, image in enumerate(random_images(168, seed=1).numpy()):
+        label = index % len(CLASSES)
+        colour = np.random.default_rng((5, label)).integers(0, 256, 3)
+        mixed = 0.4 * image.transpose(1, 2, 0) + 0.6 * colour + rng.normal(0, 3, (SIZE, SIZE, 3))
+        path = tmp_path / "photos" / CLASSES[label] / f"{index:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def run_train(tmp_path: Path, photos: Path, weights: Path, *options: str) -> Result:
+    arguments = ["--backbone", "test_efficientnet", "--size", str(SIZE), "--weights", str(weights), "--workers", "0"]
+    out = ["-o", str(tmp_path / "runs"), "--name", "run"]
+    return CliRunner().invoke(main, ["train", str(photos), *arguments, *out, *options], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("alias", [*ALIASES, "efficientnet_lite0"])
+def test_a_head_on_every_stage_reads_their_means_and_the_network_can_be_cut(alias):
+    model = staged(alias, 96)
+    x = torch.randn(2, 3, 96, 96)
+    parts = cut(model)
+    with torch.no_grad():
+        z, patches = model.forward_train(x)
+        last, maps = stage_maps(model.backbone, x, model.stages)
+        own = model.backbone.forward_head(last, pre_logits=True)
+        assert torch.equal(model.backbone.forward_features(x), last)
+    assert len(model.stages) >= 2 and all(m.shape[-1] <= 12 for m in maps)
+    torch.testing.assert_close(z, torch.cat([*(m.mean((2, 3)) for m in maps), own], dim=1))
+    assert z.shape[1] == model.classifier.in_features == model.ood.in_features and own.shape[1] == model.last_width
+    assert patches is not None and patches.shape[3] == z.shape[1]
+    n = len(parts.below)
+    assert n and (*parts.below, *parts.above) == model.stages
+    with torch.no_grad():
+        found = parts.features(maps[n - 1], torch.cat([pooled(m) for m in maps[:n]], dim=1))
+    torch.testing.assert_close(found, z, rtol=1e-3, atol=1e-4)
+    for m in maps:  # nothing is read twice
+        assert not torch.allclose(own, pooled(m)) if m.shape[1] == own.shape[1] else True
+
+
+def test_patches_of_every_stage_have_the_pooled_means_where_grids_divide():
+    model = staged("resnet18", 128)
+    with torch.no_grad():
+        z, patches = model.forward_train(torch.randn(2, 3, 128, 128))
+    assert patches is not None and patches.shape[1:3] == (4, 4)
+    torch.testing.assert_close(patches.mean((1, 2)), z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vision_transformer_has_stages_too():
+    assert staged("test_vit", 160).features(torch.randn(1, 3, 160, 160)).shape[1] > staged("test_vit", 160).last_width
+
+
+def test_a_backbone_without_maps_is_refused_with_the_way_out():
+    backbone = build_model_plain()
+    backbone.forward_intermediates = lambda *_, **__: (torch.zeros(1, 3), [torch.zeros(1, 3)])
+    with pytest.raises(UsageError, match="'some' are no maps .*--head last"):
+        find_stages(backbone, "some", SIZE)
+
+
+def gaussians(classes: int, n: int = 60, d: int = 12, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    centres = rng.normal(0, 2, (classes, d))
+    plain, copies = (5 + 3 * (centres[labels] + rng.normal(0, 1, (n, d))).astype(np.float32) for _ in range(2))
+    return plain, copies, labels
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_last_layer_is_the_regression_on_standardised_features(classes):
+    plain, copies, labels = gaussians(classes)
+    head = fit_head(plain, copies, labels, classes)
+    z = np.concatenate([plain, copies])
+    mean, deviation = z.mean(0), z.std(0)
+    known = LogisticRegression(C=head.strength, max_iter=300, tol=1e-3).fit((z - mean) / deviation, np.tile(labels, 2))
+    probs = torch.from_numpy(head.logits(plain)).softmax(1).numpy()
+    assert_allclose(probs, known.predict_proba((plain - mean) / deviation), atol=2e-3)
+    assert head.weight.shape == (classes, 12) and head.strength in STRENGTHS
+    assert head.losses[head.strength] == min(head.losses.values()) and head.accuracy > 0.9
+
+
+def test_an_image_and_its_copy_are_left_out_together():
+    rng = np.random.default_rng(0)
+    plain, labels = rng.normal(0, 1, (40, 200)).astype(np.float32), np.arange(40) % 2
+    assert fit_head(plain, plain, labels, 2).accuracy < 0.8  # noise: a copy in the fit would give every label away
+
+
+def test_weights_and_single_images_are_taken():
+    plain, copies, labels = gaussians(2)
+    labels = (np.arange(60) >= 55).astype(np.int64)
+    weights = np.where(labels, 11.0, 1.0).astype(np.float32)
+    plain_head, weighted = (fit_head(plain, copies, labels, 2, w) for w in (None, weights))
+    shares = [(head.logits(plain).argmax(1) == 1).mean() for head in (plain_head, weighted)]
+    assert shares[1] > shares[0]
+    assert np.isnan(fit_head(plain[:2], copies[:2], np.array([0, 1]), 2).accuracy)
+
+
+def test_features_are_computed_once_for_each_trunk_and_way_of_reading(tmp_path, photos, monkeypatch):
+    source, model = open_dataset(str(photos)), staged()
+    found = features_of(model, source, tmp_path, workers=0)
+    pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(5)]))
+    with torch.no_grad():
+        assert_allclose(found.plain[:5], model.features(normalise(pixels, model.preprocess)).numpy(), atol=1e-4)
+    assert np.abs(found.disturbed - found.plain).mean() > 1e-3
+    calls = []
+    read = ssod_edge.training.features.load_batches
+    monkeypatch.setattr("ssod_edge.training.features.load_batches", lambda *a, **k: calls.append(1) or read(*a, **k))
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    again = features_of(model, source, tmp_path, workers=0)
+    assert not calls and np.array_equal(again.plain, found.plain) and np.array_equal(again.disturbed, found.disturbed)
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(0.1)
+    features_of(model, source, tmp_path, workers=0)
+    assert len(calls) == 1 and len(list((tmp_path / CACHE).iterdir())) == 2
+
+
+def test_a_damaged_store_is_made_anew_and_an_old_one_makes_room(tmp_path, photos, monkeypatch):
+    source, model = open_dataset(str(photos)), staged()
+    found = features_of(model, source, tmp_path, workers=0)
+    (path,) = (tmp_path / CACHE).iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert np.array_equal(features_of(model, source, tmp_path, workers=0).plain, found.plain)
+    monkeypatch.setattr("ssod_edge.training.features.MOST_BYTES", 3 * found.plain.nbytes)
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(0.1)
+    features_of(model, source, tmp_path, workers=0)
+    (left,) = (tmp_path / CACHE).iterdir()
+    assert left != path
+
+
+def test_tuning_the_head_leaves_the_network_and_writes_a_run(tmp_path, photos, weights):
+    done = run_train(tmp_path, photos, weights, "--tune", "head")
+    assert done.exit_code == 0, done.output
+    run = Run.at(tmp_path / "runs/run")
+    assert run.meta["tuned"] == "head" and run.meta["head"] == "stages" and run.model.head_kind == "stages"
+    assert run.meta["started_from"]["sha256"] == trunk_hash(run.model) == trunk_hash(staged())
+    row = json.loads((run.folder / "metrics.jsonl").read_text())
+    assert row["val_accuracy"] == run.meta["val_accuracy"] == row["tried"]["head"]["accuracy"] > 0.5
+    source, splits = run.splits("")
+    kept = features_of(run.model, source, tmp_path / "runs")
+    logits = run.model.head(torch.from_numpy(kept.plain[splits.val]))[0]
+    assert float((logits.argmax(1).numpy() == source.labels[splits.val]).mean()) == row["val_accuracy"]
+    assert "finished already" in run_train_again(tmp_path).output
+    second = run_train(tmp_path, photos, weights, "--tune", "head")
+    assert second.exit_code == 2 and "exists already" in second.output
+
+
+def run_train_again(tmp_path: Path) -> Result:
+    return CliRunner().invoke(main, ["train", "--resume", str(tmp_path / "runs/run")], catch_exceptions=False)
+
+
+def test_settings_that_only_the_whole_network_reads_decide_what_is_trained():
+    given = {"backbone": "resnet18", "data": "photos"}
+    assert train_config("short", given).tune == "auto" and train_config("short", given).head == "stages"
+    assert train_config("short", {**given, "tune": "upper"}).loss.is_plain
+    for whole in ({"epochs": 3}, {"method": "ssod"}, {"outliers": ("rotate",)}, {"weights": "none"}):
+        config = train_config("short", {**given, **whole})
+        assert (config.tune, config.head) == ("all", "last")
+    with pytest.raises(UsageError, match="epochs: for training of the whole network, which is --tune all"):
+        train_config("short", {**given, "epochs": 3, "tune": "head"})
+    with pytest.raises(UsageError, match="random ones have none"):
+        train_config("short", {**given, "weights": "none", "tune": "head"})
+    assert train_config("scratch", given).tune == train_config("paper", given).tune == "all"
+
+
+def test_several_processes_are_refused(tmp_path, photos, weights, monkeypatch):
+    monkeypatch.setattr("ssod_edge.training.transfer.world_size", lambda: 2)
+    done = run_train(tmp_path, photos, weights, "--tune", "head")
+    assert done.exit_code == 2 and "Leave torchrun out" in done.output and not (tmp_path / "runs/run").exists()
+
+
+def test_a_network_that_cannot_be_cut_is_named():
+    with pytest.raises(UsageError, match="'test_vit' cannot be cut .*--tune head or all"):
+        cut(staged("test_vit", 160))
+
+
+def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
+    source, model = open_dataset(str(photos)), staged()
+    parts = cut(model)
+    maps = border_maps(model, parts, source, 0, lambda n: None)
+    features = tuned_features(parts, maps)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = []
+    labels, train = np.asarray(source.labels), np.arange(0, 168, 2)
+    tune_upper(model, parts, maps, features, Lesson(labels, train), lambda epoch, loss: losses.append(loss))
+    assert len(losses) == ssod_edge.training.transfer.EPOCHS and losses[-1] < losses[0]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    above = {name for name, part in parts.view.named_parameters() if part.dim() > 1}
+    assert {"linear.weight", "linear.bias"} <= changed
+    assert {f"backbone.{name}" for name in above} <= changed
+    assert not [name for name in changed if "bn" in name or "running" in name or "conv_stem" in name]
+    tuned = tuned_features(parts, maps)
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(4)]))
+        exact = model.features(normalise(pixels, model.preprocess)).numpy()
+    assert_allclose(tuned.plain[:4], exact, rtol=0.02, atol=0.02 * np.abs(exact).max())  # maps are kept in fp16
+    assert maps.maps.dtype == torch.float16 and (PLAIN, DISTURBED) == (0, 2)
+
+
+def test_the_maps_have_a_limit(photos, monkeypatch):
+    monkeypatch.setattr("ssod_edge.training.upper.MOST_BYTES", 1000)
+    model = staged()
+    with pytest.raises(UsageError, match="maps of 168 images take more .*smaller --size"):
+        border_maps(model, cut(model), open_dataset(str(photos)), 0, lambda n: None)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monkeypatch, better):
+    monkeypatch.setattr("ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: better)
+    done = run_train(tmp_path, photos, weights)
+    assert done.exit_code == 0, done.output
+    run = Run.at(tmp_path / "runs/run")
+    assert run.meta["tuned"] == ("upper" if better else "head") and set(run.meta["tried"]) == {"head", "upper"}
+    assert (trunk_hash(run.model) == trunk_hash(staged())) is not better
+    assert ("put back" in done.output) is not better
+    logits = run.model(normalise(random_images(4), run.model.preprocess))[0]
+    assert logits.shape == (4, 7) and bool(logits.isfinite().all())
+
+
+def test_an_export_fits_its_distance_on_kept_features_and_is_verified(tmp_path, photos, weights, monkeypatch):
+    assert run_train(tmp_path, photos, weights, "--tune", "head").exit_code == 0
+    monkeypatch.setattr("ssod_edge.training.features.load_batches", None)
+    arguments = ["export", str(tmp_path / "runs/run"), "--target", "onnx"]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    export = Run.at(tmp_path / "runs/run").export
+    assert export is not None and export.spec.score_name == "gen+mahalanobispp"
+    assert "and a disturbed copy of each" in done.output
