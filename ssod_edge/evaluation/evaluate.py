@@ -94,9 +94,9 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         The JSON face: `id_accuracy`, `default_score` (what the export ships; `energy` without one), `ships` (the same,
         but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `results` (a
         row for each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment`
-        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift`
-        (`shift_rows` of the default score at that threshold; empty where none was asked for), with baselines also
-        `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
+        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (its
+        `shift_rows`; empty if none are asked for), with baselines also `baselines` (detector -> its cost, or its error)
+        and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
@@ -140,8 +140,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "ood_row_trained": bool(model.ood.weight.any()),
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
-    shipped = Shipped(report["default_score"], state)
-    report["shift"] = _shift(model, sets["id"], found, shipped, options, workers)
+    report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found

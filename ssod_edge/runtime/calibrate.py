@@ -13,7 +13,7 @@ import click
 from ssod_edge.data.inputs import known_images
 from ssod_edge.data.jpeg import tells_damage
 from ssod_edge.data.pixels import ImageLike
-from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold
+from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold, tpr_interval
 from ssod_edge.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
@@ -55,6 +55,13 @@ def fit_threshold(
     Raises:
         UsageError: untrained weights, or too few images for `target_tpr` (fewer than 19 at 95%).
     """
+    return conformal_threshold(known_scores(runner, images, data, unreadable), target_tpr, data)
+
+
+def known_scores(
+    runner: Runner, images: Iterable[ImageLike], data: str = "", unreadable: Callable[[str], Any] | None = None
+) -> list[float]:
+    """The OOD score of each image that can be read; arguments and errors as for `fit_threshold`."""
     _require_trained(runner.spec)
     scores: list[float] = []
     failed: list[str] = []
@@ -68,7 +75,7 @@ def fit_threshold(
     if not scores:
         why = f" ({failed[0]})" if failed else ""
         raise UsageError(f"none of the in-distribution images could be read: {data or 'no images were given'}{why}")
-    return conformal_threshold(scores, target_tpr, data)
+    return scores
 
 
 def calibrate(
@@ -94,7 +101,11 @@ def calibrate(
         VerificationError: the artifact is out of tolerance at the new threshold; nothing is written.
         OutputError: the folder cannot be written.
     """
-    threshold = fit_threshold(runner, images, target_tpr, data, unreadable)
+    return _set_threshold(runner, folder, fit_threshold(runner, images, target_tpr, data, unreadable))
+
+
+def _set_threshold(runner: Runner, folder: str | Path, threshold: Threshold) -> Artifact:
+    """Verify an artifact at a threshold and write both; see `calibrate`."""
     verification = verify_runner(runner, folder, threshold.value)
     check_passed(runner.artifact, verification)
     artifact = replace(runner.artifact, threshold=threshold, verification=verification.to_dict())
@@ -119,8 +130,8 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
 
     Args:
         folder: an export folder, or the run folder that holds it.
-        data: a folder of in-distribution images, or what `ssod_edge.data.sources.open_dataset` takes (which needs
-            torch). Of the data the run was trained on, the calibration split is taken.
+        data: a folder of in-distribution images, labelled or not, or what `ssod_edge.data.sources.open_dataset` takes
+            (which needs torch). Of the data the run was trained on, the calibration split is taken.
         tpr: share of in-distribution images to keep known, in (0, 1).
         artifact: the name of the only one to calibrate.
 
@@ -141,23 +152,30 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
             # Not verified on opening: an old threshold may be what fails, and the new one is verified.
             with open_runner(export.folder, artifact=target.name, verify=False) as runner:
                 failed = unreadable.setdefault
-                done = calibrate(runner, export.folder, draw(failed), tpr, description, failed)
+                scores = known_scores(runner, draw(failed), description, failed)
+                done = _set_threshold(runner, export.folder, conformal_threshold(scores, tpr, description))
         except (ArtifactError, EngineError, MissingExtraError, VerificationError) as error:
             click.echo(f"{target.name}: not calibrated: {error}", err=True)
             code = max(code, error.exit_code)
             continue
-        print(_line(target, done))
+        print(_line(target, done, scores))
     for message in unreadable:
         click.echo(f"left out: {message}", err=True)
     return code or (EXIT_SOME_FAILED if unreadable else EXIT_OK)
 
 
-def _line(before: Artifact, after: Artifact) -> str:
-    old = "none" if before.threshold is None else f"{before.threshold.value:.4f}"
+def _line(before: Artifact, after: Artifact, scores: list[float]) -> str:
+    """What became of an artifact; how many of these images its former threshold kept says how far they have shifted."""
+    old, was = before.threshold, ""
     new, figures = after.threshold, after.verification
     assert new is not None and figures is not None
+    if old is not None:
+        kept = sum(score <= old.value for score in scores)
+        low, high = tpr_interval(kept, len(scores))
+        was = f", before {kept / len(scores):.1%} ({100 * low:.1f}-{100 * high:.1f})"
     return (
-        f"{after.name}: threshold {old} -> {new.value:.4f}, keeps {new.fitted_tpr:.1%} of {new.n} images known "
+        f"{after.name}: threshold {'none' if old is None else f'{old.value:.4f}'} -> {new.value:.4f}, "
+        f"keeps {new.fitted_tpr:.1%} of {new.n} images known{was} "
         f"(target {new.target_tpr:.0%}); {figures['decision_flips']} of {figures['n']} reference images change sides "
         "against the trained model"
     )

@@ -139,6 +139,23 @@ def test_images_of_other_things_do_not_move_the_threshold(export: Path, tmp_path
     assert load_spec(export).artifact("onnx-fp32").threshold.n == 44  # type: ignore[union-attr]
 
 
+def test_unlabelled_frames_of_a_shifted_camera_are_accepted_again(export: Path, tmp_path: Path) -> None:
+    """The line says how many of them the former threshold kept."""
+    frames = save_photos(tmp_path / "frames", 50)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, path in enumerate(sorted(frames.rglob("*.png"))):
+        path.rename(flat / f"{index}.png")
+    with open_runner(export, artifact="onnx-fp32") as runner:
+        scores = np.sort([v.ood_score for v in Predictor(runner).predict_many(sorted(flat.glob("*.png")))])
+        assert runner.artifact.threshold is not None
+        former = replace(runner.artifact.threshold, value=float(scores[29]))
+    edit_spec(export, lambda spec: replace(spec, artifacts=tuple(replace(a, threshold=former) for a in spec.artifacts)))
+    code, out, err = run(export, "--id", flat, "--artifact", "onnx-fp32")
+    assert (code, err) == (0, "")
+    assert "keeps 98.0% of 50 images known, before 60.0% (46.2-72.4) (target 95%)" in out
+
+
 def test_a_read_only_export_is_found_before_the_work(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
