@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
@@ -50,44 +51,50 @@ def tune(session: Session) -> None:
         f"head: {before} ({fitted - started:.0f} s for features of {len(session.source)} photos and disturbed copies, "
         f"{time.monotonic() - fitted:.0f} s for the head)"
     )
-    facts: dict[str, Any] = {"tuned": "head", "strength": head.strength, "tried": {"head": asdict(before)}}
+    facts: dict[str, Any] = {"tuned": "head", "strength": head.strength, "tried": {"head": before.record}}
     if parts is not None:
         untouched = copy.deepcopy(session.model.state_dict())
         after = _tune_upper(session, parts, features)
-        facts["tried"]["upper"] = asdict(after)
+        facts["tried"]["upper"] = after.record
         if config.tune == "upper" or after.better_than(before):
             facts["tuned"], before = "upper", after
         else:
-            say("the upper blocks are put back: tuned, they do no better on the validation images")
+            say("the upper blocks are put back: tuned, they do not do better on validation images than chance gives")
             session.model.load_state_dict(untouched)
     _write(session, before.accuracy, time.monotonic() - started, facts)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a network says of validation images.
+    """What a network says of n validation images and a disturbed copy of each.
 
     Attributes:
-        accuracy: in [0, 1].
-        loss: mean log loss.
-        disturbed_accuracy: of a disturbed copy of each.
-        images: how many.
+        right: bool [2, n], whether it classifies them rightly; the copies last.
+        loss: mean log loss of the images.
     """
 
-    accuracy: float
+    right: NDArray[np.bool_]
     loss: float
-    disturbed_accuracy: float
-    images: int
+
+    @property
+    def accuracy(self) -> float:
+        """Of the images, in [0, 1]."""
+        return float(self.right[0].mean())
+
+    @property
+    def record(self) -> dict[str, float]:
+        """For the run."""
+        images, copies = self.right.mean(axis=1).tolist()
+        return {"images": self.right.shape[1], "accuracy": images, "disturbed_accuracy": copies, "loss": self.loss}
 
     def __str__(self) -> str:
-        return (
-            f"{self.accuracy:.1%} of {self.images} validation images, {self.disturbed_accuracy:.1%} of disturbed copies"
-        )
+        images, copies = self.right.mean(axis=1)
+        return f"{images:.1%} of {self.right.shape[1]} validation images and {copies:.1%} of disturbed copies are right"
 
     def better_than(self, other: HeldOut) -> bool:
-        """By all that is classified rightly; of equals the one with less loss."""
-        right, others = (held.accuracy + held.disturbed_accuracy for held in (self, other))
-        return (right, -self.loss) > (others, -other.loss)
+        """Whether more is right than chance gives: of what only one of two gets right, by two deviations (McNemar)."""
+        gained, lost = (self.right & ~other.right).sum(), (other.right & ~self.right).sum()
+        return float(gained - lost) > 2 * float(gained + lost) ** 0.5
 
 
 def _tune_upper(session: Session, parts: Cut, features: Features) -> HeldOut:
@@ -122,8 +129,8 @@ def _held_out(session: Session, features: Features) -> HeldOut:
             session.model.head(torch.from_numpy(z[val]))[0] for z in (features.plain, features.disturbed)
         )
         loss = float(torch.nn.functional.cross_entropy(plain, labels))
-        right = [float((logits.argmax(1) == labels).double().mean()) for logits in (plain, disturbed)]
-    return HeldOut(right[0], loss, right[1], len(val))
+        right = torch.stack([logits.argmax(1) == labels for logits in (plain, disturbed)])
+    return HeldOut(right.numpy(), loss)
 
 
 def _features(session: Session) -> Features:

@@ -27,6 +27,7 @@ from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.regression import STRENGTHS, fit_head
 from ssod_edge.training.run import Run
 from ssod_edge.training.stages import find_stages, pooled, stage_maps
+from ssod_edge.training.transfer import HeldOut
 from ssod_edge.training.upper import DISTURBED, PLAIN, Lesson, border_maps, cut, tune_upper, tuned_features
 
 CLASSES = tuple("abcdefg")
@@ -271,6 +272,20 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monk
     assert ("put back" in done.output) is not better
     logits = run.model(normalise(random_images(4), run.model.preprocess))[0]
     assert logits.shape == (4, 7) and bool(logits.isfinite().all())
+
+
+def test_a_lead_that_chance_gives_is_none():
+    before = np.zeros((2, 100), bool)
+    before[:, :90] = True
+    after = before.copy()
+    after[0, 90:94] = True
+    better = HeldOut(after, 0.1).better_than
+    assert not better(HeldOut(before, 0.1))  # 4 gained, none lost: as likely as four heads
+    after[1, 90:95] = True
+    assert better(HeldOut(before, 0.1))
+    after[0, :3] = False
+    assert not better(HeldOut(before, 0.1))  # 9 gained, 3 lost
+    assert not HeldOut(before, 0.1).better_than(HeldOut(before, 0.2))
 
 
 def test_an_export_fits_its_distance_on_kept_features_and_is_verified(tmp_path, photos, weights, monkeypatch):
