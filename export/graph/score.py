@@ -184,7 +184,7 @@ def _record(source: Source, data: FitData, detector: FittedScore) -> dict[str, A
     training, choices = source.images.training, source.images.choices
     assert training is not None
     record = {"data": training.description, "images": len(data.features), "settings": detector.settings}
-    if isinstance(detector, ScoreSum) and choices is not None:
+    if isinstance(detector, ScoreSum) and choices:  # neither None nor empty
         record["held_out"] = choices.description
     return record
 
