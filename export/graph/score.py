@@ -17,7 +17,7 @@ from ssod_edge.data.splits import Indices
 from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
 from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import FitData
-from ssod_edge.detect.sums import FittedScore, Outputs, fit_score
+from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
@@ -61,7 +61,7 @@ class WantedScore:
 
     @property
     def told(self) -> str:
-        """What stands in for "nobody asked" where the score cannot be made."""
+        """What is said where it cannot be made."""
         return "no score can be chosen" if self.chooses else f"the score {self.name} cannot be fitted"
 
     def divide(self, images: Images, say: Say) -> Images:
@@ -140,7 +140,8 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
             return _chosen(source, say, brief=not wanted.asked)
         if not has_state(wanted.name):
             return ShippedScore(wanted.name, wanted.evidence)
-        data, held_out = fit_data(source, say), _held_out(source, say)
+        data = fit_data(source, say)
+        held_out = _held_out(source, say) if len(score_parts(wanted.name)) > 1 else None
         detector = fit_score(wanted.name, data, held_out)
         if not wanted.asked and held_out is not None:
             _check_rounding(detector, held_out)
@@ -187,12 +188,12 @@ def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
 
 def _record(source: Source, data: FitData, detector: FittedScore) -> dict[str, Any]:
     """What the spec says of the images that a state was fitted on."""
-    assert source.images.training is not None
-    return {
-        "data": source.images.training.description,
-        "images": len(data.features),
-        "settings": detector.settings,
-    }
+    training, choices = source.images.training, source.images.choices
+    assert training is not None
+    record = {"data": training.description, "images": len(data.features), "settings": detector.settings}
+    if isinstance(detector, ScoreSum) and choices:  # neither None nor empty
+        record["held_out"] = choices.description
+    return record
 
 
 def same_weights(source: Source, spec: Spec) -> bool:
@@ -212,7 +213,8 @@ def _kept(source: Source, earlier: Export, say: Say) -> ShippedScore | None:
     name, evidence = spec.score_name, spec.score["evidence"]
     if spec.detector or spec.choice:
         fitted_on, chosen_on = (part and part.description for part in (images.training, images.choices))
-        if spec.detector.get("data", fitted_on) != fitted_on or spec.choice.get("known", chosen_on) != chosen_on:
+        known = spec.choice.get("known", spec.detector.get("held_out", chosen_on))
+        if spec.detector.get("data", fitted_on) != fitted_on or known != chosen_on:
             say(f"'{earlier.folder}' ships {name}, of other images: it is made anew")
             return None
         try:

@@ -357,6 +357,7 @@ def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch:
     logits = run_eager(tiny, choices.read(tiny.preprocess, choices.indices)[0])[0]
     center = ood_scores(logits, np.zeros(len(logits)))["gen"].mean()
     assert unasked.detector.centers["gen"] == pytest.approx(center, rel=1e-5)
+    assert unasked.record["held_out"] == choices.description
     # What cannot be chosen or fitted costs no export.
     monkeypatch.setattr("ssod_edge.detect.choice.LEAST_UNASKED", 40)
     monkeypatch.setattr("ssod_edge.export.graph.score.LEAST_IMAGES", 1000)
