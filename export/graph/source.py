@@ -13,8 +13,10 @@ from torch import nn
 
 from ssod_edge.config import NEED_OOD_ROW, resolve_backbone
 from ssod_edge.data.images import Images, whole_dataset
+from ssod_edge.data.layout import is_training_part
 from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data, sha256_file
+from ssod_edge.runtime.calibrate import trained_part
 from ssod_edge.training.checkpoint import BEST, is_checkpoint, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, load_weights
 from ssod_edge.training.run import Run
@@ -68,6 +70,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
     """
     run = Run.at(path)
     meta = run.meta
+    if data is not None and is_training_part(data, meta.get("data")):
+        raise trained_part(data)
     recorded = data is None or same_data(data, meta.get("data"))
     named = None if recorded else whole_dataset(str(data))
     # In another place too: images that were trained on would fit the thresholds.
