@@ -231,8 +231,9 @@ def _kept(source: Source, earlier: Export, say: Say) -> ShippedScore | None:
 def fit_data(source: Source, say: Say) -> FitData:
     """The features of a seeded choice of training images, through the deployment preprocessing.
 
-    Where the network's features are published ones, a disturbed copy of each image counts too: known photos of a worse
-    camera are then no surprise.
+    Where the network's features are published ones, or tuned from there, a disturbed copy of each image counts too:
+    known photos of a worse camera are then no surprise. Distances read the last features; where those were tuned, every
+    stage, because tuned ones see less of what is far (docs/detection.md).
 
     Raises:
         UsageError: too few of them can be read.
@@ -240,10 +241,10 @@ def fit_data(source: Source, say: Say) -> FitData:
     model, training = source.model, source.images.training
     assert training is not None
     chosen = np.sort(np.random.default_rng(0).permutation(training.indices)[:FIT_IMAGES])
-    copies = " and a disturbed copy of each" if source.published else ""
+    copies = " and a disturbed copy of each" if source.tuned else ""
     say(f"fitting on the features of {len(chosen)} images of {training.description}{copies}")
     with image_bar("fitting", len(chosen)) as advance:
-        features, found = (_kept_features if source.published else _read_features)(source, training, chosen, advance)
+        features, found = (_kept_features if source.tuned else _read_features)(source, training, chosen, advance)
     for message in training.unreadable:
         say(f"left out: {message}")
     if len(found) < LEAST_IMAGES:
@@ -252,7 +253,8 @@ def fit_data(source: Source, say: Say) -> FitData:
     with torch.inference_mode():
         logits, id_logits = (part.numpy() for part in model.head(torch.from_numpy(features)))
     known = model_labels(found, training.source.classes, model.classes)
-    return FitData(features, known, logits, weight, bias, id_logits, model.last_width)
+    last = 0 if source.tuned == "upper" else model.last_width
+    return FitData(features, known, logits, weight, bias, id_logits, last)
 
 
 def _read_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:

@@ -13,8 +13,10 @@ from torch import nn
 
 from ssod_edge.config import NEED_OOD_ROW, resolve_backbone
 from ssod_edge.data.images import Images, whole_dataset
+from ssod_edge.data.layout import is_training_part
 from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data, sha256_file
+from ssod_edge.runtime.calibrate import trained_part
 from ssod_edge.training.checkpoint import BEST, is_checkpoint, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, load_weights
 from ssod_edge.training.run import Run
@@ -34,8 +36,8 @@ class Source:
         images: in-distribution, by what they may be used for.
         checkpoint: the run's; None if `folder` is yet to be made from the weights.
         outliers: kinds of made images that the model was trained to reject, of `ssod_edge.config.OUTLIERS`.
-        published: whether its features are published ones, or were tuned gently from there (`train --tune`): detectors
-            are then fitted with disturbed copies of the training images too.
+        tuned: "head" if its features are published ones, "upper" if they were tuned gently from there (`train --tune`):
+            detectors are then fitted with disturbed copies of the training images too. Empty for all else.
     """
 
     model: SSODClassifier
@@ -45,7 +47,7 @@ class Source:
     images: Images = field(default_factory=Images)
     checkpoint: Path | None = None
     outliers: tuple[str, ...] = ()
-    published: bool = False
+    tuned: str = ""
 
 
 def check_score(source: Source, score: str) -> None:
@@ -71,6 +73,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
     """
     run = Run.at(path)
     meta = run.meta
+    if data is not None and is_training_part(data, meta.get("data")):
+        raise trained_part(data)
     recorded = data is None or same_data(data, meta.get("data"))
     named = None if recorded else whole_dataset(str(data))
     # In another place too: images that were trained on would fit the thresholds.
@@ -90,8 +94,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta[key] for key in ("val_data", "val_fingerprint") if key in meta},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
-    trained, published = meta.get("trained") is True, "tuned" in meta
-    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, published)
+    trained, tuned = meta.get("trained") is True, str(meta.get("tuned", ""))
+    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned)
 
 
 def from_weights(

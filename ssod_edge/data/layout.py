@@ -13,6 +13,7 @@ from typing import IO
 
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.errors import UsageError
+from ssod_edge.files import same_data
 from ssod_edge.terminal import printable
 
 EXPECTED = (
@@ -237,6 +238,12 @@ def split_part(name: str) -> tuple[str, str | None]:
     parent, _, last = name.rstrip("/").rpartition("/")
     is_part = last.lower() in PARTS and parent.lower().endswith(DATA_FILES) and os.path.isfile(parent)
     return (parent, last.lower()) if is_part else (name, None)
+
+
+def is_training_part(data: str, recorded: object) -> bool:
+    """Whether a data set that a user names is the train part (DATA/train) of the one of a record (DATA)."""
+    parent, _, last = data.rstrip("/").rpartition("/")
+    return PARTS.get(last.lower()) == "train" and same_data(parent, recorded)
 
 
 def choose_parts(source: str, parts: Sequence[str], part: str | None) -> tuple[list[int], list[int] | None, str]:

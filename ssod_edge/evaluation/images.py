@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.data.layout import same_name
+from ssod_edge.data.layout import is_training_part, same_name
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.detect.sums import FittedScore
@@ -103,7 +103,11 @@ def warn_of_used_images(source: ImageSource, id_data: str | None, meta: Mapping[
             f"note: '{spec.score_name}' was chosen by these validation images (export --score auto); name others "
             "with --id for figures that no choice has seen"
         )
-    elif same_data(id_data, meta.get("data")) or source.fingerprint == meta.get("data_fingerprint"):
+    elif (
+        same_data(id_data, meta.get("data"))
+        or is_training_part(id_data, meta.get("data"))
+        or source.fingerprint == meta.get("data_fingerprint")
+    ):
         message = (
             f"warning: the network was trained on '{id_data}', or on images of the same names, so that these are not "
             "figures for new images. Leave --id out for the run's validation split, or name other images"

@@ -12,6 +12,7 @@ import click
 
 from ssod_edge.data.inputs import known_images
 from ssod_edge.data.jpeg import tells_damage
+from ssod_edge.data.layout import is_training_part
 from ssod_edge.data.pixels import ImageLike
 from ssod_edge.detect.metrics import check_target_tpr, conformal_threshold, tpr_interval
 from ssod_edge.errors import (
@@ -122,6 +123,14 @@ def trained_on(data: str) -> UsageError:
     )
 
 
+def trained_part(data: str) -> UsageError:
+    """The error for the train part of the data that a model was trained on."""
+    return UsageError(
+        f"the model was trained on images of '{data}', and a threshold needs new ones. Name others, or the whole data "
+        "set for the run's calibration split"
+    )
+
+
 def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | None = None) -> int:
     """Refit the threshold of one artifact, or of every artifact; returns the exit code.
 
@@ -198,6 +207,8 @@ def _trained_on(data: str, export: Export) -> bool:
 
 def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     """How to draw the images, and what they are, for the record."""
+    if is_training_part(data, export.spec.source.get("data")):
+        raise trained_part(data)
     if Path(data).is_dir() and not _trained_on(data, export):
         paths = known_images(data, export.spec.classes, partial(click.echo, err=True))
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"

@@ -94,8 +94,8 @@ class Session:
             if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
                 raise UsageError(
                     f"'{weights}' was trained on another split of these images, so validation and calibration "
-                    "would see images it knows. Use the --seed, --val-fraction and --calib-fraction in its run's "
-                    "config.json"
+                    "would see images it knows. Use the --seed, --val, --group, --val-fraction and "
+                    "--calib-fraction in its run's config.json"
                 )
         torch.manual_seed(config.seed)
         published = not restored and config.weights == PUBLISHED

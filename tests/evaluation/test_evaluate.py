@@ -67,7 +67,7 @@ def test_the_report_has_every_score_on_every_set(place, capsys):
         assert row["auroc"] == detection_metrics(known, unknown, 0)["auroc"]
         assert report["mean"][row["score"]]["auroc"] == pytest.approx(row["auroc"])
     assert report["deployment"] is None and "baselines" not in report
-    assert "the calibration split has 3 images, and a 95% threshold needs 19" in capsys.readouterr().err
+    assert "the calibration split has 6 images, and a 95% threshold needs 19" in capsys.readouterr().err
     json.dumps(report, allow_nan=False)
 
 
@@ -222,6 +222,7 @@ def test_id_images_that_are_not_new_get_a_warning(place, tmp_path, capsys):
         (str(place / "run" / ".." / "data"), None, "warning: the network was trained on"),
         (str(place / "test"), None, ""),
         (str(moved), None, "warning: the network was trained on"),
+        (str(place / "data" / "train"), None, "warning: the network was trained on"),
         (str(place / "test"), spec, "warning: 'rmd' was fitted to or chosen by a part of"),
     ]
     for data, shipped, expected in cases:

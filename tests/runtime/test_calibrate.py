@@ -273,6 +273,25 @@ def test_the_training_data_gives_its_calibration_split_alone(export: Path, tmp_p
     assert code == 1 and "left out" in err
 
 
+def test_the_calibration_split_may_be_of_validation_images_that_were_named(export: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from ssod_edge.data.sources import open_training_data
+    from ssod_edge.data.splits import Splits
+
+    photos, val = save_photos(tmp_path / "photos", 20), save_photos(tmp_path / "val", 60)
+    dataset = open_training_data(str(photos), str(val))
+    calib = list(range(20, 80, 2))
+    splits = Splits(np.arange(20), np.arange(21, 80, 2), np.array(calib))
+    record = {"data_fingerprint": dataset.fingerprint, "splits_hash": splits.hash, **dataset.val_record}
+    edit_spec(export, lambda spec: replace(spec, source={"data": str(photos), **record}))
+    (export.parent / "splits.json").write_text(json.dumps({"val": splits.val.tolist(), "calib": calib}))
+    code, _, err = run(export, "--id", photos, "--artifact", "onnx-fp32")
+    assert (code, err) == (0, "")
+    assert load_spec(export).artifact("onnx-fp32").threshold.n == 30
+    code, _, err = run(export, "--id", f"{photos}/train")
+    assert code == 2 and "a threshold needs new ones" in err
+
+
 def test_the_images_of_weights_trained_elsewhere_are_all_taken(export: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     from ssod_edge.data.sources import open_dataset

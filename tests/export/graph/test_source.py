@@ -45,6 +45,11 @@ def test_the_training_data_by_its_name_gives_the_images_that_were_held_out(small
     assert given.images.thresholds.description == own.images.thresholds.description
 
 
+def test_the_train_part_of_the_training_data_sets_no_threshold(small_run: Path) -> None:
+    with pytest.raises(UsageError, match="trained on images of .*data/train.*or the whole data set"):
+        from_run(small_run, str(small_run.parent / "data" / "train"))
+
+
 def test_an_edited_calibration_split_is_refused(small_run: Path, small_model: SSODClassifier, tmp_path: Path) -> None:
     write_run(tmp_path / "run", small_model, str(small_run.parent / "data"))
     path = tmp_path / "run" / "splits.json"
