@@ -33,6 +33,7 @@ IMAGE_SUFFIXES = frozenset(
 #: Backbones whose published weights come with the extra `train`, so that no hub has to be reached.
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
+Recipe = Literal["short", "scratch", "paper"]
 Head = Literal["last", "stages"]
 Tune = Literal["auto", "head", "upper", "all"]
 Method = Literal["ssod", "lbf", "both", "ce"]
@@ -315,7 +316,7 @@ class TrainConfig:
     val: str | None = dataclasses.field(default=None, metadata={"metavar": "DATA"})
     group: str | None = dataclasses.field(default=None, metadata={"metavar": "PATTERN"})
     name: str = dataclasses.field(default="", metadata=NO_OPTION)
-    recipe: Literal["short", "scratch", "paper"] = "short"
+    recipe: Recipe = "short"
     epochs: int = 10
     batch_size: int = 128
     lr: float = 2e-3
@@ -343,7 +344,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self, "epochs", self.epochs >= 1, "at least 1")
         check(self, "batch_size", self.batch_size >= 2, "at least 2 (batch norm needs two images)")
-        check(self, "recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
+        check(self, "recipe", self.recipe in get_args(Recipe), f"one of {', '.join(get_args(Recipe))}")
         check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
         check(self, "kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
         check(self, "lr", 0 < self.lr < float("inf"), "positive")
@@ -381,32 +382,6 @@ class TrainConfig:
         return None if self.weights in (PUBLISHED, NO_WEIGHTS) else self.weights
 
 
-#: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
-#: Eq. 12 calls OOD are of images it gets wrong, and they undo what the made ones teach (docs/detection.md).
-#: Of the kinds "rotate" finds unknown objects best; where training images lie in all orientations, it costs little.
-_MADE_IMAGES = {"method": "ce", "outliers": OUTLIERS}
-#: Settings that a recipe changes; an option on the command line wins over them.
-RECIPES: dict[str, dict[str, Any]] = {
-    "short": {"weights": PUBLISHED, "tune": "auto", "class_weights": "balanced", "loss": _MADE_IMAGES},
-    "scratch": {"lr": 0.05, "batch_size": 64, "epochs": 30, "weight_decay": 5e-4, "loss": _MADE_IMAGES},
-    # The method of the paper, patches alone. Appendix A.4: AdamW at 1e-4, halved every 30 epochs, 256 images a batch,
-    # 224 px. Epochs are not given there.
-    "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
-}
-
-#: Where a method with patches is given: their loss has to wait. While next to no patch is labelled ID, LWB gives these
-#: few half of it, and MobileNetV3 stops learning (docs/results.md).
-PATCH_WARMUP_EPOCHS = {"scratch": 10.0}
-
-#: Settings of `LossConfig` that say how patches are labelled and weighed.
-PATCH_SETTINGS = {"gamma", "alpha", "patch_balance", "norm_weight"}
-
-#: Settings that only training of the whole network reads: --tune all is meant where one of them is given.
-WHOLE_SETTINGS = {
-    *("batch_size", "weight_decay", "half_size_epochs", "crop_scale_min", "hflip", "compile", "sync_bn"),
-    *("epochs", "lr", *(field.name for field in dataclasses.fields(LossConfig))),
-}
-
 T = TypeVar("T")
 
 
@@ -424,42 +399,3 @@ def setting_types() -> dict[str, Any]:
     """Name -> type of every setting of `TrainConfig` and its loss; of one that may be None, the other type."""
     kinds = {**get_type_hints(TrainConfig), **get_type_hints(LossConfig)}
     return {name: get_args(kind)[0] if NoneType in get_args(kind) else kind for name, kind in kinds.items()}
-
-
-def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
-    """Settings from a recipe and the options given beside it; those that are None are left to the recipe.
-
-    A method that is given comes without the recipe's made outliers: it trains what its name says, and outliers that are
-    named beside it. With random weights, and where one of `WHOLE_SETTINGS` is given, the whole network is trained;
-    where it is not, made images are not used either.
-
-    Raises:
-        UsageError: an unknown recipe or key, a value out of range, a setting of patches where none are trained on and
-            no method was given, or one of `WHOLE_SETTINGS` where the whole network is not trained.
-    """
-    if recipe not in RECIPES:
-        raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'")
-    given = {key: value for key, value in options.items() if value is not None}
-    base = dict(RECIPES[recipe])
-    asked = {field.name: given.pop(field.name) for field in dataclasses.fields(LossConfig) if field.name in given}
-    loss = {**base.pop("loss", {}), **asked}
-    if "method" in asked:
-        loss["outliers"] = asked.get("outliers", ())
-    if asked.get("method", "ce") != "ce" and recipe in PATCH_WARMUP_EPOCHS:
-        loss.setdefault("warmup_epochs", PATCH_WARMUP_EPOCHS[recipe])
-    whole = sorted(WHOLE_SETTINGS & {*asked, *given})
-    if "tune" not in given and (whole or given.get("weights", base.get("weights", NO_WEIGHTS)) == NO_WEIGHTS):
-        base["tune"] = "all"
-    tune = given.get("tune", base.get("tune", "all"))
-    if tune != "all":
-        if whole:
-            raise UsageError(f"{', '.join(whole)}: for training of the whole network, which is --tune all")
-        base, loss = {**base, "head": "stages"}, {"method": "ce"}
-    config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
-    unused = sorted(PATCH_SETTINGS & set(asked))
-    if unused and "method" not in asked and config.loss.method == "ce":
-        raise UsageError(
-            f"{', '.join(unused)}: a setting of background patches, and recipe '{recipe}' trains on none by itself. "
-            "Add --method ssod (or lbf, both)"
-        )
-    return config

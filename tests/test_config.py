@@ -10,15 +10,14 @@ import pytest
 from ssod_edge.config import (
     ALIASES,
     OUTLIERS,
-    RECIPES,
     LossConfig,
     Preprocess,
     TrainConfig,
     from_dict,
     resolve_backbone,
-    train_config,
 )
 from ssod_edge.errors import UsageError
+from ssod_edge.recipes import RECIPES, train_config
 
 
 def test_json_gives_the_same_settings_back():
@@ -105,7 +104,9 @@ def test_aliases_are_the_papers_backbones_and_other_names_stay():
 @pytest.mark.parametrize(
     ("recipe", "loss", "method", "outliers"),
     [
-        ("short", {}, "ce", OUTLIERS),
+        ("short", {}, "ce", ()),
+        ("short", {"weights": "none"}, "ce", OUTLIERS),
+        ("short", {"tune": "all"}, "ce", OUTLIERS),
         ("scratch", {"outliers": ("rotate",), "outlier_share": 0.25}, "ce", ("rotate",)),
         ("scratch", {"method": "both"}, "both", ()),
         ("short", {"method": "ce"}, "ce", ()),

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "json_reader", "external_data", "terminal"),
     ("config",),
-    ("spec",),
+    ("recipes", "spec"),
     ("data",),
     ("detect",),
     ("ops",),

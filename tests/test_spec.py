@@ -114,7 +114,7 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v.update(classes=["cat"]), "classes must be at least 2"),
         (lambda v: v.update(trained=1), "trained must be true or false, got 1"),
         (lambda v: v.update(source=[]), "source must be an object"),
-        (lambda v: v.update(score={}), "score.name: score must be one of ssod, msp, maxlogit, energy, posterior"),
+        (lambda v: v.update(score={}), "score.name: score must be one of ssod, msp, maxlogit, energy, gen, posterior"),
         (lambda v: v.update(score={"name": "best"}), "score.name: .*got 'best'"),
         (lambda v: v.update(score={"name": "energy", "evidence": 1}), "score.evidence must be text"),
         (lambda v: v.update(score={"name": "knn"}), "detector must have the sha256"),

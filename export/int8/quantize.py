@@ -91,7 +91,7 @@ def layer_names(graph: ModelProto) -> dict[str, str]:
     for node in graph.graph.node:
         weight = node.input[1] if node.op_type in LAYERS and len(node.input) > 1 else ""
         known = weight in weights and weight.endswith(".weight")
-        names[node.name] = weight.removesuffix(".weight").removeprefix("trunk.") if known else node.name
+        names[node.name] = weight.removesuffix(".weight").removeprefix("trunk.model.") if known else node.name
     return names
 
 

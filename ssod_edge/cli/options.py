@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from ssod_edge.config import FITS, RECIPES, LossConfig, TrainConfig, setting_types, train_config
+from ssod_edge.config import FITS, LossConfig, TrainConfig, setting_types
 from ssod_edge.data.named import parse_named_data
+from ssod_edge.recipes import RECIPES, train_config
 
 T = TypeVar("T")
 Decorator = Callable[[Any], Any]

@@ -88,11 +88,13 @@ def _fit(
     """Weight [M, Dall] and bias [M] of a fit to some of the images."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     z, y = np.concatenate([plain[chosen], disturbed[chosen]]), np.tile(labels[chosen], 2)
     mean, deviation = z.mean(axis=0), np.maximum(z.std(axis=0), LEAST_DEVIATION)
     model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3)
-    with warnings.catch_warnings():
+    # Products with a few rows: threads would wait for each other, three times as long.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the loss do not matter
         model.fit((z - mean) / deviation, y, None if weights is None else np.tile(weights[chosen], 2))
     rows, intercept = model.coef_, model.intercept_

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ssod_edge.config import NO_WEIGHTS, PUBLISHED, RECIPES, Preprocess, TrainConfig, resolve_backbone, train_config
+from ssod_edge.config import NO_WEIGHTS, PUBLISHED, Preprocess, TrainConfig, resolve_backbone
 from ssod_edge.data.layout import DATA_FILES
 from ssod_edge.json_reader import from_json
+from ssod_edge.recipes import RECIPES, train_config
 from ssod_edge.training.checkpoint import is_checkpoint, load_checkpoint
 from ssod_edge.training.model import backbone_preprocess
 

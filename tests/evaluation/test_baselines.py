@@ -54,6 +54,7 @@ class Tiny(nn.Module):
         self.backbone = Grid()
         self.classifier = nn.Linear(WIDTH, CLASSES, bias=bias)
         self.preprocess = SimpleNamespace(std=(0.2,) * WIDTH)
+        self.stages = ()
         with torch.no_grad():
             self.classifier.weight.copy_(torch.eye(CLASSES).repeat_interleave(PER_CLASS, dim=1))
             self.classifier.weight.add_(torch.linspace(-0.1, 0.1, WIDTH * CLASSES).view(CLASSES, WIDTH))
@@ -359,6 +360,7 @@ def report_of(small_run):
                 bootstrap=5,
                 baselines="Mahalanobis,ViM,EnergyBased,ReAct,KNN,GradNorm",
                 fit_images=28,
+                shift_images=0,
             ),
             workers=0,
         )

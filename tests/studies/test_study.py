@@ -197,7 +197,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path, monke
 
 def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monkeypatch):
     out = tmp_path / "study"
-    result = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.5")
+    result = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.4")
     assert result.exit_code == 0, result.output
     record = json.loads((out / STUDY).read_text())
     for row in record["runs"]:
@@ -206,7 +206,7 @@ def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monke
     monkeypatch.setattr(
         "ssod_edge.studies.study.export_run", lambda *_, **__: pytest.fail("an export is not made again")
     )
-    again = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.5")
+    again = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.4")
     assert again.exit_code == 0 and json.loads((out / STUDY).read_text())["summary"] == record["summary"]
 
 
@@ -261,13 +261,13 @@ def one_cell(data, out, *more):
 
 def test_settings_that_do_not_work_are_failures_of_their_runs(data, tmp_path):
     out = tmp_path / "study"
-    grid = ("--vary", "batch_size=4000,8", "--vary", "gamma=0.3,0.9", "--method", "ssod")
-    more = (*grid, "--ood", f"x={data}", *TINY[:6], *TINY[8:])
+    grid = ("--vary", "group=.,.+", "--vary", "gamma=0.3,0.9", "--method", "ssod")
+    more = (*grid, "--ood", f"x={data}", *TINY)
     result = CliRunner().invoke(main, ["study", str(data), "-o", str(out), "--seeds", "0", *more])
-    assert result.exit_code == 1 and "| batch_size=8 gamma=0.9 | 1 |" in result.stdout, result.output
+    assert result.exit_code == 1 and "| group=.+ gamma=0.9 | 1 |" in result.stdout, result.output
     failed = {row["settings"]: row["error"] for row in json.loads((out / STUDY).read_text())["failed"]}
-    assert len(failed) == 3 and "fewer than one batch" in failed["batch_size=4000 gamma=0.9"]
-    assert "gamma must satisfy" in failed["batch_size=8 gamma=0.3"]
+    assert len(failed) == 3 and "has 1 group(s)" in failed["group=. gamma=0.9"]
+    assert "gamma must satisfy" in failed["group=.+ gamma=0.3"]
 
 
 def test_a_score_that_the_settings_do_not_train_costs_no_training(data, tmp_path, monkeypatch):
@@ -315,8 +315,8 @@ def test_what_cannot_work_is_found_before_training(data, tmp_path, monkeypatch, 
 
 
 def test_settings_that_train_in_no_run_end_the_study_with_a_usage_error(data, tmp_path):
-    result = one_cell(data, tmp_path / "study", "--batch-size", "4000", "--seeds", "0")
-    assert result.exit_code == 2 and "fewer than one batch" in result.stderr
+    result = one_cell(data, tmp_path / "study", "--group", ".", "--seeds", "0")
+    assert result.exit_code == 2 and "has 1 group(s)" in result.stderr
     assert one_cell(data, tmp_path / "study", "--seeds", "0").exit_code == 0, "nothing was trained with other options"
 
 

@@ -23,11 +23,12 @@ from pictures import write_folder
 import ssod_edge.training.loop
 import ssod_edge.training.session
 from ssod_edge.cli import main
-from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig, train_config
+from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.ops import kernel_in_use
+from ssod_edge.recipes import train_config
 from ssod_edge.terminal import TrainingBar
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from ssod_edge.training.distributed import check_same_images

@@ -18,9 +18,10 @@ from small import random_images
 import ssod_edge.training.features
 import ssod_edge.training.transfer
 from ssod_edge.cli import main
-from ssod_edge.config import ALIASES, Preprocess, train_config
+from ssod_edge.config import ALIASES, Preprocess
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import UsageError
+from ssod_edge.recipes import train_config
 from ssod_edge.training.checkpoint import trunk_hash
 from ssod_edge.training.features import CACHE, features_of
 from ssod_edge.training.model import build_model, normalise

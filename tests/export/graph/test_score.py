@@ -52,6 +52,7 @@ class Tiny(nn.Module):
     """What the export needs of a model: one convolution, a ReLU and a pooling, traced in a blink."""
 
     classes, backbone_name, preprocess = CLASSES, "tiny", Preprocess(input_size=SIZE)
+    last_width = WIDTH
 
     def __init__(self) -> None:
         super().__init__()
