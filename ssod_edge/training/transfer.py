@@ -19,7 +19,7 @@ from ssod_edge.training.features import Features, features_of, keep_features
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
-from ssod_edge.training.upper import EPOCHS, Cut, Lesson, border_maps, cut, tune_upper, tuned_features
+from ssod_edge.training.upper import EPOCHS, Lesson, border_maps, cut, tune_upper, tuned_features
 
 
 def tune(session: Session) -> None:
@@ -32,14 +32,8 @@ def tune(session: Session) -> None:
     config = session.config
     if world_size() > 1:
         raise UsageError(f"--tune {config.tune} runs in one process. Leave torchrun out, or use --tune all")
-    parts = None
-    if config.tune != "head":
-        try:
-            parts = cut(session.model)
-        except UsageError as error:
-            if config.tune == "upper":
-                raise
-            say(f"upper blocks stay as they are: {error}")
+    if config.tune == "upper":
+        cut(session.model)  # before any other work
     session.begin_folder()
     started = time.monotonic()
     features = _features(session)
@@ -52,9 +46,8 @@ def tune(session: Session) -> None:
         f"{time.monotonic() - fitted:.0f} s for the head)"
     )
     facts: dict[str, Any] = {"tuned": "head", "strength": head.strength, "tried": {"head": before.record}}
-    if parts is not None:
-        untouched = copy.deepcopy(session.model.state_dict())
-        after = _tune_upper(session, parts, features)
+    untouched = copy.deepcopy(session.model.state_dict())
+    if config.tune != "head" and (after := _tune_upper(session, features)) is not None:
         facts["tried"]["upper"] = after.record
         if config.tune == "upper" or after.better_than(before):
             facts["tuned"], before = "upper", after
@@ -97,12 +90,22 @@ class HeldOut:
         return float(gained - lost) > 2 * float(gained + lost) ** 0.5
 
 
-def _tune_upper(session: Session, parts: Cut, features: Features) -> HeldOut:
-    """Tune, and keep the features of the tuned network; what that makes of the validation images."""
+def _tune_upper(session: Session, features: Features) -> HeldOut | None:
+    """Tune, and keep the features of the tuned network; what that makes of the validation images.
+
+    None, and a line, where `auto` cannot: a backbone that cannot be cut, or too many images.
+    """
     started = time.monotonic()
     model, source, config = session.model, session.source, session.config
-    with image_bar("lower part", len(source)) as advance:
-        maps = border_maps(model, parts, source, config.workers, advance)
+    try:
+        parts = cut(model)
+        with image_bar("lower part", len(source)) as advance:
+            maps = border_maps(model, parts, source, config.workers, advance)
+    except UsageError as error:
+        if config.tune == "upper":
+            raise
+        say(f"the upper blocks stay as they are: {error}")
+        return None
     computed = time.monotonic()
     lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights)
     tune_upper(model, parts, maps, features, lesson, _say_epoch)
@@ -123,14 +126,15 @@ def _say_epoch(epoch: int, loss: float) -> None:
 def _held_out(session: Session, features: Features) -> HeldOut:
     """Of the validation images, by the model's last layer as it is."""
     val = session.splits.val
-    labels = torch.from_numpy(np.asarray(session.source.labels[val]))
+    labels = torch.from_numpy(np.asarray(session.source.labels[val])).to(session.device)
     with torch.inference_mode():
         plain, disturbed = (
-            session.model.head(torch.from_numpy(z[val]))[0] for z in (features.plain, features.disturbed)
+            session.model.head(torch.from_numpy(z[val]).to(session.device))[0]
+            for z in (features.plain, features.disturbed)
         )
         loss = float(torch.nn.functional.cross_entropy(plain, labels))
         right = torch.stack([logits.argmax(1) == labels for logits in (plain, disturbed)])
-    return HeldOut(right.numpy(), loss)
+    return HeldOut(right.cpu().numpy(), loss)
 
 
 def _features(session: Session) -> Features:

@@ -114,6 +114,11 @@ class BorderMaps:
     maps: Tensor
     below: Tensor
 
+    def at(self, index: Tensor | slice, version: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What `Cut.features` takes, of some images in one version each."""
+        border = self.maps[index, version].to(device).float().contiguous(memory_format=torch.channels_last)
+        return border, self.below[index, version].to(device)
+
 
 class _Versions(EvalImages):
     """(uint8 [3, 3, S, S]: the image, its mirror image and its disturbed copy, label, index)."""
@@ -213,11 +218,13 @@ def tune_upper(
     train = lesson.train
     both = np.concatenate([features.plain[train], features.disturbed[train]])
     mean, deviation = both.mean(axis=0), np.maximum(both.std(axis=0), LEAST_DEVIATION)
-    head = _standardised(model.classifier, torch.from_numpy(mean), torch.from_numpy(deviation))
+    device = model.classifier.weight.device
+    head = _standardised(model.classifier, *(torch.from_numpy(part).to(device) for part in (mean, deviation)))
     upper = _trainable(parts.view)
     optimizer = torch.optim.AdamW([*upper, head.weight, head.bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rng, target = np.random.default_rng(lesson.seed), torch.from_numpy(np.asarray(lesson.labels))
     by_class = class_weights(lesson.labels[train], lesson.class_weights)
+    by_class = None if by_class is None else by_class.to(device)
     size = min(BATCH_SIZE, len(train))
     steps = EPOCHS * (len(train) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -227,9 +234,8 @@ def tune_upper(
         for start in range(0, len(order) - size + 1, size):
             index = torch.from_numpy(order[start : start + size])
             version = torch.from_numpy(rng.integers(0, 3, size))
-            border = maps.maps[index, version].float().contiguous(memory_format=torch.channels_last)
-            logits = head.logits(parts.features(border, maps.below[index, version]))
-            loss = F.cross_entropy(logits, target[index], by_class)
+            logits = head.logits(parts.features(*maps.at(index, version, device)))
+            loss = F.cross_entropy(logits, target[index].to(device), by_class)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([*upper, head.weight, head.bias], 5.0)
@@ -246,13 +252,13 @@ def tune_upper(
 def tuned_features(parts: Cut, maps: BorderMaps) -> Features:
     """`Features` of the network as it is now."""
     found: list[NDArray[np.float32]] = []
+    device = next(parts.view.parameters()).device
     with torch.inference_mode():
         for version in (PLAIN, DISTURBED):
             rows = []
             for start in range(0, len(maps.maps), 2 * BATCH):
-                border = maps.maps[start : start + 2 * BATCH, version].float()
-                border = border.contiguous(memory_format=torch.channels_last)
-                rows.append(parts.features(border, maps.below[start : start + 2 * BATCH, version]).numpy())
+                batch = maps.at(slice(start, start + 2 * BATCH), version, device)
+                rows.append(parts.features(*batch).cpu().numpy())
             found.append(np.concatenate(rows))
     return Features(*found)
 

@@ -262,6 +262,13 @@ def test_the_maps_have_a_limit(photos, monkeypatch):
         border_maps(model, cut(model), open_dataset(str(photos)), 0, lambda n: None)
 
 
+def test_auto_does_without_upper_blocks_where_there_is_no_room(tmp_path, photos, weights, monkeypatch):
+    monkeypatch.setattr("ssod_edge.training.upper.MOST_BYTES", 1000)
+    done = run_train(tmp_path, photos, weights)
+    assert done.exit_code == 0 and "the upper blocks stay as they are: the maps of 168 images" in done.output
+    assert Run.at(tmp_path / "runs/run").meta["tuned"] == "head"
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monkeypatch, better):
     monkeypatch.setattr("ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: better)
