@@ -88,6 +88,8 @@ def load_batches(dataset: EvalImages, workers: int, **options: Any) -> Iterator[
         yield from loader
     except ImageError as error:
         first = str(error).strip().splitlines()[-1].rpartition("ImageError: ")[2]
+        # It holds the iterator of the loader, whose processes would live until the garbage is collected.
+        error.__traceback__ = None
         raise _all_unreadable(dataset, workers, first) from None
 
 

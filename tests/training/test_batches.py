@@ -1,19 +1,21 @@
-"""Random crops of training: how large the photo is read, and what each fit makes of it."""
+"""Random crops of training: how large the photo is read, and what each fit makes of it; images that cannot be read."""
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from small import write_images
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import load_image
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import ImageError
-from ssod_edge.training.batches import TrainImages, augment, load_batches
+from ssod_edge.training.batches import EvalImages, TrainImages, augment, load_batches
 
 SETTINGS = Preprocess(input_size=32)
 
@@ -79,3 +81,12 @@ def test_a_photo_that_the_region_does_not_fit_is_named(photo: Path) -> None:
     wrong = TrainImages(source, replace(settings, roi=(0, 0, 1201, 900)), 0, 0.5, 0.5)
     with pytest.raises(ImageError, match=r"'a/0.jpg' of .*the region 0,0,1201,900 does not lie within its 1200 x 900"):
         list(load_batches(wrong, 0, batch_size=1))
+
+
+def test_an_image_that_cannot_be_read_leaves_no_process_behind(tmp_path):
+    write_images(tmp_path, 14)
+    (tmp_path / "a" / "000.png").write_bytes(b"no image")
+    images = EvalImages(open_dataset(str(tmp_path)), None, Preprocess(input_size=16))
+    with pytest.raises(ImageError) as raised:
+        list(load_batches(images, 1, batch_size=2))
+    assert not multiprocessing.active_children() and "000.png" in str(raised.value)
