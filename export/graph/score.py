@@ -18,7 +18,7 @@ from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
 from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score
-from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.errors import ArtifactError, ImageError, UsageError
 from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
@@ -270,7 +270,13 @@ def _read_features(source: Source, training: Subset, chosen: Indices, advance: A
 
 
 def _kept_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
-    """The same from where `train --tune` keeps them, and of a disturbed copy of each image after them."""
-    both = features_of(source.model, training.source, source.folder.parent)
+    """The same from where `train --tune` keeps them, and of a disturbed copy of each image after them.
+
+    Of other images than the run's some may be unreadable, and then there are no copies.
+    """
+    try:
+        both = features_of(source.model, training.source, source.folder.parent)
+    except ImageError:
+        return _read_features(source, training, chosen, advance)
     advance(len(chosen))
     return np.concatenate([both.plain[chosen], both.disturbed[chosen]]), np.tile(training.source.labels[chosen], 2)

@@ -115,7 +115,8 @@ def _read(path: Path, count: int) -> Features | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = Features(file["plain"], file["disturbed"])
-        path.touch()
+        with contextlib.suppress(OSError):  # another's folder: it stays as old as it was
+            path.touch()
     except Exception:  # of a damaged archive the reader may raise anything
         return None
     return found if len(found.plain) == len(found.disturbed) == count else None
@@ -124,13 +125,13 @@ def _read(path: Path, count: int) -> Features | None:
 def _keep(path: Path, features: Features) -> None:
     """Write features, and delete those that nobody used for the longest time; without room for them, do without."""
     size = features.plain.nbytes + features.disturbed.nbytes
-    others = sorted(path.parent.glob("*.npz"), key=lambda other: other.stat().st_mtime)
-    total = size + sum(other.stat().st_size for other in others)
-    for other in others:
+    with contextlib.suppress(OSError, OutputError):  # another process deletes too, or there is no room: do without
+        others = sorted(path.parent.glob("*.npz"), key=lambda other: other.stat().st_mtime)
+        total = size + sum(other.stat().st_size for other in others)
+        for other in others:
+            if total > MOST_BYTES:
+                total -= other.stat().st_size
+                other.unlink(missing_ok=True)
         if total > MOST_BYTES:
-            total -= other.stat().st_size
-            other.unlink(missing_ok=True)
-    if total > MOST_BYTES:
-        return
-    with contextlib.suppress(OutputError):  # they are computed again
+            return
         write_atomic(path, lambda temporary: np.savez(temporary, **asdict(features)))  # type: ignore[arg-type]

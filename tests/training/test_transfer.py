@@ -172,6 +172,22 @@ def test_features_are_computed_once_for_each_trunk_and_way_of_reading(tmp_path, 
     assert len(calls) == 1 and len(list((tmp_path / CACHE).iterdir())) == 2
 
 
+def test_features_are_found_and_made_where_nothing_may_be_written(tmp_path, photos, monkeypatch):
+    source, model = open_dataset(str(photos)), staged()
+    found = features_of(model, source, tmp_path, workers=0)
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr("ssod_edge.training.features.load_batches", None)
+    assert np.array_equal(features_of(model, source, tmp_path).plain, found.plain)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "glob", refuse)  # another process is deleting
+    assert np.array_equal(features_of(model, source, tmp_path / "other", workers=0).plain, found.plain)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_damaged_store_is_made_anew_and_an_old_one_makes_room(tmp_path, photos, monkeypatch):
     source, model = open_dataset(str(photos)), staged()
     found = features_of(model, source, tmp_path, workers=0)
