@@ -275,7 +275,7 @@ def _kept_features(source: Source, training: Subset, chosen: Indices, advance: A
     Of other images than the run's some may be unreadable, and then there are no copies.
     """
     try:
-        both = features_of(source.model, training.source, source.folder.parent)
+        both = features_of(source.model, training.source, source.folder.resolve().parent)
     except ImageError:
         return _read_features(source, training, chosen, advance)
     advance(len(chosen))

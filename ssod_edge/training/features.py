@@ -17,7 +17,7 @@ from torch import Tensor
 from ssod_edge.data.disturbances import disturbed_copy
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource
-from ssod_edge.errors import OutputError
+from ssod_edge.errors import ImageError, OutputError
 from ssod_edge.files import write_atomic
 from ssod_edge.training.batches import EvalImages, load_batches
 from ssod_edge.training.checkpoint import trunk_hash
@@ -105,9 +105,20 @@ def _path(model: SSODClassifier, source: ImageSource, folder: Path) -> Path:
         "backbone": model.backbone_name,
         "stages": model.stages,
         "preprocess": asdict(model.preprocess),
-        "images": [source.fingerprint, source.val_record],
+        "images": [source.fingerprint, source.val_record, _contents(source)],
     }
     return folder / CACHE / f"{hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]}.npz"
+
+
+def _contents(source: ImageSource) -> str:
+    """SHA-256 over all pictures, hex: a fingerprint knows names and labels alone, which other photos may share."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        try:
+            digest.update(source.picture(index).sha256.encode())
+        except ImageError as error:  # named when it is read
+            digest.update(str(error).encode())
+    return digest.hexdigest()
 
 
 def _read(path: Path, count: int) -> Features | None:
@@ -125,6 +136,8 @@ def _read(path: Path, count: int) -> Features | None:
 def _keep(path: Path, features: Features) -> None:
     """Write features, and delete those that nobody used for the longest time; without room for them, do without."""
     size = features.plain.nbytes + features.disturbed.nbytes
+    if size > MOST_BYTES:
+        return
     with contextlib.suppress(OSError, OutputError):  # another process deletes too, or there is no room: do without
         others = sorted(path.parent.glob("*.npz"), key=lambda other: other.stat().st_mtime)
         total = size + sum(other.stat().st_size for other in others)

@@ -107,7 +107,7 @@ def _tune_upper(session: Session, features: Features) -> HeldOut | None:
         say(f"the upper blocks stay as they are: {error}")
         return None
     computed = time.monotonic()
-    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights)
+    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, source.hflip_ok)
     tune_upper(model, parts, maps, features, lesson, _say_epoch)
     tuned = tuned_features(parts, maps)
     keep_features(model, source, session.run.parent, tuned)

@@ -190,12 +190,14 @@ class Lesson:
         train: which images.
         seed: of their order and versions.
         class_weights: of `ssod_edge.config.ClassWeights`.
+        mirror: whether a mirrored image is of the same class.
     """
 
     labels: Indices
     train: Indices
     seed: int = 0
     class_weights: ClassWeights = "none"
+    mirror: bool = True
 
 
 def tune_upper(
@@ -223,6 +225,7 @@ def tune_upper(
     upper = _trainable(parts.view)
     optimizer = torch.optim.AdamW([*upper, head.weight, head.bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rng, target = np.random.default_rng(lesson.seed), torch.from_numpy(np.asarray(lesson.labels))
+    versions = [PLAIN, MIRRORED, DISTURBED] if lesson.mirror else [PLAIN, DISTURBED]
     by_class = class_weights(lesson.labels[train], lesson.class_weights)
     by_class = None if by_class is None else by_class.to(device)
     size = min(BATCH_SIZE, len(train))
@@ -233,7 +236,7 @@ def tune_upper(
         order, total = rng.permutation(train), 0.0
         for start in range(0, len(order) - size + 1, size):
             index = torch.from_numpy(order[start : start + size])
-            version = torch.from_numpy(rng.integers(0, 3, size))
+            version = torch.from_numpy(rng.choice(versions, size))
             logits = head.logits(parts.features(*maps.at(index, version, device)))
             loss = F.cross_entropy(logits, target[index].to(device), by_class)
             optimizer.zero_grad(set_to_none=True)

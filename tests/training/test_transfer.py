@@ -29,7 +29,17 @@ from ssod_edge.training.regression import STRENGTHS, fit_head
 from ssod_edge.training.run import Run
 from ssod_edge.training.stages import find_stages, pooled, stage_maps
 from ssod_edge.training.transfer import HeldOut
-from ssod_edge.training.upper import DISTURBED, PLAIN, Lesson, border_maps, cut, tune_upper, tuned_features
+from ssod_edge.training.upper import (
+    DISTURBED,
+    MIRRORED,
+    PLAIN,
+    BorderMaps,
+    Lesson,
+    border_maps,
+    cut,
+    tune_upper,
+    tuned_features,
+)
 
 CLASSES = tuple("abcdefg")
 SIZE = 64
@@ -186,6 +196,28 @@ def test_features_are_found_and_made_where_nothing_may_be_written(tmp_path, phot
     monkeypatch.setattr(Path, "glob", refuse)  # another process is deleting
     assert np.array_equal(features_of(model, source, tmp_path / "other", workers=0).plain, found.plain)
     assert not (tmp_path / "other").exists()
+
+
+def test_other_photos_of_the_same_names_have_other_features(tmp_path, photos):
+    model = staged()
+    found = features_of(model, open_dataset(str(photos)), tmp_path, workers=0)
+    Image.new("RGB", (SIZE, SIZE), (9, 200, 30)).save(photos / "a" / "000.png")
+    again = features_of(model, open_dataset(str(photos)), tmp_path, workers=0)
+    assert not np.allclose(again.plain[0], found.plain[0]) and np.allclose(again.plain[1:], found.plain[1:], atol=1e-5)
+
+
+def test_what_is_not_to_be_mirrored_is_not(photos):
+    source, model = open_dataset(str(photos)), staged()
+    parts = cut(model)
+    maps = border_maps(model, parts, source, 0, lambda n: None)
+    features = tuned_features(parts, maps)
+    spoiled = maps.maps.clone()
+    spoiled[:, MIRRORED] = torch.nan
+    maps = BorderMaps(spoiled, maps.below.clone())
+    lesson = Lesson(np.asarray(source.labels), np.arange(0, 168, 2), mirror=False)
+    losses = []
+    tune_upper(model, parts, maps, features, lesson, lambda epoch, loss: losses.append(loss))
+    assert np.isfinite(losses).all()
 
 
 def test_a_damaged_store_is_made_anew_and_an_old_one_makes_room(tmp_path, photos, monkeypatch):
