@@ -18,7 +18,7 @@ from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
 from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score
-from ssod_edge.errors import ArtifactError, ImageError, UsageError
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import choose
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
@@ -27,7 +27,7 @@ from ssod_edge.export.release import Say, without_names
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
-from ssod_edge.training.features import features_of
+from ssod_edge.training.features import kept_features, seeded_copy
 
 Array = NDArray[np.float32]
 Advance = Callable[[int], None]
@@ -191,6 +191,8 @@ def _record(source: Source, data: FitData, detector: FittedScore) -> dict[str, A
     training, choices = source.images.training, source.images.choices
     assert training is not None
     record = {"data": training.description, "images": len(data.features), "settings": detector.settings}
+    if source.tuned:
+        record |= {"images": len(data.features) // 2, "disturbed_copies": len(data.features) // 2}
     if isinstance(detector, ScoreSum) and choices:  # neither None nor empty
         record["held_out"] = choices.description
     return record
@@ -247,7 +249,7 @@ def fit_data(source: Source, say: Say) -> FitData:
         features, found = (_kept_features if source.tuned else _read_features)(source, training, chosen, advance)
     for message in training.unreadable:
         say(f"left out: {message}")
-    if len(found) < LEAST_IMAGES:
+    if len(found) < LEAST_IMAGES * (2 if source.tuned else 1):
         raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
     weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
     with torch.inference_mode():
@@ -258,25 +260,22 @@ def fit_data(source: Source, say: Say) -> FitData:
 
 
 def _read_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
-    """Features [n, Dall] and labels [n] of the images that can be read."""
+    """Features [n, Dall] and labels [n] of the images that can be read, and of tuned runs of a copy of each."""
     parts: list[tuple[NDArray[Any], ...]] = [
         (np.empty((0, source.model.classifier.in_features), np.float32), chosen[:0])
     ]
     for images, labels in training.batches(source.model.preprocess, chosen):
-        parts.append((run_eager(source.model, images)[2], labels))
+        for version in (images, np.stack([*map(seeded_copy, images)])) if source.tuned else (images,):
+            parts.append((run_eager(source.model, version)[2], labels))
         advance(len(images))
     features, found = map(np.concatenate, zip(*parts, strict=True))
     return features, found
 
 
 def _kept_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
-    """The same from where `train --tune` keeps them, and of a disturbed copy of each image after them.
-
-    Of other images than the run's some may be unreadable, and then there are no copies.
-    """
-    try:
-        both = features_of(source.model, training.source, source.folder.resolve().parent)
-    except ImageError:
+    """The same from where `train --tune` keeps them, if it does."""
+    both = kept_features(source.model, training.source, source.folder.resolve().parent)
+    if both is None:
         return _read_features(source, training, chosen, advance)
     advance(len(chosen))
     return np.concatenate([both.plain[chosen], both.disturbed[chosen]]), np.tile(training.source.labels[chosen], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssod_edge.data.disturbances import disturbed_copy
-from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource
-from ssod_edge.errors import ImageError, OutputError
+from ssod_edge.errors import ImageError, OutputError, UsageError
 from ssod_edge.files import write_atomic
 from ssod_edge.training.batches import EvalImages, load_batches
 from ssod_edge.training.checkpoint import trunk_hash
@@ -27,7 +27,7 @@ from ssod_edge.training.model import SSODClassifier, normalise
 VERSION = 1
 #: Folder of kept features, in a folder of runs.
 CACHE = ".features"
-#: Bytes that it may hold; the features that were used longest ago go first.
+#: Bytes that it may hold, and features in memory; those that were used longest ago go first.
 MOST_BYTES = 4 * 2**30
 SEED = 0
 BATCH = 32
@@ -46,14 +46,30 @@ class Features:
     disturbed: NDArray[np.float32]
 
 
-class _Pairs(EvalImages):
-    """(uint8 [2, 3, S, S]: the image and its disturbed copy, label, index)."""
+class Versions(EvalImages):
+    """(uint8 [V, 3, S, S]: the image, its mirror image if `mirrored`, and its disturbed copy; label, index)."""
+
+    mirrored = False
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        index = int(self.indices[position])
-        pixels = read_pixels(self.source.picture(index), self.settings)
-        copy = disturbed_copy(pixels, np.random.default_rng((SEED, index)))
-        return torch.from_numpy(np.stack([pixels, copy])), int(self.source.labels[index]), index
+        image, label, index = super().__getitem__(position)
+        versions = [image, image.flip(2)] if self.mirrored else [image]
+        return torch.stack([*versions, torch.from_numpy(seeded_copy(image.numpy()))]), label, index
+
+
+def seeded_copy(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`disturbed_copy` of uint8 [3, S, S], the same for the same pixels, wherever they lie in a data set."""
+    return disturbed_copy(pixels, np.random.default_rng((SEED, zlib.crc32(pixels.tobytes()))))
+
+
+def check_features(model: SSODClassifier, source: ImageSource) -> None:
+    """Raises UsageError where the features of all images and their copies are more than `MOST_BYTES`."""
+    size = 8 * len(source) * model.classifier.in_features
+    if size > MOST_BYTES:
+        raise UsageError(
+            f"the features of {len(source)} images take {size / 2**30:.1f} GB, and there is room for "
+            f"{MOST_BYTES / 2**30:.1f}. Train the whole network: --tune all"
+        )
 
 
 def features_of(
@@ -67,7 +83,7 @@ def features_of(
 
     Args:
         model: its head does not matter.
-        source: images.
+        source: images that `check_features` passes.
         folder: of runs; the features lie in `CACHE` there.
         workers: processes that read photos.
         advance: called with the size of each finished batch.
@@ -79,18 +95,22 @@ def features_of(
     if (kept := _read(path, len(source))) is not None:
         advance(len(source))
         return kept
-    device = next(model.parameters()).device
-    parts: list[NDArray[np.float32]] = []
+    device, shape = next(model.parameters()).device, (len(source), model.classifier.in_features)
+    found = Features(np.empty(shape, np.float32), np.empty(shape, np.float32))
     model.eval()
     with torch.inference_mode():
-        for pair, labels, _ in load_batches(_Pairs(source, None, model.preprocess), workers, batch_size=BATCH):
+        for pair, _, index in load_batches(Versions(source, None, model.preprocess), workers, batch_size=BATCH):
             x = normalise(pair.flatten(0, 1).to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
-            parts.append(model.features(x).float().cpu().numpy().reshape(len(labels), 2, -1))
-            advance(len(labels))
-    both = np.concatenate(parts)
-    found = Features(np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1]))
+            z = model.features(x).float().cpu().numpy().reshape(len(index), 2, -1)
+            found.plain[index.numpy()], found.disturbed[index.numpy()] = z[:, 0], z[:, 1]
+            advance(len(index))
     _keep(path, found)
     return found
+
+
+def kept_features(model: SSODClassifier, source: ImageSource, folder: Path) -> Features | None:
+    """What `features_of` has kept; None where there is nothing."""
+    return _read(_path(model, source, folder), len(source))
 
 
 def keep_features(model: SSODClassifier, source: ImageSource, folder: Path, features: Features) -> None:
@@ -136,8 +156,6 @@ def _read(path: Path, count: int) -> Features | None:
 def _keep(path: Path, features: Features) -> None:
     """Write features, and delete those that nobody used for the longest time; without room for them, do without."""
     size = features.plain.nbytes + features.disturbed.nbytes
-    if size > MOST_BYTES:
-        return
     with contextlib.suppress(OSError, OutputError):  # another process deletes too, or there is no room: do without
         others = sorted(path.parent.glob("*.npz"), key=lambda other: other.stat().st_mtime)
         total = size + sum(other.stat().st_size for other in others)
@@ -145,6 +163,4 @@ def _keep(path: Path, features: Features) -> None:
             if total > MOST_BYTES:
                 total -= other.stat().st_size
                 other.unlink(missing_ok=True)
-        if total > MOST_BYTES:
-            return
         write_atomic(path, lambda temporary: np.savez(temporary, **asdict(features)))  # type: ignore[arg-type]

@@ -216,7 +216,8 @@ class _Loop(Session):
                     f"and there are {world_size()} now: the images that are left are not the same. Resume it with "
                     f"--nproc-per-node {processes}"
                 )
-            before, now = (count * self.config.batch_size for count in (processes, world_size()))
+            trained = len(self.splits.train)
+            before, now = (count * min(self.config.batch_size, trained // count) for count in (processes, world_size()))
             say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
         load_state(self.model, tensors, path)
         try:

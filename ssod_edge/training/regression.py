@@ -43,7 +43,14 @@ class LinearHead:
         return values
 
 
-def fit_head(plain: Array, disturbed: Array, labels: Labels, classes: int, weights: Array | None = None) -> LinearHead:
+def fit_head(
+    plain: Array,
+    disturbed: Array,
+    labels: Labels,
+    classes: int,
+    weights: Array | None = None,
+    groups: Labels | None = None,
+) -> LinearHead:
     """Fit on images and a disturbed copy of each, which stay together in every fold.
 
     Args:
@@ -51,15 +58,11 @@ def fit_head(plain: Array, disturbed: Array, labels: Labels, classes: int, weigh
         labels: [n], of `classes` classes, each of which has images.
         classes: M.
         weights: [n], how much an image counts; None: all the same.
+        groups: [n]; images of one group are left out together. None: each is its own.
     """
-    counts = np.bincount(labels, minlength=classes)
-    folds = min(FOLDS, int(counts.min()))
     losses: dict[float, float] = {}
     accuracies: dict[float, float] = {}
-    if folds >= 2:
-        from sklearn.model_selection import StratifiedKFold
-
-        parts = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(plain, labels))
+    if parts := _folds(labels, classes, np.arange(len(labels)) if groups is None else groups):
         for strength in STRENGTHS:
             found = np.zeros((len(labels), classes))
             for inside, outside in parts:
@@ -74,6 +77,18 @@ def fit_head(plain: Array, disturbed: Array, labels: Labels, classes: int, weigh
     strength = min(losses, key=losses.__getitem__) if losses else STRENGTHS[1]
     weight, bias = _fit(plain, disturbed, labels, classes, weights, np.arange(len(labels)), strength)
     return LinearHead(weight, bias, strength, losses, accuracies.get(strength, float("nan")))
+
+
+def _folds(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """(images that are fitted to, images that are left out) of each fold; none where a fit would lack a class."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    count = min(FOLDS, *(len(np.unique(groups[labels == label])) for label in range(classes)))
+    if count < 2:
+        return []
+    folds = StratifiedGroupKFold(count, shuffle=True, random_state=0)
+    parts = list(folds.split(labels, labels, groups))
+    return parts if all(len(np.unique(labels[inside])) == classes for inside, _ in parts) else []
 
 
 def _fit(

@@ -57,6 +57,7 @@ class Session:
     ):
         self.config, self.run, self.device = config, run, device
         self.started_from: dict[str, str] | None = None
+        self.published = True  # features that training starts from, but of a run that changed them
         if config.weights == PUBLISHED and not restored:
             check_published(config.backbone)
         try:
@@ -68,7 +69,7 @@ class Session:
         if self.source.left_out:
             say(self.source.left_out)
         check_same_images(self.source.fingerprint + self.source.val_record.get("val_fingerprint", ""))
-        groups = image_groups(self.source, config.group)
+        self.groups = groups = image_groups(self.source, config.group)
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed, groups)
         self.data_record = {
             "data_fingerprint": self.source.fingerprint,
@@ -91,6 +92,7 @@ class Session:
         weights = None if restored else config.weights_file
         if weights and is_checkpoint(weights):
             meta = load_checkpoint(Path(weights))[1]
+            self.published = meta.get("tuned") == "head"
             if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
                 raise UsageError(
                     f"'{weights}' was trained on another split of these images, so validation and calibration "

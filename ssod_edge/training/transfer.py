@@ -15,39 +15,41 @@ from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST
 from ssod_edge.training.distributed import world_size
-from ssod_edge.training.features import Features, features_of, keep_features
+from ssod_edge.training.features import Features, check_features, features_of, keep_features
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
-from ssod_edge.training.upper import EPOCHS, Lesson, border_maps, cut, tune_upper, tuned_features
+from ssod_edge.training.upper import EPOCHS, Cut, Lesson, border_maps, check_maps, cut, tune_upper, tuned_features
 
 
 def tune(session: Session) -> None:
     """Train as `TrainConfig.tune` says, but for `all`; the run folder gets its checkpoint and a line of metrics.
 
     Raises:
-        UsageError: several processes, or a backbone that `upper` cannot cut.
+        UsageError: several processes, too many images, or a backbone that `upper` cannot cut.
         ImageError: an image cannot be read.
     """
     config = session.config
     if world_size() > 1:
         raise UsageError(f"--tune {config.tune} runs in one process. Leave torchrun out, or use --tune all")
-    if config.tune == "upper":
-        cut(session.model)  # before any other work
+    check_features(session.model, session.source)
+    parts = None if config.tune == "head" else _cut(session)
     session.begin_folder()
     started = time.monotonic()
     features = _features(session)
     fitted = time.monotonic()
     head = _fit(session, features)
-    set_head(session, head)
+    _set_head(session, head)
     before = _held_out(session, features)
     say(
         f"head: {before} ({fitted - started:.0f} s for features of {len(session.source)} photos and disturbed copies, "
         f"{time.monotonic() - fitted:.0f} s for the head)"
     )
-    facts: dict[str, Any] = {"tuned": "head", "strength": head.strength, "tried": {"head": before.record}}
-    untouched = copy.deepcopy(session.model.state_dict())
-    if config.tune != "head" and (after := _tune_upper(session, features)) is not None:
+    was = "head" if session.published else "upper"
+    facts: dict[str, Any] = {"tuned": was, "strength": head.strength, "tried": {"head": before.record}}
+    if parts is not None:
+        untouched = copy.deepcopy(session.model.state_dict())
+        after = _tune_upper(session, parts, features)
         facts["tried"]["upper"] = after.record
         if config.tune == "upper" or after.better_than(before):
             facts["tuned"], before = "upper", after
@@ -90,24 +92,28 @@ class HeldOut:
         return float(gained - lost) > 2 * float(gained + lost) ** 0.5
 
 
-def _tune_upper(session: Session, features: Features) -> HeldOut | None:
-    """Tune, and keep the features of the tuned network; what that makes of the validation images.
-
-    None, and a line, where `auto` cannot: a backbone that cannot be cut, or too many images.
-    """
-    started = time.monotonic()
-    model, source, config = session.model, session.source, session.config
+def _cut(session: Session) -> Cut | None:
+    """The network in two parts; None, and a line, where `auto` cannot: one that cannot be cut, or too many images."""
     try:
-        parts = cut(model)
-        with image_bar("lower part", len(source)) as advance:
-            maps = border_maps(model, parts, source, config.workers, advance)
+        parts = cut(session.model)
+        check_maps(parts, len(session.source))
     except UsageError as error:
-        if config.tune == "upper":
+        if session.config.tune == "upper":
             raise
         say(f"the upper blocks stay as they are: {error}")
         return None
+    return parts
+
+
+def _tune_upper(session: Session, parts: Cut, features: Features) -> HeldOut:
+    """Tune, and keep the features of the tuned network; what that makes of the validation images."""
+    started = time.monotonic()
+    model, source, config = session.model, session.source, session.config
+    with image_bar("lower part", len(source)) as advance:
+        maps = border_maps(model, parts, source, config.workers, advance)
     computed = time.monotonic()
-    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, source.hflip_ok)
+    mirror = source.hflip_ok and config.hflip > 0
+    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, mirror)
     tune_upper(model, parts, maps, features, lesson, _say_epoch)
     tuned = tuned_features(parts, maps)
     keep_features(model, source, session.run.parent, tuned)
@@ -148,10 +154,11 @@ def _fit(session: Session, features: Features) -> LinearHead:
     train, source = session.splits.train, session.source
     labels, by_class = source.labels[train], class_weights(source.labels[train], session.config.class_weights)
     counts = None if by_class is None else by_class.numpy()[labels]
-    return fit_head(features.plain[train], features.disturbed[train], labels, len(source.classes), counts)
+    groups = None if session.groups is None else session.groups[train]
+    return fit_head(features.plain[train], features.disturbed[train], labels, len(source.classes), counts, groups)
 
 
-def set_head(session: Session, head: LinearHead) -> None:
+def _set_head(session: Session, head: LinearHead) -> None:
     """Put a fitted last layer into the model."""
     classifier = session.model.classifier
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,15 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssod_edge.config import ClassWeights
-from ssod_edge.data.disturbances import disturbed_copy
-from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
-from ssod_edge.errors import UsageError
-from ssod_edge.training.batches import EvalImages, load_batches
-from ssod_edge.training.features import BATCH, SEED, Features
+from ssod_edge.errors import TrainingError, UsageError
+from ssod_edge.training.batches import load_batches
+from ssod_edge.training.features import BATCH, Features, Versions
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
+from ssod_edge.training.regression import LEAST_DEVIATION
 from ssod_edge.training.stages import maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
@@ -30,9 +30,9 @@ BORDER_REDUCTION = 16
 #: Bytes that the maps of the border may take in memory.
 MOST_BYTES = 3 * 2**30
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 4, 5e-4, 0.01, 64
-LEAST_DEVIATION = 1e-6
 #: Versions of an image: as it is, mirrored, and disturbed.
 PLAIN, MIRRORED, DISTURBED = range(3)
+VERSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Cut:
     Attributes:
         border: index of the stage whose map is handed on.
         below, above: which of the model's stages lie up to the border, and beyond it.
+        shape: [C, h, w] of that map.
         view: a view of the backbone that shares its parameters, and in which all that computes the border's map is the
             identity, so that it takes that map in place of an image.
     """
@@ -49,6 +50,7 @@ class Cut:
     border: int
     below: tuple[int, ...]
     above: tuple[int, ...]
+    shape: tuple[int, ...]
     view: nn.Module
 
     def features(self, border_map: Tensor, below: Tensor) -> Tensor:
@@ -80,7 +82,8 @@ def cut(model: SSODClassifier) -> Cut:
     if at is None or not ends:
         raise failed
     done = {id(module) for module, _ in finished[: ends[-1] + 1]}
-    parts = Cut(model.stages[at], model.stages[: at + 1], model.stages[at + 1 :], _without(backbone, done))
+    below, above, shape = model.stages[: at + 1], model.stages[at + 1 :], tuple(maps[at].shape[1:])
+    parts = Cut(model.stages[at], below, above, shape, _without(backbone, done))
     try:
         with torch.no_grad():
             found = parts.features(maps[at], torch.cat([pooled(m) for m in maps[: at + 1]], dim=1))
@@ -120,15 +123,17 @@ class BorderMaps:
         return border, self.below[index, version].to(device)
 
 
-class _Versions(EvalImages):
-    """(uint8 [3, 3, S, S]: the image, its mirror image and its disturbed copy, label, index)."""
+class _Versions(Versions):
+    mirrored = True
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        index = int(self.indices[position])
-        pixels = read_pixels(self.source.picture(index), self.settings)
-        disturbed = disturbed_copy(pixels, np.random.default_rng((SEED, index)))
-        versions = np.stack([pixels, pixels[:, :, ::-1], disturbed])
-        return torch.from_numpy(versions), int(self.source.labels[index]), index
+
+def check_maps(parts: Cut, images: int) -> None:
+    """Raises UsageError where the maps of so many images do not fit into `MOST_BYTES`."""
+    if 2 * VERSIONS * images * math.prod(parts.shape) > MOST_BYTES:
+        raise UsageError(
+            f"the maps of {images} images take more than {MOST_BYTES // 2**30} GB. Use --tune head or all, or a "
+            "smaller --size"
+        )
 
 
 def border_maps(
@@ -136,30 +141,29 @@ def border_maps(
 ) -> BorderMaps:
     """Compute them, by the lower part of the network alone where timm can stop there.
 
+    Args:
+        model, parts: of which `check_maps` passes the number of images.
+        source: images.
+        workers: processes that read photos.
+        advance: called with the size of each finished batch.
+
     Raises:
-        UsageError: they do not fit into `MOST_BYTES`.
+        UsageError: a value is beyond half precision.
         ImageError: an image cannot be read.
     """
     device, backbone = next(model.parameters()).device, model.backbone.eval()
-    maps: Tensor | None = None
+    maps = torch.empty((len(source), VERSIONS, *parts.shape), dtype=torch.float16)
     below: list[Tensor] = []
     with torch.inference_mode():
         for versions, _, index in load_batches(_Versions(source, None, model.preprocess), workers, batch_size=BATCH):
             x = normalise(versions.flatten(0, 1).to(device), model.preprocess)
             x = x.contiguous(memory_format=torch.channels_last)
             found = maps_until(backbone, x, parts.below)
-            if maps is None:
-                shape = (len(source), 3, *found[-1].shape[1:])
-                if 2 * np.prod(shape, dtype=np.int64) > MOST_BYTES:
-                    raise UsageError(
-                        f"the maps of {len(source)} images take more than {MOST_BYTES // 2**30} GB. Use --tune head or "
-                        "all, or a smaller --size"
-                    )
-                maps = torch.empty(shape, dtype=torch.float16)
-            maps[index] = found[-1].half().cpu().reshape(len(index), 3, *found[-1].shape[1:])
-            below.append(torch.cat([pooled(m) for m in found], dim=1).cpu().reshape(len(index), 3, -1))
+            maps[index] = found[-1].half().cpu().reshape(len(index), VERSIONS, *parts.shape)
+            if not maps[index].isfinite().all():
+                raise UsageError("the maps of the border are beyond half precision. Use --tune head or all")
+            below.append(torch.cat([pooled(m) for m in found], dim=1).cpu().reshape(len(index), VERSIONS, -1))
             advance(len(index))
-    assert maps is not None
     return BorderMaps(maps, torch.cat(below))
 
 
@@ -216,6 +220,9 @@ def tune_upper(
         features: of the untouched network, which the last layer was fitted to.
         lesson: what is learnt.
         finished: called after each epoch, with its number from 1 and its mean loss.
+
+    Raises:
+        TrainingError: the loss is not finite.
     """
     train = lesson.train
     both = np.concatenate([features.plain[train], features.disturbed[train]])
@@ -239,6 +246,8 @@ def tune_upper(
             version = torch.from_numpy(rng.choice(versions, size))
             logits = head.logits(parts.features(*maps.at(index, version, device)))
             loss = F.cross_entropy(logits, target[index].to(device), by_class)
+            if not math.isfinite(float(loss.detach())):
+                raise TrainingError(f"the loss is {float(loss.detach())} in epoch {epoch + 1}. Use --tune head")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([*upper, head.weight, head.bias], 5.0)

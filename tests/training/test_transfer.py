@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ import ssod_edge.training.transfer
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, Preprocess
 from ssod_edge.data.sources import open_dataset
-from ssod_edge.errors import UsageError
+from ssod_edge.errors import TrainingError, UsageError
+from ssod_edge.export.graph.score import fit_data
+from ssod_edge.export.graph.source import from_run
 from ssod_edge.recipes import train_config
 from ssod_edge.training.checkpoint import trunk_hash
 from ssod_edge.training.features import CACHE, features_of
@@ -150,6 +154,17 @@ def test_an_image_and_its_copy_are_left_out_together():
     rng = np.random.default_rng(0)
     plain, labels = rng.normal(0, 1, (40, 200)).astype(np.float32), np.arange(40) % 2
     assert fit_head(plain, plain, labels, 2).accuracy < 0.8  # noise: a copy in the fit would give every label away
+
+
+def test_images_of_one_group_are_left_out_together():
+    rng = np.random.default_rng(0)
+    scenes = rng.normal(0, 1, (12, 200)).astype(np.float32)
+    groups = np.arange(48) % 12
+    plain = scenes[groups] + rng.normal(0, 0.01, (48, 200)).astype(np.float32)
+    labels = (groups % 2).astype(np.int64)
+    assert fit_head(plain, plain, labels, 2).accuracy == 1.0  # every scene is known
+    assert fit_head(plain, plain, labels, 2, groups=groups).accuracy < 0.8
+    assert not fit_head(plain, plain, labels, 2, groups=labels).losses  # one group a class: none can be left out
 
 
 def test_weights_and_single_images_are_taken():
@@ -303,11 +318,41 @@ def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     assert maps.maps.dtype == torch.float16 and (PLAIN, DISTURBED) == (0, 2)
 
 
-def test_the_maps_have_a_limit(photos, monkeypatch):
-    monkeypatch.setattr("ssod_edge.training.upper.MOST_BYTES", 1000)
-    model = staged()
-    with pytest.raises(UsageError, match="maps of 168 images take more .*smaller --size"):
-        border_maps(model, cut(model), open_dataset(str(photos)), 0, lambda n: None)
+@pytest.mark.parametrize(
+    ("module", "tune", "message"),
+    [
+        ("upper", "upper", "maps of 168 images take more .*smaller --size"),
+        ("features", "auto", "features of 168 images take .*--tune all"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_other_work(
+    tmp_path, photos, weights, monkeypatch, module, tune, message
+):
+    monkeypatch.setattr(f"ssod_edge.training.{module}.MOST_BYTES", 1000)
+    monkeypatch.setattr("ssod_edge.training.features.load_batches", None)
+    done = run_train(tmp_path, photos, weights, "--tune", tune)
+    assert done.exit_code == 2 and re.search(message, done.output) and not (tmp_path / "runs").exists()
+
+
+def test_numbers_that_are_not_finite_end_the_tuning(photos):
+    source, model = open_dataset(str(photos)), staged()
+    parts = cut(model)
+    with torch.no_grad():
+        for part in model.backbone.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.weight.mul_(30)
+    with pytest.raises(UsageError, match="half precision"):
+        border_maps(model, parts, source, 0, lambda n: None)
+
+
+def test_a_loss_that_is_not_finite_ends_the_tuning(photos):
+    source, model = open_dataset(str(photos)), staged()
+    parts = cut(model)
+    maps = border_maps(model, parts, source, 0, lambda n: None)
+    features = tuned_features(parts, maps)
+    maps = BorderMaps(torch.full(maps.maps.shape, torch.nan), maps.below.clone())
+    with pytest.raises(TrainingError, match="the loss is nan in epoch 1"):
+        tune_upper(model, parts, maps, features, Lesson(np.asarray(source.labels), np.arange(168)), lambda *_: None)
 
 
 def test_auto_does_without_upper_blocks_where_there_is_no_room(tmp_path, photos, weights, monkeypatch):
@@ -328,6 +373,13 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monk
     assert ("put back" in done.output) is not better
     logits = run.model(normalise(random_images(4), run.model.preprocess))[0]
     assert logits.shape == (4, 7) and bool(logits.isfinite().all())
+
+
+def test_features_that_were_tuned_are_no_published_ones(tmp_path, photos, weights):
+    assert run_train(tmp_path / "one", photos, weights, "--tune", "upper").exit_code == 0
+    tuned = tmp_path / "one/runs/run/best.safetensors"
+    assert run_train(tmp_path / "two", photos, tuned, "--tune", "head").exit_code == 0
+    assert Run.at(tmp_path / "two/runs/run").meta["tuned"] == "upper"
 
 
 def test_a_lead_that_chance_gives_is_none():
@@ -353,3 +405,17 @@ def test_an_export_fits_its_distance_on_kept_features_and_is_verified(tmp_path, 
     export = Run.at(tmp_path / "runs/run").export
     assert export is not None and export.spec.score_name == "gen+mahalanobispp"
     assert "and a disturbed copy of each" in done.output
+    trained = len(Run.at(tmp_path / "runs/run").splits("")[1].train)
+    assert export.spec.detector["images"] == export.spec.detector["disturbed_copies"] == trained
+
+
+def test_features_that_are_not_kept_are_made_again_for_the_same_images_and_copies(tmp_path, photos, weights):
+    assert run_train(tmp_path, photos, weights, "--tune", "head").exit_code == 0
+    source = from_run(tmp_path / "runs/run")
+    kept = fit_data(source, lambda line: None)
+    shutil.rmtree(tmp_path / "runs" / CACHE)
+    made = fit_data(source, lambda line: None)
+    assert not (tmp_path / "runs" / CACHE).exists()
+    order, again = (np.lexsort(data.features[:, :3].round(2).T) for data in (kept, made))
+    assert_allclose(made.features[again], kept.features[order], atol=1e-3)
+    assert np.array_equal(made.labels[again], kept.labels[order])
