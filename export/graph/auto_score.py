@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.detect import choice
@@ -55,8 +56,10 @@ def choose(
     kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
     if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
         say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
-    with image_bar("choosing", len(images) + len(kinds) * len(half)) as advance:
+    with image_bar("choosing", 2 * len(images) + len(kinds) * len(half)) as advance:
         known = run_eager(model, images)
+        advance(len(images))
+        disturbed = run_eager(model, np.stack([*map(seeded_copy, images)]))
         advance(len(images))
         made = {}
         for kind in kinds:
@@ -65,7 +68,7 @@ def choose(
     logits, _, features = known
     fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
     candidates = choice.Candidates(fitted, known, bool(model.ood.weight.any()))
-    chosen = choice.choose(candidates, known, labels, made, multiply_adds(model))
+    chosen = choice.choose(candidates, known, labels, made, multiply_adds(model), disturbed)
     for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(images), choices.description):
         say(line)
     figures = {

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
+from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.data.splits import Indices
@@ -27,7 +28,7 @@ from ssod_edge.export.release import Say, without_names
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
-from ssod_edge.training.features import kept_features, seeded_copy
+from ssod_edge.training.features import kept_features
 
 Array = NDArray[np.float32]
 Advance = Callable[[int], None]

@@ -32,8 +32,8 @@ LIGHT, CONTRAST, SATURATION, GAIN = 1.5, 1.5, 1.6, 1.18
 #: image as a share, JPEG quality.
 NOISE, BOX, SCALE, QUALITY = (3.0, 12.0), (0.4, 1.4), (0.4, 0.8), (20, 71)
 
-#: First of the numbers that a shift is drawn from: no fit draws from it.
-_SHIFT_SEED = 7_405_926
+#: First of the numbers that copies and shifts are drawn from: no copy draws what a shift does.
+_COPY_SEED, _SHIFT_SEED = 0, 7_405_926
 #: ITU-R BT.601, in thousandths.
 _LUMA = (299, 587, 114)
 
@@ -62,6 +62,11 @@ def disturbed_copy(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     gains = np.array([red, 1, blue], np.float32).reshape(3, 1, 1)
     lit = _round(_contrasted(coloured, _mean(pixels), contrast) * gains * np.float32(light))
     return _DAMAGES[rng.integers(len(_DAMAGES))](lit, rng)
+
+
+def seeded_copy(pixels: Pixels) -> Pixels:
+    """`disturbed_copy`, the same one for the same pixels, wherever they lie in a data set."""
+    return disturbed_copy(pixels, np.random.default_rng((_COPY_SEED, zlib.crc32(pixels.tobytes()))))
 
 
 def shift(pixels: Pixels, kind: str, strength: Strength, seed: int | Sequence[int]) -> Pixels:

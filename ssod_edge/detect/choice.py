@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -82,23 +82,7 @@ class Choice:
     rows: dict[str, dict[str, Any]]
     kinds: tuple[str, ...]
     mistaken: int
-    lead: float = LEVEL
-
-    def including(self, kind: str, figures: Mapping[str, float], candidates: Candidates) -> Choice:
-        """The choice with one more kind of evidence, such as classes that head and detectors were refitted without.
-
-        Args:
-            kind: a name that it has not.
-            figures: candidate -> its figure there, see `figure_of`; what has none, because it could not be fitted, is
-                taken to have found nothing.
-            candidates: those that were chosen from.
-        """
-        rows = {
-            name: {**row, "figures": {**row["figures"], kind: figures.get(name, 0.0)}}
-            for name, row in self.rows.items()
-        }
-        best = best_of(rows, self.lead)
-        return replace(self, name=best, state=candidates.state(best), rows=rows, kinds=(*self.kinds, kind))
+    lead: float
 
 
 def choose(
@@ -107,7 +91,7 @@ def choose(
     labels: Labels,
     made: Mapping[str, Outputs],
     network: int,
-    disturbed: Outputs | None = None,
+    disturbed: Outputs,
 ) -> Choice:
     """The candidate that never does much worse than another, whatever kind of image is shown.
 
@@ -127,7 +111,7 @@ def choose(
         labels: int64 [n], their classes, -1 where there is none.
         made: kind -> of images that no class describes.
         network: multiply-adds of the network, for one image.
-        disturbed: of known images as another camera or light would give them; None for none.
+        disturbed: of known images as another camera or light would give them.
     """
     scores = candidates.scores(*known)
     pairs = {kind: (scores, candidates.scores(*outputs)) for kind, outputs in made.items()}
@@ -136,7 +120,7 @@ def choose(
     if wrong.sum() >= LEAST_MISTAKES and right.any():
         answered, missed = ({name: values[part] for name, values in scores.items()} for part in (right, wrong))
         pairs[MISTAKEN] = answered, missed
-    shifted = None if disturbed is None else candidates.scores(*disturbed)
+    shifted = candidates.scores(*disturbed)
     states = {name: candidates.state(name) for name in scores}
     rows = {name: _measured(name, pairs, scores[name], shifted) for name in scores}
     for name, row in rows.items():
@@ -144,8 +128,7 @@ def choose(
         row["cost"] = state.multiply_adds / network if state else 0.0
     lead = max(LEVEL, LEAD / float(np.sqrt(len(labels))))
     best = best_of(rows, lead)
-    kinds = (*pairs, *([] if disturbed is None else [DISTURBED]))
-    return Choice(best, states[best], rows, kinds, int(wrong.sum()), lead)
+    return Choice(best, states[best], rows, (*pairs, DISTURBED), int(wrong.sum()), lead)
 
 
 def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable[[str], None]) -> dict[str, Detector]:
@@ -167,10 +150,10 @@ def _measured(
     name: str,
     pairs: Mapping[str, tuple[dict[str, Array], dict[str, Array]]],
     known: Array,
-    shifted: dict[str, Array] | None,
+    shifted: dict[str, Array],
 ) -> dict[str, Any]:
     """Of one candidate: `auroc` and `fpr` (at 95% of known images) by kind, their means, `accepted` of disturbed known
-    images (None without), and `figures` by kind.
+    images, and `figures` by kind.
     """
     found = {
         kind: detection_metrics(inside[name], unknown[name], bootstrap=0) for kind, (inside, unknown) in pairs.items()
@@ -178,21 +161,14 @@ def _measured(
     auroc = {kind: metrics["auroc"] for kind, metrics in found.items()}
     fpr = {kind: metrics["fpr_at_id_tpr95"] for kind, metrics in found.items()}
     figures = {kind: (auroc[kind] + 1 - fpr[kind]) / 2 for kind in found}
-    accepted = None
-    if shifted is not None:
-        accepted = figures[DISTURBED] = float(np.mean(shifted[name] <= np.quantile(known, 0.95, method="higher")))
+    accepted = float(np.mean(shifted[name] <= np.quantile(known, 0.95, method="higher")))
+    figures[DISTURBED] = accepted
     mean_auroc, mean_fpr = (float(np.mean(list(values.values()))) for values in (auroc, fpr))
     means = {"mean_auroc": mean_auroc, "mean_fpr": mean_fpr}
     return {"figures": figures, **means, "auroc": auroc, "fpr": fpr, "accepted": accepted}
 
 
-def figure_of(known: Array, unknown: Array) -> float:
-    """What a score is worth against a kind of unknown image, see `choose`; scores float32 [n] and [m] -> 0 to 1."""
-    metrics = detection_metrics(known, unknown, bootstrap=0)
-    return float(metrics["auroc"] + 1 - metrics["fpr_at_id_tpr95"]) / 2
-
-
-def best_of(rows: dict[str, dict[str, Any]], lead: float = LEVEL) -> str:
+def best_of(rows: dict[str, dict[str, Any]], lead: float) -> str:
     """The candidate to take, by its `figures`, its `cost` and its name; every row gets its `regret`, the worst of all
     kinds, and `worst`, that kind.
     """

@@ -16,9 +16,8 @@ def choice_in_brief(choice: Choice) -> str:
     def shown(name: str) -> str:
         return f"AUROC {rows[name]['mean_auroc']:.1%}, FPR {rows[name]['mean_fpr']:.1%}"
 
-    text = f"score {best}: {shown(best)} on images made from held-out ones"
-    if rows[best]["accepted"] is not None:
-        text += f"; of disturbed known ones it accepts {rows[best]['accepted']:.1%}"
+    text = f"score {best}: {shown(best)} on images made from held-out ones; of disturbed known ones it accepts "
+    text += f"{rows[best]['accepted']:.1%}"
     if best != DEFAULT_SCORE:
         text += f" ({DEFAULT_SCORE}: {shown(DEFAULT_SCORE)})"
     return f"{text}; --score auto shows all {len(rows)} candidates, --score NAME takes another"

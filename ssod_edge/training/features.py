@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssod_edge.data.disturbances import disturbed_copy
+from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.errors import ImageError, OutputError, UsageError
 from ssod_edge.files import write_atomic
@@ -29,7 +28,6 @@ VERSION = 1
 CACHE = ".features"
 #: Bytes that it may hold, and features in memory; those that were used longest ago go first.
 MOST_BYTES = 4 * 2**30
-SEED = 0
 BATCH = 32
 
 
@@ -55,11 +53,6 @@ class Versions(EvalImages):
         image, label, index = super().__getitem__(position)
         versions = [image, image.flip(2)] if self.mirrored else [image]
         return torch.stack([*versions, torch.from_numpy(seeded_copy(image.numpy()))]), label, index
-
-
-def seeded_copy(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`disturbed_copy` of uint8 [3, S, S], the same for the same pixels, wherever they lie in a data set."""
-    return disturbed_copy(pixels, np.random.default_rng((SEED, zlib.crc32(pixels.tobytes()))))
 
 
 def check_features(model: SSODClassifier, source: ImageSource) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from ssod_edge.detect.choice import (
     DISTURBED,
+    LEVEL,
     MISTAKEN,
     Candidates,
     Choice,
     best_of,
     choose,
-    figure_of,
     fit_all,
     unasked_score,
 )
@@ -50,13 +50,14 @@ def chosen(
     made = {"near": outputs(make(100, seed=2, away=5)), "far": outputs(make(100, seed=3, away=12))}
     fitted = fit_all(data, lambda detector: True, lambda line: None)
     candidates = Candidates(fitted, outputs(known), ood_row)
-    return choose(candidates, outputs(known), known.labels if labels is None else labels, made, network, disturbed)
+    calm = outputs(make(100, seed=4)) if disturbed is None else disturbed  # as the known ones
+    return choose(candidates, outputs(known), known.labels if labels is None else labels, made, network, calm)
 
 
 def test_what_lies_where_no_class_does_is_found_by_a_distance() -> None:
     """The logits do not see the direction in which the made images lie away."""
     found = chosen()
-    assert found.kinds == ("near", "far") and found.mistaken < 20
+    assert found.kinds == ("near", "far", DISTURBED) and found.mistaken < 20
     assert found.rows["energy"]["mean_auroc"] < 0.7 < 0.95 < found.rows[found.name]["mean_auroc"]
     assert found.state is not None and found.state.name == found.name
     assert found.rows[found.name]["cost"] == found.state.multiply_adds / 1_000_000
@@ -74,7 +75,7 @@ def test_what_costs_too_much_is_measured_and_not_taken() -> None:
 def test_images_that_the_network_gets_wrong_count_where_they_are_known_to_be() -> None:
     wrong = (make(200, seed=1).labels + (np.arange(200) < 30)) % CLASSES
     found = chosen(wrong)
-    assert found.kinds == ("near", "far", MISTAKEN) and found.mistaken >= 28
+    assert found.kinds == ("near", "far", MISTAKEN, DISTURBED) and found.mistaken >= 28
     assert chosen(np.full(200, -1)).mistaken == 0
 
 
@@ -91,7 +92,7 @@ def test_known_images_that_are_to_be_accepted_count_against_what_rejects_them() 
     distance, logits = found.rows["mahalanobis"], found.rows["energy"]
     assert distance["accepted"] < 0.2 and logits["accepted"] > 0.8
     assert distance["worst"] == DISTURBED and distance["regret"] > 0.7
-    assert without.rows["mahalanobis"]["regret"] < 0.05
+    assert without.rows["mahalanobis"]["regret"] < 0.1 and without.rows["mahalanobis"]["accepted"] > 0.85
     accepted = np.mean(
         outputs(make(100, seed=5, away=5))[0].max(axis=1) >= np.quantile(make(200, seed=1).logits.max(axis=1), 0.05)
     )
@@ -111,20 +112,6 @@ def test_the_prior_gives_way_to_a_lead_beyond_chance() -> None:
     assert chosen().lead == pytest.approx(1 / np.sqrt(200))
 
 
-def test_a_kind_that_was_measured_elsewhere_counts() -> None:
-    """Classes that head and detectors were refitted without, say; what could not be refitted has found nothing."""
-    data, known = make(400, seed=0), outputs(make(200, seed=1))
-    candidates = Candidates(fit_all(data, lambda detector: True, lambda line: None), known, True)
-    before = chosen()
-    best = "vim" if before.name != "vim" else "knn"
-    after = before.including("left out", {best: 0.9, before.name: 0.3}, candidates)
-    assert (after.name, after.kinds) == (best, (*before.kinds, "left out")) and after.state == candidates.state(best)
-    assert after.rows["energy"]["regret"] == pytest.approx(0.9) and after.rows["energy"]["worst"] == "left out"
-    assert "left out" not in before.rows["energy"]["figures"]
-    scores = np.arange(10, dtype=np.float32)
-    assert (figure_of(scores, scores + 20), figure_of(scores + 20, scores)) == (1, 0)
-
-
 @pytest.mark.parametrize(
     ("figures", "best"),
     [
@@ -138,7 +125,7 @@ def test_a_kind_that_was_measured_elsewhere_counts() -> None:
 )
 def test_the_least_of_the_worst_regrets_is_taken(figures: dict[str, tuple[float, float]], best: str) -> None:
     rows = rows_of(figures)
-    assert best_of(rows) == best
+    assert best_of(rows, LEVEL) == best
     expected = {
         name: max(max(p[i] for p in figures.values()) - pair[i] for i in (0, 1)) for name, pair in figures.items()
     }
@@ -147,7 +134,7 @@ def test_the_least_of_the_worst_regrets_is_taken(figures: dict[str, tuple[float,
 
 def test_what_costs_too_much_sets_no_mark() -> None:
     rows = rows_of({"energy": (0.8, 0.8), "msp": (0.7, 0.82)}) | rows_of({"knn": (1.0, 0.0)}, cost=0.02)
-    assert best_of(rows) == "energy" and rows["energy"]["regret"] == pytest.approx(0.02)
+    assert best_of(rows, LEVEL) == "energy" and rows["energy"]["regret"] == pytest.approx(0.02)
 
 
 def test_sums_have_one_score_of_the_logits_one_distance_and_the_row_where_it_was_trained() -> None:

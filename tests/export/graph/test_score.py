@@ -320,9 +320,10 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
     assert singles == {*SCORES, *DETECTORS} - {"ash", "scale"}
     assert len(rows) - len(singles) == (4 * 6 - 1) * 2 + 6 and "ssod+gen+mahalanobispp" in rows
     for row in rows.values():
-        assert set(row["auroc"]) == set(row["fpr"]) == set(row["figures"]) == {*CHOICE_KINDS, "mistaken"}
-        for kind, figure in row["figures"].items():
-            assert figure == pytest.approx((row["auroc"][kind] + 1 - row["fpr"][kind]) / 2)
+        assert set(row["auroc"]) == set(row["fpr"]) == {*CHOICE_KINDS, "mistaken"}
+        assert set(row["figures"]) == {*row["auroc"], "disturbed"} and row["figures"]["disturbed"] == row["accepted"]
+        for kind, figure in row["auroc"].items():
+            assert row["figures"][kind] == pytest.approx((figure + 1 - row["fpr"][kind]) / 2)
     assert any("part that chooses" in line for line in lines)  # this run has no validation images
     divided = source.images.divide(True, lines.append)
     assert shipped.choice["known"] == divided.choices.description and len(divided.thresholds) == 42  # type: ignore
@@ -375,8 +376,8 @@ def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> Non
     lines: list[str] = []
     source = replace(from_run(run), model=tiny, outliers=("shuffle", "rotate"))
     shipped = shipped_by(source, "auto", lines.append)
-    kinds = set(shipped.choice["candidates"]["energy"]["auroc"])
-    assert kinds == {*CHOICE_KINDS, "mistaken"} - {"shuffle"}
+    kinds = set(shipped.choice["candidates"]["energy"]["figures"])
+    assert kinds == {*CHOICE_KINDS, "mistaken", "disturbed"} - {"shuffle"}
     assert any("trained to reject them: shuffle" in line for line in lines)
 
 
