@@ -243,7 +243,7 @@ def _record_study(folder: Path, asked: dict[str, Any]) -> None:
     """
     record = read_study(folder) if (folder / STUDY).exists() else {}
     changed = [key for key in ("data", "options") if record.get(key) != asked[key]]
-    if record and changed and any(folder.glob(f"*/{LAST}")):
+    if record and changed and any(folder.glob("*/*.safetensors")):
         raise UsageError(
             f"'{folder}' holds a study with other {' and '.join(changed)}: {record.get(changed[0])}. "
             "Choose another folder with -o"
@@ -285,10 +285,12 @@ def _cell_options(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> Path:
     """The finished run of a cell: as it lies there, gone on with, or trained now."""
     run, options = folder / cell.name, _cell_options(cell, given)
-    if not (run / LAST).exists():
+    if not any((run / kept).exists() for kept in (BEST, LAST)):
         return start_run(data, folder, options)
     config = load_config(run)
     _check_same_settings(run, asdict(config), asdict(run_config(data, options)))
+    if config.tune != "all":
+        return run  # it leaves a checkpoint when it is finished, and no other
     epoch = load_checkpoint(run / LAST)[1]["progress"]["epoch"]
     return resume_run(run) if epoch < config.epochs else run
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 from click.testing import CliRunner
 from locks import holding
 from PIL import Image
+from safetensors.torch import save_file
 from small import write_images
 from specs import edit_spec
 
@@ -208,6 +210,21 @@ def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monke
     )
     again = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.4")
     assert again.exit_code == 0 and json.loads((out / STUDY).read_text())["summary"] == record["summary"]
+
+
+def test_a_study_of_heads_is_not_trained_twice(data, tmp_path, monkeypatch):
+    """Such a run keeps no last checkpoint, which others are gone on with."""
+    asked = ["study", str(data), "-o", str(tmp_path / "study"), "--vary", "head=stages,last", "--seeds", "0"]
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.safetensors")
+    alike = ["--backbone", "test_efficientnet", "--size", "64", "--weights", str(tmp_path / "weights.safetensors")]
+    asked += ["--tune", "head", "--ood", f"same={data}", "--workers", "0", *alike]
+    first = CliRunner().invoke(main, asked)
+    assert first.exit_code == 0, first.output
+    monkeypatch.setattr("ssod_edge.studies.study.start_run", lambda *_: pytest.fail("a run is not trained again"))
+    again = CliRunner().invoke(main, asked)
+    assert again.exit_code == 0 and again.stdout == first.stdout
+    other = CliRunner().invoke(main, [*asked, "--group", "x"])
+    assert other.exit_code == 2 and "holds a study with other options" in other.stderr
 
 
 CALIBRATED = ("--calib-fraction", "0.5", "--seeds", "0")
