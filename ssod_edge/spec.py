@@ -126,6 +126,8 @@ class Spec:
         choice: what `export --score auto` chose by; empty otherwise.
         outputs: what every graph gives; those of releases before schema 4 give `LOGIT_OUTPUTS` alone.
         temperature: T of `probs` = softmax(logits / T); no score knows it.
+        expected: what to expect of classes that were not taught, and of another light or camera, where training left
+            features alone (`ssod_edge.export.graph.left_out.expectation`); empty otherwise.
     """
 
     backbone: str
@@ -140,6 +142,7 @@ class Spec:
     choice: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[str, ...] = LOGIT_OUTPUTS
     temperature: float = 1.0
+    expected: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -159,6 +162,11 @@ class Spec:
             raise UsageError(f"temperature must be above 0, got {self.temperature}")
         if len({artifact.name for artifact in self.artifacts}) < len(self.artifacts):
             raise UsageError("two artifacts have the same name")
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """As `Threshold.complete`."""
+        return {"expected": {}, **values}
 
     @property
     def score_name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,12 @@ from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.detect import choice
 from ssod_edge.detect.choice_table import choice_in_brief, choice_table
+from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData
+from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.made_images import CHOICE_KINDS, make_for_choices
-from ssod_edge.detect.sums import FittedScore
+from ssod_edge.detect.sums import FittedScore, held_out_scores
+from ssod_edge.export.graph.left_out import MOST_CLASSES, leave_out
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source
@@ -26,6 +31,8 @@ from ssod_edge.training.model import SSODClassifier
 
 #: Held-out images that a score is chosen by; images of each kind are made from the first half of them.
 IMAGES = 2000
+#: What is added to the description of images that were trained on, and chosen by all the same.
+OUT_OF_FOLD = ", out of fold"
 
 
 def choose(
@@ -37,7 +44,8 @@ def choose(
 
     Args:
         source: a trained model.
-        choices: in-distribution images that were not trained on, and that no threshold is fitted to.
+        choices: in-distribution images that were not trained on, and that no threshold is fitted to. Where they are few
+            and the source has folds, those of these take their place.
         data: what detectors are fitted on.
         say: gets the table.
         brief: one line instead of it.
@@ -49,31 +57,43 @@ def choose(
         UsageError: no image can be read.
     """
     model = source.model
-    drawn = np.random.default_rng(0).permutation(choices.indices)[:IMAGES]
-    images, found = choices.read(model.preprocess, drawn)
-    labels = model_labels(found, choices.source.classes, model.classes)  # -1 where there is none
-    half = images[: max(1, len(images) // 2)]
     kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
     if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
         say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
+    by_folds = None if len(choices) >= choice.LEAST_UNASKED else source.folds
+    shown = choices if by_folds is None else source.images.thresholds or choices
+    images, found = shown.read(model.preprocess, np.random.default_rng(0).permutation(shown.indices)[:IMAGES])
+    half = images[: max(1, len(images) // 2)]
     with image_bar("choosing", 2 * len(images) + len(kinds) * len(half)) as advance:
-        known = run_eager(model, images)
-        advance(len(images))
-        disturbed = run_eager(model, np.stack([*map(seeded_copy, images)]))
-        advance(len(images))
+        versions = images, np.stack([*map(seeded_copy, images)])
+        seen = [run_eager(model, version) for version in versions] if by_folds is None else []
+        advance(2 * len(images))
         made = {}
         for kind in kinds:
             made[kind] = run_eager(model, make_for_choices(half, kinds=(kind,)))
             advance(len(half))
-    logits, _, features = known
+    logits, _, features = seen[0] if seen else (data.logits, data.id_logit, data.features)
     fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
-    candidates = choice.Candidates(fitted, known, bool(model.ood.weight.any()))
-    chosen = choice.choose(candidates, known, labels, made, multiply_adds(model), disturbed)
-    for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(images), choices.description):
+    singles = choice.single_scores(fitted, bool(model.ood.weight.any()))
+    if by_folds is None:
+        labels = model_labels(found, choices.source.classes, model.classes)  # -1 where there is none
+        plain, disturbed = (held_out_scores(singles, fitted, outputs) for outputs in seen)
+        known = choice.Known(logits, labels, plain, disturbed)
+        description = choices.description
+    else:
+        n = len(by_folds.images)
+        known = choice.Known(
+            by_folds.logits(data.features[:n]), data.labels[:n], *out_of_fold_parts(singles, data, by_folds)
+        )
+        description = f"{shown.description}{OUT_OF_FOLD}"
+    if source.folds is not None:
+        known = replace(known, left_out=_left_out(singles, data, source.folds))
+    chosen = choice.choose(choice.Candidates(fitted, known.parts), known, made, multiply_adds(model))
+    for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(known.labels), description):
         say(line)
     figures = {
-        "known": choices.description,
-        "images": len(images),
+        "known": description,
+        "images": len(known.labels),
         "made_of_each_kind": len(half),
         "mistaken": chosen.mistaken,
         "cost": "multiply-adds over those of the network",
@@ -83,6 +103,14 @@ def choose(
         "candidates": chosen.rows,
     }
     return chosen.name, chosen.state, figures
+
+
+def _left_out(
+    names: Sequence[str], data: FitData, folds: Folds
+) -> list[tuple[Mapping[str, Array], Mapping[str, Array]]]:
+    """For each class that is left out: scores of images of the others, and of its own."""
+    with image_bar("leaving classes out", min(MOST_CLASSES, len(data.bias))) as advance:
+        return [(left.known, left.unknown) for left in leave_out(names, data, folds, advance)]
 
 
 def multiply_adds(model: SSODClassifier) -> int:

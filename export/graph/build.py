@@ -28,7 +28,7 @@ from ssod_edge.export.engines.artifact import (
 from ssod_edge.export.graph.fp16 import OVERFLOW_LIMIT, HalfReport, to_fp16
 from ssod_edge.export.graph.onnx import MADE_WITH, fused_graph, head_rows, make_from
 from ssod_edge.export.graph.reference import IMAGES, SYNTHETIC_IMAGES, synthetic_images, write_reference
-from ssod_edge.export.graph.score import ShippedScore, same_weights, ship_score, want_score
+from ssod_edge.export.graph.score import OutOfFold, ShippedScore, same_weights, ship_score, want_score
 from ssod_edge.export.graph.source import Source, from_run, save_run
 from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
 from ssod_edge.export.release import Say, Targets, release
@@ -134,11 +134,11 @@ def export_source(
             say(f"features {', '.join(features)}, as in the export that is there")
         options = replace(options, features=features)
     wanted = want_score(source, options.score, earlier, say)
-    source = replace(source, images=wanted.divide(source.images, say))
+    source = replace(source, images=wanted.divide(source.images, source.folds is not None, say))
     shipped = ship_score(source, wanted, say)
     with release(place, say) as draft:
         draft.write(_build(source, shipped, draft.folder, options, earlier, say))
-        draft.prove(partial(_fit_thresholds, source, options.target_tpr, say), together=True)
+        draft.prove(partial(_fit_thresholds, source, shipped.out_of_fold, options.target_tpr, say), together=True)
         if out is None and source.checkpoint is None:
             facts = {**draft.spec.source, "checkpoint_sha256": sha256_file(save_run(source))}
             draft.spec = replace(draft.spec, source=facts)
@@ -157,7 +157,7 @@ def _build(
     if detector is not None:
         state = {"sha256": sha256_file(save_score(detector, folder / DETECTOR_NAME)), **state}
     say(f"exporting {source.model.backbone_name} at {source.model.preprocess.input_size} px, score {shipped.name}")
-    temperature = _temperature(source, reference, labels)
+    temperature = _temperature(source, reference, labels, shipped.out_of_fold)
     fp32 = fused_graph(source.model, shipped.name, source.trained, detector, temperature, options.features)
     rows = head_rows(source.model, detector)
     artifacts: list[Artifact] = []
@@ -183,6 +183,7 @@ def _build(
         choice=shipped.choice,
         outputs=(*LOGIT_OUTPUTS, *VERDICT_OUTPUTS, *(FEATURE_OUTPUTS[name] for name in options.features)),
         temperature=temperature,
+        expected=shipped.expected,
         artifacts=tuple(sorted(artifacts, key=lambda artifact: TARGETS.index(artifact.engine))),
     )
 
@@ -197,11 +198,14 @@ def _reference_images(source: Source) -> tuple[NDArray[np.uint8], NDArray[np.int
     return thresholds.read(settings, np.sort(order[:IMAGES]))
 
 
-def _temperature(source: Source, reference: Path, labels: NDArray[np.int64]) -> float:
-    """Of `probs`, by the reference's images: they are held out, and the model has seen them anyway."""
+def _temperature(source: Source, reference: Path, labels: NDArray[np.int64], out_of_fold: OutOfFold | None) -> float:
+    """Of `probs`, by the reference's images: they are held out, and the model has seen them anyway; or out of fold."""
     thresholds = source.images.thresholds
     if not source.trained or thresholds is None:
         return 1.0
+    if out_of_fold is not None:
+        known = model_labels(out_of_fold.labels, thresholds.source.classes, source.model.classes)
+        return fit_temperature(out_of_fold.logits, known)
     known = model_labels(labels, thresholds.source.classes, source.model.classes)
     with np.load(reference) as file:
         return fit_temperature(file["logits"], known)
@@ -228,9 +232,12 @@ def _tell(report: HalfReport, say: Say) -> None:
 
 
 def _fit_thresholds(
-    source: Source, target_tpr: float, say: Say, runners: Sequence[Runner]
+    source: Source, out_of_fold: OutOfFold | None, target_tpr: float, say: Say, runners: Sequence[Runner]
 ) -> Mapping[str, Verification]:
-    """One pass over the calibration images, which every runner sees; each runner's artifact gets its threshold."""
+    """One pass over the calibration images, which every runner sees; each runner's artifact gets its threshold.
+
+    Where the model was fitted on them, each score is changed to what it is out of fold.
+    """
     calibration = source.images.thresholds
     if not runners or not source.trained or calibration is None:
         return {}
@@ -245,6 +252,10 @@ def _fit_thresholds(
         say(f"left out: {message}")
     for runner, found in zip(runners, scores, strict=True):
         values = np.concatenate(found) if found else np.empty(0, np.float32)
+        if out_of_fold is not None:
+            if len(values) < len(calibration):
+                raise UsageError(f"not all images of {calibration.description} can be read any more")
+            values = values + out_of_fold.change
         threshold = conformal_threshold(values, target_tpr, calibration.description)
         runner.artifact = replace(runner.artifact, threshold=threshold)
     return {}

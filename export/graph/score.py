@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from ssod_edge.data.splits import Indices
 from ssod_edge.detect.choice import LEAST_UNASKED, unasked_score
 from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import FitData
-from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score
+from ssod_edge.detect.folds import Folds, out_of_fold_parts
+from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score, held_out_scores
 from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.export.graph.auto_score import choose
+from ssod_edge.export.graph.auto_score import OUT_OF_FOLD, choose
+from ssod_edge.export.graph.left_out import expectation, expectation_lines
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
@@ -65,9 +67,14 @@ class WantedScore:
         """What is said where it cannot be made."""
         return "no score can be chosen" if self.chooses else f"the score {self.name} cannot be fitted"
 
-    def divide(self, images: Images, say: Say) -> Images:
-        """The images, with some to choose by and to fit on where this score takes them; errors as `Images.divide`."""
-        return images.divide(self.chooses, say) if self.chooses or has_state(self.name) else images
+    def divide(self, images: Images, by_folds: bool, say: Say) -> Images:
+        """The images, with some to choose by and to fit on where this score takes them; errors as `Images.divide`.
+
+        Args:
+            by_folds: whether images that were trained on have folds to be chosen by.
+        """
+        choosing = self.chooses and not by_folds
+        return images.divide(choosing, say) if self.chooses or has_state(self.name) else images
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class ShippedScore:
         detector: the state, if the score has one.
         record: what it was fitted on, for the spec.
         choice: the evidence of "auto" in figures, for the spec.
+        out_of_fold: what stands in for the scores of the images for thresholds, where the model was fitted on them.
+        expected: the spec's, of the same models.
     """
 
     name: str
@@ -86,6 +95,24 @@ class ShippedScore:
     detector: FittedScore | None = None
     record: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
+    out_of_fold: OutOfFold | None = None
+    expected: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Of the t images for thresholds, by heads and detectors that were fitted without them.
+
+    Attributes:
+        logits: float32 [t, M].
+        labels: int64 [t], in the numbering of the data set; -1 where there is none.
+        change: float32 [t]: the score, less that of the model that ships. An artifact's score of an image, plus this,
+            is what it would be if the image were new.
+    """
+
+    logits: Array
+    labels: Indices
+    change: Array
 
 
 def want_score(source: Source, name: str | None, earlier: Export | None, say: Say) -> WantedScore:
@@ -134,29 +161,66 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
     Raises:
         UsageError: too few images can be read.
     """
-    if wanted.kept is not None and (kept := _kept(source, wanted.kept, say)) is not None:
-        return kept
+    shipped = _kept(source, wanted.kept, say) if wanted.kept is not None else None
+    if shipped is None:
+        try:
+            shipped = _chosen(source, say, brief=not wanted.asked) if wanted.chooses else _fitted(source, wanted, say)
+        except UsageError as error:
+            if wanted.asked:
+                raise
+            say(f"{wanted.told} ({error}), so it is {DEFAULT_SCORE}")
+            shipped = ShippedScore(DEFAULT_SCORE, wanted.evidence)
+    if source.folds is None or source.images.thresholds is None:
+        return shipped
+    data = fit_data(source, lambda line: None)
     try:
-        if wanted.chooses:
-            return _chosen(source, say, brief=not wanted.asked)
-        if not has_state(wanted.name):
-            return ShippedScore(wanted.name, wanted.evidence)
-        data = fit_data(source, say)
-        held_out = _held_out(source, say) if len(score_parts(wanted.name)) > 1 else None
-        detector = fit_score(wanted.name, data, held_out)
-        if not wanted.asked and held_out is not None:
-            _check_rounding(detector, held_out)
-        return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
+        expected = expectation(shipped.name, data, source.folds, source.model.classes)
     except UsageError as error:
-        if wanted.asked:
-            raise
-        say(f"{wanted.told} ({error}), so it is {DEFAULT_SCORE}")
-        return ShippedScore(DEFAULT_SCORE, wanted.evidence)
+        expected = {}
+        say(f"what to expect of new classes is not known: {error}")
+    for line in expectation_lines(expected) if expected else ():
+        say(line)
+    return replace(shipped, out_of_fold=_out_of_fold(source, source.folds, shipped, data), expected=expected)
 
 
-def _check_rounding(score: FittedScore, held_out: Outputs) -> None:
+def _fitted(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
+    """The score that is named."""
+    if not has_state(wanted.name):
+        return ShippedScore(wanted.name, wanted.evidence)
+    data, parts = fit_data(source, say), score_parts(wanted.name)
+    held_out: Outputs | dict[str, Array] | None = None
+    if source.folds is not None:
+        held_out = out_of_fold_parts(parts, data, source.folds)[0]
+    elif len(parts) > 1:
+        held_out = _held_out(source, say)
+    detector = fit_score(wanted.name, data, held_out)
+    if not wanted.asked and held_out is not None:
+        known = held_out if isinstance(held_out, tuple) else (data.logits, data.id_logit, data.features)
+        _check_rounding(detector, known)
+    return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
+
+
+def _out_of_fold(source: Source, folds: Folds, shipped: ShippedScore, data: FitData) -> OutOfFold:
+    """Of the images for thresholds."""
+    state = shipped.detector
+    parts, _ = out_of_fold_parts(score_parts(shipped.name), data, folds)
+    n = len(folds.images)
+    outputs = data.logits[:n], data.id_logit[:n], data.features[:n]
+    if state is None:
+        new, now = parts[shipped.name], held_out_scores((shipped.name,), {}, outputs)[shipped.name]
+    else:
+        new = state.add(parts) if isinstance(state, ScoreSum) else parts[shipped.name]
+        now = state.score(outputs[2], *outputs[:2])
+    thresholds = source.images.thresholds
+    assert thresholds is not None
+    rows = folds.rows(thresholds.indices)
+    labels = thresholds.source.labels[thresholds.indices]
+    return OutOfFold(folds.logits(data.features[rows], rows), labels, (new - now)[rows])
+
+
+def _check_rounding(score: FittedScore, known: Outputs) -> None:
     """Raises UsageError where verification would refuse what nobody asked for."""
-    logits, _, features = held_out
+    logits, _, features = known
     for detector in [score] if isinstance(score, Detector) else score.detectors.values():
         if lost_to_rounding(detector, features, logits) > MOST_ROUNDING:
             raise UsageError("fp32 does not hold it, because the features hardly vary within the classes")
@@ -182,7 +246,7 @@ def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
     chosen, candidate, figures = choose(source, choices, data, say, brief)
     for message in choices.unreadable:
         say(f"left out: {message}")
-    evidence = f"auto: the least regret over kinds of images made from {choices.description}, within the cost allowed"
+    evidence = f"auto: the least regret over kinds of images made from {figures['known']}, within the cost allowed"
     record = {} if candidate is None else _record(source, data, candidate)
     return ShippedScore(chosen, evidence, candidate, record, figures)
 
@@ -194,7 +258,7 @@ def _record(source: Source, data: FitData, detector: FittedScore) -> dict[str, A
     record = {"data": training.description, "images": len(data.features), "settings": detector.settings}
     if source.tuned:
         record |= {"images": len(data.features) // 2, "disturbed_copies": len(data.features) // 2}
-    if isinstance(detector, ScoreSum) and choices:  # neither None nor empty
+    if isinstance(detector, ScoreSum) and choices and source.folds is None:
         record["held_out"] = choices.description
     return record
 
@@ -216,6 +280,8 @@ def _kept(source: Source, earlier: Export, say: Say) -> ShippedScore | None:
     name, evidence = spec.score_name, spec.score["evidence"]
     if spec.detector or spec.choice:
         fitted_on, chosen_on = (part and part.description for part in (images.training, images.choices))
+        if source.folds is not None and str(spec.choice.get("known", "")).endswith(OUT_OF_FOLD):
+            chosen_on = f"{images.thresholds and images.thresholds.description}{OUT_OF_FOLD}"
         known = spec.choice.get("known", spec.detector.get("held_out", chosen_on))
         if spec.detector.get("data", fitted_on) != fitted_on or known != chosen_on:
             say(f"'{earlier.folder}' ships {name}, of other images: it is made anew")
@@ -250,7 +316,9 @@ def fit_data(source: Source, say: Say) -> FitData:
         features, found = (_kept_features if source.tuned else _read_features)(source, training, chosen, advance)
     for message in training.unreadable:
         say(f"left out: {message}")
-    if len(found) < LEAST_IMAGES * (2 if source.tuned else 1):
+    if source.folds is not None and len(found) < 2 * len(chosen):
+        raise UsageError(f"not all images of {training.description}, which thresholds come from, can be read any more")
+    if source.folds is None and len(found) < LEAST_IMAGES * (2 if source.tuned else 1):
         raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
     weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
     with torch.inference_mode():
@@ -261,16 +329,15 @@ def fit_data(source: Source, say: Say) -> FitData:
 
 
 def _read_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
-    """Features [n, Dall] and labels [n] of the images that can be read, and of tuned runs of a copy of each."""
-    parts: list[tuple[NDArray[Any], ...]] = [
-        (np.empty((0, source.model.classifier.in_features), np.float32), chosen[:0])
-    ]
+    """Features [n, Dall] and labels [n] of the images that can be read, and of tuned runs of a copy of each, after."""
+    empty = np.empty((0, source.model.classifier.in_features), np.float32)
+    found, parts = [chosen[:0]], [[empty], [empty]] if source.tuned else [[empty]]
     for images, labels in training.batches(source.model.preprocess, chosen):
-        for version in (images, np.stack([*map(seeded_copy, images)])) if source.tuned else (images,):
-            parts.append((run_eager(source.model, version)[2], labels))
+        found.append(labels)
+        for part, version in zip(parts, (images, np.stack([*map(seeded_copy, images)])), strict=False):
+            part.append(run_eager(source.model, version)[2])
         advance(len(images))
-    features, found = map(np.concatenate, zip(*parts, strict=True))
-    return features, found
+    return np.concatenate([z for part in parts for z in part]), np.tile(np.concatenate(found), len(parts))
 
 
 def _kept_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:

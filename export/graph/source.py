@@ -14,6 +14,7 @@ from torch import nn
 from ssod_edge.config import NEED_OOD_ROW, resolve_backbone
 from ssod_edge.data.images import Images, whole_dataset
 from ssod_edge.data.layout import is_training_part
+from ssod_edge.detect.folds import Folds
 from ssod_edge.errors import UsageError
 from ssod_edge.files import same_data, sha256_file
 from ssod_edge.runtime.calibrate import trained_part
@@ -38,6 +39,7 @@ class Source:
         outliers: kinds of made images that the model was trained to reject, of `ssod_edge.config.OUTLIERS`.
         tuned: "head" if its features are published ones, "upper" if they were tuned gently from there (`train --tune`):
             detectors are then fitted with disturbed copies of the training images too. Empty for all else.
+        folds: where the images for thresholds were trained on too: how they give out-of-fold scores. None: no need.
     """
 
     model: SSODClassifier
@@ -48,6 +50,7 @@ class Source:
     checkpoint: Path | None = None
     outliers: tuple[str, ...] = ()
     tuned: str = ""
+    folds: Folds | None = None
 
 
 def check_score(source: Source, score: str) -> None:
@@ -85,8 +88,9 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         if recorded or moved:
             raise
         images = Images()
+    folds = run.folds if images.thresholds is not None else None
     if not (recorded or moved):
-        images = replace(images, thresholds=named)
+        images, folds = replace(images, thresholds=named), None
     facts: dict[str, Any] = {
         "run": run.folder.resolve().name,
         "checkpoint_sha256": run.checkpoint_sha256,
@@ -94,8 +98,10 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta[key] for key in ("val_data", "val_fingerprint") if key in meta},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
+    if folds is not None:
+        facts["pooled"] = len(folds.images)
     trained, tuned = meta.get("trained") is True, str(meta.get("tuned", ""))
-    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned)
+    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned, folds)
 
 
 def from_weights(

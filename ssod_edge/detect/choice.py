@@ -27,6 +27,8 @@ MISTAKEN = "mistaken"
 LEAST_MISTAKES = 20
 #: A kind of the other sign: known images as another camera or light would give them, which are to be accepted.
 DISTURBED = "disturbed"
+#: A kind that is not made: images of a known class, by models that were fitted without it.
+LEFT_OUT = "left out"
 #: Parts of the sums that are candidates: one that the logits are in (ViM's energy, too) and one distance, and the OOD
 #: row where it was trained.
 LOGIT_PARTS = ("gen", "energy", "maxlogit", "vim")
@@ -85,14 +87,27 @@ class Choice:
     lead: float
 
 
-def choose(
-    candidates: Candidates,
-    known: Outputs,
-    labels: Labels,
-    made: Mapping[str, Outputs],
-    network: int,
-    disturbed: Outputs,
-) -> Choice:
+@dataclass(frozen=True)
+class Known:
+    """Of n known images that no candidate has seen, and that no threshold is fitted to.
+
+    Attributes:
+        logits: float32 [n, M].
+        labels: int64 [n], -1 where there is none.
+        parts: single score -> float32 [n].
+        disturbed: single score -> float32 [n], of the images as another camera or light would give them.
+        left_out: for each class that was left out, by models that were fitted without it: single score -> float32 [m],
+            of images of the others, and single score -> float32 [u], of its own.
+    """
+
+    logits: Array
+    labels: Labels
+    parts: Mapping[str, Array]
+    disturbed: Mapping[str, Array]
+    left_out: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]] = ()
+
+
+def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], network: int) -> Choice:
     """The candidate that never does much worse than another, whatever kind of image is shown.
 
     A candidate's figure on a kind is the mean of its AUROC and the share of the kind that is rejected where 95% of the
@@ -107,26 +122,27 @@ def choose(
 
     Args:
         candidates: all of them.
-        known: of in-distribution images that were not trained on, and that no threshold is fitted to.
-        labels: int64 [n], their classes, -1 where there is none.
+        known: what they are measured on.
         made: kind -> of images that no class describes.
         network: multiply-adds of the network, for one image.
-        disturbed: of known images as another camera or light would give them.
     """
-    scores = candidates.scores(*known)
-    pairs = {kind: (scores, candidates.scores(*outputs)) for kind, outputs in made.items()}
-    right = known[0].argmax(1) == labels
-    wrong = ~right & (labels >= 0)
+    scores = candidates.with_sums(known.parts)
+    pairs = {kind: [(scores, candidates.scores(*outputs))] for kind, outputs in made.items()}
+    right = known.logits.argmax(1) == known.labels
+    wrong = ~right & (known.labels >= 0)
     if wrong.sum() >= LEAST_MISTAKES and right.any():
         answered, missed = ({name: values[part] for name, values in scores.items()} for part in (right, wrong))
-        pairs[MISTAKEN] = answered, missed
-    shifted = candidates.scores(*disturbed)
+        pairs[MISTAKEN] = [(answered, missed)]
+    for parts in known.left_out:
+        without = Candidates(candidates.detectors, parts[0])  # its own mean and deviation of each part
+        pairs.setdefault(LEFT_OUT, []).append((without.with_sums(parts[0]), without.with_sums(parts[1])))
+    shifted = candidates.with_sums(known.disturbed)
     states = {name: candidates.state(name) for name in scores}
     rows = {name: _measured(name, pairs, scores[name], shifted) for name in scores}
     for name, row in rows.items():
         state = states[name]
         row["cost"] = state.multiply_adds / network if state else 0.0
-    lead = max(LEVEL, LEAD / float(np.sqrt(len(labels))))
+    lead = max(LEVEL, LEAD / float(np.sqrt(len(right))))
     best = best_of(rows, lead)
     return Choice(best, states[best], rows, (*pairs, DISTURBED), int(wrong.sum()), lead)
 
@@ -148,7 +164,7 @@ def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable
 
 def _measured(
     name: str,
-    pairs: Mapping[str, tuple[dict[str, Array], dict[str, Array]]],
+    pairs: Mapping[str, list[tuple[dict[str, Array], dict[str, Array]]]],
     known: Array,
     shifted: dict[str, Array],
 ) -> dict[str, Any]:
@@ -156,10 +172,13 @@ def _measured(
     images, and `figures` by kind.
     """
     found = {
-        kind: detection_metrics(inside[name], unknown[name], bootstrap=0) for kind, (inside, unknown) in pairs.items()
+        kind: [detection_metrics(inside[name], unknown[name], bootstrap=0) for inside, unknown in sets]
+        for kind, sets in pairs.items()
     }
-    auroc = {kind: metrics["auroc"] for kind, metrics in found.items()}
-    fpr = {kind: metrics["fpr_at_id_tpr95"] for kind, metrics in found.items()}
+    auroc, fpr = (
+        {kind: float(np.mean([metrics[key] for metrics in rows])) for kind, rows in found.items()}
+        for key in ("auroc", "fpr_at_id_tpr95")
+    )
     figures = {kind: (auroc[kind] + 1 - fpr[kind]) / 2 for kind in found}
     accepted = float(np.mean(shifted[name] <= np.quantile(known, 0.95, method="higher")))
     figures[DISTURBED] = accepted
@@ -188,23 +207,30 @@ def best_of(rows: dict[str, dict[str, Any]], lead: float) -> str:
     )
 
 
-class Candidates:
-    """Every score that may be chosen: those of the logits, the detectors, and sums of the parts that go together.
-
-    The default comes first: of single scores that are equal it wins.
+def single_scores(detectors: Mapping[str, Detector], ood_row: bool) -> tuple[str, ...]:
+    """Names of the candidates that are no sums. The default comes first: of scores that are equal it wins.
 
     Args:
         detectors: of `fit_all`.
-        known: what the network says of held-out known images, which parts of sums are standardised by.
         ood_row: whether it was trained; those that read it are candidates only then.
     """
+    free = sorted(SCORES, key=lambda name: name != DEFAULT_SCORE)
+    return (*(name for name in free if name not in NEED_OOD_ROW or ood_row), *detectors)
 
-    def __init__(self, detectors: dict[str, Detector], known: Outputs, ood_row: bool) -> None:
-        free = sorted(SCORES, key=lambda name: name != DEFAULT_SCORE)
-        free = [name for name in free if name not in NEED_OOD_ROW or ood_row]
+
+class Candidates:
+    """Every score that may be chosen: those of the logits, the detectors, and sums of the parts that go together.
+
+    Args:
+        detectors: of `fit_all`.
+        known: single score (`single_scores`) -> float32 [n], of held-out known images, which parts of sums are
+            standardised by.
+    """
+
+    def __init__(self, detectors: dict[str, Detector], known: Mapping[str, Array]) -> None:
         self.detectors = detectors
-        self.singles = (*free, *detectors)
-        self.standards = standards(held_out_scores(self.singles, detectors, known))
+        self.singles = tuple(known)
+        self.standards = standards(known)
         pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES if logit != distance]
         sums = [*pairs, *(("ssod", *rest) for rest in (*((distance,) for distance in DISTANCES), *pairs))]
         usable = {name for name in self.singles if self.standards[name][1] > 0}
@@ -216,8 +242,11 @@ class Candidates:
 
     def scores(self, logits: Array, id_logit: Array, features: Array) -> dict[str, Array]:
         """All of them for n images, float32 [n] each, of their outputs."""
-        found = held_out_scores(self.singles, self.detectors, (logits, id_logit, features))
-        return found | {name: total.add(found) for name, total in self.sums.items()}
+        return self.with_sums(held_out_scores(self.singles, self.detectors, (logits, id_logit, features)))
+
+    def with_sums(self, parts: Mapping[str, Array]) -> dict[str, Array]:
+        """Single scores of n images, float32 [n] each, and their sums."""
+        return dict(parts) | {name: total.add(parts) for name, total in self.sums.items()}
 
     def state(self, name: str) -> FittedScore | None:
         """What the graph needs to compute a score; None for those of the logits."""

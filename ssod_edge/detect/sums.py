@@ -100,14 +100,15 @@ def part_scores(
     }
 
 
-def fit_score(name: str, data: FitData, held_out: Outputs | None = None) -> FittedScore:
+def fit_score(name: str, data: FitData, held_out: Outputs | Mapping[str, Array] | None = None) -> FittedScore:
     """Fit a detector, or a sum of scores, by name.
 
     Args:
         name: see `ssod_edge.config.score_parts`.
         data: what detectors are fitted on.
-        held_out: what the network says of other known images, which parts of a sum are standardised by. Without
-            `LEAST_HELD_OUT` of them, the fit's images are, by detectors that are fitted on the other half of them.
+        held_out: what the network says of other known images, which parts of a sum are standardised by, or the scores
+            of its parts, out of fold. Without `LEAST_HELD_OUT` of them, the fit's images are, by detectors that are
+            fitted on the other half of them.
 
     Raises:
         UsageError: an unknown name, too few images, or a part that is the same for all of them.
@@ -116,6 +117,8 @@ def fit_score(name: str, data: FitData, held_out: Outputs | None = None) -> Fitt
     detectors = {part: fit(cast(DetectorName, part), data) for part in parts if part in DETECTORS}
     if name in detectors:
         return detectors[name]
+    if isinstance(held_out, Mapping):
+        return sum_of(name, detectors, standards(held_out))
     if held_out is not None and len(held_out[0]) >= LEAST_HELD_OUT:
         return sum_of(name, detectors, standards(held_out_scores(parts, detectors, held_out)))
     return sum_of(name, detectors, standards(_by_halves(parts, data)))
@@ -154,14 +157,14 @@ def sum_of(name: str, detectors: dict[str, Detector], known: Mapping[str, tuple[
 
     Args:
         name: parts joined by "+".
-        detectors: at least those of its parts that have a state.
+        detectors: at least those of its parts that have a state; none for a sum that only `ScoreSum.add` is asked of.
         known: at least its parts', of `standards`.
     """
     parts = score_parts(name)
     for part in parts:
         if not known[part][1] > 0:
             raise UsageError(f"the score '{part}' is the same for all known images: leave it out of '{name}'")
-    chosen = {part: detectors[part] for part in parts if part in DETECTORS}
+    chosen = {part: detectors[part] for part in parts if part in DETECTORS} if detectors else {}
     settings: dict[str, object] = {part: detector.settings for part, detector in chosen.items()}
     scales, centers = {part: 1 / known[part][1] for part in parts}, {part: known[part][0] for part in parts}
     return ScoreSum(name, chosen, scales, settings, centers)

@@ -18,6 +18,7 @@ from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.choice import unasked_score
+from ssod_edge.detect.folds import Folds
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics, detection_metrics
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
@@ -36,7 +37,7 @@ from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
 from ssod_edge.files import check_output, write_json
-from ssod_edge.spec import Spec
+from ssod_edge.spec import Spec, Threshold
 from ssod_edge.terminal import image_bar, printable
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.outputs import Outputs, collect
@@ -125,7 +126,14 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
-    found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
+    judge = _Judge(model, peers, state, opened.folds, {"via_size": options.via_size, "workers": workers})
+    found = _read(judge, sets, fit, calibration)
+    if opened.folds is not None and spec is not None and state is not None and found.thresholds:
+        # Its state was fitted on the calibration images: the export has its threshold, from out-of-fold scores.
+        thresholds = {a.precision: a.threshold for a in spec.artifacts if a.threshold is not None}
+        found.thresholds.pop(state.name)
+        if thresholds:
+            found.thresholds[state.name] = thresholds.get("fp32", next(iter(thresholds.values())))
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
@@ -164,53 +172,55 @@ class Found:
     Attributes:
         outputs: "id" and each OOD set -> what the model says of its images.
         scores: likewise -> its scores.
-        calibration: scores of the calibration images; empty without any.
-        calibration_data: which images those are.
+        thresholds: score -> its threshold; empty without calibration images.
     """
 
     outputs: dict[str, Outputs]
     scores: dict[str, Scores]
-    calibration: Scores
-    calibration_data: str
+    thresholds: dict[str, Threshold]
 
 
-def _read(
-    model: SSODClassifier,
-    sets: Mapping[str, ImageSet],
-    fit: ImageSet | None,
-    calibration: ImageSet | None,
-    peers: Baselines | None,
-    state: FittedScore | None,
-    reading: Mapping[str, Any],
-) -> Found:
-    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all.
+@dataclass(frozen=True)
+class _Judge:
+    """What scores images. `reading`: arguments of `collect`; the others as in `evaluate`."""
 
-    Args:
-        reading: arguments of `collect`.
-    """
+    model: SSODClassifier
+    peers: Baselines | None
+    state: FittedScore | None
+    folds: Folds | None
+    reading: Mapping[str, Any]
+
+    def __call__(self, images: ImageSet, trained: bool = False, **options: Any) -> tuple[Outputs, Scores]:
+        """Outputs and scores; `trained`: the last layer was fitted on these images, if there are folds."""
+        peers = self.peers
+        outputs = collect(self.model, *images, **self.reading, **options, watch=peers.watch if peers else None)
+        if trained and self.folds is not None:
+            outputs = replace(outputs, logits=self.folds.logits(outputs.features, self.folds.rows(images[1])))
+        scores: Scores = {str(name): s for name, s in ood_scores(outputs.logits, outputs.id_logit).items()}
+        if self.state is not None:
+            scores[self.state.name] = self.state.score(outputs.features, outputs.logits, outputs.id_logit)
+        return outputs, scores | (peers.scores(outputs.features, outputs.logits) if peers else {})
+
+
+def _read(judge: _Judge, sets: Mapping[str, ImageSet], fit: ImageSet | None, calibration: ImageSet | None) -> Found:
+    """Fit the baselines, then score every image of every set. A baseline that fails on one set is left out of all."""
+    peers, model = judge.peers, judge.model
     total = sum(len(chosen) for _, chosen in (*sets.values(), *filter(None, (fit, calibration))))
     with image_bar("evaluating", total) as advance:
-        options: dict[str, Any] = {**reading, "batch_size": BATCH_SIZE, "advance": advance}
+        options: dict[str, Any] = {"batch_size": BATCH_SIZE, "advance": advance}
         if peers and fit:
-            outputs = collect(model, *fit, **options)
+            outputs = collect(model, *fit, **judge.reading, **options)
             peers.fit(outputs.features, outputs.logits, outputs.labels)
-
-        def score(images: ImageSet) -> tuple[Outputs, Scores]:
-            outputs = collect(model, *images, **options, watch=peers.watch if peers else None)
-            scores: Scores = {str(name): s for name, s in ood_scores(outputs.logits, outputs.id_logit).items()}
-            if state is not None:
-                scores[state.name] = state.score(outputs.features, outputs.logits, outputs.id_logit)
-            return outputs, scores | (peers.scores(outputs.features, outputs.logits) if peers else {})
-
-        calibration_scores = score(calibration)[1] if calibration else {}
-        found = {name: score(images) for name, images in sets.items()}
+        known = judge(calibration, trained=True, **options)[1] if calibration else {}
+        found = {name: judge(images, **options) for name, images in sets.items()}
     failed = peers.failed if peers else set()
     kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, (_, scores) in found.items()}
     data = f"calibration split of {calibration[0].name}" if calibration else ""
+    thresholds = {score: conformal_threshold(known[score], data=data) for score in kept["id"] if score in known}
     outputs = {name: outputs for name, (outputs, _) in found.items()}
     labels = model_labels(outputs["id"].labels, sets["id"][0].classes, model.classes)
     outputs["id"] = replace(outputs["id"], labels=labels)
-    return Found(outputs, kept, calibration_scores, data)
+    return Found(outputs, kept, thresholds)
 
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -233,11 +243,12 @@ def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ..
 
 def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str, ...]) -> dict[str, Any] | None:
     """Score -> what it does at its threshold; None without calibration images."""
-    if not found.calibration:
+    if not found.thresholds:
         return None
     deployed, outputs = {}, found.outputs["id"]
     for score, known in found.scores["id"].items():
-        threshold = conformal_threshold(found.calibration[score], data=found.calibration_data)
+        if (threshold := found.thresholds.get(score)) is None:
+            continue
         ood = {name: scores[score] for name, scores in unknown.items()}
         deployed[score] = deployment_metrics(known, ood, threshold, outputs.correct, outputs.labels, classes)
     return deployed
@@ -269,10 +280,9 @@ def _shift(
     images = ShiftedImages(source, indices[chosen], model.preprocess, options.via_size)
     with image_bar("shifting", len(chosen)) as advance:
         shifted = judge_shifted(model, images, outputs.labels[chosen], shipped.score, workers, advance)
-    calibration = found.calibration.get(shipped.name)
-    threshold = None if calibration is None else conformal_threshold(calibration).value
+    threshold = found.thresholds.get(shipped.name)
     undisturbed = found.scores["id"][shipped.name][chosen], outputs.correct[chosen]
-    return shift_rows(shifted, undisturbed, threshold)
+    return shift_rows(shifted, undisturbed, None if threshold is None else threshold.value)
 
 
 def _setup(outputs: Outputs, fit: ImageSet | None) -> dict[str, Any]:

@@ -21,18 +21,23 @@ from ssod_edge.training.run import Run
 
 
 def calibration_images(run: Run) -> tuple[ImageSource, Indices] | None:
-    """The run's calibration split; None, and a line that says why, where it has none that can be read."""
+    """The run's calibration split, or all images that have folds where it is small; None, and a line that says why,
+    where there is neither.
+    """
     try:
         source, splits = run.splits("there are no thresholds without them")
-        if len(splits.calib) < MIN_CALIB:
+        calib = splits.calib
+        if len(calib) < MIN_CALIB and run.folds is not None:
+            calib = run.folds.images
+        if len(calib) < MIN_CALIB:
             raise UsageError(
-                f"the calibration split has {len(splits.calib)} images, and a 95% threshold needs {MIN_CALIB}. "
+                f"the calibration split has {len(calib)} images, and a 95% threshold needs {MIN_CALIB}. "
                 "Train with a larger --calib-fraction"
             )
     except UsageError as error:
         click.echo(f"no figures at a threshold: {error}", err=True)
         return None
-    return source, splits.calib
+    return source, calib
 
 
 def shipped_score(run: Run, failed: str) -> tuple[Spec | None, FittedScore | None]:

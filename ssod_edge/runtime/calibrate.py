@@ -227,6 +227,11 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     if splits_hash and images.source.fingerprint == facts.get("data_fingerprint"):
         if export.run_folder is None:
             raise trained_on(data)
+        if facts.get("pooled"):
+            raise UsageError(
+                f"the thresholds of this export come from the images of '{data}' that it was trained on, out of fold: "
+                "export the run again for these, or name new images"
+            )
         source = open_training_data(data, facts.get("val_data"), facts.get("val_fingerprint"))
         splits = read_splits(export.run_folder, source, str(splits_hash))
         images = replace(

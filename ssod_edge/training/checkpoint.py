@@ -24,6 +24,8 @@ from ssod_edge.training.model import SSODClassifier
 
 #: 2: the metadata has a hash of its own.
 SCHEMA_VERSION = 2
+#: Of tensors that are `ssod_edge.detect.folds.Folds`.
+FOLDS = "folds."
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 

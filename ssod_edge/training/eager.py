@@ -118,13 +118,15 @@ def _spec(model: SSODClassifier, trained: bool) -> Spec:
 
 
 def _threshold(export: Export) -> Threshold | None:
-    """That of the artifact that computes what PyTorch does: it comes from all calibration images."""
+    """That of the artifact that computes what PyTorch does: it comes from all calibration images. Without one, of
+    another, where the model was trained on the images of the reference.
+    """
     spec = export.spec
     found = {a.precision: a.threshold for a in spec.artifacts if a.threshold is not None}
     if not spec.trained or not found:
         return None
-    if "fp32" in found:
-        return found["fp32"]
+    if "fp32" in found or spec.source.get("pooled"):
+        return found.get("fp32", next(iter(found.values())))
     target = next(iter(found.values())).target_tpr
     scores = np.asarray(export.reference()[f"score_{spec.score_name}"])
     return conformal_threshold(scores, target, "eager scores of reference.npz")

@@ -13,7 +13,8 @@ Labels = NDArray[np.int64]
 
 #: Inverse weights of the L2 penalty on standardised features that are tried.
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2)
-FOLDS = 4
+#: Parts that images are divided into to leave each out once; of few images more, because each is missed more.
+FOLDS, MOST_FOLDS, FEW = 4, 10, 1000
 ITERATIONS = 300
 #: Least deviation of a feature that is divided by: some are the same for every image.
 LEAST_DEVIATION = 1e-6
@@ -29,6 +30,8 @@ class LinearHead:
         strength: of `STRENGTHS`.
         losses: strength -> mean log loss of images that were left out of the fit; empty where none was.
         accuracy: share of images that are classified rightly when left out of the fit; NaN where none was.
+        fold: int64 [n], the part that each image is of; empty where none was left out.
+        fold_weight, fold_bias: float32 [K, M, Dall] and [K, M], of the fits of that strength without each part.
     """
 
     weight: Array
@@ -36,6 +39,9 @@ class LinearHead:
     strength: float
     losses: dict[float, float]
     accuracy: float
+    fold: Labels
+    fold_weight: Array
+    fold_bias: Array
 
     def logits(self, features: Array) -> Array:
         """[n, Dall] -> float32 [n, M]."""
@@ -62,28 +68,42 @@ def fit_head(
     """
     losses: dict[float, float] = {}
     accuracies: dict[float, float] = {}
-    if parts := _folds(labels, classes, np.arange(len(labels)) if groups is None else groups):
-        for strength in STRENGTHS:
-            found = np.zeros((len(labels), classes))
-            for inside, outside in parts:
-                head = _fit(plain, disturbed, labels, classes, weights, inside, strength)
-                found[outside] = plain[outside] @ head[0].T + head[1]
-            found -= found.max(axis=1, keepdims=True)
-            log_probs = found - np.log(np.exp(found).sum(axis=1, keepdims=True))
-            losses[strength] = float(-np.average(log_probs[np.arange(len(labels)), labels], weights=weights))
-            accuracies[strength] = float((found.argmax(axis=1) == labels).mean())
-            if losses[strength] > min(losses.values()):
-                break  # convex in the strength, but for noise
+    heads: dict[float, list[tuple[Array, Array]]] = {}
+    parts = _folds(labels, classes, np.arange(len(labels)) if groups is None else groups)
+    for strength in STRENGTHS if parts else ():
+        heads[strength] = []
+        for inside, _ in parts:
+            counts = None if weights is None else weights[inside]
+            fitted = fit_layer(plain[inside], disturbed[inside], labels[inside], classes, counts, strength)
+            heads[strength].append(fitted)
+        found = np.zeros((len(labels), classes))
+        for (_, outside), (weight, bias) in zip(parts, heads[strength], strict=True):
+            found[outside] = plain[outside] @ weight.T + bias
+        found -= found.max(axis=1, keepdims=True)
+        log_probs = found - np.log(np.exp(found).sum(axis=1, keepdims=True))
+        losses[strength] = float(-np.average(log_probs[np.arange(len(labels)), labels], weights=weights))
+        accuracies[strength] = float((found.argmax(axis=1) == labels).mean())
+        if losses[strength] > min(losses.values()):
+            break  # convex in the strength, but for noise
     strength = min(losses, key=losses.__getitem__) if losses else STRENGTHS[1]
-    weight, bias = _fit(plain, disturbed, labels, classes, weights, np.arange(len(labels)), strength)
-    return LinearHead(weight, bias, strength, losses, accuracies.get(strength, float("nan")))
+    head = fit_layer(plain, disturbed, labels, classes, weights, strength)
+    fold = np.zeros(len(labels) if parts else 0, np.int64)
+    for number, (_, outside) in enumerate(parts):
+        fold[outside] = number
+    left_out = heads.get(strength, [])
+    fold_weight, fold_bias = (
+        np.array([part[i] for part in left_out], np.float32).reshape(-1, *head[i].shape) for i in (0, 1)
+    )
+    accuracy = accuracies.get(strength, float("nan"))
+    return LinearHead(*head, strength, losses, accuracy, fold, fold_weight, fold_bias)
 
 
 def _folds(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """(images that are fitted to, images that are left out) of each fold; none where a fit would lack a class."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    count = min(FOLDS, *(len(np.unique(groups[labels == label])) for label in range(classes)))
+    most = MOST_FOLDS if len(labels) <= FEW else FOLDS
+    count = min(most, *(len(np.unique(groups[labels == label])) for label in range(classes)))
     if count < 2:
         return []
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=0)
@@ -91,27 +111,21 @@ def _folds(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[n
     return parts if all(len(np.unique(labels[inside])) == classes for inside, _ in parts) else []
 
 
-def _fit(
-    plain: Array,
-    disturbed: Array,
-    labels: Labels,
-    classes: int,
-    weights: Array | None,
-    chosen: NDArray[np.intp],
-    strength: float,
+def fit_layer(
+    plain: Array, disturbed: Array, labels: Labels, classes: int, weights: Array | None, strength: float
 ) -> tuple[Array, Array]:
-    """Weight [M, Dall] and bias [M] of a fit to some of the images."""
+    """Weight [M, Dall] and bias [M] of one fit; arguments as for `fit_head`, and one of `STRENGTHS`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    z, y = np.concatenate([plain[chosen], disturbed[chosen]]), np.tile(labels[chosen], 2)
+    z, y = np.concatenate([plain, disturbed]), np.tile(labels, 2)
     mean, deviation = z.mean(axis=0), np.maximum(z.std(axis=0), LEAST_DEVIATION)
     model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3)
     # Products with a few rows: threads would wait for each other, three times as long.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the loss do not matter
-        model.fit((z - mean) / deviation, y, None if weights is None else np.tile(weights[chosen], 2))
+        model.fit((z - mean) / deviation, y, None if weights is None else np.tile(weights, 2))
     rows, intercept = model.coef_, model.intercept_
     if classes == 2:  # one row, of the second class against the first
         rows, intercept = np.concatenate([-rows, rows]) / 2, np.concatenate([-intercept, intercept]) / 2

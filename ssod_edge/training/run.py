@@ -7,17 +7,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssod_edge.config import Head, Preprocess, TrainConfig, from_dict, resolve_backbone
 from ssod_edge.data.images import Images, Subset
 from ssod_edge.data.sources import ImageSource, open_training_data
 from ssod_edge.data.splits import Splits, read_splits
+from ssod_edge.detect.folds import Folds, folds_of
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import sha256_file
 from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME
-from ssod_edge.training.checkpoint import BEST, load_checkpoint, load_state
+from ssod_edge.training.checkpoint import BEST, FOLDS, load_checkpoint, load_state
 from ssod_edge.training.model import SSODClassifier, build_model
+
+#: Images whose out-of-fold scores a threshold comes from: every artifact runs them all.
+THRESHOLD_IMAGES = 500
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Run:
         return cls.at(max(found)[1])
 
     @cached_property
-    def _weights(self) -> tuple[SSODClassifier, dict[str, Any]]:
+    def _weights(self) -> tuple[SSODClassifier, dict[str, Any], Folds | None]:
         tensors, meta = load_checkpoint(self.checkpoint)
         try:
             backbone = from_json(str, meta["backbone"], "backbone")
@@ -74,7 +80,8 @@ class Run:
         except UsageError as error:
             raise ArtifactError(f"checkpoint '{self.checkpoint}' does not describe a model ({error})") from error
         load_state(model, tensors, self.checkpoint)
-        return model.eval(), meta
+        arrays = {name.removeprefix(FOLDS): t.numpy() for name, t in tensors.items() if name.startswith(FOLDS)}
+        return model.eval(), meta, folds_of(arrays)
 
     @property
     def model(self) -> SSODClassifier:
@@ -95,6 +102,11 @@ class Run:
     def checkpoint_sha256(self) -> str:
         """Of the checkpoint file, hex."""
         return sha256_file(self.checkpoint)
+
+    @property
+    def folds(self) -> Folds | None:
+        """How thresholds come from images that the last layer was fitted on; None where they have a split."""
+        return self._weights[2]
 
     @property
     def outliers(self) -> tuple[str, ...]:
@@ -156,6 +168,10 @@ class Run:
         """Its splits by what they are for; errors and `place` as for `splits`."""
         source, splits = self.splits("name others with --id", place)
         parts = {"train": splits.train, "val": splits.val, "calib": splits.calib}
+        if self.folds is not None:
+            everything = self.folds.images
+            drawn = np.random.default_rng(0).permutation(everything)[:THRESHOLD_IMAGES]
+            parts = {"train and calib": everything, "val": splits.val, "out-of-fold": np.sort(drawn)}
         name = place or self.meta["data"]
         subsets = (Subset(source, part, f"'{name}', {key} split {splits.hash[:12]}") for key, part in parts.items())
         return Images(*subsets)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
 from ssod_edge.data.groups import describe_groups, image_groups
 from ssod_edge.data.sources import open_training_data
-from ssod_edge.data.splits import MIN_CALIB, split_dataset
+from ssod_edge.data.splits import MIN_CALIB, Indices, split_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
@@ -30,6 +31,9 @@ from ssod_edge.training.checkpoint import (
 from ssod_edge.training.distributed import check_same_images, is_main
 from ssod_edge.training.model import SSODClassifier, build_model, check_size
 from ssod_edge.training.published import check_published
+
+#: Training and calibration images up to which thresholds may come from out-of-fold scores; of more, a split is 5%.
+MOST_POOLED = 10_000
 
 
 def say(message: str) -> None:
@@ -76,16 +80,36 @@ class Session:
             "splits_hash": self.splits.hash,
             **self.source.val_record,
         }
-        splits = self.splits
-        say(
-            f"{len(splits.train)} images to train on, {len(splits.val)} to validate on, {len(splits.calib)} for "
-            "thresholds"
-        )
+        say(self._describe_splits())
         if groups is not None:
             say(describe_groups(groups))
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
+
+    @property
+    def pools(self) -> bool:
+        """Whether thresholds come from out-of-fold scores where the head alone is tuned, so that the calibration images
+        are trained on too: published features have seen none of them, and nobody asked for a split of their own.
+        """
+        config, source, calib = self.config, self.source, self.splits.calib
+        own = source.fixed_splits is not None or config.calib_fraction is not None
+        own = own or (source.given_val is not None and bool(np.isin(calib, source.given_val).any()))
+        return self.published and config.tune in ("head", "auto") and not own and len(self.pooled) <= MOST_POOLED
+
+    @property
+    def pooled(self) -> Indices:
+        """Training and calibration images, ascending."""
+        return np.sort(np.concatenate([self.splits.train, self.splits.calib]))
+
+    def _describe_splits(self) -> str:
+        splits = self.splits
+        if self.config.tune == "head" and self.pools:
+            return f"{len(self.pooled)} images to train on and for thresholds, {len(splits.val)} to validate on"
+        return (
+            f"{len(splits.train)} images to train on, {len(splits.val)} to validate on, {len(splits.calib)} for "
+            "thresholds"
+        )
 
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
@@ -115,7 +139,7 @@ class Session:
         held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
         record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
         write_json(self.run / "splits.json", record)
-        if len(splits.calib) < MIN_CALIB:
+        if (len(self.pooled) if self.pools else len(splits.calib)) < MIN_CALIB:
             say(
                 f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
                 f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"

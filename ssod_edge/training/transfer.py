@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ssod_edge.data.splits import Indices
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
-from ssod_edge.training.checkpoint import BEST
+from ssod_edge.training.checkpoint import BEST, FOLDS
 from ssod_edge.training.distributed import world_size
 from ssod_edge.training.features import Features, check_features, features_of, keep_features
 from ssod_edge.training.objective import class_weights
@@ -38,7 +40,7 @@ def tune(session: Session) -> None:
     started = time.monotonic()
     features = _features(session)
     fitted = time.monotonic()
-    head = _fit(session, features)
+    head, images = _fit(session, features, pool=parts is None)
     _set_head(session, head)
     before = _held_out(session, features)
     say(
@@ -56,7 +58,24 @@ def tune(session: Session) -> None:
         else:
             say("the upper blocks are put back: tuned, they do not do better on validation images than chance gives")
             session.model.load_state_dict(untouched)
-    _write(session, before.accuracy, time.monotonic() - started, facts)
+    if facts["tuned"] == "head" and parts is not None and session.pools:
+        head, images = _fit(session, features, pool=True)
+        _set_head(session, head)
+        before = _held_out(session, features)
+        say(f"head: fitted on {len(images)} images, those for thresholds too: {before}")
+    facts["strength"] = head.strength
+    pooled = facts["tuned"] == "head" and len(images) > len(session.splits.train)
+    folds = _folds(session, head, images) if pooled else {}
+    _write(session, before.accuracy, time.monotonic() - started, facts, folds)
+
+
+def _folds(session: Session, head: LinearHead, images: Indices) -> dict[str, Tensor]:
+    """What the checkpoint keeps of the fits without each part of the images (`ssod_edge.detect.folds.Folds`)."""
+    counts = _counts(session, images)
+    arrays = {"images": images, "fold": head.fold, "weight": head.fold_weight, "bias": head.fold_bias}
+    arrays["counts"] = np.ones(len(images), np.float32) if counts is None else counts
+    arrays["strength"] = np.array(head.strength)
+    return {f"{FOLDS}{name}": torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -150,12 +169,27 @@ def _features(session: Session) -> Features:
         return features_of(session.model, session.source, session.run.parent, session.config.workers, advance)
 
 
-def _fit(session: Session, features: Features) -> LinearHead:
-    train, source = session.splits.train, session.source
-    labels, by_class = source.labels[train], class_weights(source.labels[train], session.config.class_weights)
-    counts = None if by_class is None else by_class.numpy()[labels]
-    groups = None if session.groups is None else session.groups[train]
-    return fit_head(features.plain[train], features.disturbed[train], labels, len(source.classes), counts, groups)
+def _fit(session: Session, features: Features, pool: bool) -> tuple[LinearHead, Indices]:
+    """A last layer, and the images that it was fitted on: those for thresholds too, if `pool` and that can be."""
+    if pool and session.pools:
+        head = _fit_on(session, features, session.pooled)
+        if len(head.fold):
+            return head, session.pooled
+    return _fit_on(session, features, session.splits.train), session.splits.train
+
+
+def _fit_on(session: Session, features: Features, images: Indices) -> LinearHead:
+    source = session.source
+    groups = None if session.groups is None else session.groups[images]
+    plain, disturbed, labels = features.plain[images], features.disturbed[images], source.labels[images]
+    return fit_head(plain, disturbed, labels, len(source.classes), _counts(session, images), groups)
+
+
+def _counts(session: Session, images: Indices) -> NDArray[np.float32] | None:
+    """How much each image counts; None: all the same."""
+    labels = session.source.labels[images]
+    by_class = class_weights(labels, session.config.class_weights)
+    return None if by_class is None else by_class.numpy()[labels]
 
 
 def _set_head(session: Session, head: LinearHead) -> None:
@@ -167,7 +201,9 @@ def _set_head(session: Session, head: LinearHead) -> None:
             classifier.bias.copy_(torch.from_numpy(head.bias))
 
 
-def _write(session: Session, accuracy: float, seconds: float, facts: dict[str, Any]) -> None:
+def _write(
+    session: Session, accuracy: float, seconds: float, facts: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     row = {"epoch": 1, "val_accuracy": accuracy, "seconds": round(seconds, 3), **facts}
     append_metrics(session.run / "metrics.jsonl", {**row, "started_from": session.started_from})
-    session.save(BEST, 1, accuracy, meta=facts)
+    session.save(BEST, 1, accuracy, tensors, facts)

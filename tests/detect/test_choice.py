@@ -13,14 +13,17 @@ from ssod_edge.detect.choice import (
     MISTAKEN,
     Candidates,
     Choice,
+    Known,
     best_of,
     choose,
     fit_all,
+    single_scores,
     unasked_score,
 )
 from ssod_edge.detect.choice_table import choice_in_brief, choice_table
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData
+from ssod_edge.detect.sums import held_out_scores
 
 WIDTH, CLASSES = 16, 3
 
@@ -49,9 +52,11 @@ def chosen(
     known, data = make(200, seed=1), make(400, seed=0)
     made = {"near": outputs(make(100, seed=2, away=5)), "far": outputs(make(100, seed=3, away=12))}
     fitted = fit_all(data, lambda detector: True, lambda line: None)
-    candidates = Candidates(fitted, outputs(known), ood_row)
     calm = outputs(make(100, seed=4)) if disturbed is None else disturbed  # as the known ones
-    return choose(candidates, outputs(known), known.labels if labels is None else labels, made, network, calm)
+    singles = single_scores(fitted, ood_row)
+    parts = (held_out_scores(singles, fitted, shown) for shown in (outputs(known), calm))
+    shown = Known(known.logits, known.labels if labels is None else labels, *parts)
+    return choose(Candidates(fitted, shown.parts), shown, made, network)
 
 
 def test_what_lies_where_no_class_does_is_found_by_a_distance() -> None:

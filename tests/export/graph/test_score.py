@@ -21,11 +21,11 @@ from ssod_edge.bench.plain import cut_plain
 from ssod_edge.cli import main
 from ssod_edge.config import DETECTORS, SCORES, Preprocess, score_parts
 from ssod_edge.data.images import Images, Subset, whole_dataset
-from ssod_edge.detect.choice import DISTANCES, Candidates, fit_all
+from ssod_edge.detect.choice import DISTANCES, Candidates, fit_all, single_scores
 from ssod_edge.detect.fit import FitData, fit
 from ssod_edge.detect.made_images import CHOICE_KINDS
 from ssod_edge.detect.scores import ood_scores
-from ssod_edge.detect.sums import FittedScore, ScoreSum, fit_score
+from ssod_edge.detect.sums import FittedScore, ScoreSum, fit_score, held_out_scores
 from ssod_edge.errors import ArtifactError, UsageError, VerificationError
 from ssod_edge.export.bundle import write_bundle
 from ssod_edge.export.deploy import deploy
@@ -273,7 +273,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_model: SSODClassifier) -
 def shipped_by(source: Source, name: str | None, say: Say, earlier: Export | None = None) -> ShippedScore:
     """The score of an export: decided on, its images divided, then fitted or chosen."""
     wanted = want_score(source, name, earlier, say)
-    return ship_score(replace(source, images=wanted.divide(source.images, say)), wanted, say)
+    return ship_score(replace(source, images=wanted.divide(source.images, source.folds is not None, say)), wanted, say)
 
 
 def test_a_detector_goes_all_the_way_to_a_device(run: Path, tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_the_sum_that_auto_ships_is_the_one_it_measured(run: Path, tiny, monkeyp
     data = fit_data(source, lambda line: None)
     detectors = {part: fit(part, data) for part in DETECTORS}  # type: ignore[arg-type]
     known = run_eager(tiny, pictures(60, seed=4).numpy())
-    candidates = Candidates(detectors, known, ood_row=True)
+    candidates = Candidates(detectors, held_out_scores(single_scores(detectors, ood_row=True), detectors, known))
     images = pictures(20, seed=6).numpy()
     state = candidates.state(name)
     assert state is not None
