@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ssod_edge.config import DETECTORS, DetectorName, score_parts
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData, fit
-from ssod_edge.detect.folds import Folds, out_of_fold_parts
+from ssod_edge.detect.folds import Folds
 from ssod_edge.detect.metrics import detection_metrics
 from ssod_edge.detect.sums import held_out_scores, standards, sum_of
 from ssod_edge.errors import UsageError
@@ -28,6 +28,8 @@ Indices = NDArray[np.int64]
 MOST_CLASSES = 10
 #: Of so few images every part is left out too, one after the other; of more, one part for each class.
 FEW = 500
+#: Share of known images that is accepted in these figures.
+TPR = 0.95
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ def _fit_without(
 
 
 def expectation(
-    score: str, data: FitData, folds: Folds, classes: Sequence[str], threshold_tpr: float = 0.95
+    score: str,
+    data: FitData,
+    folds: Folds,
+    classes: Sequence[str],
+    out_of_fold: tuple[dict[str, Array], dict[str, Array]],
 ) -> dict[str, Any]:
     """What to expect of a score in the field, as a record for the spec.
 
@@ -117,7 +123,7 @@ def expectation(
         score: that ships; see `ssod_edge.config.score_parts`.
         data, folds: as for `leave_out`.
         classes: names in label order.
-        threshold_tpr: share of known images that the threshold keeps.
+        out_of_fold: of `ssod_edge.detect.folds.out_of_fold_parts`, by the parts of the score.
 
     Returns:
         `new_class`: {class: {"images", "auroc", "accepted", "taken_for"}}, of each class that was left out: the share
@@ -128,7 +134,7 @@ def expectation(
     found: dict[str, Any] = {}
     for left in leave_out(parts, data, folds):
         known, unknown = (_total(score, values, left.known) for values in (left.known, left.unknown))
-        threshold = np.quantile(known, threshold_tpr, method="higher")
+        threshold = np.quantile(known, TPR, method="higher")
         values, counts = np.unique(left.taken_for, return_counts=True)
         found[classes[left.label]] = {
             "images": len(unknown),
@@ -136,8 +142,8 @@ def expectation(
             "accepted": float(np.mean(unknown <= threshold)),
             "taken_for": classes[int(values[counts.argmax()])],
         }
-    plain, disturbed = out_of_fold_parts(parts, data, folds)
-    threshold = np.quantile(_total(score, plain, plain), threshold_tpr, method="higher")
+    plain, disturbed = out_of_fold
+    threshold = np.quantile(_total(score, plain, plain), TPR, method="higher")
     accepted = float(np.mean(_total(score, disturbed, plain) <= threshold))
     return {"new_class": found, "disturbed": accepted}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -162,36 +163,30 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
         UsageError: too few images can be read.
     """
     shipped = _kept(source, wanted.kept, say) if wanted.kept is not None else None
+    folded = None if source.folds is None else _Folded(source, source.folds)
     if shipped is None:
         try:
-            shipped = _chosen(source, say, brief=not wanted.asked) if wanted.chooses else _fitted(source, wanted, say)
+            chooses = wanted.chooses
+            shipped = _chosen(source, say, not wanted.asked) if chooses else _fitted(source, wanted, folded, say)
         except UsageError as error:
             if wanted.asked:
                 raise
             say(f"{wanted.told} ({error}), so it is {DEFAULT_SCORE}")
             shipped = ShippedScore(DEFAULT_SCORE, wanted.evidence)
-    if source.folds is None or source.images.thresholds is None:
+    if folded is None or source.images.thresholds is None:
         return shipped
-    data = fit_data(source, lambda line: None)
-    try:
-        expected = expectation(shipped.name, data, source.folds, source.model.classes)
-    except UsageError as error:
-        expected = {}
-        say(f"what to expect of new classes is not known: {error}")
-    for line in expectation_lines(expected) if expected else ():
-        say(line)
-    return replace(shipped, out_of_fold=_out_of_fold(source, source.folds, shipped, data), expected=expected)
+    return replace(shipped, out_of_fold=folded.of(shipped), expected=folded.expected(shipped.name, say))
 
 
-def _fitted(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
+def _fitted(source: Source, wanted: WantedScore, folded: _Folded | None, say: Say) -> ShippedScore:
     """The score that is named."""
     if not has_state(wanted.name):
         return ShippedScore(wanted.name, wanted.evidence)
-    data, parts = fit_data(source, say), score_parts(wanted.name)
+    data = fit_data(source, say)
     held_out: Outputs | dict[str, Array] | None = None
-    if source.folds is not None:
-        held_out = out_of_fold_parts(parts, data, source.folds)[0]
-    elif len(parts) > 1:
+    if folded is not None:
+        held_out = folded.parts(wanted.name)[0]
+    elif len(score_parts(wanted.name)) > 1:
         held_out = _held_out(source, say)
     detector = fit_score(wanted.name, data, held_out)
     if not wanted.asked and held_out is not None:
@@ -200,22 +195,48 @@ def _fitted(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
     return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
 
 
-def _out_of_fold(source: Source, folds: Folds, shipped: ShippedScore, data: FitData) -> OutOfFold:
-    """Of the images for thresholds."""
-    state = shipped.detector
-    parts, _ = out_of_fold_parts(score_parts(shipped.name), data, folds)
-    n = len(folds.images)
-    outputs = data.logits[:n], data.id_logit[:n], data.features[:n]
-    if state is None:
-        new, now = parts[shipped.name], held_out_scores((shipped.name,), {}, outputs)[shipped.name]
-    else:
-        new = state.add(parts) if isinstance(state, ScoreSum) else parts[shipped.name]
-        now = state.score(outputs[2], *outputs[:2])
-    thresholds = source.images.thresholds
-    assert thresholds is not None
-    rows = folds.rows(thresholds.indices)
-    labels = thresholds.source.labels[thresholds.indices]
-    return OutOfFold(folds.logits(data.features[rows], rows), labels, (new - now)[rows])
+class _Folded:
+    """A source whose images for thresholds were trained on."""
+
+    def __init__(self, source: Source, folds: Folds):
+        self._source, self._folds = source, folds
+        self._found: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
+
+    @cached_property
+    def _data(self) -> FitData:
+        return fit_data(self._source, lambda line: None)
+
+    def parts(self, score: str) -> tuple[dict[str, Array], dict[str, Array]]:
+        """`out_of_fold_parts` of a score, once."""
+        if score not in self._found:
+            self._found[score] = out_of_fold_parts(score_parts(score), self._data, self._folds)
+        return self._found[score]
+
+    def of(self, shipped: ShippedScore) -> OutOfFold:
+        """Of the images for thresholds."""
+        data, state, n = self._data, shipped.detector, len(self._folds.images)
+        parts, outputs = self.parts(shipped.name)[0], (data.logits[:n], data.id_logit[:n], data.features[:n])
+        if state is None:
+            new, now = parts[shipped.name], held_out_scores((shipped.name,), {}, outputs)[shipped.name]
+        else:
+            new = state.add(parts) if isinstance(state, ScoreSum) else parts[shipped.name]
+            now = state.score(outputs[2], *outputs[:2])
+        thresholds = self._source.images.thresholds
+        assert thresholds is not None
+        rows = self._folds.rows(thresholds.indices)
+        labels = thresholds.source.labels[thresholds.indices]
+        return OutOfFold(self._folds.logits(data.features[rows], rows), labels, (new - now)[rows])
+
+    def expected(self, score: str, say: Say) -> dict[str, Any]:
+        """The record for the spec, which is told too; empty where there are too few images for it."""
+        try:
+            found = expectation(score, self._data, self._folds, self._source.model.classes, self.parts(score))
+        except UsageError as error:
+            say(f"what to expect of new classes is not known: {error}")
+            return {}
+        for line in expectation_lines(found):
+            say(line)
+        return found
 
 
 def _check_rounding(score: FittedScore, known: Outputs) -> None:

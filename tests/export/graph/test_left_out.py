@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from ssod_edge.config import score_parts
 from ssod_edge.detect.fit import FitData
-from ssod_edge.detect.folds import Folds
+from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.errors import UsageError
 from ssod_edge.export.graph import left_out
 from ssod_edge.export.graph.left_out import expectation, expectation_lines, leave_out
@@ -29,6 +32,11 @@ def material(classes: int = 4, n: int = N) -> tuple[FitData, Folds]:
     data = FitData(z, np.tile(labels, 2), z @ weight.T, weight, bias, np.zeros(2 * n, np.float32))
     heads = np.stack([weight] * PARTS), np.stack([bias] * PARTS)
     return data, Folds(np.arange(n), np.arange(n) // 4 % PARTS, *heads, np.ones(n, np.float32), 0.01)
+
+
+def expect(score: str, data: FitData, folds: Folds) -> dict[str, Any]:
+    names = NAMES[: len(data.bias)]
+    return expectation(score, data, folds, names, out_of_fold_parts(score_parts(score), data, folds))
 
 
 def test_a_class_is_judged_by_models_that_have_not_seen_it() -> None:
@@ -55,7 +63,7 @@ def test_many_images_are_left_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_to_expect_names_the_hardest_class_and_what_it_is_taken_for() -> None:
     data, folds = material()
-    expected = expectation(SCORE, data, folds, NAMES)
+    expected = expect(SCORE, data, folds)
     new = expected["new_class"]
     assert set(new) == set(NAMES) and new["cup"]["auroc"] > 0.99 and new["cup"]["accepted"] < 0.1
     assert new["cat"]["auroc"] < new["cup"]["auroc"] and new["cat"]["taken_for"] == "dog"
@@ -65,12 +73,12 @@ def test_what_to_expect_names_the_hardest_class_and_what_it_is_taken_for() -> No
     assert f"hardest: {hardest}, which is taken for {new[hardest]['taken_for']}" in first and "each of 4" in first
     assert second.startswith("expect of another light or camera: ")
     # A single score has no mean and deviation to be brought to.
-    assert expectation("knn", data, folds, NAMES)["new_class"]["cup"]["auroc"] > 0.99
+    assert expect("knn", data, folds)["new_class"]["cup"]["auroc"] > 0.99
 
 
 def test_of_two_classes_none_can_be_left_out() -> None:
     data, folds = material(classes=2)
-    expected = expectation("energy", data, folds, NAMES[:2])
+    expected = expect("energy", data, folds)
     assert expected["new_class"] == {} and len(expectation_lines(expected)) == 1
     data, folds = material(n=4)
     with pytest.raises(UsageError, match="no class can be left out"):
