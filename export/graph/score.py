@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, score_parts
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, PRIOR_SCORE, has_state, score_parts
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
@@ -142,6 +142,11 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
             say(
                 f"the score is {default}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
                 f"choose another, and there are {counts[0]} and {counts[1]}"
+            )
+        elif default == DEFAULT_SCORE and source.tuned:
+            say(
+                f"the score is {default}: {PRIOR_SCORE} is fitted on {LEAST_IMAGES} training images or more, and there "
+                f"are {counts[0]}"
             )
         return WantedScore(default, DEFAULT_EVIDENCE, asked=False)
     if name == AUTO_SCORE and not source.trained:

@@ -136,3 +136,14 @@ def test_ten_images_a_class_are_enough(tmp_path, weights):
     assert again.exit_code == 0 and "made anew" not in again.output, again.output
     assert {a.name for a in run.export.spec.artifacts} == {"onnx-fp32"}  # what was read at first
     assert {a.name for a in Run.at(run.folder).export.spec.artifacts} == {"onnx-fp32", "openvino-fp32"}
+
+
+def test_too_few_for_a_distance_is_said(tmp_path, weights):
+    run = train(tmp_path / "runs", write_photos(tmp_path / "photos", 7), weights)
+    done = command("export", run.folder, "--target", "onnx", "--fp32")
+    assert done.exit_code == 0, done.output
+    assert run.export.spec.score_name == "energy" and run.export.spec.artifact("onnx-fp32").threshold.n == 24
+    assert (
+        "the score is energy: gen+mahalanobispp is fitted on 32 training images or more, and there are 24"
+        in done.output
+    )
