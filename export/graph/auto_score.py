@@ -17,6 +17,7 @@ from ssod_edge.detect.choice_table import choice_in_brief, choice_table
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.made_images import CHOICE_KINDS, make_for_choices
 from ssod_edge.detect.sums import FittedScore
+from ssod_edge.export.graph.negatives import negative_kind
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source
@@ -65,6 +66,7 @@ def choose(
         for kind in kinds:
             made[kind] = run_eager(model, make_for_choices(half, kinds=(kind,)))
             advance(len(half))
+    made |= negative_kind(source, say)
     logits, _, features = known
     fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
     candidates = choice.Candidates(fitted, known, bool(model.ood.weight.any()))

@@ -21,6 +21,7 @@ from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import choose
+from ssod_edge.export.graph.negatives import DEFAULTS, fit_default
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
@@ -143,10 +144,14 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
             return ShippedScore(wanted.name, wanted.evidence)
         data = fit_data(source, say)
         held_out = _held_out(source, say) if len(score_parts(wanted.name)) > 1 else None
-        detector = fit_score(wanted.name, data, held_out)
+        by_negatives: dict[str, Any] = {}
+        if not wanted.asked and held_out is not None and wanted.name in DEFAULTS:
+            detector, by_negatives = fit_default(source, data, held_out, say)
+        else:
+            detector = fit_score(wanted.name, data, held_out)
         if not wanted.asked and held_out is not None:
             _check_rounding(detector, held_out)
-        return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
+        return ShippedScore(detector.name, wanted.evidence, detector, _record(source, data, detector) | by_negatives)
     except UsageError as error:
         if wanted.asked:
             raise

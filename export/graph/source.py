@@ -22,6 +22,8 @@ from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_
 from ssod_edge.training.run import Run
 
 UNTRAINED_CLASSES = 1000
+#: Of `ssod_edge.data.negatives.Negatives.record`.
+_OF_NEGATIVES = ("negatives", "negatives_fingerprint", "negatives_hash")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Source:
         outliers: kinds of made images that the model was trained to reject, of `ssod_edge.config.OUTLIERS`.
         tuned: "head" if its features are published ones, "upper" if they were tuned gently from there (`train --tune`):
             detectors are then fitted with disturbed copies of the training images too. Empty for all else.
+        run: the training run, if it is one: it knows its negatives.
     """
 
     model: SSODClassifier
@@ -48,6 +51,7 @@ class Source:
     checkpoint: Path | None = None
     outliers: tuple[str, ...] = ()
     tuned: str = ""
+    run: Run | None = None
 
 
 def check_score(source: Source, score: str) -> None:
@@ -91,11 +95,11 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         "run": run.folder.resolve().name,
         "checkpoint_sha256": run.checkpoint_sha256,
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
-        **{key: meta[key] for key in ("val_data", "val_fingerprint") if key in meta},
+        **{key: meta[key] for key in ("val_data", "val_fingerprint", *_OF_NEGATIVES) if key in meta},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
     trained, tuned = meta.get("trained") is True, str(meta.get("tuned", ""))
-    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned)
+    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned, run)
 
 
 def from_weights(

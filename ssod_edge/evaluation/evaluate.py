@@ -27,6 +27,7 @@ from ssod_edge.evaluation.baselines import Baselines
 from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
+    held_out_negatives,
     id_images,
     shipped_score,
     warn_of_known_images,
@@ -51,6 +52,9 @@ ImageSet = tuple[ImageSource, Indices]
 BATCH_SIZE = 64
 #: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
 DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
+
+#: Name of the OOD set of held-out negatives, and of what the report says of them.
+NEGATIVES = "negatives"
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
 
     Returns:
         The JSON face: `id_accuracy`, `default_score` (what the export ships; `energy` without one), `ships` (the same,
-        but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `results` (a
+        but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `negatives`
+        (of a run that has any: how many were learnt from, chosen by and held out; these are an OOD set), `results` (a
         row for each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment`
         (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (its
         `shift_rows`; empty if none are asked for), with baselines also `baselines` (detector -> its cost, or its error)
@@ -123,6 +128,10 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
             click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
     sets: dict[str, ImageSet] = {"id": (source, indices)}
     sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
+    negatives = None if NEGATIVES in ood else held_out_negatives(opened)
+    if negatives is not None:
+        sets[NEGATIVES] = negatives[:2]
+        ood_data = {**ood_data, NEGATIVES: f"{negatives[2]['data']} (held-out negatives)"}
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
     found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
@@ -140,6 +149,8 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "ood_row_trained": bool(model.ood.weight.any()),
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
+    if negatives is not None:
+        report[NEGATIVES] = negatives[2]
     report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
 from ssod_edge.data.groups import describe_groups, image_groups
+from ssod_edge.data.negatives import Negatives, open_negatives
 from ssod_edge.data.sources import open_training_data
 from ssod_edge.data.splits import MIN_CALIB, split_dataset
 from ssod_edge.errors import UsageError
@@ -62,19 +63,23 @@ class Session:
             check_published(config.backbone)
         try:
             self.source = open_training_data(config.data, config.val)
+            self.negatives = self._open_negatives()
         except UsageError as error:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         if self.source.left_out:
             say(self.source.left_out)
-        check_same_images(self.source.fingerprint + self.source.val_record.get("val_fingerprint", ""))
+        of_negatives = {} if self.negatives is None else self.negatives.record
+        others = (self.source.val_record.get("val_fingerprint", ""), of_negatives.get("negatives_hash", ""))
+        check_same_images(self.source.fingerprint + "".join(others))
         self.groups = groups = image_groups(self.source, config.group)
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed, groups)
         self.data_record = {
             "data_fingerprint": self.source.fingerprint,
             "splits_hash": self.splits.hash,
             **self.source.val_record,
+            **of_negatives,
         }
         splits = self.splits
         say(
@@ -83,9 +88,17 @@ class Session:
         )
         if groups is not None:
             say(describe_groups(groups))
+        if self.negatives is not None:
+            say(str(self.negatives))
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
+
+    def _open_negatives(self) -> Negatives | None:
+        config = self.config
+        if config.negatives is None:
+            return None
+        return open_negatives(config.negatives, self.source, config.preprocess, config.group, config.seed, say)
 
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
@@ -114,6 +127,8 @@ class Session:
         write_json(self.run / "config.json", dataclasses.asdict(self.config))
         held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
         record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
+        if self.negatives is not None:
+            record["negatives_parts"] = {part: found.tolist() for part, found in self.negatives.listed.items()}
         write_json(self.run / "splits.json", record)
         if len(splits.calib) < MIN_CALIB:
             say(

@@ -16,6 +16,7 @@ from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST
 from ssod_edge.training.distributed import world_size
 from ssod_edge.training.features import Features, check_features, features_of, keep_features
+from ssod_edge.training.negatives import fit_row
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
@@ -56,6 +57,7 @@ def tune(session: Session) -> None:
         else:
             say("the upper blocks are put back: tuned, they do not do better on validation images than chance gives")
             session.model.load_state_dict(untouched)
+    facts |= fit_row(session)
     _write(session, before.accuracy, time.monotonic() - started, facts)
 
 
