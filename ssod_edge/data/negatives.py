@@ -57,10 +57,7 @@ class Negatives:
     @property
     def hash(self) -> str:
         """SHA-256 of the parts, hex."""
-        digest = hashlib.sha256()
-        for part in PARTS:
-            digest.update(np.sort(self.listed[part]).astype("<i8").tobytes() + b"|")
-        return digest.hexdigest()
+        return _hash(self.listed)
 
     @property
     def record(self) -> dict[str, str]:
@@ -140,12 +137,12 @@ def read_negatives(folder: str | Path, meta: Mapping[str, Any], fix: str) -> Neg
         raise UsageError(f"the negatives '{name}' changed since training; {fix}")
     try:
         record = from_json(dict[str, tuple[int, ...]], read_json(path).get("negatives_parts"), "negatives_parts")
-        found = Negatives.of(name, opened, {part: np.array(record[part], np.int64) for part in PARTS})
+        listed = {part: np.array(record[part], np.int64) for part in PARTS}
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"'{folder}' has no readable splits.json ({error}); {fix}") from error
-    if found.hash != meta.get("negatives_hash"):
+    if _hash(listed) != meta.get("negatives_hash"):
         raise UsageError(f"'{path}' was changed after training: the parts of the negatives are others. Restore it")
-    return found
+    return Negatives.of(name, opened, listed)
 
 
 class WithNegatives(Pictures):
@@ -169,6 +166,13 @@ class WithNegatives(Pictures):
         return known.source(index) if index < len(known) else negatives.source(index - len(known))
 
 
+def _hash(listed: Mapping[str, Indices]) -> str:
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(np.sort(listed[part]).astype("<i8").tobytes() + b"|")
+    return digest.hexdigest()
+
+
 def _usable(
     name: str, opened: ImageSource, known: ImageSource, settings: Preprocess, say: Callable[[str], None]
 ) -> Indices:
@@ -190,9 +194,9 @@ def _usable(
             f"{len(known_too)} of the {len(opened)} images of --negatives '{name}' are images of '{known.name}', which "
             "are known. Name images of other things; a list keeps some classes of a data set (DATA@LIST)"
         )
-    reasons = [(len(known_too), "that are known images"), (len(copies), "that are there twice")]
-    reasons.append((len(unreadable), f"that cannot be read ({next(iter(unreadable), '')})"))
-    left_out = ", ".join(f"{count} {why}" for count, why in reasons if count)
+    reasons = {"known": len(known_too), "duplicate": len(copies), "unreadable": len(unreadable)}
+    left_out = ", ".join(f"{count} {why}" for why, count in reasons.items() if count)
+    left_out += f" ({unreadable[0]})" if unreadable else ""
     if len(kept) < LEAST_NEGATIVES:
         raise UsageError(
             f"it takes at least {LEAST_NEGATIVES} negatives, to learn from, to choose by and to evaluate on; '{name}' "
