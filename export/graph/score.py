@@ -96,7 +96,7 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
         source: what is exported.
         name: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
             if the network was trained with made outliers and its images are at hand, else takes config's `PRIOR_SCORE`
-            if they are, and `DEFAULT_SCORE` if not.
+            if they are, perhaps with the OOD row (`fit_default`), and `DEFAULT_SCORE` if not.
         earlier: the export that this one goes beside.
         say: gets a line for each step.
 
