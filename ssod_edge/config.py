@@ -278,7 +278,7 @@ class TrainConfig:
             What its first group matches, or without one all of it, names the burst, video or camera of the photo;
             photos of one never lie in two splits. Default: the column `group` of a table.
         negatives: photos of what must be unknown, as DATA without classes: the empty belt, a hand, another product.
-            60% are learnt from, 20% choose the score, and eval judges by the rest.
+            60% are learnt from, 20% choose the score, and eval judges by the rest. Default: none.
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.

@@ -126,12 +126,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     for images in (source, *ood.values()):
         if images.left_out:
             click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
-    sets: dict[str, ImageSet] = {"id": (source, indices)}
-    sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
-    negatives = None if NEGATIVES in ood else held_out_negatives(opened)
-    if negatives is not None:
-        sets[NEGATIVES] = negatives[:2]
-        ood_data = {**ood_data, NEGATIVES: f"{negatives[2]['data']} (held-out negatives)"}
+    sets, ood_data, of_negatives = _image_sets(opened, (source, indices), ood, ood_data)
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
     found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
@@ -147,14 +142,28 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "default_score": spec.score_name if spec else DEFAULT_SCORE,
         "ships": _ships(opened, spec),
         "ood_row_trained": bool(model.ood.weight.any()),
+        **of_negatives,
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
-    if negatives is not None:
-        report[NEGATIVES] = negatives[2]
     report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found
+
+
+def _image_sets(
+    run: Run, known: ImageSet, ood: Mapping[str, ImageSource], ood_data: Mapping[str, str]
+) -> tuple[dict[str, ImageSet], Mapping[str, str], dict[str, Any]]:
+    """ "id" and each OOD set -> its images; name -> how it was named; and what the report says of held-out negatives,
+    which are an OOD set of a run that has any.
+    """
+    sets = {"id": known, **{name: (images, np.arange(len(images))) for name, images in ood.items()}}
+    found = None if NEGATIVES in ood_data else held_out_negatives(run)
+    if found is None:
+        return sets, ood_data, {}
+    source, held_out, facts = found
+    named = {**ood_data, NEGATIVES: f"{facts['data']} (held-out negatives)"}
+    return {**sets, NEGATIVES: (source, held_out)}, named, {NEGATIVES: facts}
 
 
 def _ships(run: Run, spec: Spec | None) -> str:
