@@ -97,11 +97,10 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     Returns:
         The JSON face: `id_accuracy`, `default_score` (what the export ships; `energy` without one), `ships` (the same,
         but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `negatives`
-        (of a run that has any: how many were learnt from, chosen by and held out; these are an OOD set), `results` (a
-        row for each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment`
-        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (its
-        `shift_rows`; empty if none are asked for), with baselines also `baselines` (detector -> its cost, or its error)
-        and `baselines_setup`; and what was read.
+        (of a run that has any: how many were learnt from, chosen by, held out), `results` (a row for each OOD set and
+        score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
+        `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (`shift_rows`),
+        with baselines also `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
