@@ -68,6 +68,11 @@ class Negatives:
             "negatives_hash": self.hash,
         }
 
+    def were_learnt_otherwise(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a whole network, by its checkpoint's metadata, learnt from another part of the same data set."""
+        same = meta.get("negatives_fingerprint") == self.fingerprint
+        return same and meta.get("negatives_hash") != self.hash and "tuned" not in meta
+
     def subset(self, part: str) -> Subset:
         """The images of a part."""
         return Subset(self.source, self.parts[part], f"negatives of '{self.name}', {part} part {self.hash[:12]}")
@@ -103,6 +108,8 @@ def open_negatives(
         opened = open_dataset(name, labelled=False)
     except UsageError as error:
         raise UsageError(f"--negatives: {error}") from error
+    if opened.left_out:
+        say(f"negatives: {opened.left_out}")
     kept = _usable(name, opened, known, settings, say)
     if both := sorted({*map(same_name, _names_of(opened, kept))} & {*map(same_name, known.classes)}):
         say(f"warning: negatives of '{name}' bear the name of a known class ('{both[0]}'); are they known?")

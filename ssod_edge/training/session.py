@@ -112,6 +112,11 @@ class Session:
                     "would see images it knows. Use the --seed, --val, --group, --val-fraction and "
                     "--calib-fraction in its run's config.json"
                 )
+            if self.negatives is not None and self.negatives.were_learnt_otherwise(meta):
+                raise UsageError(
+                    f"'{weights}' learnt from another part of these negatives, so the choice of a score and the "
+                    "evaluation would see images it knows. Use the --seed and --group in its run's config.json"
+                )
         torch.manual_seed(config.seed)
         published = not restored and config.weights == PUBLISHED
         model = build_model(config.backbone, classes, config.preprocess, published, weights, config.head)

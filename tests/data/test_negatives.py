@@ -107,10 +107,11 @@ def test_known_images_copies_and_what_cannot_be_read_are_left_out(folder: Path, 
     shutil.copy(folder / "belt" / "video0_00.png", folder / "hand" / "copy.png")
     for index in range(2):
         (folder / "hand" / f"broken{index}.png").write_bytes(b"no image")
+    (folder / "hand" / "notes.txt").write_text("no image")
     said: list[str] = []
     negatives = opened(folder, known, said.append)
-    assert len(negatives.source) == 50 and len(said) == 1
-    assert "left out: 1 known, 1 duplicate, 2 unreadable ('hand/broken0.png' of" in said[0]
+    assert len(negatives.source) == 50 and said[0] == "negatives: left out: 1 file that is no image (.txt)"
+    assert "left out: 1 known, 1 duplicate, 2 unreadable ('hand/broken0.png' of" in said[1]
     found = {name for part in PARTS for name in names(negatives, part)}
     assert len(found) == 50 and not [name for name in found if "known" in name or "broken" in name or "copy" in name]
 

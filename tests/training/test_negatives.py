@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from ssod_edge.training.objective import TrainStep, outlier_loss
 from ssod_edge.training.outputs import collect
 from ssod_edge.training.regression import fit_head
 from ssod_edge.training.run import Run
+from ssod_edge.training.session import Session
 
 CLASSES = tuple("abcd")
 SIZE = 64
@@ -179,6 +181,18 @@ def test_the_whole_network_is_trained_against_negatives(place: Path, tmp_path: P
         config = json.loads((run / "config.json").read_text()) | {"negatives": "nowhere", "epochs": 4}
         (tmp_path / "moved" / "run" / "config.json").write_text(json.dumps(config))
         train(whole(place), tmp_path / "moved", resume=True)
+
+
+def test_weights_that_learnt_from_other_parts_are_refused(place: Path, tmp_path: Path, taught: Path) -> None:
+    run = train(replace(whole(place), epochs=1), tmp_path / "one")
+    again = replace(whole(place), weights=str(run / "best.safetensors"), epochs=1)
+    other = replace(again, data=str(write_colours(tmp_path / "photos", CLASSES, 20, seed=90)), seed=1)
+    weights = re.escape(again.weights)
+    with pytest.raises(UsageError, match=f"'{weights}' learnt from another part of these negatives"):
+        Session(other, tmp_path / "two", torch.device("cpu"))
+    assert Session(replace(other, seed=0), tmp_path / "two", torch.device("cpu")).negatives is not None
+    head = replace(other, weights=str(taught / "best.safetensors"), head="stages")
+    assert Session(head, tmp_path / "two", torch.device("cpu")).negatives is not None  # the trunk never saw them
 
 
 def test_batches_end_in_negatives_to_learn_from_in_an_order_that_resuming_repeats(place: Path, tmp_path: Path) -> None:
