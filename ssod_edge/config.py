@@ -277,6 +277,8 @@ class TrainConfig:
         group: regular expression that is searched for in the name of each photo within DATA ("cat/video3_0012.jpg").
             What its first group matches, or without one all of it, names the burst, video or camera of the photo;
             photos of one never lie in two splits. Default: the column `group` of a table.
+        negatives: photos of what must be unknown, as DATA without classes: the empty belt, a hand, another product.
+            60% are learnt from, 20% choose the score, and eval judges by the rest. Default: none.
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
@@ -315,6 +317,7 @@ class TrainConfig:
     data: str = dataclasses.field(metadata=NO_OPTION)
     val: str | None = dataclasses.field(default=None, metadata={"metavar": "DATA"})
     group: str | None = dataclasses.field(default=None, metadata={"metavar": "PATTERN"})
+    negatives: str | None = dataclasses.field(default=None, metadata={"metavar": "DATA"})
     name: str = dataclasses.field(default="", metadata=NO_OPTION)
     recipe: Recipe = "short"
     epochs: int = 10

@@ -22,6 +22,7 @@ from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.made_images import CHOICE_KINDS, make_for_choices
 from ssod_edge.detect.sums import FittedScore, held_out_scores
 from ssod_edge.export.graph.left_out import MOST_CLASSES, leave_out
+from ssod_edge.export.graph.negatives import negative_kind
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source
@@ -72,6 +73,7 @@ def choose(
         for kind in kinds:
             made[kind] = run_eager(model, make_for_choices(half, kinds=(kind,)))
             advance(len(half))
+    made |= negative_kind(source, say)
     logits, _, features = seen[0] if seen else (data.logits, data.id_logit, data.features)
     fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
     singles = choice.single_scores(fitted, bool(model.ood.weight.any()))

@@ -24,6 +24,7 @@ from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score, hel
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import OUT_OF_FOLD, choose
 from ssod_edge.export.graph.left_out import expectation, expectation_lines
+from ssod_edge.export.graph.negatives import DEFAULTS, ROW_SCORE, fit_default
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
@@ -123,7 +124,7 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
         source: what is exported.
         name: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
             if the network was trained with made outliers and its images are at hand, else takes config's `PRIOR_SCORE`
-            if they are, and `DEFAULT_SCORE` if not.
+            if they are, perhaps with the OOD row (`fit_default`), and `DEFAULT_SCORE` if not.
         earlier: the export that this one goes beside.
         say: gets a line for each step.
 
@@ -189,15 +190,20 @@ def _fitted(source: Source, wanted: WantedScore, folded: _Folded | None, say: Sa
         return ShippedScore(wanted.name, wanted.evidence)
     data = fit_data(source, say)
     held_out: Outputs | dict[str, Array] | None = None
+    by_default = not wanted.asked and wanted.name in DEFAULTS
     if folded is not None:
-        held_out = folded.parts(wanted.name)[0]
+        held_out = folded.parts(ROW_SCORE if by_default and source.model.ood.weight.any() else wanted.name)[0]
     elif len(score_parts(wanted.name)) > 1:
         held_out = _held_out(source, say)
-    detector = fit_score(wanted.name, data, held_out)
+    by_negatives: dict[str, Any] = {}
+    if by_default and held_out is not None:
+        detector, by_negatives = fit_default(source, data, held_out, say)
+    else:
+        detector = fit_score(wanted.name, data, held_out)
     if not wanted.asked and held_out is not None:
         known = held_out if isinstance(held_out, tuple) else (data.logits, data.id_logit, data.features)
         _check_rounding(detector, known)
-    return ShippedScore(wanted.name, wanted.evidence, detector, _record(source, data, detector))
+    return ShippedScore(detector.name, wanted.evidence, detector, _record(source, data, detector) | by_negatives)
 
 
 class _Folded:

@@ -23,6 +23,8 @@ from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_
 from ssod_edge.training.run import Run
 
 UNTRAINED_CLASSES = 1000
+#: Of `ssod_edge.data.negatives.Negatives.record`.
+_OF_NEGATIVES = ("negatives", "negatives_fingerprint", "negatives_hash")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Source:
         tuned: "head" if its features are published ones, "upper" if they were tuned gently from there (`train --tune`):
             detectors are then fitted with disturbed copies of the training images too. Empty for all else.
         folds: where the images for thresholds were trained on too: how they give out-of-fold scores. None: no need.
+        run: the training run, if it is one: it knows its negatives.
     """
 
     model: SSODClassifier
@@ -51,6 +54,7 @@ class Source:
     outliers: tuple[str, ...] = ()
     tuned: str = ""
     folds: Folds | None = None
+    run: Run | None = None
 
 
 def check_score(source: Source, score: str) -> None:
@@ -95,13 +99,13 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         "run": run.folder.resolve().name,
         "checkpoint_sha256": run.checkpoint_sha256,
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
-        **{key: meta[key] for key in ("val_data", "val_fingerprint") if key in meta},
+        **{key: meta[key] for key in ("val_data", "val_fingerprint", *_OF_NEGATIVES) if key in meta},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
     if folds is not None:
         facts["pooled"] = len(folds.images)
     trained, tuned = meta.get("trained") is True, str(meta.get("tuned", ""))
-    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned, folds)
+    return Source(run.model, trained, run.folder, facts, images, run.checkpoint, run.outliers, tuned, folds, run)
 
 
 def from_weights(

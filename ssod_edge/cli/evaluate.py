@@ -31,8 +31,8 @@ from ssod_edge.cli.options import baselines, named_data, newest, take
 def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
 
-    RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. The PROTOCOL in file names is native, or
-    via32 with --via 32.
+    RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. Of a run with negatives (train --negatives)
+    those that were held out are an OOD set of that name. The PROTOCOL in file names is native, or via32 with --via 32.
     """
     from ssod_edge.evaluation.evaluate import EvalOptions, run_eval
 

@@ -9,7 +9,7 @@ than asked for. The theorem is weaker: at a target of 95% at least 90% are, on a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -32,6 +32,7 @@ class Folds:
         bias: float32 [K, M].
         counts: float32 [n], how much each image counted in the fits.
         strength: of the fits, see `ssod_edge.training.regression.STRENGTHS`.
+        row, row_bias: float32 [K, D] and [K], the OOD row, fitted without each part; empty where it was not trained.
     """
 
     images: Labels
@@ -40,6 +41,8 @@ class Folds:
     bias: Array
     counts: Array
     strength: float
+    row: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    row_bias: Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         n, k = len(self.images), len(self.weight)
@@ -48,6 +51,7 @@ class Folds:
             and self.weight.ndim == 3
             and self.bias.shape == self.weight.shape[:2]
         )
+        fits = fits and len(self.row) == len(self.row_bias) and len(self.row) in (0, k)
         if not fits or not n or self.fold.min() < 0 or self.fold.max() >= k or (np.diff(self.images) <= 0).any():
             raise ArtifactError("the folds of this run are damaged. Train it again")
 
@@ -99,7 +103,8 @@ def out_of_fold_parts(names: Sequence[str], data: FitData, folds: Folds) -> tupl
         detectors = {name: fit(cast(DetectorName, name), part) for name in names if name in DETECTORS}
         for found, rows in ((plain, outside), (disturbed, n + outside)):
             z = data.features[rows]
-            outputs = z @ weight.T + bias, data.id_logit[rows], z
+            id_logit = z @ folds.row[k] + folds.row_bias[k] if len(folds.row) else data.id_logit[rows]
+            outputs = z @ weight.T + bias, id_logit, z
             for name, values in held_out_scores(tuple(names), detectors, outputs).items():
                 found[name][outside] = values
     return plain, disturbed
@@ -112,6 +117,7 @@ def folds_of(arrays: Mapping[str, Array | Labels]) -> Folds | None:
     try:
         images, fold = (np.asarray(arrays[key], np.int64) for key in ("images", "fold"))
         weight, bias, counts = (np.asarray(arrays[key], np.float32) for key in ("weight", "bias", "counts"))
-        return Folds(images, fold, weight, bias, counts, float(arrays["strength"]))
+        rows = [np.asarray(arrays[key], np.float32) for key in ("row", "row_bias") if key in arrays]
+        return Folds(images, fold, weight, bias, counts, float(arrays["strength"]), *rows)
     except KeyError as error:
         raise ArtifactError("the folds of this run are damaged. Train it again") from error

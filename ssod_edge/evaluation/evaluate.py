@@ -28,6 +28,7 @@ from ssod_edge.evaluation.baselines import Baselines
 from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
+    held_out_negatives,
     id_images,
     shipped_score,
     warn_of_known_images,
@@ -52,6 +53,9 @@ ImageSet = tuple[ImageSource, Indices]
 BATCH_SIZE = 64
 #: OOD sets that come with the embedded data set: digits 8 and 9, photos without a digit, shapes.
 DEMO_OOD = {"near": "demo:near", "photos": "demo:photos", "shapes": "demo:shapes"}
+
+#: Name of the OOD set of held-out negatives, and of what the report says of them.
+NEGATIVES = "negatives"
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,11 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
 
     Returns:
         The JSON face: `id_accuracy`, `default_score` (what the export ships; `energy` without one), `ships` (the same,
-        but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `results` (a
-        row for each OOD set and score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment`
-        (score -> `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (its
-        `shift_rows`; empty if none are asked for), with baselines also `baselines` (detector -> its cost, or its error)
-        and `baselines_setup`; and what was read.
+        but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `negatives`
+        (of a run that has any: how many were learnt from, chosen by, held out), `results` (a row for each OOD set and
+        score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
+        `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (`shift_rows`),
+        with baselines also `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
@@ -122,8 +126,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     for images in (source, *ood.values()):
         if images.left_out:
             click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
-    sets: dict[str, ImageSet] = {"id": (source, indices)}
-    sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
+    sets, ood_data, of_negatives = _image_sets(opened, (source, indices), ood, ood_data)
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
     judge = _Judge(model, peers, state, opened.folds, {"via_size": options.via_size, "workers": workers})
@@ -146,12 +149,28 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "default_score": spec.score_name if spec else DEFAULT_SCORE,
         "ships": _ships(opened, spec),
         "ood_row_trained": bool(model.ood.weight.any()),
+        **of_negatives,
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
     report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found
+
+
+def _image_sets(
+    run: Run, known: ImageSet, ood: Mapping[str, ImageSource], ood_data: Mapping[str, str]
+) -> tuple[dict[str, ImageSet], Mapping[str, str], dict[str, Any]]:
+    """ "id" and each OOD set -> its images; name -> how it was named; and what the report says of held-out negatives,
+    which are an OOD set of a run that has any.
+    """
+    sets = {"id": known, **{name: (images, np.arange(len(images))) for name, images in ood.items()}}
+    found = None if NEGATIVES in ood_data else held_out_negatives(run)
+    if found is None:
+        return sets, ood_data, {}
+    source, held_out, facts = found
+    named = {**ood_data, NEGATIVES: f"{facts['data']} (held-out negatives)"}
+    return {**sets, NEGATIVES: (source, held_out)}, named, {NEGATIVES: facts}
 
 
 def _ships(run: Run, spec: Spec | None) -> str:

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from ssod_edge.data.layout import is_training_part, same_name
+from ssod_edge.data.negatives import PARTS
 from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.detect.sums import FittedScore
@@ -76,12 +77,36 @@ def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]
         )
 
 
+def held_out_negatives(run: Run) -> tuple[ImageSource, Indices, dict[str, Any]] | None:
+    """The negatives that nothing but an evaluation sees, and what the report says of them.
+
+    None where the run has none; None, and a line that says why, where they cannot be read.
+    """
+    try:
+        found = run.negatives("put them back")
+    except UsageError as error:
+        click.echo(f"no figures of the held-out negatives: {error}", err=True)
+        return None
+    if found is None:
+        return None
+    learnt_from, chosen_by, held_out = (len(found.parts[part]) for part in PARTS)
+    counts = {"learnt_from": learnt_from, "chosen_by": chosen_by, "held_out": held_out}
+    return found.source, found.parts["test"], {"data": found.name, **counts}
+
+
 def warn_of_known_images(
     ood_data: Mapping[str, str], ood_sources: Mapping[str, ImageSource], source: ImageSource, meta: Mapping[str, Any]
 ) -> None:
     """Say so where an OOD set is the ID or the training data: its figures would mean nothing."""
     known = {source.name: source.fingerprint, str(meta.get("data")): meta.get("data_fingerprint")}
     for name, data in ood_data.items():
+        taught = meta.get("negatives")
+        if taught and (ood_sources[name].fingerprint == meta.get("negatives_fingerprint") or _overlap(data, taught)):
+            click.echo(
+                f"warning: the OOD set '{name}' ({data}) holds negatives that the network learnt from, so that its "
+                "figures flatter; those of the held-out ones are in the table too",
+                err=True,
+            )
         for id_data, fingerprint in known.items():
             if ood_sources[name].fingerprint == fingerprint or _overlap(data, id_data):
                 click.echo(

@@ -32,6 +32,8 @@ def print_report(report: Report) -> None:
         console.print(_detection(report, names))
     else:
         console.print("No OOD set was given; add some with --ood NAME=DATA")
+    if "negatives" in report:
+        say(_negatives(report["negatives"]))
     if report["deployment"]:
         console.print(_deployment(report, names or list(report["deployment"])))
         say(_shipped(report))
@@ -69,6 +71,13 @@ def _detection(report: Report, names: list[str]) -> Table:
         cells = [*(rows[ood, name] for ood in report["ood_data"]), report["mean"][name]]
         table.add_row(_marked(report, name), *(_both(row) for row in cells))
     return table
+
+
+def _negatives(found: Mapping[str, Any]) -> str:
+    return (
+        f"negatives: {found['held_out']} of '{found['data']}' that were held out; {found['learnt_from']} others were "
+        f"learnt from, and {found['chosen_by']} are there to choose a score by"
+    )
 
 
 def _deployment(report: Report, names: list[str]) -> Table:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssod_edge.config import TrainConfig
+from ssod_edge.data.negatives import Negatives, WithNegatives
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim
 from ssod_edge.json_reader import from_json
@@ -38,6 +39,7 @@ from ssod_edge.training.checkpoint import (
 from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier
+from ssod_edge.training.negatives import draw_negatives
 from ssod_edge.training.objective import TrainStep, class_weights
 from ssod_edge.training.outputs import collect
 from ssod_edge.training.run import load_config
@@ -137,7 +139,8 @@ def _kernel_in_use(device: torch.device, kernel: str) -> str:
 
 def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
     """Say so where the OOD loss was wanted and never moved the OOD row from zero."""
-    if not config.loss.trains_row or model.ood.weight.any():
+    taught = config.loss.trains_row or (config.negatives is not None and config.loss.outlier_weight > 0)
+    if not taught or model.ood.weight.any():
         return
     if config.epochs <= config.loss.warmup_epochs:
         reason = f"all {config.epochs} epochs were its warm-up. Use more --epochs or fewer --warmup-epochs"
@@ -184,7 +187,8 @@ class _Loop(Session):
         if not restored and is_main():
             self.begin_folder()
         self.meters = Meters(device, self.progress.meters)
-        self.images = TrainImages(self.source, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
+        taught = self.source if self.shown_negatives is None else WithNegatives(self.source, self.shown_negatives)
+        self.images = TrainImages(taught, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = _kernel_in_use(device, config.kernel)
         weights = class_weights(self.source.labels[self.splits.train], config.class_weights)
         step: nn.Module = TrainStep(self.model, config.loss, config.precision, config.kernel, weights).to(device)
@@ -198,6 +202,11 @@ class _Loop(Session):
     def batch_size(self) -> int:
         """Images in a step of each process: never more than its share of all."""
         return min(self.config.batch_size, len(self.splits.train) // world_size())
+
+    @property
+    def shown_negatives(self) -> Negatives | None:
+        """The negatives, if the loss has a term that reads them."""
+        return self.negatives if self.config.loss.outlier_weight > 0 else None
 
     def _restore(self) -> _Progress:
         """Put back what the last checkpoint holds."""
@@ -265,7 +274,7 @@ class _Loop(Session):
             loss, log = self._train_batch(image, target, index, global_step)
             progress.step += 1
             progress.seconds = before + time.monotonic() - started
-            self.meters.add({**log, "loss": loss}, len(index))
+            self.meters.add({**log, "loss": loss}, self.batch_size)
             bar.update(progress.epoch, progress.step, lambda: epoch_figures(self.meters.read()))
             if (self.interrupted or time.monotonic() - saved > self.save_minutes * 60) and is_main():
                 self._save(LAST)
@@ -282,7 +291,7 @@ class _Loop(Session):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, global_step, self.steps_per_epoch)
         warm = global_step >= config.loss.warmup_epochs * self.steps_per_epoch
-        target = target.to(self.device, non_blocking=True)
+        target = target[: self.batch_size].to(self.device, non_blocking=True)
         loss, log = self.train_step(image.to(self.device, non_blocking=True), target, warm)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -292,10 +301,19 @@ class _Loop(Session):
         return loss.detach(), log
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped."""
+        """This process's batches of an epoch: a seeded permutation, the incomplete last global batch dropped.
+
+        Each ends in negatives, where they are shown and the warm-up does not last for all of the epoch.
+        """
         order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
         world, size = world_size(), self.batch_size * world_size()
-        return [order[i : i + size][rank() :: world].tolist() for i in range(0, len(order) - size + 1, size)]
+        batches = [order[i : i + size][rank() :: world] for i in range(0, len(order) - size + 1, size)]
+        if (negatives := self.shown_negatives) is not None and epoch + 1 > self.config.loss.warmup_epochs:
+            share = self.config.loss.outlier_share / (2 if self.config.loss.outliers else 1)
+            count, seed = max(1, round(share * self.batch_size)), (self.config.seed, epoch)
+            drawn = draw_negatives(negatives, len(self.source), len(batches), count * world, seed)
+            batches = [np.append(batch, more[rank() :: world]) for batch, more in zip(batches, drawn, strict=True)]
+        return [batch.tolist() for batch in batches]
 
     def _check_finite(self, loss: Tensor, norm: Tensor, index: Tensor) -> None:
         """Before the step that would spoil the weights. Both in one tensor: each read waits for the GPU."""
@@ -323,7 +341,8 @@ class _Loop(Session):
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
         # A model from before the OOD loss is kept only until there is a later one.
-        warming = not config.loss.is_plain and progress.epoch < config.loss.warmup_epochs
+        plain = config.loss.is_plain and self.shown_negatives is None
+        warming = not plain and progress.epoch < config.loss.warmup_epochs
         self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
         self.meters = Meters(self.device, {})
         if is_main():

@@ -46,12 +46,17 @@ class TrainStep(nn.Module):
         self.autocast_dtype = torch.bfloat16 if precision == "bf16" else None
 
     def forward(self, image: Tensor, target: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """image uint8 [N, 3, S, S], target int64 [N]; before it is warm, the loss is cross-entropy alone."""
-        config, n = self.config, len(image)
-        outliers = warm and config.trains_row_on_outliers
-        if outliers:
-            made = make_for_training(image, config.outliers, max(1, round(config.outlier_share * n)))
-            image = torch.cat([image, made])
+        """image uint8 [N + K, 3, S, S], target int64 [N]; before it is warm, the loss is cross-entropy alone.
+
+        The last K images are negatives. Where there are any, half as many images are made.
+        """
+        config, n, negatives = self.config, len(target), len(image) - len(target)
+        outliers = warm and (config.trains_row_on_outliers or negatives > 0)
+        if not warm:
+            image = image[:n]
+        elif config.trains_row_on_outliers:
+            share = config.outlier_share / 2 if negatives else config.outlier_share
+            image = torch.cat([image, make_for_training(image[:n], config.outliers, max(1, round(share * n)))])
         patches = n if warm and config.labels_patches else 0
         x = normalise(image, self.model.preprocess).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -101,12 +106,12 @@ def class_weights(labels: NDArray[np.int64], kind: str) -> Tensor | None:
 
 
 def outlier_loss(id_logit: Tensor, n: int) -> Tensor:
-    """Binary cross-entropy of the ID logit on whole images: half the mean over known ones, half over made ones.
+    """Binary cross-entropy of the ID logit on whole images: half the mean over known ones, half over the others.
 
     The balance is that of LWB (the paper's Table 5). Every process has as many of each, so means of means are exact.
 
     Args:
         id_logit: [N], of the fused head on pooled features.
-        n: the first n are training images, the others were made.
+        n: the first n are training images, the others were made, or are negatives.
     """
     return 0.5 * (F.softplus(-id_logit[:n]).mean() + F.softplus(id_logit[n:]).mean())

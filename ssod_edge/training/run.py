@@ -11,6 +11,7 @@ import numpy as np
 
 from ssod_edge.config import Head, Preprocess, TrainConfig, from_dict, resolve_backbone
 from ssod_edge.data.images import Images, Subset
+from ssod_edge.data.negatives import Negatives, read_negatives
 from ssod_edge.data.sources import ImageSource, open_training_data
 from ssod_edge.data.splits import Splits, read_splits
 from ssod_edge.detect.folds import Folds, folds_of
@@ -175,6 +176,17 @@ class Run:
         name = place or self.meta["data"]
         subsets = (Subset(source, part, f"'{name}', {key} split {splits.hash[:12]}") for key, part in parts.items())
         return Images(*subsets)
+
+    def negatives(self, fix: str) -> Negatives | None:
+        """What must be unknown by its training, and how that was split; None where there is nothing of the kind.
+
+        Args:
+            fix: what the user can do where it cannot be had, as the end of the message.
+
+        Raises:
+            UsageError: it or splits.json is gone or was changed.
+        """
+        return read_negatives(self.folder, self.meta, fix)
 
 
 def load_config(run: Path) -> TrainConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
 from ssod_edge.data.groups import describe_groups, image_groups
+from ssod_edge.data.negatives import Negatives, open_negatives
 from ssod_edge.data.sources import open_training_data
 from ssod_edge.data.splits import MIN_CALIB, Indices, split_dataset
 from ssod_edge.errors import UsageError
@@ -66,23 +67,29 @@ class Session:
             check_published(config.backbone)
         try:
             self.source = open_training_data(config.data, config.val)
+            self.negatives = self._open_negatives()
         except UsageError as error:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         if self.source.left_out:
             say(self.source.left_out)
-        check_same_images(self.source.fingerprint + self.source.val_record.get("val_fingerprint", ""))
+        of_negatives = {} if self.negatives is None else self.negatives.record
+        others = (self.source.val_record.get("val_fingerprint", ""), of_negatives.get("negatives_hash", ""))
+        check_same_images(self.source.fingerprint + "".join(others))
         self.groups = groups = image_groups(self.source, config.group)
         self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed, groups)
         self.data_record = {
             "data_fingerprint": self.source.fingerprint,
             "splits_hash": self.splits.hash,
             **self.source.val_record,
+            **of_negatives,
         }
         say(self._describe_splits())
         if groups is not None:
             say(describe_groups(groups))
+        if self.negatives is not None:
+            say(str(self.negatives))
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
@@ -111,6 +118,12 @@ class Session:
             "thresholds"
         )
 
+    def _open_negatives(self) -> Negatives | None:
+        config = self.config
+        if config.negatives is None:
+            return None
+        return open_negatives(config.negatives, self.source, config.preprocess, config.group, config.seed, say)
+
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
         weights = None if restored else config.weights_file
@@ -122,6 +135,11 @@ class Session:
                     f"'{weights}' was trained on another split of these images, so validation and calibration "
                     "would see images it knows. Use the --seed, --val, --group, --val-fraction and "
                     "--calib-fraction in its run's config.json"
+                )
+            if self.negatives is not None and self.negatives.were_learnt_otherwise(meta):
+                raise UsageError(
+                    f"'{weights}' learnt from another part of these negatives, so the choice of a score and the "
+                    "evaluation would see images it knows. Use the --seed and --group in its run's config.json"
                 )
         torch.manual_seed(config.seed)
         published = not restored and config.weights == PUBLISHED
@@ -138,6 +156,8 @@ class Session:
         write_json(self.run / "config.json", dataclasses.asdict(self.config))
         held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
         record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
+        if self.negatives is not None:
+            record["negatives_parts"] = {part: found.tolist() for part, found in self.negatives.listed.items()}
         write_json(self.run / "splits.json", record)
         if (len(self.pooled) if self.pools else len(splits.calib)) < MIN_CALIB:
             say(

@@ -18,6 +18,7 @@ from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST, FOLDS
 from ssod_edge.training.distributed import world_size
 from ssod_edge.training.features import Features, check_features, features_of, keep_features
+from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
@@ -65,16 +66,21 @@ def tune(session: Session) -> None:
         say(f"head: fitted on {len(images)} images, those for thresholds too: {before}")
     facts["strength"] = head.strength
     pooled = facts["tuned"] == "head" and len(images) > len(session.splits.train)
-    folds = _folds(session, head, images) if pooled else {}
+    rows = fit_row(session, images if pooled else session.splits.train, head.fold)
+    if rows is not None:
+        facts["row"] = rows.facts
+    folds = _folds(session, head, images, rows) if pooled else {}
     _write(session, before.accuracy, time.monotonic() - started, facts, folds)
 
 
-def _folds(session: Session, head: LinearHead, images: Indices) -> dict[str, Tensor]:
+def _folds(session: Session, head: LinearHead, images: Indices, rows: FittedRow | None) -> dict[str, Tensor]:
     """What the checkpoint keeps of the fits without each part of the images (`ssod_edge.detect.folds.Folds`)."""
     counts = _counts(session, images)
     arrays = {"images": images, "fold": head.fold, "weight": head.fold_weight, "bias": head.fold_bias}
     arrays["counts"] = np.ones(len(images), np.float32) if counts is None else counts
     arrays["strength"] = np.array(head.strength)
+    if rows is not None:
+        arrays |= {"row": rows.fold_row, "row_bias": rows.fold_bias}
     return {f"{FOLDS}{name}": torch.from_numpy(array) for name, array in arrays.items()}
 
 
