@@ -72,3 +72,17 @@ def test_damaged_folds_are_refused() -> None:
             folds_of(broken)
     with pytest.raises(ArtifactError, match="damaged"):
         replace(folds, bias=folds.bias[:1])
+
+
+def test_the_ood_row_is_out_of_fold_too() -> None:
+    data, folds = material()
+    rng = np.random.default_rng(5)
+    row, bias = rng.normal(size=(PARTS, WIDTH)).astype(np.float32), rng.normal(size=PARTS).astype(np.float32)
+    taught = replace(folds, row=row, row_bias=bias)
+    plain, disturbed = out_of_fold_parts(("ssod",), data, taught)
+    for found, z in ((plain, data.features[:N]), (disturbed, data.features[N:])):
+        s = np.einsum("nd,nd->n", z, row[folds.fold]) + bias[folds.fold]
+        np.testing.assert_allclose(found["ssod"], ood_scores(data.logits[:N], s)["ssod"], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(plain["ssod"], out_of_fold_parts(("ssod",), data, folds)[0]["ssod"])
+    with pytest.raises(ArtifactError, match="damaged"):
+        replace(taught, row=row[1:])

@@ -105,11 +105,11 @@ def test_the_row_is_a_regression_on_the_part_to_learn_from(place: Path, taught: 
     source, splits = run.splits("")
     known, unknown = (features_of(run.model, images, place / "runs", 0) for images in (source, negatives.source))
     assert len(list((place / "runs" / CACHE).iterdir())) == 2  # both were kept
-    learnt = negatives.parts["train"]
-    labels = np.repeat([1, 0], [len(splits.train), len(learnt)])
-    weights = np.where(labels, 1 / len(splits.train), 1 / len(learnt)) * len(labels) / 2
+    learnt, images = negatives.parts["train"], np.setdiff1d(np.arange(len(source)), splits.val)
+    labels = np.repeat([1, 0], [len(images), len(learnt)])
+    weights = np.where(labels, 1 / len(images), 1 / len(learnt)) * len(labels) / 2
     plain, copies = (
-        np.concatenate([getattr(known, kind)[splits.train], getattr(unknown, kind)[learnt]])
+        np.concatenate([getattr(known, kind)[images], getattr(unknown, kind)[learnt]])
         for kind in ("plain", "disturbed")
     )
     head = fit_head(plain, copies, labels, 2, weights.astype(np.float32))
@@ -118,6 +118,7 @@ def test_the_row_is_a_regression_on_the_part_to_learn_from(place: Path, taught: 
     assert_allclose(found, logits[:, 1] - logits[:, 0], rtol=1e-3, atol=1e-3)
     inside, outside = id_logits(taught)
     assert (inside > 0).mean() > 0.9 and (outside < 0).mean() > 0.9
+    assert run.folds is not None and len(run.folds.row) == len(run.folds.weight)  # thresholds need one for each part
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -261,7 +262,7 @@ def test_what_the_row_does_not_find_leaves_the_default_as_it_is(taught, monkeypa
 def test_negatives_are_a_kind_of_evidence_of_auto(taught: Path, monkeypatch) -> None:
     source = from_run(taught)
     wanted = want_score(source, "auto", None, quiet)
-    source = replace(source, images=wanted.divide(source.images, quiet))
+    source = replace(source, images=wanted.divide(source.images, True, quiet))
     candidates = ship_score(source, wanted, quiet).choice["candidates"]
     assert "negatives" in candidates["gen"]["figures"]
     assert candidates["ssod"]["figures"]["negatives"] > candidates["gen"]["figures"]["negatives"]
