@@ -37,6 +37,7 @@ def tune(session: Session) -> None:
     session.begin_folder()
     started = time.monotonic()
     features = _features(session)
+    session.keep_near_copies_together(features.plain)
     fitted = time.monotonic()
     head = _fit(session, features)
     _set_head(session, head)
