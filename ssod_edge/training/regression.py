@@ -29,6 +29,7 @@ class LinearHead:
         strength: of `STRENGTHS`.
         losses: strength -> mean log loss of images that were left out of the fit; empty where none was.
         accuracy: share of images that are classified rightly when left out of the fit; NaN where none was.
+        left_out: float32 [n, M], log probabilities of the images when left out of the fit; None where none was.
     """
 
     weight: Array
@@ -36,6 +37,7 @@ class LinearHead:
     strength: float
     losses: dict[float, float]
     accuracy: float
+    left_out: Array | None = None
 
     def logits(self, features: Array) -> Array:
         """[n, Dall] -> float32 [n, M]."""
@@ -62,6 +64,7 @@ def fit_head(
     """
     losses: dict[float, float] = {}
     accuracies: dict[float, float] = {}
+    left_out: dict[float, Array] = {}
     if parts := _folds(labels, classes, np.arange(len(labels)) if groups is None else groups):
         for strength in STRENGTHS:
             found = np.zeros((len(labels), classes))
@@ -71,12 +74,14 @@ def fit_head(
             found -= found.max(axis=1, keepdims=True)
             log_probs = found - np.log(np.exp(found).sum(axis=1, keepdims=True))
             losses[strength] = float(-np.average(log_probs[np.arange(len(labels)), labels], weights=weights))
+            left_out[strength] = log_probs.astype(np.float32)
             accuracies[strength] = float((found.argmax(axis=1) == labels).mean())
             if losses[strength] > min(losses.values()):
                 break  # convex in the strength, but for noise
     strength = min(losses, key=losses.__getitem__) if losses else STRENGTHS[1]
     weight, bias = _fit(plain, disturbed, labels, classes, weights, np.arange(len(labels)), strength)
-    return LinearHead(weight, bias, strength, losses, accuracies.get(strength, float("nan")))
+    accuracy = accuracies.get(strength, float("nan"))
+    return LinearHead(weight, bias, strength, losses, accuracy, left_out.get(strength))
 
 
 def _folds(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:

@@ -73,6 +73,7 @@ class Session:
         if self.source.left_out:
             say(self.source.left_out)
         check_same_images(self.source.fingerprint + self.source.val_record.get("val_fingerprint", ""))
+        self._said: set[str] = set()
         begun = run if restored else Path(config.weights_file or "").parent
         self._earlier = earlier_splits(begun, config, self.source) if restored or config.weights_file else None
         self._divide(self._exact_copies())
@@ -106,9 +107,11 @@ class Session:
             **self.source.val_record,
         }
         train, val, calib = map(len, (self.splits.train, self.splits.val, self.splits.calib))
-        say(f"{train} images to train on, {val} to validate on, {calib} for thresholds")
-        for line in division.lines:
-            say(line)
+        counts = f"{train} images to train on, {val} to validate on, {calib} for thresholds"
+        for line in (counts, *division.lines):
+            if line not in self._said:  # before near-copies were looked for
+                say(line)
+            self._said.add(line)
 
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
