@@ -32,7 +32,7 @@ def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
 
     RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. The PROTOCOL in file names is native, or
-    via32 with --via 32.
+    via32 with --via 32, via32-jpeg75 with --via 32,jpeg75: so that neither size nor codec tells the sets apart.
     """
     from ssod_edge.evaluation.evaluate import EvalOptions, run_eval
 

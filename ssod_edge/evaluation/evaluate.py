@@ -125,14 +125,14 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     sets |= {name: (images, np.arange(len(images))) for name, images in ood.items()}
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
-    found = _read(model, sets, fit, calibration, peers, state, {"via_size": options.via_size, "workers": workers})
+    found = _read(model, sets, fit, calibration, peers, state, {"via": options.via, "workers": workers})
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
         "classes": list(model.classes),
         "epoch": meta["epoch"],
         "input_size": model.preprocess.input_size,
-        "protocol": options.protocol,
+        **options.said,
         "id_data": source.name if options.id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
         "default_score": spec.score_name if spec else DEFAULT_SCORE,
@@ -266,7 +266,7 @@ def _shift(
     source, indices = known
     chosen = sample(len(indices), options.shift_images)
     outputs = found.outputs["id"]
-    images = ShiftedImages(source, indices[chosen], model.preprocess, options.via_size)
+    images = ShiftedImages(source, indices[chosen], model.preprocess, options.via)
     with image_bar("shifting", len(chosen)) as advance:
         shifted = judge_shifted(model, images, outputs.labels[chosen], shipped.score, workers, advance)
     calibration = found.calibration.get(shipped.name)
@@ -329,12 +329,12 @@ def run_eval(
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:
-        written.append(save_histograms(found.scores, report["default_score"], png))
+        written.append(save_histograms(found.scores, report["default_score"], png, report["equalised"]))
     except MissingExtraError as error:
         if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
     if pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
-        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures)
+        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures, report["equalised"])
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)

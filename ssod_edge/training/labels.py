@@ -93,4 +93,5 @@ def write_labels(run: Path, source: ImageSource, probs: NDArray[np.float32]) -> 
         table.writerow([source.source(index), *names, f"{others[index, likely]:.3f}"])
     content = text.getvalue().encode(errors="surrogateescape")
     write_atomic(run / LABELS, lambda temporary: temporary.write_bytes(content))
-    return f"{len(wrong)} label{'s look' if len(wrong) > 1 else ' looks'} wrong: see '{run / LABELS}'"
+    look = "label looks wrong, or is" if len(wrong) == 1 else "labels look wrong, or are"
+    return f"{len(wrong)} {look} hard to tell: see '{run / LABELS}', the surest first"

@@ -104,7 +104,7 @@ def test_a_run_names_swapped_labels_in_a_table(tmp_path: Path, photos: Path) -> 
         (photos / label / f"{name}.png").rename(photos / other / f"moved{name}.png")
     said, run = train(tmp_path, photos, "run", "--tune", "head")
     rows = list(csv.DictReader((run / LABELS).read_text().splitlines()))
-    assert f"{len(rows)} labels look wrong: see '{run / LABELS}'" in said and len(rows) <= 6
+    assert f"{len(rows)} labels look wrong, or are hard to tell: see '{run / LABELS}'" in said and len(rows) <= 6
     found = {(row["image"], row["label"], row["looks_like"]) for row in rows}
     assert found >= {(f"{other}/moved{name}.png", other, label) for label, other, name in moved}
     assert all(0.3 < float(row["probability"]) <= 1 for row in rows)
@@ -141,6 +141,6 @@ def test_a_table_takes_any_file_name(tmp_path: Path, photos: Path) -> None:
     probs = np.full((90, 3), 0.05, np.float32)
     probs[np.arange(90), source.labels] = 0.9
     probs[4] = 0.02, 0.95, 0.03
-    assert write_labels(tmp_path, source, probs) == f"1 label looks wrong: see '{tmp_path / LABELS}'"
+    assert write_labels(tmp_path, source, probs).startswith("1 label looks wrong, or is hard")
     lines = (tmp_path / LABELS).read_bytes().splitlines()
     assert lines[1] == b'"""x,\xff"".png",a,"b, c",0.950'
