@@ -42,11 +42,11 @@ def alone(n: int) -> Copies:
     return Copies(np.arange(n), np.zeros((0, 2), np.int64))
 
 
-def features_of(labels: np.ndarray, noise: float = 1.0, gap: float = 3.0) -> np.ndarray:
-    """[n, 64] of images that differ from their class's mean by noise."""
+def features_of(labels: np.ndarray, noise: float = 1.0, gap: float = 3.0, width: int = 64) -> np.ndarray:
+    """[n, width] of images that differ from their class's mean by noise."""
     rng = np.random.default_rng(0)
-    means = gap * rng.normal(size=(labels.max() + 1, 64))
-    return (means[labels] + noise * rng.normal(size=(len(labels), 64))).astype(np.float32)
+    means = gap * rng.normal(size=(labels.max() + 1, width))
+    return (means[labels] + noise * rng.normal(size=(len(labels), width))).astype(np.float32)
 
 
 def near(z: np.ndarray, other: int) -> np.ndarray:
@@ -83,6 +83,17 @@ def test_near_copies_are_found_in_blocks_and_other_images_of_a_class_are_none(mo
         assert copies.groups[42] == copies.groups[77] and copies.groups[0] != copies.groups[1]
         assert copies.groups[5] == copies.groups[6] == copies.groups[8]
         assert copies.near == len(np.unique(copies.pairs)) == 8
+
+
+def test_many_features_are_mixed_first_and_lose_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.repeat(np.arange(4), 100)
+    z = features_of(labels, width=2000)
+    rng = np.random.default_rng(1)
+    for index in range(0, 400, 4):  # cosines from 0.83 to 0.99
+        z[index] = z[index + 2] + rng.uniform(0.15, 0.65) * rng.normal(size=2000)
+    mixed = near_pairs(z, labels)
+    monkeypatch.setattr(ssod_edge.data.copies, "ROUGH", 2000)
+    assert 60 < len(mixed) < 100 and np.array_equal(mixed, near_pairs(z, labels))
 
 
 def test_what_all_images_of_a_class_share_makes_no_copies() -> None:
