@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ from pictures import write_folder
 import ssod_edge.data.copies
 from ssod_edge.config import TrainConfig
 from ssod_edge.data.copies import MOST_ALIKE, Copies, exact_copies, joined, near_copies, near_pairs
-from ssod_edge.data.division import divide
+from ssod_edge.data.division import divide, earlier_splits
 from ssod_edge.data.readers import Pictures
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import split_dataset
 from ssod_edge.errors import UsageError
+from ssod_edge.files import write_json
 
 CONFIG = TrainConfig(backbone="any", data="any", val_fraction=0.2, calib_fraction=0.2)
 
@@ -203,3 +204,25 @@ def test_images_that_copies_would_leave_too_few_of_are_divided_with_a_warning() 
     assert division.record["in_two_splits"] == 2
     with pytest.raises(UsageError, match="'c1' of 'labels' has 2 image"):
         divide(Labels(20, 2), CONFIG, alone(22))
+
+
+def test_a_run_that_goes_on_keeps_the_splits_on_record_also_where_those_part_copies(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", per_class=12)
+    for name in ("03", "04", "05", "06", "07"):
+        shutil.copy(data / "class0" / "02.png", data / "class0" / f"{name}.png")
+    source, run = open_dataset(str(data)), tmp_path / "run"
+    splits = split_dataset(source, 0.2, 0.2, 0)  # as an earlier release did, without a look at copies
+    held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
+    write_json(run / "splits.json", {"data_fingerprint": source.fingerprint, "splits_hash": splits.hash, **held_out})
+    write_json(run / "config.json", asdict(CONFIG))
+    copies = exact_copies(source)
+    assert divide(source, CONFIG, copies).splits.hash != splits.hash
+    kept = earlier_splits(run, CONFIG, source)
+    assert kept is not None and kept.hash == splits.hash
+    division = divide(source, CONFIG, copies, kept)
+    assert division.splits.hash == splits.hash and division.record["in_two_splits"] > 0
+    assert "have a copy that is trained on" in division.lines[-1] or "has a copy that is trained" in division.lines[-1]
+    assert earlier_splits(run, replace(CONFIG, seed=1), source) is None
+    assert earlier_splits(tmp_path, CONFIG, source) is None
+    (data / "class1" / "00.png").rename(data / "class1" / "other.png")
+    assert earlier_splits(run, CONFIG, open_dataset(str(data))) is None
