@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import Preprocess
+from ssod_edge.data.named import Via
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.detect.metrics import deployment_metrics, detection_metrics
@@ -30,7 +31,7 @@ class ImageSet:
         source: where the images come from.
         indices: int64 [n], which of them.
         labels: int64 [n], in the model's classes; None for an OOD set.
-        via: size of the `via` protocol in pixels; None for native resolution.
+        via: what each image goes through first; None for native resolution.
     """
 
     name: str
@@ -38,11 +39,11 @@ class ImageSet:
     source: ImageSource
     indices: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None = None
-    via: int | None = None
+    via: Via | None = None
 
     def read(self, index: int, settings: Preprocess) -> Array:
         """One image, through the protocol, as uint8 [3, S, S]. Raises ImageError if it cannot be read."""
-        return read_pixels(self.source.picture(int(index)), settings, via_size=self.via)
+        return read_pixels(self.source.picture(int(index)), settings, via=self.via)
 
 
 @dataclass

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet
-from ssod_edge.data.named import NamedData
-from ssod_edge.data.pixels import load_image, via
+from ssod_edge.data.named import NamedData, Via
+from ssod_edge.data.pixels import equalise, load_image
 from ssod_edge.data.sources import model_labels, open_dataset, open_training_data
 from ssod_edge.data.splits import read_splits
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
@@ -40,7 +40,7 @@ def choose_images(export: Export, options: NamedData, quick: bool = False) -> Be
 
     Args:
         export: what is measured.
-        options: ID data (None takes the run's recorded validation split), OOD data, and the size they go through.
+        options: ID data (None takes the run's recorded validation split), OOD data, and what they go through.
         quick: at most QUICK_IMAGES of each set.
 
     Raises:
@@ -57,8 +57,8 @@ def choose_images(export: Export, options: NamedData, quick: bool = False) -> Be
     unknown = []
     for name, data in (options.ood_data or {}).items():
         source = open_dataset(data, labelled=False)
-        unknown.append(_limit(ImageSet(name, data, source, np.arange(len(source))), options.via_size, quick))
-    return BenchImages(known and _limit(known, options.via_size, quick), tuple(unknown), note)
+        unknown.append(_limit(ImageSet(name, data, source, np.arange(len(source))), options.via, quick))
+    return BenchImages(known and _limit(known, options.via, quick), tuple(unknown), note)
 
 
 def named_set(data: str, spec: Spec) -> ImageSet:
@@ -105,7 +105,7 @@ def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[
         for index in _spread(known.indices, count):
             picture, settings = known.source.picture(int(index)), replace(export.spec.preprocess, version=1)
             with suppress(ImageError):
-                image = load_image(picture) if known.via is None else via(load_image(picture, settings), known.via)
+                image = load_image(picture) if known.via is None else equalise(load_image(picture, settings), known.via)
                 found.append(image)
     if images.known is None or images.known.via is not None:  # these show the region and nothing around it
         found = [_in_place(image, export.spec.preprocess.roi) for image in found]
@@ -126,7 +126,7 @@ def _in_place(image: Image.Image, roi: tuple[int, int, int, int] | None) -> Imag
     return whole
 
 
-def _limit(images: ImageSet, via: int | None, quick: bool) -> ImageSet:
+def _limit(images: ImageSet, via: Via | None, quick: bool) -> ImageSet:
     rows = np.arange(len(images.indices))
     rows = _spread(rows, QUICK_IMAGES) if quick else rows
     labels = None if images.labels is None else images.labels[rows]

@@ -77,7 +77,7 @@ def _command(folder: str | Path, options: BenchOptions) -> str:
     words += ["--id", options.id_data] if options.id_data is not None else []
     for name, data in (options.ood_data or {}).items():
         words += ["--ood", f"{name}={data}"]
-    for name, value in (("batch", options.batch), ("threads", options.threads), ("via", options.via_size)):
+    for name, value in (("batch", options.batch), ("threads", options.threads), ("via", options.via)):
         words += [f"--{name}", str(value)] if value is not None else []
     return shlex.join(words)
 

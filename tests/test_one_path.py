@@ -17,6 +17,7 @@ from PIL import Image
 import ssod_edge
 from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
+from ssod_edge.data.named import Via
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor
@@ -112,7 +113,7 @@ def test_bench(model: Path, photo: Path, settings: Preprocess) -> None:
         images = choose_images(export, NamedData(id_data=str(photo.parent.parent), via_size=via_size))
         assert images.known is not None
         found = images.known.read(0, settings)
-        np.testing.assert_array_equal(found, read_pixels(photo, settings, via_size=via_size))
+        np.testing.assert_array_equal(found, read_pixels(photo, settings, via=via_size and Via(via_size)))
         with open_runner(model) as runner:
             query = ImageQuery(runner, encode(query_images(images, export, 1)[0]), batch=1)
             query()
@@ -140,8 +141,10 @@ def test_eval_and_export(photo: Path, settings: Preprocess, via_size: int | None
     from ssod_edge.training.batches import EvalImages
 
     images = whole_dataset(str(photo.parent.parent))
-    expected = read_pixels(photo, settings, via_size=via_size)
-    np.testing.assert_array_equal(EvalImages(images.source, None, settings, via_size)[0][0].numpy(), expected)
+    expected = read_pixels(photo, settings, via=via_size and Via(via_size))
+    np.testing.assert_array_equal(
+        EvalImages(images.source, None, settings, via_size and Via(via_size))[0][0].numpy(), expected
+    )
     if via_size is None:
         np.testing.assert_array_equal(images.read(settings, images.indices)[0][0], expected)
 

@@ -32,7 +32,8 @@ def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
 
     RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. Of a run with negatives (train --negatives)
-    those that were held out are an OOD set of that name. The PROTOCOL in file names is native, or via32 with --via 32.
+    those that were held out are an OOD set of that name. The PROTOCOL in file names is native, via32 with --via 32, or
+    via32-jpeg75 with --via 32,jpeg75: so that neither size nor codec tells the sets apart.
     """
     from ssod_edge.evaluation.evaluate import EvalOptions, run_eval
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from ssod_edge.config import FITS, LossConfig, TrainConfig, setting_types
-from ssod_edge.data.named import parse_named_data
+from ssod_edge.data.named import parse_named_data, parse_via
 from ssod_edge.recipes import RECIPES, train_config
 
 T = TypeVar("T")
@@ -71,7 +71,22 @@ tpr = click.option("--tpr", type=float, default=0.95, help="Share of known image
 vary = click.option(
     "--vary", multiple=True, metavar="SETTING=VALUE,...", help="Train with each value; repeat for a grid."
 )
-via = click.option("--via", "via_size", type=COUNT, help="First resize every image to so many pixels (32: via32).")
+
+
+def _take_via(context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    """Two settings of `NamedData`: the size, which is returned, and the quality."""
+    via = None if text is None else parse_via(text)
+    context.params["via_jpeg"] = None if via is None else via.jpeg
+    return None if via is None else via.size
+
+
+via = click.option(
+    "--via",
+    "via_size",
+    metavar="SIDE[,jpegQUALITY]",
+    callback=_take_via,
+    help="Every image, known and unknown, is first resized to so many pixels (32), and saved as one JPEG (32,jpeg75).",
+)
 named_data = together(
     click.option("--id", "id_data", metavar="DATA", help="Known images (ID). Default: the run's validation split."),
     click.option(

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.jpeg import decode_jpeg
+from ssod_edge.data.named import Via
 from ssod_edge.errors import ImageError, UsageError, missing_extra
 
 #: Largest width * height that is decoded: Pillow's own default warning limit.
@@ -98,14 +99,14 @@ def read_pixels(
     source: ImageLike,
     settings: Preprocess,
     out: npt.NDArray[np.uint8] | None = None,
-    via_size: int | None = None,
+    via: Via | None = None,
     damaged: Damaged | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """From a source to the graph's input: `load_image`, `via` if a size is given for it, and `preprocess`."""
-    if via_size is None:
+    """From a source to the graph's input: `load_image`, `equalise` if something is given for it, and `preprocess`."""
+    if via is None:
         return preprocess(load_image(source, settings, damaged), settings, out)
-    whole = replace(settings, input_size=via_size, crop_pct=1.0, fit="crop")
-    return preprocess(via(load_image(source, whole, damaged), via_size), settings, out)
+    whole = replace(settings, input_size=via.size, crop_pct=1.0, fit="crop")
+    return preprocess(equalise(load_image(source, whole, damaged), via), settings, out)
 
 
 def load_image(source: ImageLike, settings: Preprocess | None = None, damaged: Damaged | None = None) -> Image.Image:
@@ -206,19 +207,24 @@ def fit_box(image: Image.Image, box: Box, settings: Preprocess) -> Image.Image:
     return square
 
 
-def via(image: Image.Image, size: int) -> Image.Image:
-    """The picture reduced to its centred square at `size` x `size` pixels (bicubic).
+def equalise(image: Image.Image, via: Via) -> Image.Image:
+    """The centred square of an RGB picture at one size (bicubic), and once through one codec.
 
-    The `via32` protocol passes every image through this before `preprocess`, so that a difference in native
-    resolution cannot tell in-distribution images from others.
+    An evaluation passes every image through this before `preprocess`, so that a difference in native resolution, or in
+    how images were stored, cannot tell in-distribution images from others.
 
     Raises:
-        UsageError: `size` is below 1, or the image is not RGB.
+        UsageError: the image is not RGB.
     """
-    if size < 1:
-        raise UsageError(f"via: size must be at least 1 pixel, got {size}")
     _check_rgb(image)
-    return image.resize((size, size), Image.Resampling.BICUBIC, _centre(image, 1.0))
+    square = image.resize((via.size, via.size), Image.Resampling.BICUBIC, _centre(image, 1.0))
+    if via.jpeg is None:
+        return square
+    file = io.BytesIO()
+    square.save(file, "JPEG", quality=via.jpeg)
+    stored: Image.Image = Image.open(file)
+    stored.load()  # of three channels, as it was written
+    return stored
 
 
 def _check_rgb(image: Image.Image) -> None:

@@ -129,7 +129,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     sets, ood_data, of_negatives = _image_sets(opened, (source, indices), ood, ood_data)
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
     calibration = calibration_images(opened)
-    judge = _Judge(model, peers, state, opened.folds, {"via_size": options.via_size, "workers": workers})
+    judge = _Judge(model, peers, state, opened.folds, {"via": options.via, "workers": workers})
     found = _read(judge, sets, fit, calibration)
     if opened.folds is not None and spec is not None and state is not None and found.thresholds:
         # Its state was fitted on the calibration images: the export has its threshold, from out-of-fold scores.
@@ -143,7 +143,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         "classes": list(model.classes),
         "epoch": meta["epoch"],
         "input_size": model.preprocess.input_size,
-        "protocol": options.protocol,
+        **options.said,
         "id_data": source.name if options.id_data else f"{source.name} (validation split)",
         "ood_data": dict(ood_data),
         "default_score": spec.score_name if spec else DEFAULT_SCORE,
@@ -296,7 +296,7 @@ def _shift(
     source, indices = known
     chosen = sample(len(indices), options.shift_images)
     outputs = found.outputs["id"]
-    images = ShiftedImages(source, indices[chosen], model.preprocess, options.via_size)
+    images = ShiftedImages(source, indices[chosen], model.preprocess, options.via)
     with image_bar("shifting", len(chosen)) as advance:
         shifted = judge_shifted(model, images, outputs.labels[chosen], shipped.score, workers, advance)
     threshold = found.thresholds.get(shipped.name)
@@ -358,12 +358,12 @@ def run_eval(
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
     try:
-        written.append(save_histograms(found.scores, report["default_score"], png))
+        written.append(save_histograms(found.scores, report["default_score"], png, report["equalised"]))
     except MissingExtraError as error:
         if png_file:
             raise
         click.echo(f"no histograms: {error}", err=True)
     if pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
-        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures)
+        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures, report["equalised"])
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)

@@ -45,9 +45,11 @@ def _figure(width: float, height: float, what: str) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def _save(figure: Any, path: str | Path, caption: str = "") -> Path:
     from matplotlib.text import Text
 
+    if caption:
+        figure.supxlabel(caption, fontsize=8, color="#555555")
     for text in figure.findobj(Text):  # a name with two dollar signs is no formula
         text.set_parse_math(False)
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
@@ -75,6 +77,7 @@ def save_evaluation(
     outputs: Mapping[str, Outputs],
     classes: Sequence[str],
     folder: str | Path,
+    caption: str = "",
 ) -> list[Path]:
     """All pictures of an evaluation: a histogram of each score, ROC (with an OOD set), risk-coverage and t-SNE.
 
@@ -82,6 +85,7 @@ def save_evaluation(
         raw, auroc, classes: as of the functions below.
         outputs: "id" and each OOD set -> what the model says of its images.
         folder: gets the files, and is made if need be.
+        caption: stands below every picture.
 
     Returns:
         The files that were written.
@@ -90,16 +94,16 @@ def save_evaluation(
         MissingExtraError, OutputError: as `save_histograms`.
     """
     folder = Path(folder)
-    written = [save_histograms(raw, score, folder / f"scores-{score}.png") for score in raw["id"]]
+    written = [save_histograms(raw, score, folder / f"scores-{score}.png", caption) for score in raw["id"]]
     if _ood_sets(raw):
-        written.append(save_roc(raw, auroc, folder / "roc.png"))
-    written.append(save_risk_coverage(raw, outputs["id"].correct, folder / "risk-coverage.png"))
+        written.append(save_roc(raw, auroc, folder / "roc.png", caption))
+    written.append(save_risk_coverage(raw, outputs["id"].correct, folder / "risk-coverage.png", caption))
     features = {name: part.features for name, part in outputs.items()}
-    written.append(save_features(features, outputs["id"].labels, classes, folder / "features.png"))
+    written.append(save_features(features, outputs["id"].labels, classes, folder / "features.png", caption))
     return written
 
 
-def save_histograms(raw: RawScores, score: str, path: str | Path) -> Path:
+def save_histograms(raw: RawScores, score: str, path: str | Path, caption: str = "") -> Path:
     """The distribution of one score on ID and on each OOD set (the paper's Fig. 6).
 
     Raises:
@@ -118,10 +122,10 @@ def save_histograms(raw: RawScores, score: str, path: str | Path) -> Path:
             axes.hist(inside[name], bins, density=True, alpha=0.55, color=BLUE, label=name)
         axes.set(xlabel=f"{score} (larger: more likely OOD)", ylabel="density")
         axes.legend()
-    return _save(figure, path)
+    return _save(figure, path, caption)
 
 
-def save_roc(raw: RawScores, auroc: Mapping[tuple[str, str], float], path: str | Path) -> Path:
+def save_roc(raw: RawScores, auroc: Mapping[tuple[str, str], float], path: str | Path, caption: str = "") -> Path:
     """Receiver operating characteristic of each score on each OOD set: ID images accepted over OOD images accepted.
 
     Args:
@@ -143,7 +147,7 @@ def save_roc(raw: RawScores, auroc: Mapping[tuple[str, str], float], path: str |
         axes.set(title=name, xlim=(0, 100), ylim=(0, 100), aspect="equal")
         axes.set(xlabel="OOD images accepted (%)", ylabel="ID images accepted (%)")
         axes.legend(loc="lower right", fontsize=8)
-    return _save(figure, path)
+    return _save(figure, path, caption)
 
 
 def _accepted(scores: Floats, thresholds: Floats) -> Floats:
@@ -153,7 +157,7 @@ def _accepted(scores: Floats, thresholds: Floats) -> Floats:
     return np.concatenate([[0.0], shares, [100.0]])
 
 
-def save_risk_coverage(raw: RawScores, correct: npt.NDArray[np.bool_], path: str | Path) -> Path:
+def save_risk_coverage(raw: RawScores, correct: npt.NDArray[np.bool_], path: str | Path, caption: str = "") -> Path:
     """Selective risk over coverage, for ID and each OOD set together.
 
     The images with the lowest scores are answered. Risk is the share of wrong answers among those: an ID image whose
@@ -186,7 +190,7 @@ def save_risk_coverage(raw: RawScores, correct: npt.NDArray[np.bool_], path: str
         axes.set(title=f"{name} ({mix})", xlim=(0, 100), ylim=(0, None))
         axes.set(xlabel="coverage: images answered (%)", ylabel="risk: wrong among them (%)")
         axes.legend(fontsize=8)
-    return _save(figure, path)
+    return _save(figure, path, caption)
 
 
 def _line_styles(scores: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
@@ -204,7 +208,11 @@ def _best(scores: Mapping[str, Any], value: Mapping[str, float]) -> list[str]:
 
 
 def save_features(
-    features: Mapping[str, Floats], labels: npt.NDArray[np.int64], classes: Sequence[str], path: str | Path
+    features: Mapping[str, Floats],
+    labels: npt.NDArray[np.int64],
+    classes: Sequence[str],
+    path: str | Path,
+    caption: str = "",
 ) -> Path:
     """t-SNE of pooled features (the paper's Fig. 4): ID images coloured by class, OOD images by set.
 
@@ -237,7 +245,7 @@ def save_features(
     ood = f", {len(points) - len(groups['id']):,} OOD by set" if names else ""
     axes.set_title(f"t-SNE of pooled features: {len(groups['id']):,} ID images by class{ood}")
     figure.legend(loc="outside right upper", fontsize=8, markerscale=1.4)
-    return _save(figure, path)
+    return _save(figure, path, caption)
 
 
 def _tsne(features: Floats) -> Floats:

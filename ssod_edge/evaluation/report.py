@@ -23,7 +23,8 @@ def print_report(report: Report) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     console.print(
-        f"{escape(report['run'])}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']})\n"
+        f"{escape(report['run'])}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']}: "
+        f"{report['equalised']})\n"
         f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
         f"of {escape(report['id_data'])}"
     )

@@ -86,6 +86,8 @@ class StudyOptions:
         """What the records say of the evaluation and the score."""
         asked = {**asdict(self.evaluation), "ood_data": dict(self.evaluation.ood_data or {})}
         del asked["bootstrap"], asked["shift_images"]
+        if asked["via_jpeg"] is None:  # as records of earlier releases
+            del asked["via_jpeg"]
         return asked if self.score is None else {**asked, "score": self.score}
 
 
@@ -392,7 +394,7 @@ def _write(
         failed = [{**keys[c], "error": str(errors[c]) or type(errors[c]).__name__} for c in cells if c in errors]
         summary = summarise(rows)
         write_json(folder / STUDY, {**study, "summary": summary, "runs": rows, "failed": failed})
-        text = markdown(summary, failed)
+        text = markdown(summary, failed, rows[0].get("equalised", "") if rows else "")
         write_atomic(folder / TABLE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -405,7 +407,7 @@ def _rows_of_others(folder: Path, study: Mapping[str, Any], cells: Sequence[Cell
     return {cell: rows[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in rows}
 
 
-def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> str:
+def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]], equalised: str = "") -> str:
     """The table in percent: accuracy, and each score's AUROC (and FPR), a mean over OOD sets, with deviations."""
     scores = list(dict.fromkeys(name for row in summary for name in row["auroc"]))
     lines = ["| " + " | ".join(["settings", "seeds", "accuracy", *scores]) + " |", "|---" * (3 + len(scores)) + "|"]
@@ -415,7 +417,10 @@ def markdown(summary: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str,
             fpr = row["fpr_at_id_tpr95"].get(name)
             cells.append(_percent(row["auroc"].get(name)) + (f" ({100 * fpr['mean']:.1f})" if fpr else ""))
         lines.append("| " + " | ".join(cells) + " |")
-    lines.append("\nIn percent: accuracy, and AUROC as a mean over OOD sets; in brackets FPR at 95% of ID accepted.")
+    images = f" {equalised[0].upper()}{equalised[1:]}." if equalised else ""
+    lines.append(
+        f"\nIn percent: accuracy, and AUROC as a mean over OOD sets; in brackets FPR at 95% of ID accepted.{images}"
+    )
     lines += [f"\nfailed: {row['settings']}, seed {row['seed']}: {row['error']}" for row in failed]
     return "\n".join(lines) + "\n"
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssod_edge.config import Preprocess
+from ssod_edge.data.named import Via
 from ssod_edge.data.pixels import fit_box, read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
@@ -34,21 +35,21 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
         source: images.
         indices: which of them, in which order; None for all.
         settings: the model's preprocessing.
-        via_size: resize to this many pixels first (protocol `via32`), or None (`native`).
+        via: what an image goes through first (protocol `via32`), or None (`native`).
     """
 
-    def __init__(self, source: ImageSource, indices: Indices | None, settings: Preprocess, via_size: int | None = None):
+    def __init__(self, source: ImageSource, indices: Indices | None, settings: Preprocess, via: Via | None = None):
         self.source = source
         self.indices = np.arange(len(source)) if indices is None else indices
         self.settings = settings
-        self.via_size = via_size
+        self.via = via
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         index = int(self.indices[position])
-        pixels = read_pixels(self.source.picture(index), self.settings, via_size=self.via_size)
+        pixels = read_pixels(self.source.picture(index), self.settings, via=self.via)
         return torch.from_numpy(pixels), int(self.source.labels[index]), index
 
 

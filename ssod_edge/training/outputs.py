@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssod_edge.data.named import Via
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.training.batches import EvalImages, load_batches
@@ -51,7 +52,7 @@ def collect(
     model: SSODClassifier,
     source: ImageSource,
     indices: Indices | None = None,
-    via_size: int | None = None,
+    via: Via | None = None,
     batch_size: int = 64,
     workers: int = 1,
     advance: Callable[[int], None] = lambda n: None,
@@ -61,7 +62,7 @@ def collect(
 
     Args:
         model: in any mode; it is left in eval mode.
-        source, indices, via_size: as `EvalImages`.
+        source, indices, via: as `EvalImages`.
         advance: called with the size of each finished batch.
         watch: called with each normalised batch [N, 3, S, S], on the model's device.
 
@@ -71,7 +72,7 @@ def collect(
     model.eval()
     device = next(model.parameters()).device
     parts, times = [], []
-    images = EvalImages(source, indices, model.preprocess, via_size)
+    images = EvalImages(source, indices, model.preprocess, via)
     for image, label, _ in load_batches(images, workers, batch_size=batch_size):
         start = time.perf_counter()
         x = normalise(image.to(device), model.preprocess).contiguous(memory_format=torch.channels_last)

@@ -32,6 +32,7 @@ class LinearHead:
         accuracy: share of images that are classified rightly when left out of the fit; NaN where none was.
         fold: int64 [n], the part that each image is of; empty where none was left out.
         fold_weight, fold_bias: float32 [K, M, Dall] and [K, M], of the fits of that strength without each part.
+        left_out: float32 [n, M], log probabilities of the images when left out of the fit; None where none was.
     """
 
     weight: Array
@@ -42,6 +43,7 @@ class LinearHead:
     fold: Labels
     fold_weight: Array
     fold_bias: Array
+    left_out: Array | None = None
 
     def logits(self, features: Array) -> Array:
         """[n, Dall] -> float32 [n, M]."""
@@ -69,6 +71,7 @@ def fit_head(
     losses: dict[float, float] = {}
     accuracies: dict[float, float] = {}
     heads: dict[float, list[tuple[Array, Array]]] = {}
+    left_out: dict[float, Array] = {}
     parts = _folds(labels, classes, np.arange(len(labels)) if groups is None else groups)
     for strength in STRENGTHS if parts else ():
         heads[strength] = []
@@ -82,6 +85,7 @@ def fit_head(
         found -= found.max(axis=1, keepdims=True)
         log_probs = found - np.log(np.exp(found).sum(axis=1, keepdims=True))
         losses[strength] = float(-np.average(log_probs[np.arange(len(labels)), labels], weights=weights))
+        left_out[strength] = log_probs.astype(np.float32)
         accuracies[strength] = float((found.argmax(axis=1) == labels).mean())
         if losses[strength] > min(losses.values()):
             break  # convex in the strength, but for noise
@@ -90,12 +94,12 @@ def fit_head(
     fold = np.zeros(len(labels) if parts else 0, np.int64)
     for number, (_, outside) in enumerate(parts):
         fold[outside] = number
-    left_out = heads.get(strength, [])
+    fits = heads.get(strength, [])
     fold_weight, fold_bias = (
-        np.array([part[i] for part in left_out], np.float32).reshape(-1, *head[i].shape) for i in (0, 1)
+        np.array([fit[i] for fit in fits], np.float32).reshape(-1, *head[i].shape) for i in (0, 1)
     )
     accuracy = accuracies.get(strength, float("nan"))
-    return LinearHead(*head, strength, losses, accuracy, fold, fold_weight, fold_bias)
+    return LinearHead(*head, strength, losses, accuracy, fold, fold_weight, fold_bias, left_out.get(strength))
 
 
 def _folds(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:

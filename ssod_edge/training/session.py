@@ -10,17 +10,20 @@ from typing import Any, cast
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
-from ssod_edge.data.groups import describe_groups, image_groups
+from ssod_edge.data.copies import Copies, exact_copies, near_copies
+from ssod_edge.data.division import divide, earlier_splits
 from ssod_edge.data.negatives import Negatives, open_negatives
 from ssod_edge.data.sources import open_training_data
-from ssod_edge.data.splits import MIN_CALIB, Indices, split_dataset
+from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
+from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import (
     is_checkpoint,
     load_checkpoint,
@@ -62,7 +65,6 @@ class Session:
     ):
         self.config, self.run, self.device = config, run, device
         self.started_from: dict[str, str] | None = None
-        self.published = True  # features that training starts from, but of a run that changed them
         if config.weights == PUBLISHED and not restored:
             check_published(config.backbone)
         try:
@@ -74,25 +76,53 @@ class Session:
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
         if self.source.left_out:
             say(self.source.left_out)
-        of_negatives = {} if self.negatives is None else self.negatives.record
-        others = (self.source.val_record.get("val_fingerprint", ""), of_negatives.get("negatives_hash", ""))
+        self._of_negatives = {} if self.negatives is None else self.negatives.record
+        others = (self.source.val_record.get("val_fingerprint", ""), self._of_negatives.get("negatives_hash", ""))
         check_same_images(self.source.fingerprint + "".join(others))
-        self.groups = groups = image_groups(self.source, config.group)
-        self.splits = split_dataset(self.source, config.val_fraction, config.calib_fraction, config.seed, groups)
-        self.data_record = {
-            "data_fingerprint": self.source.fingerprint,
-            "splits_hash": self.splits.hash,
-            **self.source.val_record,
-            **of_negatives,
-        }
-        say(self._describe_splits())
-        if groups is not None:
-            say(describe_groups(groups))
+        weights = None if restored else config.weights_file
+        of_run = load_checkpoint(Path(weights))[1] if weights and is_checkpoint(weights) else None
+        #: Features that training starts from, but of a run that changed them.
+        self.published = of_run is None or of_run.get("tuned") == "head"
+        self._said: set[str] = set()
+        begun = run if restored else Path(config.weights_file or "").parent
+        self._earlier = earlier_splits(begun, config, self.source) if restored or config.weights_file else None
+        self._divide(self._exact_copies())
         if self.negatives is not None:
             say(str(self.negatives))
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
+
+    def _exact_copies(self) -> Copies:
+        if self.source.fixed_splits is not None:  # what is given is not divided
+            return Copies(np.arange(len(self.source)), np.zeros((0, 2), np.int64))
+        with image_bar("copies", len(self.source)) as advance:
+            return exact_copies(self.source, advance)
+
+    def keep_near_copies_together(self, features: NDArray[np.float32]) -> None:
+        """Look for near-copies by the features [n, D] of all images, and divide these again where there are any."""
+        if self.source.fixed_splits is None:
+            copies = near_copies(features, self.source.labels, self.copies)
+            if copies.near:
+                self._divide(copies)
+            self.copies_record["near"] = copies.near
+            self._write_splits()
+
+    def _divide(self, copies: Copies) -> None:
+        """Split the images, and say how."""
+        self.copies, division = copies, divide(self.source, self.config, copies, self._earlier)
+        self.groups, self.splits, self.copies_record = division.groups, division.splits, division.record
+        check_same_images(self.splits.hash)
+        self.data_record = {
+            "data_fingerprint": self.source.fingerprint,
+            "splits_hash": self.splits.hash,
+            **self.source.val_record,
+            **self._of_negatives,
+        }
+        for line in (self._describe_splits(), *division.lines):
+            if line not in self._said:  # before near-copies were looked for
+                say(line)
+            self._said.add(line)
 
     @property
     def pools(self) -> bool:
@@ -129,13 +159,14 @@ class Session:
         weights = None if restored else config.weights_file
         if weights and is_checkpoint(weights):
             meta = load_checkpoint(Path(weights))[1]
-            self.published = meta.get("tuned") == "head"
-            if meta["data_fingerprint"] == self.source.fingerprint and meta["splits_hash"] != self.splits.hash:
-                raise UsageError(
-                    f"'{weights}' was trained on another split of these images, so validation and calibration "
-                    "would see images it knows. Use the --seed, --val, --group, --val-fraction and "
-                    "--calib-fraction in its run's config.json"
-                )
+            if meta["data_fingerprint"] == self.source.fingerprint:
+                if meta["splits_hash"] != self.splits.hash:
+                    raise UsageError(
+                        f"'{weights}' was trained on another split of these images, so validation and calibration "
+                        "would see images it knows. Use the --seed, --val, --group, --val-fraction and "
+                        "--calib-fraction in its run's config.json, beside its splits.json"
+                    )
+                self._earlier = self.splits
             if self.negatives is not None and self.negatives.were_learnt_otherwise(meta):
                 raise UsageError(
                     f"'{weights}' learnt from another part of these negatives, so the choice of a score and the "
@@ -154,16 +185,20 @@ class Session:
         """Write the settings and splits of a new run, and say what they leave out."""
         splits = self.splits
         write_json(self.run / "config.json", dataclasses.asdict(self.config))
-        held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
-        record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
-        if self.negatives is not None:
-            record["negatives_parts"] = {part: found.tolist() for part, found in self.negatives.listed.items()}
-        write_json(self.run / "splits.json", record)
+        self._write_splits()
         if (len(self.pooled) if self.pools else len(splits.calib)) < MIN_CALIB:
             say(
                 f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
                 f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
             )
+
+    def _write_splits(self) -> None:
+        splits = self.splits
+        held_out = {"val": splits.val.tolist(), "calib": splits.calib.tolist()}
+        record = {"data": self.source.name, **self.data_record, "train": len(splits.train), **held_out}
+        if self.negatives is not None:
+            record["negatives_parts"] = {part: found.tolist() for part, found in self.negatives.listed.items()}
+        write_json(self.run / "splits.json", {**record, "copies": self.copies_record})
 
     def save(
         self,

@@ -18,6 +18,7 @@ from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST, FOLDS
 from ssod_edge.training.distributed import world_size
 from ssod_edge.training.features import Features, check_features, features_of, keep_features
+from ssod_edge.training.labels import unseen_probs, write_labels
 from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
@@ -40,6 +41,7 @@ def tune(session: Session) -> None:
     session.begin_folder()
     started = time.monotonic()
     features = _features(session)
+    session.keep_near_copies_together(features.plain)
     fitted = time.monotonic()
     head, images = _fit(session, features, pool=parts is None)
     _set_head(session, head)
@@ -48,6 +50,9 @@ def tune(session: Session) -> None:
         f"head: {before} ({fitted - started:.0f} s for features of {len(session.source)} photos and disturbed copies, "
         f"{time.monotonic() - fitted:.0f} s for the head)"
     )
+    probs = unseen_probs(head, features.plain, images)
+    if probs is not None and (line := write_labels(session.run, session.source, probs)):
+        say(line)
     was = "head" if session.published else "upper"
     facts: dict[str, Any] = {"tuned": was, "strength": head.strength, "tried": {"head": before.record}}
     if parts is not None:

@@ -16,7 +16,7 @@ from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.images import BenchImages, choose_images, query_images
 from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
 from ssod_edge.config import Preprocess
-from ssod_edge.data.named import NamedData
+from ssod_edge.data.named import NamedData, Via
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.runtime.export import Export
@@ -197,13 +197,13 @@ def test_named_data_are_opened(export: Path, tmp_path: Path) -> None:
     images = choose_images(
         Export(export, spec), NamedData(id_data=str(data), ood_data={"far": str(data / "zebra")}, via_size=8)
     )
-    assert [(s.name, len(s.indices), s.via) for s in images.sets] == [("id", 12, 8), ("far", 1, 8)]
+    assert [(s.name, len(s.indices), s.via) for s in images.sets] == [("id", 12, Via(8)), ("far", 1, Via(8))]
     assert images.known is not None
     assert images.known.labels is not None
     names = [spec.classes[label] for label in images.known.labels]
     assert names == ["blue"] * 4 + ["green"] * 4 + ["red"] * 4, "the model's numbering, not the folder's"
     settings = Preprocess(input_size=16)
-    assert np.array_equal(images.known.read(0, settings), read_pixels(data / "blue" / "0.png", settings, via_size=8))
+    assert np.array_equal(images.known.read(0, settings), read_pixels(data / "blue" / "0.png", settings, via=Via(8)))
     with pytest.raises(UsageError, match="shares no class with the model"):
         choose_images(Export(export, replace(spec, classes=("cat", "dog"))), NamedData(id_data=str(data)))
     with pytest.raises(UsageError, match="does not exist"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ssod_edge.data.named import NamedData, parse_named_data
+from ssod_edge.data.named import NamedData, Via, parse_named_data, parse_via
 from ssod_edge.errors import UsageError
 
 
@@ -24,5 +24,28 @@ def test_a_name_is_given_once_and_is_not_id(items: tuple[str, ...]) -> None:
         parse_named_data(items)
 
 
-def test_the_protocol_is_named_after_the_size() -> None:
-    assert [NamedData(via_size=size).protocol for size in (None, 32)] == ["native", "via32"]
+def test_the_protocol_says_what_was_equalised() -> None:
+    native, size, both = NamedData(), NamedData(via_size=32), NamedData(via_size=32, via_jpeg=75)
+    assert [named.protocol for named in (native, size, both)] == ["native", "via32", "via32-jpeg75"]
+    assert native.via is None and both.via == Via(32, 75)
+    assert "as they are" in native.equalised and "codecs may" in size.equalised
+    assert both.equalised == "every image first went through 32 px and one JPEG of quality 75"
+    with pytest.raises(UsageError, match="via_jpeg needs a via_size"):
+        NamedData(via_jpeg=75)
+
+
+@pytest.mark.parametrize(("text", "via"), [("32", Via(32)), (" 224 ", Via(224)), ("32,jpeg75", Via(32, 75))])
+def test_a_via_is_written_as_it_is_read(text: str, via: Via) -> None:
+    assert parse_via(text) == via and str(via) == text.strip()
+
+
+@pytest.mark.parametrize("text", ["", "x", "32,75", "32,jpeg", "32,jpeg75,jpeg20", "jpeg75", "-3", "32, png"])
+def test_another_via_is_refused_with_the_form(text: str) -> None:
+    with pytest.raises(UsageError, match="expected --via SIDE or SIDE,jpegQUALITY, such as 32 or 32,jpeg75"):
+        parse_via(text)
+
+
+@pytest.mark.parametrize(("text", "message"), [("0", "at least 1"), ("8,jpeg0", "1 to 95"), ("8,jpeg96", "1 to 95")])
+def test_a_via_out_of_range_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_via(text)

@@ -21,7 +21,17 @@ from PIL import Image
 from places import GOLDEN
 
 from ssod_edge.config import FITS, IMAGE_SUFFIXES, Preprocess
-from ssod_edge.data.pixels import FORMATS, MAX_BYTES, MAX_PIXELS, MAX_SIDE, load_image, preprocess, read_pixels, via
+from ssod_edge.data.named import Via
+from ssod_edge.data.pixels import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    MAX_SIDE,
+    equalise,
+    load_image,
+    preprocess,
+    read_pixels,
+)
 from ssod_edge.errors import ImageError, UsageError
 
 GOLDEN_FILE = GOLDEN / "image.npz"
@@ -522,7 +532,7 @@ def test_interpolations_differ() -> None:
 @pytest.mark.parametrize("crop_pct", [0.1, 0.875, 1.0])
 def test_the_smallest_images_work(size: tuple[int, int], crop_pct: float) -> None:
     image = load_image(encode(Image.new("RGB", size, (9, 99, 199)), "PNG"))
-    for found in (image, via(image, 32)):
+    for found in (image, equalise(image, Via(32))):
         result = preprocess(found, Preprocess(input_size=24, crop_pct=crop_pct))
         np.testing.assert_array_equal(result, np.broadcast_to(np.uint8([9, 99, 199])[:, None, None], (3, 24, 24)))
 
@@ -561,18 +571,37 @@ def test_other_modes_are_refused() -> None:
     with pytest.raises(UsageError, match="mode RGB, got L"):
         preprocess(Image.new("L", (8, 8)), Preprocess(input_size=8))
     with pytest.raises(UsageError, match="mode RGB, got CMYK"):
-        via(Image.new("CMYK", (8, 8)), 32)
+        equalise(Image.new("CMYK", (8, 8)), Via(32))
     with pytest.raises(UsageError, match="at least 1"):
-        via(Image.new("RGB", (8, 8)), 0)
+        Via(0)
 
 
 def test_via_removes_native_resolution() -> None:
     image = load_image(picture(300, 400))
-    small = via(image, 32)
+    small = equalise(image, Via(32))
     assert small.size == (32, 32)
-    np.testing.assert_array_equal(pixels(via(small, 32)), pixels(small))
+    np.testing.assert_array_equal(pixels(equalise(small, Via(32))), pixels(small))
     native, reduced = (preprocess(i, Preprocess(input_size=128)).astype(int) for i in (image, small))
     assert np.abs(np.diff(reduced, axis=2)).mean() < 0.5 * np.abs(np.diff(native, axis=2)).mean()
+
+
+def test_via_removes_the_codec() -> None:
+    """A picture that was a JPEG before and one that never was come out alike in what a JPEG leaves: blocks."""
+    rng = np.random.default_rng(0)
+    plain = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    plain.save(file, "JPEG", quality=75)
+    once = Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+    assert np.array_equal(np.asarray(equalise(plain, Via(64, 75))), np.asarray(once)), "one JPEG by Pillow, and no more"
+    again = equalise(once, Via(64, 75))
+    changed, before = (
+        np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in ((once, again), (plain, once))
+    )
+    assert again.mode == "RGB" and again.size == (64, 64) and changed < 0.2 * before
+    settings = Preprocess(input_size=16)
+    for source in (plain, file.getvalue()):
+        expected = preprocess(equalise(load_image(source), Via(32, 40)), settings)
+        assert np.array_equal(read_pixels(source, replace(settings, version=1), via=Via(32, 40)), expected)
 
 
 # ---------------------------------------------------------------- reduced decoding
@@ -658,8 +687,8 @@ def test_via_reads_at_its_own_size() -> None:
     data = jpegs()["plain"]
     for size, via_size in ((100, 24), (8, 100)):
         settings_ = Preprocess(input_size=size, crop_pct=0.5)
-        expected = preprocess(via(load_image(data, Preprocess(input_size=via_size)), via_size), settings_)
-        np.testing.assert_array_equal(read_pixels(data, settings_, via_size=via_size), expected)
+        expected = preprocess(equalise(load_image(data, Preprocess(input_size=via_size)), Via(via_size)), settings_)
+        np.testing.assert_array_equal(read_pixels(data, settings_, via=Via(via_size)), expected)
 
 
 # ---------------------------------------------------------------- fit and region
@@ -718,7 +747,7 @@ def golden_results(jpeg: bytes) -> dict[str, np.ndarray]:
         "bicubic": preprocess(image, Preprocess(input_size=16, crop_pct=0.875)),
         "bilinear": preprocess(image, Preprocess(input_size=16, interpolation="bilinear")),
         "enlarged": preprocess(load_image(picture(9, 7)), Preprocess(input_size=16)),
-        "via8": preprocess(via(image, 8), Preprocess(input_size=16)),
+        "via8": preprocess(equalise(image, Via(8)), Preprocess(input_size=16)),
         "photo": read_pixels(jpeg, Preprocess(input_size=16, version=1)),
     }
 

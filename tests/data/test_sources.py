@@ -13,8 +13,10 @@ import pytest
 from pictures import write_folder
 from PIL import Image
 
+import ssod_edge.data.sources
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import load_image, preprocess, via
+from ssod_edge.data.named import Via
+from ssod_edge.data.pixels import equalise, load_image, preprocess
 from ssod_edge.data.sources import model_labels, open_dataset, read_class_list
 from ssod_edge.data.splits import split_dataset
 from ssod_edge.errors import ImageError, UsageError
@@ -221,7 +223,7 @@ def test_a_class_list_leaves_a_data_set_of_those_classes(folder, tmp_path):
     with pytest.raises(UsageError, match="names '7'"):
         open_dataset(f"{folder}@{names}")
     for missing in ("nothing", ""):
-        with pytest.raises(UsageError, match="one of: imagenet-objects"):
+        with pytest.raises(UsageError, match="one of: imagenet-objects, imagenet-without-clothes, "):
             open_dataset(f"{folder}@{missing}")
 
 
@@ -250,6 +252,21 @@ def test_the_shipped_list_leaves_out_animals_and_vehicles():
     assert min(chosen) == 398 and len(set(chosen)) == len(chosen) == 518
     for index in (404, 436, 472, 603, 627, 717, 780, 864, 895):  # airliner ... warplane
         assert index not in chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "out", "kept"),
+    [
+        ("imagenet-without-waste", 936, (440, 478, 692, 728, 737, 898, 907, 999), (1, 414, 608, 834, 963)),
+        ("imagenet-without-clothes", 928, (399, 474, 608, 610, 697, 806, 834, 841, 869), (1, 414, 440, 907, 963)),
+    ],
+)
+def test_the_lists_of_the_photo_sets_leave_out_what_those_show(name, count, out, kept):
+    chosen = read_class_list(name, tuple(str(i) for i in range(1000)))
+    assert len(set(chosen)) == len(chosen) == count
+    assert not set(out) & set(chosen) and set(kept) <= set(chosen)
+    lines = (Path(ssod_edge.data.sources.__file__).parent / "lists" / f"{name}.txt").read_text().splitlines()
+    assert any("pretrained on ImageNet have seen" in line for line in lines if line.startswith("#"))
 
 
 def test_data_that_cannot_be_trained_on_is_refused_with_the_fix(tmp_path, folder):
@@ -331,8 +348,8 @@ def test_evaluation_images_are_the_runtimes_bytes(folder):
     image, label, index = EvalImages(source, np.array([20, 3]), SETTINGS)[1]
     expected = load_image(source.source(3) if Path(source.source(3)).exists() else folder / source.source(3))
     assert np.array_equal(image.numpy(), preprocess(expected, SETTINGS)) and (label, index) == (0, 3)
-    through = EvalImages(source, None, SETTINGS, via_size=8)[3][0]
-    assert np.array_equal(through.numpy(), preprocess(via(expected, 8), SETTINGS))
+    through = EvalImages(source, None, SETTINGS, via=Via(8))[3][0]
+    assert np.array_equal(through.numpy(), preprocess(equalise(expected, Via(8)), SETTINGS))
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,24 @@ def test_via_sends_every_image_through_that_size(place):
         place / "run", EvalOptions(str(place / "test"), {"grey": str(place / "grey")}, via_size=8, bootstrap=0)
     )
     assert through["protocol"] == through["results"][0]["protocol"] == "via8"
+    assert "8 px (codecs may tell sets apart)" in through["equalised"] and "as they are" in native["equalised"]
     assert through["results"][3]["auroc"] != native["results"][3]["auroc"] or found.scores["grey"]["energy"].std() > 0
+
+
+def test_via_equalises_the_codec_too_and_every_output_says_so(place):
+    json_file = place / "via.json"
+    arguments = ["eval", str(place / "run"), "--id", str(place / "test"), "--ood", f"grey={place / 'grey'}"]
+    through = ["--via", "8,jpeg20", "--shift-images", "0", "--json", str(json_file)]
+    shown = CliRunner().invoke(main, [*arguments, *through], catch_exceptions=False)
+    report = json.loads(json_file.read_text())
+    assert report["protocol"] == report["results"][0]["protocol"] == "via8-jpeg20"
+    assert report["equalised"] in " ".join(shown.stdout.split()) and "one JPEG of quality 20" in report["equalised"]
+    options = EvalOptions(str(place / "test"), {"grey": str(place / "grey")}, via_size=8, bootstrap=0, shift_images=0)
+    sized, both = (evaluate(place / "run", replace(options, via_jpeg=jpeg))[1].scores for jpeg in (None, 20))
+    for name in ("id", "grey"):  # known and unknown
+        assert not np.allclose(sized[name]["energy"], both[name]["energy"], atol=1e-5)
+    wrong = CliRunner().invoke(main, [*arguments, "--via", "8,jpeg"])
+    assert wrong.exit_code == 2 and "such as 32 or 32,jpeg75" in wrong.stderr
 
 
 def test_without_id_data_the_recorded_validation_split_is_used(place):

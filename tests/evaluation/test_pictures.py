@@ -31,7 +31,7 @@ def figures(monkeypatch):
     """What would be written, as matplotlib's figures."""
     seen = []
     save = pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: (seen.append(figure), save(figure, path))[1])
+    monkeypatch.setattr(pictures, "_save", lambda figure, *rest: (seen.append(figure), save(figure, *rest))[1])
     return seen
 
 
@@ -46,11 +46,12 @@ def check(path, least=300):
         assert png.format == "PNG" and png.width > least and len(png.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def test_an_evaluation_gets_all_of_them(tmp_path):
+def test_an_evaluation_gets_all_of_them(tmp_path, figures):
     pytest.importorskip("sklearn", reason="needs the extra 'train'")
     said = {name: outputs(len(RAW[name][SCORES[0]]), 3) for name in RAW}
     few = {name: {s: RAW[name][s] for s in SCORES[:2]} for name in RAW}
-    written = pictures.save_evaluation(few, AUROC, said, ("a", "b", "c"), tmp_path / "deep" / "folder")
+    written = pictures.save_evaluation(few, AUROC, said, ("a", "b", "c"), tmp_path / "deep" / "folder", "through 32 px")
+    assert [figure.get_supxlabel() for figure in figures] == ["through 32 px"] * 5
     expected = ["scores-score0.png", "scores-score1.png", "roc.png", "risk-coverage.png", "features.png"]
     assert [path.name for path in written] == expected
     for path in written:

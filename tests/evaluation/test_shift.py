@@ -104,9 +104,9 @@ def test_without_a_threshold_the_report_has_accuracy_alone(capsys):
     row = {"n": 3, "accepted": None, "accepted_ci": None, "accuracy": 0.5, "accuracy_ci": [0, 1], "accuracy_drop": 0.25}
     rows = [{"kind": kind, "strength": strength, **row} for kind, strength in (("none", "none"), *CASES)]
     print_report(
-        {"run": "r", "backbone": "b", "input_size": 8, "protocol": "native", "id_accuracy": 0.5, "n_id": 3,
-         "id_data": "d", "mean": {}, "deployment": None, "shift": rows, "default_score": "energy", "ships": "energy",
-         "ood_row_trained": True}
+        {"run": "r", "backbone": "b", "input_size": 8, "protocol": "native", "equalised": "", "id_accuracy": 0.5,
+         "n_id": 3, "id_data": "d", "mean": {}, "deployment": None, "shift": rows, "default_score": "energy",
+         "ships": "energy", "ood_row_trained": True}
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "Worst: accuracy falls by 25.0 points under mild lighter and 25.0 points under strong lighter" in printed

@@ -19,6 +19,7 @@ from specs import edit_spec
 
 from ssod_edge.cli import main
 from ssod_edge.errors import TrainingError, UsageError, VerificationError
+from ssod_edge.evaluation.evaluate import EvalOptions
 from ssod_edge.spec import load_spec
 from ssod_edge.studies.study import (
     EVALUATION,
@@ -101,6 +102,14 @@ def test_means_and_deviations_over_seeds():
     assert "| b | 2 | 85.0 ± 7.1 | 80.0 ± 14.1 (20.0) |  |" in table  # no `ssod` of a row that was not trained
     assert "| a | 1 | 50.0 | 50.0 (50.0) | 50.0 (50.0) |" in table
     assert "failed: c, seed 2: nan" in table
+    assert "95% of ID accepted. Every image went through 32 px.\n" in markdown(
+        [first], [], "every image went through 32 px"
+    )
+
+
+def test_what_is_recorded_of_an_evaluation_is_as_before_where_no_codec_is_equalised():
+    asked = [StudyOptions([], "0", {}, EvalOptions(via_size=32, via_jpeg=jpeg)).asked for jpeg in (None, 75)]
+    assert "via_jpeg" not in asked[0] and asked[1] == {**asked[0], "via_jpeg": 75}
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def write_colours(folder: Path, n: int = 4) -> Path:
     for index, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for number in range(n):
-            colour = [20 * number, 20 * number, 20 * number]
+            colour = [number * min(20, 228 // max(1, n - 1))] * 3  # no two images alike
             colour[index] = 230
             Image.new("RGB", (20, 24), tuple(colour)).save(folder / name / f"{number}.png")
     return folder
