@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from ssod_edge.detect.choice_table import choice_in_brief, choice_table
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
-from ssod_edge.detect.made_images import CHOICE_KINDS, make_for_choices
-from ssod_edge.detect.sums import FittedScore, held_out_scores
+from ssod_edge.detect.made_images import CHOICE_KINDS, Images, make_for_choices
+from ssod_edge.detect.sums import FittedScore, Outputs, held_out_scores
 from ssod_edge.export.graph.left_out import MOST_CLASSES, leave_out
 from ssod_edge.export.graph.negatives import negative_kind
 from ssod_edge.export.graph.reference import run_eager
@@ -58,39 +57,27 @@ def choose(
         UsageError: no image can be read.
     """
     model = source.model
-    kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
-    if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
-        say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
     by_folds = None if len(choices) >= choice.LEAST_UNASKED else source.folds
     shown = choices if by_folds is None else source.images.thresholds or choices
     images, found = shown.read(model.preprocess, np.random.default_rng(0).permutation(shown.indices)[:IMAGES])
     half = images[: max(1, len(images) // 2)]
-    with image_bar("choosing", 2 * len(images) + len(kinds) * len(half)) as advance:
-        versions = images, np.stack([*map(seeded_copy, images)])
-        seen = [run_eager(model, version) for version in versions] if by_folds is None else []
-        advance(2 * len(images))
-        made = {}
-        for kind in kinds:
-            made[kind] = run_eager(model, make_for_choices(half, kinds=(kind,)))
-            advance(len(half))
-    made |= negative_kind(source, say)
+    seen = _seen(source, images) if by_folds is None else []
+    made = _made(source, half, say) | negative_kind(source, say)
     logits, _, features = seen[0] if seen else (data.logits, data.id_logit, data.features)
     fitted = choice.fit_all(data, lambda d: lost_to_rounding(d, features, logits) <= MOST_ROUNDING, say)
     singles = choice.single_scores(fitted, bool(model.ood.weight.any()))
     if by_folds is None:
         labels = model_labels(found, choices.source.classes, model.classes)  # -1 where there is none
         plain, disturbed = (held_out_scores(singles, fitted, outputs) for outputs in seen)
-        known = choice.Known(logits, labels, plain, disturbed)
         description = choices.description
     else:
         n = len(by_folds.images)
-        known = choice.Known(
-            by_folds.logits(data.features[:n]), data.labels[:n], *out_of_fold_parts(singles, data, by_folds)
-        )
+        logits, labels = by_folds.logits(data.features[:n]), data.labels[:n]
+        plain, disturbed = out_of_fold_parts(singles, data, by_folds)
         description = f"{shown.description}{OUT_OF_FOLD}"
-    if source.folds is not None:
-        known = replace(known, left_out=_left_out(singles, data, source.folds))
-    chosen = choice.choose(choice.Candidates(fitted, known.parts), known, made, multiply_adds(model))
+    left_out = [] if source.folds is None else _left_out(singles, data, source.folds)
+    known = choice.Known(logits, labels, plain, disturbed, left_out)
+    chosen = choice.choose(choice.Candidates(fitted, plain), known, made, multiply_adds(model))
     for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(known.labels), description):
         say(line)
     figures = {
@@ -105,6 +92,29 @@ def choose(
         "candidates": chosen.rows,
     }
     return chosen.name, chosen.state, figures
+
+
+def _seen(source: Source, images: Images) -> list[Outputs]:
+    """What the network says of images, and of a disturbed copy of each."""
+    found = []
+    with image_bar("choosing", 2 * len(images)) as advance:
+        for version in (images, np.stack([*map(seeded_copy, images)])):
+            found.append(run_eager(source.model, version))
+            advance(len(images))
+    return found
+
+
+def _made(source: Source, images: Images, say: Say) -> dict[str, Outputs]:
+    """Kind -> what the network says of images that are made from these, but of kinds that it was taught."""
+    kinds = [kind for kind in CHOICE_KINDS if kind not in source.outliers]
+    if taught := sorted(set(CHOICE_KINDS) - set(kinds)):
+        say(f"not chosen by, because the network was trained to reject them: {', '.join(taught)}")
+    found = {}
+    with image_bar("choosing", len(kinds) * len(images)) as advance:
+        for kind in kinds:
+            found[kind] = run_eager(source.model, make_for_choices(images, kinds=(kind,)))
+            advance(len(images))
+    return found
 
 
 def _left_out(

@@ -79,6 +79,14 @@ class Folds:
             found[fold == k] = features[fold == k] @ self.weight[k].T + self.bias[k]
         return found
 
+    def id_logit(self, features: Array, otherwise: Array, rows: Labels | None = None) -> Array:
+        """Out-of-fold logits of the OOD row, float32 [n]; arguments as for `logits`, and what it is without the row."""
+        if not len(self.row):
+            return otherwise
+        fold = self.fold if rows is None else self.fold[rows]
+        found: Array = np.einsum("nd,nd->n", features, self.row[fold]) + self.row_bias[fold]
+        return found
+
 
 def out_of_fold_parts(names: Sequence[str], data: FitData, folds: Folds) -> tuple[dict[str, Array], dict[str, Array]]:
     """Scores by name, float32 [n] each, of the images and of a disturbed copy of each, out of fold.

@@ -108,10 +108,8 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         ArtifactError: a checkpoint that cannot be read.
         MissingExtraError: baselines without pytorch-ood.
     """
-    options = options or EvalOptions()
-    names = options.baseline_names()
-    opened = Run.at(run)
-    model, meta = opened.model, opened.meta
+    options, opened = options or EvalOptions(), Run.at(run)
+    names, model, meta = options.baseline_names(), opened.model, opened.meta
     if torch.cuda.is_available():
         model.cuda()
     peers = Baselines(names, model, BATCH_SIZE) if names else None
@@ -128,15 +126,10 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
             click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
     sets, ood_data, of_negatives = _image_sets(opened, (source, indices), ood, ood_data)
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
-    calibration = calibration_images(opened)
     judge = _Judge(model, peers, state, opened.folds, {"via": options.via, "workers": workers})
-    found = _read(judge, sets, fit, calibration)
-    if opened.folds is not None and spec is not None and state is not None and found.thresholds:
-        # Its state was fitted on the calibration images: the export has its threshold, from out-of-fold scores.
-        thresholds = {a.precision: a.threshold for a in spec.artifacts if a.threshold is not None}
-        found.thresholds.pop(state.name)
-        if thresholds:
-            found.thresholds[state.name] = thresholds.get("fp32", next(iter(thresholds.values())))
+    found = _read(judge, sets, fit, calibration_images(opened))
+    if opened.folds is not None and spec is not None and state is not None:
+        _take_threshold(found, spec)
     report = {
         "run": Path(run).name,
         "backbone": model.backbone_name,
@@ -171,6 +164,14 @@ def _image_sets(
     source, held_out, facts = found
     named = {**ood_data, NEGATIVES: f"{facts['data']} (held-out negatives)"}
     return {**sets, NEGATIVES: (source, held_out)}, named, {NEGATIVES: facts}
+
+
+def _take_threshold(found: Found, spec: Spec) -> None:
+    """Give a score whose state was fitted on the calibration images its export's threshold, which is out of fold."""
+    thresholds = {a.precision: a.threshold for a in spec.artifacts if a.threshold is not None}
+    found.thresholds.pop(spec.score_name, None)
+    if thresholds:
+        found.thresholds[spec.score_name] = thresholds.get("fp32", next(iter(thresholds.values())))
 
 
 def _ships(run: Run, spec: Spec | None) -> str:
@@ -214,7 +215,9 @@ class _Judge:
         peers = self.peers
         outputs = collect(self.model, *images, **self.reading, **options, watch=peers.watch if peers else None)
         if trained and self.folds is not None:
-            outputs = replace(outputs, logits=self.folds.logits(outputs.features, self.folds.rows(images[1])))
+            rows = self.folds.rows(images[1])
+            id_logit = self.folds.id_logit(outputs.features, outputs.id_logit, rows)
+            outputs = replace(outputs, logits=self.folds.logits(outputs.features, rows), id_logit=id_logit)
         scores: Scores = {str(name): s for name, s in ood_scores(outputs.logits, outputs.id_logit).items()}
         if self.state is not None:
             scores[self.state.name] = self.state.score(outputs.features, outputs.logits, outputs.id_logit)

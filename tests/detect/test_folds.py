@@ -83,6 +83,9 @@ def test_the_ood_row_is_out_of_fold_too() -> None:
     for found, z in ((plain, data.features[:N]), (disturbed, data.features[N:])):
         s = np.einsum("nd,nd->n", z, row[folds.fold]) + bias[folds.fold]
         np.testing.assert_allclose(found["ssod"], ood_scores(data.logits[:N], s)["ssod"], rtol=1e-4, atol=1e-6)
+    expected = np.einsum("nd,nd->n", data.features[:N], row[folds.fold]) + bias[folds.fold]
+    np.testing.assert_allclose(taught.id_logit(data.features[:N], s), expected, rtol=1e-4, atol=1e-6)
+    assert folds.id_logit(data.features[:N], s) is s
     assert not np.allclose(plain["ssod"], out_of_fold_parts(("ssod",), data, folds)[0]["ssod"])
     with pytest.raises(ArtifactError, match="damaged"):
         replace(taught, row=row[1:])
