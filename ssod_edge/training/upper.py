@@ -23,7 +23,7 @@ from ssod_edge.training.features import BATCH, Features, Versions
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LEAST_DEVIATION
-from ssod_edge.training.stages import maps_until, pooled, stage_maps
+from ssod_edge.training.stages import Place, maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
 BORDER_REDUCTION = 16
@@ -40,16 +40,14 @@ class Cut:
     """A network in two parts.
 
     Attributes:
-        border: index of the stage whose map is handed on.
-        below, above: which of the model's stages lie up to the border, and beyond it.
-        shape: [C, h, w] of that map.
+        below, above: which of the model's places lie up to the border, the last of them, and beyond it.
+        shape: [C, h, w] of the border's map.
         view: a view of the backbone that shares its parameters, and in which all that computes the border's map is the
             identity, so that it takes that map in place of an image.
     """
 
-    border: int
-    below: tuple[int, ...]
-    above: tuple[int, ...]
+    below: tuple[Place, ...]
+    above: tuple[Place, ...]
     shape: tuple[int, ...]
     view: nn.Module
 
@@ -61,7 +59,7 @@ class Cut:
 
 
 def cut(model: SSODClassifier) -> Cut:
-    """Cut a model with the head "stages" above the first stage of `BORDER_REDUCTION`.
+    """Cut a model whose head reads every stage above the first stage of `BORDER_REDUCTION`.
 
     Raises:
         UsageError: this backbone computes more before the border than modules that follow each other.
@@ -76,14 +74,18 @@ def cut(model: SSODClassifier) -> Cut:
     finally:
         for hook in hooks:
             hook.remove()
-    at = next((i for i, m in enumerate(maps) if m.shape[-1] * BORDER_REDUCTION <= size), None)
+    # A stage: timm can stop there, and nothing beyond it is begun.
+    far = [
+        m.shape[-1] * BORDER_REDUCTION <= size and isinstance(p, int) for p, m in zip(model.stages, maps, strict=True)
+    ]
+    at = far.index(True) if True in far else None
     ends = [] if at is None else [i for i, (_, out) in enumerate(finished) if out is maps[at]]
     failed = UsageError(f"'{model.backbone_name}' cannot be cut into a lower and an upper part. Use --tune head or all")
     if at is None or not ends:
         raise failed
     done = {id(module) for module, _ in finished[: ends[-1] + 1]}
     below, above, shape = model.stages[: at + 1], model.stages[at + 1 :], tuple(maps[at].shape[1:])
-    parts = Cut(model.stages[at], below, above, shape, _without(backbone, done))
+    parts = Cut(below, above, shape, _without(backbone, done))
     try:
         with torch.no_grad():
             found = parts.features(maps[at], torch.cat([pooled(m) for m in maps[: at + 1]], dim=1))

@@ -49,9 +49,9 @@ CLASSES = tuple("abcdefg")
 SIZE = 64
 
 
-def staged(backbone="test_efficientnet", size=SIZE, classes=CLASSES):
+def staged(backbone="test_efficientnet", size=SIZE, classes=CLASSES, head="blocks"):
     torch.manual_seed(3)
-    return build_model(backbone, classes, Preprocess(input_size=size), head="stages").eval()
+    return build_model(backbone, classes, Preprocess(input_size=size), head=head).eval()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def run_train(tmp_path: Path, photos: Path, weights: Path, *options: str) -> Res
 
 
 @pytest.mark.parametrize("alias", [*ALIASES, "efficientnet_lite0"])
-def test_a_head_on_every_stage_reads_their_means_and_the_network_can_be_cut(alias):
+def test_a_head_on_every_block_reads_their_means_and_the_network_can_be_cut(alias):
     model = staged(alias, 96)
     x = torch.randn(2, 3, 96, 96)
     parts = cut(model)
@@ -108,6 +108,36 @@ def test_a_head_on_every_stage_reads_their_means_and_the_network_can_be_cut(alia
     torch.testing.assert_close(found, z, rtol=1e-3, atol=1e-4)
     for m in maps:  # nothing is read twice
         assert not torch.allclose(own, pooled(m)) if m.shape[1] == own.shape[1] else True
+
+
+@pytest.mark.parametrize(
+    ("backbone", "named"),
+    [
+        ("resnet18", {"layer2.0": 2, "layer3.0": 3, "layer4.0": None}),  # the mean of layer4.1 is the last feature
+        ("mobilenetv3", {"blocks.2.1": 3, "blocks.3.2": 4, "blocks.4.0": 5, "blocks.5.1": 6}),
+        ("regnety_004", {"s2.b2": 2, "s3.b5": 3}),
+        ("convnext_atto", {"stages.1.blocks.0": 1, "stages.2.blocks.4": 2}),
+        ("resnet50", {"layer3.2": 3, "layer3.4": 3}),
+    ],
+)
+def test_blocks_within_a_stage_are_found_by_how_they_follow_each_other(backbone, named):
+    every, stages = staged(backbone, 96), staged(backbone, 96, head="stages")
+    assert tuple(place for place in every.stages if isinstance(place, int)) == stages.stages
+    for block, stage in named.items():
+        assert block in every.stages
+        assert stage is None or every.stages.index(block) < every.stages.index(stage)
+    given = {}
+    for block in named:
+        every.backbone.get_submodule(block).register_forward_hook(
+            lambda m, _, out, block=block: given.update({block: out})
+        )
+    with torch.no_grad():
+        _, maps = stage_maps(every.backbone, torch.randn(1, 3, 96, 96), every.stages)
+    for block in named:
+        assert torch.equal(maps[every.stages.index(block)], given[block])
+    within = [place for place in every.stages if isinstance(place, str)]
+    assert not any("conv" in place for place in within)
+    assert not [place for place in within if place in ("layer3.0", "layer3.1") and backbone == "resnet50"]  # six blocks
 
 
 def test_patches_of_every_stage_have_the_pooled_means_where_grids_divide():
@@ -253,7 +283,7 @@ def test_tuning_the_head_leaves_the_network_and_writes_a_run(tmp_path, photos, w
     done = run_train(tmp_path, photos, weights, "--tune", "head")
     assert done.exit_code == 0, done.output
     run = Run.at(tmp_path / "runs/run")
-    assert run.meta["tuned"] == "head" and run.meta["head"] == "stages" and run.model.head_kind == "stages"
+    assert run.meta["tuned"] == "head" and run.meta["head"] == "blocks" and run.model.head_kind == "blocks"
     assert run.meta["started_from"]["sha256"] == trunk_hash(run.model) == trunk_hash(staged())
     row = json.loads((run.folder / "metrics.jsonl").read_text())
     assert row["val_accuracy"] == run.meta["val_accuracy"] == row["tried"]["head"]["accuracy"] > 0.5
@@ -272,7 +302,7 @@ def run_train_again(tmp_path: Path) -> Result:
 
 def test_settings_that_only_the_whole_network_reads_decide_what_is_trained():
     given = {"backbone": "resnet18", "data": "photos"}
-    assert train_config("short", given).tune == "auto" and train_config("short", given).head == "stages"
+    assert train_config("short", given).tune == "auto" and train_config("short", given).head == "blocks"
     assert train_config("short", {**given, "tune": "upper"}).loss.is_plain
     for whole in ({"epochs": 3}, {"method": "ssod"}, {"outliers": ("rotate",)}, {"weights": "none"}):
         config = train_config("short", {**given, **whole})
