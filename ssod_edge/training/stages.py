@@ -78,7 +78,7 @@ def find_stages(
         raise UsageError(f"timm gives no maps of the stages of '{name}'. Train with --head last")
     backbone.eval()
     try:
-        with torch.no_grad(), _recorded(backbone) as calls:
+        with torch.no_grad(), recorded(backbone) as calls:
             x = torch.linspace(-1, 1, 3 * size * size, device=next(backbone.parameters()).device).view(1, 3, size, size)
             last, maps = model.forward_intermediates(x, **_every_stage(model))
             z = model.forward_head(last, pre_logits=True)
@@ -93,18 +93,20 @@ def find_stages(
         if stage_map.shape[-1] * REDUCTION <= size:
             width = stage_map.shape[1]
             found += [(block, width) for block in (_blocks(backbone, calls, stage_map) if every_block else [])]
-            if not (width == z.shape[1] and torch.allclose(pooled(stage_map), z, atol=1e-5)):
+            is_last = stage == len(maps) - 1 and width == z.shape[1]
+            if not (is_last and torch.allclose(pooled(stage_map), z, atol=1e-5)):
                 found.append((stage, width))
     return tuple(place for place, _ in found), tuple(width for _, width in found)
 
 
 #: Module -> the tensor that it was called with, and the one that it gave.
-_Calls: TypeAlias = dict[nn.Module, tuple[Tensor, Tensor]]
+Calls: TypeAlias = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def _recorded(backbone: nn.Module) -> Iterator[_Calls]:
-    calls: _Calls = {}
+def recorded(backbone: nn.Module) -> Iterator[Calls]:
+    """Filled with what goes into and out of each module when the backbone runs."""
+    calls: Calls = {}
 
     def record(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
         if given and isinstance(given[0], Tensor) and isinstance(out, Tensor) and out is not given[0]:
@@ -118,7 +120,7 @@ def _recorded(backbone: nn.Module) -> Iterator[_Calls]:
             hook.remove()
 
 
-def _blocks(backbone: nn.Module, calls: _Calls, stage_map: Tensor) -> list[str]:
+def _blocks(backbone: nn.Module, calls: Calls, stage_map: Tensor) -> list[str]:
     """Names of the last modules that a stage is a row of, each of which gives a map like the stage's.
 
     Without the very last, whose map is the stage's, and at most `MOST_BLOCKS` with it.
@@ -131,7 +133,7 @@ def _blocks(backbone: nn.Module, calls: _Calls, stage_map: Tensor) -> list[str]:
     return [names[module] for module in _row(stage, calls)[-MOST_BLOCKS:-1]]
 
 
-def _row(module: nn.Module, calls: _Calls) -> list[nn.Module]:
+def _row(module: nn.Module, calls: Calls) -> list[nn.Module]:
     """The modules that a module runs one after the other, and nothing else; itself where it does more than that.
 
     A block is left whole: it adds its input in the end, has layers as its own, or is wider within.
