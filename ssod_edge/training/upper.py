@@ -31,8 +31,8 @@ BORDER_REDUCTION = 16
 #: Bytes that the maps of the border may take in memory.
 MOST_BYTES = 3 * 2**30
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 4, 5e-4, 0.01, 64
-#: Of the last layer. It comes from a regression whose penalty keeps it small, and at the full rate it would soon fit
-#: every training image: of 400 held-out ones of TrashNet 91.0% were right and not 92.3 (docs/results.md).
+#: Of the last layer. It comes from a regression whose penalty keeps it small; at the full rate it would soon fit every
+#: training image, and be sure of the wrong ones.
 HEAD_RATE = LEARNING_RATE / 10
 #: Versions of an image: as it is, mirrored, and disturbed.
 PLAIN, MIRRORED, DISTURBED = range(3)

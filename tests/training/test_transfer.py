@@ -36,6 +36,7 @@ from ssod_edge.training.stages import find_stages, pooled, stage_maps
 from ssod_edge.training.transfer import HeldOut
 from ssod_edge.training.upper import (
     DISTURBED,
+    HEAD_RATE,
     MIRRORED,
     PLAIN,
     BorderMaps,
@@ -346,6 +347,10 @@ def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     parts = cut(model)
     maps, features = border_maps(model, parts, source, 0, lambda n: None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(4)]))
+    with torch.no_grad():
+        untouched = model.features(normalise(pixels, model.preprocess)).numpy()
+    assert_allclose(features.plain[:4], untouched, rtol=1e-3, atol=1e-4)
     losses = []
     labels, train = np.asarray(source.labels), np.arange(0, 168, 2)
     tune_upper(model, parts, maps, features, Lesson(labels, train), lambda epoch, loss: losses.append(loss))
@@ -355,9 +360,12 @@ def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     assert {"linear.weight", "linear.bias"} <= changed
     assert {f"backbone.{name}" for name in above} <= changed
     assert not [name for name in changed if "bn" in name or "running" in name or "conv_stem" in name]
+    deviation = np.concatenate([features.plain[train], features.disturbed[train]]).std(0)
+    moved = np.abs(model.classifier.weight.detach().numpy() - before["linear.weight"].numpy()) * deviation
+    steps = len(losses) * (len(train) // 64)
+    assert moved.max() <= 2 * steps * HEAD_RATE  # what Adam's steps add up to: it stays near the regression's
     tuned = tuned_features(parts, maps)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(4)]))
         exact = model.features(normalise(pixels, model.preprocess)).numpy()
     assert_allclose(tuned.plain[:4], exact, rtol=0.02, atol=0.02 * np.abs(exact).max())  # maps are kept in fp16
     assert maps.maps.dtype == torch.float16 and (PLAIN, DISTURBED) == (0, 2)
