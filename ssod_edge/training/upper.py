@@ -31,9 +31,6 @@ BORDER_REDUCTION = 16
 #: Bytes that the maps of the border may take in memory.
 MOST_BYTES = 3 * 2**30
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 4, 5e-4, 0.01, 64
-#: Of the last layer. It comes from a regression whose penalty keeps it small; at the full rate it would soon fit every
-#: training image, and be sure of the wrong ones.
-HEAD_RATE = LEARNING_RATE / 10
 #: Versions of an image: as it is, mirrored, and disturbed.
 PLAIN, MIRRORED, DISTURBED = range(3)
 VERSIONS = 3
@@ -241,15 +238,14 @@ def tune_upper(
     device = model.classifier.weight.device
     head = _standardised(model.classifier, *(torch.from_numpy(part).to(device) for part in (mean, deviation)))
     upper = _trainable(parts.view)
-    last, rates = [head.weight, head.bias], [LEARNING_RATE, HEAD_RATE]
-    optimizer = torch.optim.AdamW([{"params": upper}, {"params": last}], LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW([*upper, head.weight, head.bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rng, target = np.random.default_rng(lesson.seed), torch.from_numpy(np.asarray(lesson.labels))
     versions = [PLAIN, MIRRORED, DISTURBED] if lesson.mirror else [PLAIN, DISTURBED]
     by_class = class_weights(lesson.labels[train], lesson.class_weights)
     by_class = None if by_class is None else by_class.to(device)
     size = min(BATCH_SIZE, len(train))
     steps = EPOCHS * (len(train) // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     parts.view.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for epoch in range(EPOCHS):
         order, total = rng.permutation(train), 0.0
@@ -262,7 +258,7 @@ def tune_upper(
                 raise TrainingError(f"the loss is {float(loss.detach())} in epoch {epoch + 1}. Use --tune head")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_([*upper, *last], 5.0)
+            nn.utils.clip_grad_norm_([*upper, head.weight, head.bias], 5.0)
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * size

@@ -36,7 +36,6 @@ from ssod_edge.training.stages import find_stages, pooled, stage_maps
 from ssod_edge.training.transfer import HeldOut
 from ssod_edge.training.upper import (
     DISTURBED,
-    HEAD_RATE,
     MIRRORED,
     PLAIN,
     BorderMaps,
@@ -360,10 +359,6 @@ def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     assert {"linear.weight", "linear.bias"} <= changed
     assert {f"backbone.{name}" for name in above} <= changed
     assert not [name for name in changed if "bn" in name or "running" in name or "conv_stem" in name]
-    deviation = np.concatenate([features.plain[train], features.disturbed[train]]).std(0)
-    moved = np.abs(model.classifier.weight.detach().numpy() - before["linear.weight"].numpy()) * deviation
-    steps = len(losses) * (len(train) // 64)
-    assert moved.max() <= 2 * steps * HEAD_RATE  # what Adam's steps add up to: it stays near the regression's
     tuned = tuned_features(parts, maps)
     with torch.no_grad():
         exact = model.features(normalise(pixels, model.preprocess)).numpy()
