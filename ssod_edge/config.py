@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = frozenset(
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 Recipe = Literal["short", "scratch", "paper"]
-Head = Literal["last", "stages"]
+Head = Literal["last", "stages", "blocks"]
 Tune = Literal["auto", "head", "upper", "all"]
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
@@ -303,7 +303,8 @@ class TrainConfig:
         seed: of the splits, the order of photos, the augmentation and new weights.
         compile: use torch.compile.
         sync_bn: share the statistics of batch norm between GPUs.
-        head: what the last layer reads. `stages`: every stage of the backbone; `last`: its last features alone.
+        head: what the last layer reads. `blocks`: every block of the backbone; `stages`: the last of each stage;
+            `last`: its last features alone.
         tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `upper`: after that
             the upper half of the backbone too, gently. `all`: everything. `auto`: `head`, and `upper` where held-out
             photos say that it pays.
@@ -363,7 +364,7 @@ class TrainConfig:
         check(self, "hflip", 0 <= self.hflip <= 1, "in [0, 1]")
         if (self.val_fraction or 0) + (self.calib_fraction or 0) >= 1:
             raise UsageError("val_fraction and calib_fraction leave no images to train on")
-        check(self, "head", self.head in get_args(Head), "'last' or 'stages'")
+        check(self, "head", self.head in get_args(Head), f"one of {', '.join(get_args(Head))}")
         check(self, "tune", self.tune in get_args(Tune), f"one of {', '.join(get_args(Tune))}")
         if self.tune != "all" and self.weights == NO_WEIGHTS:
             raise UsageError(f"tune {self.tune} keeps the features of trained weights, and random ones have none")

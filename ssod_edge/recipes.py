@@ -63,7 +63,7 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     if tune != "all":
         if whole:
             raise UsageError(f"{', '.join(whole)}: for training of the whole network, which is --tune all")
-        base, loss = {**base, "head": "stages"}, {"method": "ce"}
+        base, loss = {**base, "head": "blocks"}, {"method": "ce"}
     config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
     unused = sorted(PATCH_SETTINGS & set(asked))
     if unused and "method" not in asked and config.loss.method == "ce":

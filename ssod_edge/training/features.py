@@ -20,6 +20,7 @@ from ssod_edge.errors import ImageError, OutputError, UsageError
 from ssod_edge.files import write_atomic
 from ssod_edge.training.batches import EvalImages, load_batches
 from ssod_edge.training.checkpoint import trunk_hash
+from ssod_edge.training.folding import folded
 from ssod_edge.training.model import SSODClassifier, normalise
 
 #: Of what `disturbed_copy` makes of an image, and how it is read; another one makes features anew.
@@ -91,10 +92,11 @@ def features_of(
     device, shape = next(model.parameters()).device, (len(source), model.classifier.in_features)
     found = Features(np.empty(shape, np.float32), np.empty(shape, np.float32))
     model.eval()
+    trunk = folded(model)
     with torch.inference_mode():
         for pair, _, index in load_batches(Versions(source, None, model.preprocess), workers, batch_size=BATCH):
             x = normalise(pair.flatten(0, 1).to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
-            z = model.features(x).float().cpu().numpy().reshape(len(index), 2, -1)
+            z = trunk.features(x).float().cpu().numpy().reshape(len(index), 2, -1)
             found.plain[index.numpy()], found.disturbed[index.numpy()] = z[:, 0], z[:, 1]
             advance(len(index))
     _keep(path, found)

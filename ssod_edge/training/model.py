@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ssod_edge.config import ALIASES, Head, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.training.published import packaged_weights, unavailable
-from ssod_edge.training.stages import find_stages, pooled, stage_maps
+from ssod_edge.training.stages import Place, find_stages, pooled, stage_maps
 
 _OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
 _CHOOSE = "Choose another; most of timm's have one linear classifier on pooled features"
@@ -30,11 +30,12 @@ class SSODClassifier(nn.Module):
     """Classes and ID logit from one feature vector: [logits | s] = z @ [W; w_ood].T + [b; b_ood].
 
     z is what the timm model's own classifier reads, of width D. With the head "stages" the pooled means of its stages'
-    maps come before that: z = [stages | last], of width Dall.
+    maps come before that, with "blocks" those of every block in them too: z = [stages | last], of width Dall.
 
     Attributes:
-        backbone: the timm model; its classifier is the `nn.Linear` [M, D], or nothing with the head "stages".
-        linear: `nn.Linear` [M, Dall] of the head "stages", or None.
+        backbone: the timm model; its classifier is the `nn.Linear` [M, D], or nothing if the head is not "last".
+        linear: `nn.Linear` [M, Dall], or None with the head "last".
+        head_kind: what the last layer reads: "blocks", "stages" or "last".
         stages: which of `ssod_edge.training.stages.stage_maps` are read; none with the head "last".
         last_width: D.
         ood: `nn.Linear` [1, Dall], the OOD row; its output s is the ID logit of Eq. 13 and 15.
@@ -58,15 +59,16 @@ class SSODClassifier(nn.Module):
         self.classes = tuple(classes)
         self.preprocess = preprocess
         self.linear: nn.Linear | None = None
-        self.stages: tuple[int, ...] = ()
+        self.head_kind = head
+        self.stages: tuple[Place, ...] = ()
         classifier: object = cast(Any, backbone).get_classifier()
         if not isinstance(classifier, nn.Linear):
             kind = type(classifier).__name__
             raise UsageError(f"backbone '{backbone_name}' ends in {kind}, not in one nn.Linear. {_CHOOSE}")
         self.last_width = classifier.in_features
         self.no_patches = _check_backbone(self)
-        if head == "stages":
-            self.stages, widths = find_stages(backbone, backbone_name, preprocess.input_size)
+        if head != "last":
+            self.stages, widths = find_stages(backbone, backbone_name, preprocess.input_size, head == "blocks")
             self.linear = nn.Linear(sum(widths) + self.last_width, len(classes))
             nn.init.normal_(self.linear.weight, std=0.01)
             nn.init.zeros_(self.linear.bias)
@@ -75,11 +77,6 @@ class SSODClassifier(nn.Module):
         # A zero row makes s = 0 for every image: undecided until the OOD loss moves it.
         nn.init.zeros_(self.ood.weight)
         nn.init.zeros_(self.ood.bias)
-
-    @property
-    def head_kind(self) -> Head:
-        """What the last layer reads: "stages" or "last"."""
-        return "last" if self.linear is None else "stages"
 
     @property
     def classifier(self) -> nn.Linear:
@@ -215,7 +212,8 @@ def build_model(
         pretrained: load published weights, from a package that holds them or through timm.
         weights: a local .safetensors or .pth state dict, or a checkpoint of ssod-edge, whose OOD row is left out;
             so is a classifier of another width.
-        head: what the last layer reads: "last", the features of the timm model's own, or "stages", every stage's too.
+        head: what the last layer reads: "last", the features of the timm model's own, "stages", every stage's too, or
+            "blocks", every block's in them too.
 
     Raises:
         UsageError: no such backbone, one whose classifier is not one linear layer (the message says why), or published

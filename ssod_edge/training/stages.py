@@ -1,10 +1,11 @@
-"""The maps of a backbone's stages, and their means: what a head reads beside the last features."""
+"""The maps of a backbone's stages and blocks, and their means: what a head reads beside the last features."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +14,41 @@ from ssod_edge.errors import UsageError
 
 #: Stages from this reduction of the input's side on are read: those before say little of what is shown.
 REDUCTION = 8
+#: Of a stage, so many blocks at most are read, its last ones: of 23 (ResNet-101) most say the same.
+MOST_BLOCKS = 4
+
+#: Where a backbone has a map: the index of one of timm's stages, or the name of a module, a block within one.
+Place: TypeAlias = int | str
 
 
-def stage_maps(backbone: nn.Module, x: Tensor, stages: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """The last feature map of a timm model, and those of some of its stages on the way, by one pass.
+def stage_maps(backbone: nn.Module, x: Tensor, places: Sequence[Place]) -> tuple[Tensor, list[Tensor]]:
+    """The last feature map of a timm model, and those of some of its stages and blocks on the way, by one pass.
 
     Args:
         backbone: a timm model.
         x: normalised images [N, 3, S, S].
-        stages: ascending, of `find_stages`.
+        places: of `find_stages`, in its order.
 
     Returns:
-        `forward_features`' map; the stages' maps, [N, C, H, W] each.
+        `forward_features`' map; the maps of the places, [N, C, H, W] each.
     """
-    model = cast(Any, backbone)
-    if not stages:
-        return model.forward_features(x), []
-    last, maps = model.forward_intermediates(x, indices=list(stages), **_every_block(model))
-    return last, maps
+    model, stages = cast(Any, backbone), [place for place in places if isinstance(place, int)]
+    with _block_maps(backbone, places) as blocks:
+        if stages:
+            last, maps = model.forward_intermediates(x, indices=stages, **_every_stage(model))
+        else:
+            last, maps = model.forward_features(x), []
+    found = blocks | dict(zip(stages, maps, strict=True))
+    return last, [found[place] for place in places]
 
 
-def maps_until(backbone: nn.Module, x: Tensor, stages: Sequence[int]) -> list[Tensor]:
-    """The stages' maps alone; nothing is computed beyond the last of them."""
-    model, options = cast(Any, backbone), _every_block(backbone)
-    found = model.forward_intermediates(x, indices=list(stages), stop_early=True, intermediates_only=True, **options)
-    return cast(list[Tensor], found)
+def maps_until(backbone: nn.Module, x: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    """The places' maps alone; nothing is computed beyond the last of them, a stage."""
+    model, stages = cast(Any, backbone), [place for place in places if isinstance(place, int)]
+    options = {"stop_early": True, "intermediates_only": True, **_every_stage(model)}
+    with _block_maps(backbone, places) as blocks:
+        found = blocks | dict(zip(stages, model.forward_intermediates(x, indices=stages, **options), strict=True))
+    return [found[place] for place in places]
 
 
 def pooled(feature_map: Tensor) -> Tensor:
@@ -45,16 +56,19 @@ def pooled(feature_map: Tensor) -> Tensor:
     return feature_map.mean(dim=(2, 3))
 
 
-def find_stages(backbone: nn.Module, name: str, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def find_stages(
+    backbone: nn.Module, name: str, size: int, every_block: bool = False
+) -> tuple[tuple[Place, ...], tuple[int, ...]]:
     """Which stages a head reads: all of `REDUCTION` or more, but one whose mean is the last features themselves.
 
     Args:
         backbone: a timm model; it is as before.
         name: of it, for the error.
         size: of its input, in pixels.
+        every_block: the blocks within these stages too.
 
     Returns:
-        the stages, ascending; the width of each.
+        the places, in the order in which they are computed; the width of each.
 
     Raises:
         UsageError: timm gives no maps of this backbone.
@@ -64,22 +78,94 @@ def find_stages(backbone: nn.Module, name: str, size: int) -> tuple[tuple[int, .
         raise UsageError(f"timm gives no maps of the stages of '{name}'. Train with --head last")
     backbone.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), recorded(backbone) as calls:
             x = torch.linspace(-1, 1, 3 * size * size, device=next(backbone.parameters()).device).view(1, 3, size, size)
-            last, maps = model.forward_intermediates(x, **_every_block(model))
+            last, maps = model.forward_intermediates(x, **_every_stage(model))
             z = model.forward_head(last, pre_logits=True)
+        with torch.no_grad():
             usable = isinstance(last, Tensor) and torch.equal(last, model.forward_features(x))
     finally:
         backbone.train(was_training)
     if not usable or not all(m.dim() == 4 for m in maps):
         raise UsageError(f"the stages of '{name}' are no maps that a head could read. Train with --head last")
-    found = [i for i, m in enumerate(maps) if m.shape[-1] * REDUCTION <= size]
-    if found and maps[found[-1]].shape[1] == z.shape[1] and torch.allclose(pooled(maps[found[-1]]), z, atol=1e-5):
-        found.pop()
-    return tuple(found), tuple(maps[i].shape[1] for i in found)
+    found: list[tuple[Place, int]] = []
+    for stage, stage_map in enumerate(maps):
+        if stage_map.shape[-1] * REDUCTION <= size:
+            width = stage_map.shape[1]
+            found += [(block, width) for block in (_blocks(backbone, calls, stage_map) if every_block else [])]
+            is_last = stage == len(maps) - 1 and width == z.shape[1]
+            if not (is_last and torch.allclose(pooled(stage_map), z, atol=1e-5)):
+                found.append((stage, width))
+    return tuple(place for place, _ in found), tuple(width for _, width in found)
 
 
-def _every_block(model: Any) -> dict[str, Any]:
-    """EfficientNets and their kin give the map of every block, not just of the last before each reduction."""
+#: Module -> the tensor that it was called with, and the one that it gave.
+Calls: TypeAlias = dict[nn.Module, tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def recorded(backbone: nn.Module) -> Iterator[Calls]:
+    """Filled with what goes into and out of each module when the backbone runs."""
+    calls: Calls = {}
+
+    def record(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        if given and isinstance(given[0], Tensor) and isinstance(out, Tensor) and out is not given[0]:
+            calls[module] = given[0], out
+
+    hooks = [module.register_forward_hook(record) for module in backbone.modules()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blocks(backbone: nn.Module, calls: Calls, stage_map: Tensor) -> list[str]:
+    """Names of the last modules that a stage is a row of, each of which gives a map like the stage's.
+
+    Without the very last, whose map is the stage's, and at most `MOST_BLOCKS` with it.
+    """
+    ends = [module for module, (_, out) in calls.items() if out is stage_map]
+    if not ends:
+        return []  # computed between modules
+    names = {module: name for name, module in backbone.named_modules()}
+    stage = max(ends, key=lambda end: len(list(end.modules())))
+    return [names[module] for module in _row(stage, calls)[-MOST_BLOCKS:-1]]
+
+
+def _row(module: nn.Module, calls: Calls) -> list[nn.Module]:
+    """The modules that a module runs one after the other, and nothing else; itself where it does more than that.
+
+    A block is left whole: it adds its input in the end, has layers as its own, or is wider within.
+    """
+    children = [child for child in module.children() if child in calls]
+    x, y = calls[module]
+    for child in children:
+        given, out = calls[child]
+        if given is not x or out.shape != y.shape or not any(True for _ in child.children()):
+            return [module]
+        x = out
+    return [block for child in children for block in _row(child, calls)] if children and x is y else [module]
+
+
+@contextmanager
+def _block_maps(backbone: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+    """Filled with the maps of the blocks among some places when the backbone runs."""
+    found: dict[Place, Tensor] = {}
+
+    def keep(place: Place) -> Any:
+        return lambda module, given, out: found.__setitem__(place, out)
+
+    names = [place for place in places if isinstance(place, str)]
+    hooks = [backbone.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _every_stage(model: Any) -> dict[str, Any]:
+    """EfficientNets and their kin give the map of every stage, not just of the last before each reduction."""
     has = "extra_blocks" in inspect.signature(model.forward_intermediates).parameters
     return {"extra_blocks": True} if has else {}

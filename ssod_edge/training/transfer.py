@@ -23,7 +23,17 @@ from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
-from ssod_edge.training.upper import EPOCHS, Cut, Lesson, border_maps, check_maps, cut, tune_upper, tuned_features
+from ssod_edge.training.upper import (
+    EPOCHS,
+    BorderMaps,
+    Cut,
+    Lesson,
+    border_maps,
+    check_maps,
+    cut,
+    tune_upper,
+    tuned_features,
+)
 
 
 def tune(session: Session) -> None:
@@ -40,7 +50,7 @@ def tune(session: Session) -> None:
     parts = None if config.tune == "head" else _cut(session)
     session.begin_folder()
     started = time.monotonic()
-    features = _features(session)
+    maps, features = (None, _features(session)) if parts is None else _maps(session, parts)
     session.keep_near_copies_together(features.plain)
     fitted = time.monotonic()
     head, images = _fit(session, features, pool=parts is None)
@@ -55,9 +65,9 @@ def tune(session: Session) -> None:
         say(line)
     was = "head" if session.published else "upper"
     facts: dict[str, Any] = {"tuned": was, "strength": head.strength, "tried": {"head": before.record}}
-    if parts is not None:
+    if parts is not None and maps is not None:
         untouched = copy.deepcopy(session.model.state_dict())
-        after = _tune_upper(session, parts, features)
+        after = _tune_upper(session, parts, maps, features)
         facts["tried"]["upper"] = after.record
         if config.tune == "upper" or after.better_than(before):
             facts["tuned"], before = "upper", after
@@ -135,23 +145,17 @@ def _cut(session: Session) -> Cut | None:
     return parts
 
 
-def _tune_upper(session: Session, parts: Cut, features: Features) -> HeldOut:
+def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Features) -> HeldOut:
     """Tune, and keep the features of the tuned network; what that makes of the validation images."""
     started = time.monotonic()
     model, source, config = session.model, session.source, session.config
-    with image_bar("lower part", len(source)) as advance:
-        maps = border_maps(model, parts, source, config.workers, advance)
-    computed = time.monotonic()
     mirror = source.hflip_ok and config.hflip > 0
     lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, mirror)
     tune_upper(model, parts, maps, features, lesson, _say_epoch)
     tuned = tuned_features(parts, maps)
     keep_features(model, source, session.run.parent, tuned)
     after = _held_out(session, tuned)
-    say(
-        f"upper: {after} ({computed - started:.0f} s for the maps of the border, {time.monotonic() - computed:.0f} s "
-        "for tuning)"
-    )
+    say(f"upper: {after} ({time.monotonic() - started:.0f} s)")
     return after
 
 
@@ -178,6 +182,15 @@ def _features(session: Session) -> Features:
     count = len(session.source)
     with image_bar("features", count) as advance:
         return features_of(session.model, session.source, session.run.parent, session.config.workers, advance)
+
+
+def _maps(session: Session, parts: Cut) -> tuple[BorderMaps, Features]:
+    """Of the border, and the features, kept in the folder of runs."""
+    source = session.source
+    with image_bar("features", len(source)) as advance:
+        maps, features = border_maps(session.model, parts, source, session.config.workers, advance)
+    keep_features(session.model, source, session.run.parent, features)
+    return maps, features
 
 
 def _fit(session: Session, features: Features, pool: bool) -> tuple[LinearHead, Indices]:

@@ -20,10 +20,11 @@ from ssod_edge.data.splits import Indices
 from ssod_edge.errors import TrainingError, UsageError
 from ssod_edge.training.batches import load_batches
 from ssod_edge.training.features import BATCH, Features, Versions
+from ssod_edge.training.folding import folded
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.regression import LEAST_DEVIATION
-from ssod_edge.training.stages import maps_until, pooled, stage_maps
+from ssod_edge.training.stages import Place, maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
 BORDER_REDUCTION = 16
@@ -40,16 +41,14 @@ class Cut:
     """A network in two parts.
 
     Attributes:
-        border: index of the stage whose map is handed on.
-        below, above: which of the model's stages lie up to the border, and beyond it.
-        shape: [C, h, w] of that map.
+        below, above: which of the model's places lie up to the border, the last of them, and beyond it.
+        shape: [C, h, w] of the border's map.
         view: a view of the backbone that shares its parameters, and in which all that computes the border's map is the
             identity, so that it takes that map in place of an image.
     """
 
-    border: int
-    below: tuple[int, ...]
-    above: tuple[int, ...]
+    below: tuple[Place, ...]
+    above: tuple[Place, ...]
     shape: tuple[int, ...]
     view: nn.Module
 
@@ -61,7 +60,7 @@ class Cut:
 
 
 def cut(model: SSODClassifier) -> Cut:
-    """Cut a model with the head "stages" above the first stage of `BORDER_REDUCTION`.
+    """Cut a model whose head reads every stage above the first stage of `BORDER_REDUCTION`.
 
     Raises:
         UsageError: this backbone computes more before the border than modules that follow each other.
@@ -76,14 +75,18 @@ def cut(model: SSODClassifier) -> Cut:
     finally:
         for hook in hooks:
             hook.remove()
-    at = next((i for i, m in enumerate(maps) if m.shape[-1] * BORDER_REDUCTION <= size), None)
+    # A stage: timm can stop there, and nothing beyond it is begun.
+    far = [
+        m.shape[-1] * BORDER_REDUCTION <= size and isinstance(p, int) for p, m in zip(model.stages, maps, strict=True)
+    ]
+    at = far.index(True) if True in far else None
     ends = [] if at is None else [i for i, (_, out) in enumerate(finished) if out is maps[at]]
     failed = UsageError(f"'{model.backbone_name}' cannot be cut into a lower and an upper part. Use --tune head or all")
     if at is None or not ends:
         raise failed
     done = {id(module) for module, _ in finished[: ends[-1] + 1]}
     below, above, shape = model.stages[: at + 1], model.stages[at + 1 :], tuple(maps[at].shape[1:])
-    parts = Cut(model.stages[at], below, above, shape, _without(backbone, done))
+    parts = Cut(below, above, shape, _without(backbone, done))
     try:
         with torch.no_grad():
             found = parts.features(maps[at], torch.cat([pooled(m) for m in maps[: at + 1]], dim=1))
@@ -138,8 +141,8 @@ def check_maps(parts: Cut, images: int) -> None:
 
 def border_maps(
     model: SSODClassifier, parts: Cut, source: ImageSource, workers: int, advance: Callable[[int], None]
-) -> BorderMaps:
-    """Compute them, by the lower part of the network alone where timm can stop there.
+) -> tuple[BorderMaps, Features]:
+    """Compute them, and the features of the network as it is, by one pass over the images.
 
     Args:
         model, parts: of which `check_maps` passes the number of images.
@@ -151,20 +154,25 @@ def border_maps(
         UsageError: a value is beyond half precision.
         ImageError: an image cannot be read.
     """
-    device, backbone = next(model.parameters()).device, model.backbone.eval()
-    maps = torch.empty((len(source), VERSIONS, *parts.shape), dtype=torch.float16)
+    device, backbone, count = next(model.parameters()).device, folded(model.eval()).backbone, len(source)
+    maps = torch.empty((count, VERSIONS, *parts.shape), dtype=torch.float16)
     below: list[Tensor] = []
+    features = np.empty((2, count, model.classifier.in_features), np.float32)
     with torch.inference_mode():
         for versions, _, index in load_batches(_Versions(source, None, model.preprocess), workers, batch_size=BATCH):
             x = normalise(versions.flatten(0, 1).to(device), model.preprocess)
-            x = x.contiguous(memory_format=torch.channels_last)
-            found = maps_until(backbone, x, parts.below)
-            maps[index] = found[-1].half().cpu().reshape(len(index), VERSIONS, *parts.shape)
+            found = maps_until(backbone, x.contiguous(memory_format=torch.channels_last), parts.below)
+            border, means = found[-1].unflatten(0, (-1, VERSIONS)), torch.cat([*map(pooled, found)], dim=1)
+            means = means.unflatten(0, (-1, VERSIONS))
+            maps[index] = border.half().cpu()
+            below.append(means.cpu())
             if not maps[index].isfinite().all():
                 raise UsageError("the maps of the border are beyond half precision. Use --tune head or all")
-            below.append(torch.cat([pooled(m) for m in found], dim=1).cpu().reshape(len(index), VERSIONS, -1))
+            for version, rows in zip((PLAIN, DISTURBED), features, strict=True):
+                z = parts.features(border[:, version], means[:, version])
+                rows[index.numpy()] = z.float().cpu().numpy()
             advance(len(index))
-    return BorderMaps(maps, torch.cat(below))
+    return BorderMaps(maps, torch.cat(below)), Features(*features)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from ssod_edge.export.graph.source import from_run
 from ssod_edge.recipes import train_config
 from ssod_edge.training.checkpoint import trunk_hash
 from ssod_edge.training.features import CACHE, features_of
+from ssod_edge.training.folding import folded
 from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.regression import STRENGTHS, fit_head
 from ssod_edge.training.run import Run
@@ -49,9 +50,9 @@ CLASSES = tuple("abcdefg")
 SIZE = 64
 
 
-def staged(backbone="test_efficientnet", size=SIZE, classes=CLASSES):
+def staged(backbone="test_efficientnet", size=SIZE, classes=CLASSES, head="blocks"):
     torch.manual_seed(3)
-    return build_model(backbone, classes, Preprocess(input_size=size), head="stages").eval()
+    return build_model(backbone, classes, Preprocess(input_size=size), head=head).eval()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def run_train(tmp_path: Path, photos: Path, weights: Path, *options: str) -> Res
 
 
 @pytest.mark.parametrize("alias", [*ALIASES, "efficientnet_lite0"])
-def test_a_head_on_every_stage_reads_their_means_and_the_network_can_be_cut(alias):
+def test_a_head_on_every_block_reads_their_means_and_the_network_can_be_cut(alias):
     model = staged(alias, 96)
     x = torch.randn(2, 3, 96, 96)
     parts = cut(model)
@@ -106,8 +107,38 @@ def test_a_head_on_every_stage_reads_their_means_and_the_network_can_be_cut(alia
     with torch.no_grad():
         found = parts.features(maps[n - 1], torch.cat([pooled(m) for m in maps[:n]], dim=1))
     torch.testing.assert_close(found, z, rtol=1e-3, atol=1e-4)
-    for m in maps:  # nothing is read twice
-        assert not torch.allclose(own, pooled(m)) if m.shape[1] == own.shape[1] else True
+    for place, m in zip(model.stages, maps, strict=True):  # nothing is read twice; new ResNets' last blocks do nothing
+        assert isinstance(place, str) or m.shape[1] != own.shape[1] or not torch.allclose(own, pooled(m))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "named"),
+    [
+        ("resnet18", {"layer2.0": 2, "layer3.0": 3, "layer4.0": None}),  # the mean of layer4.1 is the last feature
+        ("mobilenetv3", {"blocks.2.1": 3, "blocks.3.2": 4, "blocks.4.0": 5, "blocks.5.1": 6}),
+        ("regnety_004", {"s2.b2": 2, "s3.b5": 3}),
+        ("convnext_atto", {"stages.1.blocks.0": 1, "stages.2.blocks.4": 2}),
+        ("resnet50", {"layer3.2": 3, "layer3.4": 3}),
+    ],
+)
+def test_blocks_within_a_stage_are_found_by_how_they_follow_each_other(backbone, named):
+    every, stages = staged(backbone, 96), staged(backbone, 96, head="stages")
+    assert tuple(place for place in every.stages if isinstance(place, int)) == stages.stages
+    for block, stage in named.items():
+        assert block in every.stages
+        assert stage is None or every.stages.index(block) < every.stages.index(stage)
+    given = {}
+    for block in named:
+        every.backbone.get_submodule(block).register_forward_hook(
+            lambda m, _, out, block=block: given.update({block: out})
+        )
+    with torch.no_grad():
+        _, maps = stage_maps(every.backbone, torch.randn(1, 3, 96, 96), every.stages)
+    for block in named:
+        assert torch.equal(maps[every.stages.index(block)], given[block])
+    within = [place for place in every.stages if isinstance(place, str)]
+    assert not any("conv" in place for place in within)
+    assert not [place for place in within if place in ("layer3.0", "layer3.1") and backbone == "resnet50"]  # six blocks
 
 
 def test_patches_of_every_stage_have_the_pooled_means_where_grids_divide():
@@ -213,6 +244,22 @@ def test_features_are_found_and_made_where_nothing_may_be_written(tmp_path, phot
     assert not (tmp_path / "other").exists()
 
 
+def test_folded_norms_change_nothing_but_the_time():
+    for backbone in ("test_efficientnet", "resnet18", "test_vit"):  # a norm with its activation, without, and none
+        model = staged(backbone, 160)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for part in model.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.running_mean.normal_(0, 0.1)
+                part.running_var.uniform_(0.5, 2)
+        x = torch.randn(2, 3, 160, 160)
+        quick = folded(model)
+        with torch.no_grad():
+            torch.testing.assert_close(quick.features(x), model.features(x), rtol=1e-3, atol=1e-4)
+        left = [part for part in quick.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+        assert not left and model.state_dict().keys() == before.keys()
+
+
 def test_other_photos_of_the_same_names_have_other_features(tmp_path, photos):
     model = staged()
     found = features_of(model, open_dataset(str(photos)), tmp_path, workers=0)
@@ -224,8 +271,7 @@ def test_other_photos_of_the_same_names_have_other_features(tmp_path, photos):
 def test_what_is_not_to_be_mirrored_is_not(photos):
     source, model = open_dataset(str(photos)), staged()
     parts = cut(model)
-    maps = border_maps(model, parts, source, 0, lambda n: None)
-    features = tuned_features(parts, maps)
+    maps, features = border_maps(model, parts, source, 0, lambda n: None)
     spoiled = maps.maps.clone()
     spoiled[:, MIRRORED] = torch.nan
     maps = BorderMaps(spoiled, maps.below.clone())
@@ -253,7 +299,7 @@ def test_tuning_the_head_leaves_the_network_and_writes_a_run(tmp_path, photos, w
     done = run_train(tmp_path, photos, weights, "--tune", "head")
     assert done.exit_code == 0, done.output
     run = Run.at(tmp_path / "runs/run")
-    assert run.meta["tuned"] == "head" and run.meta["head"] == "stages" and run.model.head_kind == "stages"
+    assert run.meta["tuned"] == "head" and run.meta["head"] == "blocks" and run.model.head_kind == "blocks"
     assert run.meta["started_from"]["sha256"] == trunk_hash(run.model) == trunk_hash(staged())
     row = json.loads((run.folder / "metrics.jsonl").read_text())
     assert row["val_accuracy"] == run.meta["val_accuracy"] == row["tried"]["head"]["accuracy"] > 0.5
@@ -272,7 +318,7 @@ def run_train_again(tmp_path: Path) -> Result:
 
 def test_settings_that_only_the_whole_network_reads_decide_what_is_trained():
     given = {"backbone": "resnet18", "data": "photos"}
-    assert train_config("short", given).tune == "auto" and train_config("short", given).head == "stages"
+    assert train_config("short", given).tune == "auto" and train_config("short", given).head == "blocks"
     assert train_config("short", {**given, "tune": "upper"}).loss.is_plain
     for whole in ({"epochs": 3}, {"method": "ssod"}, {"outliers": ("rotate",)}, {"weights": "none"}):
         config = train_config("short", {**given, **whole})
@@ -298,9 +344,12 @@ def test_a_network_that_cannot_be_cut_is_named():
 def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     source, model = open_dataset(str(photos)), staged()
     parts = cut(model)
-    maps = border_maps(model, parts, source, 0, lambda n: None)
-    features = tuned_features(parts, maps)
+    maps, features = border_maps(model, parts, source, 0, lambda n: None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(4)]))
+    with torch.no_grad():
+        untouched = model.features(normalise(pixels, model.preprocess)).numpy()
+    assert_allclose(features.plain[:4], untouched, rtol=1e-3, atol=1e-4)
     losses = []
     labels, train = np.asarray(source.labels), np.arange(0, 168, 2)
     tune_upper(model, parts, maps, features, Lesson(labels, train), lambda epoch, loss: losses.append(loss))
@@ -312,7 +361,6 @@ def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     assert not [name for name in changed if "bn" in name or "running" in name or "conv_stem" in name]
     tuned = tuned_features(parts, maps)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(4)]))
         exact = model.features(normalise(pixels, model.preprocess)).numpy()
     assert_allclose(tuned.plain[:4], exact, rtol=0.02, atol=0.02 * np.abs(exact).max())  # maps are kept in fp16
     assert maps.maps.dtype == torch.float16 and (PLAIN, DISTURBED) == (0, 2)
@@ -348,8 +396,7 @@ def test_numbers_that_are_not_finite_end_the_tuning(photos):
 def test_a_loss_that_is_not_finite_ends_the_tuning(photos):
     source, model = open_dataset(str(photos)), staged()
     parts = cut(model)
-    maps = border_maps(model, parts, source, 0, lambda n: None)
-    features = tuned_features(parts, maps)
+    maps, features = border_maps(model, parts, source, 0, lambda n: None)
     maps = BorderMaps(torch.full(maps.maps.shape, torch.nan), maps.below.clone())
     with pytest.raises(TrainingError, match="the loss is nan in epoch 1"):
         tune_upper(model, parts, maps, features, Lesson(np.asarray(source.labels), np.arange(168)), lambda *_: None)
