@@ -112,9 +112,9 @@ def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], ne
 
     A candidate's figure on a kind is the mean of its AUROC and the share of the kind that is rejected where 95% of the
     held-out images are accepted: a device runs at the one threshold, and a mean over all of them, which AUROC is, may
-    hide what it does. On disturbed known images it is the share accepted there. Its regret on a kind is the best
-    figure of a candidate, less its own; the one with the least worst regret is taken. A mean over the kinds would let
-    many easy ones outvote the one that goes wrong.
+    hide what it does. On disturbed known images, which are to be accepted, it is the mean of 1 - AUROC and of the share
+    that is. A candidate's regret on a kind is the best figure of a candidate, less its own; the one with the least
+    worst regret is taken. A mean over the kinds would let many easy ones outvote the one that goes wrong.
 
     It is `PRIOR_SCORE` unless another's regret is less by more than chance makes it (`LEAD`), and then, of those that
     are level (`LEVEL`), the one of fewest parts. A candidate that adds more than `MOST_COST` to the network's
@@ -181,7 +181,8 @@ def _measured(
     )
     figures = {kind: (auroc[kind] + 1 - fpr[kind]) / 2 for kind in found}
     accepted = float(np.mean(shifted[name] <= np.quantile(known, 0.95, method="higher")))
-    figures[DISTURBED] = accepted
+    # As of the other kinds, and turned round: a score that tells disturbed known images apart does wrong.
+    figures[DISTURBED] = (1 - detection_metrics(known, shifted[name], bootstrap=0)["auroc"] + accepted) / 2
     mean_auroc, mean_fpr = (float(np.mean(list(values.values()))) for values in (auroc, fpr))
     means = {"mean_auroc": mean_auroc, "mean_fpr": mean_fpr}
     return {"figures": figures, **means, "auroc": auroc, "fpr": fpr, "accepted": accepted}

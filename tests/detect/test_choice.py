@@ -96,7 +96,7 @@ def test_known_images_that_are_to_be_accepted_count_against_what_rejects_them() 
     assert found.kinds == ("near", "far", DISTURBED)
     distance, logits = found.rows["mahalanobis"], found.rows["energy"]
     assert distance["accepted"] < 0.2 and logits["accepted"] > 0.8
-    assert distance["worst"] == DISTURBED and distance["regret"] > 0.7
+    assert distance["worst"] == DISTURBED and distance["regret"] > 0.6
     assert without.rows["mahalanobis"]["regret"] < 0.1 and without.rows["mahalanobis"]["accepted"] > 0.85
     accepted = np.mean(
         outputs(make(100, seed=5, away=5))[0].max(axis=1) >= np.quantile(make(200, seed=1).logits.max(axis=1), 0.05)
