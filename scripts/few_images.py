@@ -34,9 +34,7 @@ def measure(data: FitData, chosen: np.ndarray, new: tuple[np.ndarray, np.ndarray
     n = len(data.features) // 2
     known, classes = data.labels[chosen], len(data.bias)
     head = fit_head(data.features[chosen], data.features[n + chosen], known, classes)
-    part = data.of(np.concatenate([chosen, n + chosen]))
-    logits = part.features @ head.weight.T + head.bias
-    part = FitData(part.features, part.labels, logits, head.weight, head.bias, part.id_logit, part.last)
+    part = data.of(np.concatenate([chosen, n + chosen])).with_head(head.weight, head.bias)
     counts = np.ones(len(chosen), np.float32)
     folds = Folds(np.arange(len(chosen)), head.fold, head.fold_weight, head.fold_bias, counts, head.strength)
     parts, _ = out_of_fold_parts(SCORE.split("+"), part, folds)

@@ -93,9 +93,9 @@ def _fit_without(
             continue
         plain, disturbed = data.features[inside], data.features[n + inside]
         weight, bias = fit_layer(plain, disturbed, numbers, len(others), folds.counts[inside], folds.strength)
-        fitted = data.of(np.concatenate([inside, n + inside]))
-        fitted = replace(fitted, weight=weight, bias=bias, logits=fitted.features @ weight.T + bias)
-        fitted = replace(fitted, labels=np.tile(numbers, 2))
+        fitted = replace(
+            data.of(np.concatenate([inside, n + inside])).with_head(weight, bias), labels=np.tile(numbers, 2)
+        )
         detectors = {name: fit(cast(DetectorName, name), fitted) for name in names if name in DETECTORS}
         for found, rows in ((known, outside), (unknown, shown)):
             z = data.features[rows]

@@ -13,12 +13,12 @@ from ssod_edge.data.images import Subset
 from ssod_edge.detect.choice import LEAST_MISTAKES
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData
+from ssod_edge.detect.metrics import more_than_chance
 from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score
 from ssod_edge.errors import UsageError
-from ssod_edge.export.graph.reference import run_eager
+from ssod_edge.export.graph.reference import eager_outputs
 from ssod_edge.export.graph.source import Source
 from ssod_edge.export.release import Say
-from ssod_edge.terminal import image_bar
 
 #: The kind of evidence, beside those that are made.
 KIND = "negatives"
@@ -36,7 +36,7 @@ def negative_kind(source: Source, say: Say) -> dict[str, Outputs]:
     if len(images) < LEAST_MISTAKES:
         say(f"not chosen by: {len(images)} images of {images.description}; it takes {LEAST_MISTAKES}")
         return {}
-    found = _outputs(source, images, say)
+    found = eager_outputs(source.model, images, say)
     return {} if found is None else {KIND: found}
 
 
@@ -62,14 +62,13 @@ def fit_default(
     """
     prior = fit_score(PRIOR_SCORE, data, held_out)
     images = _to_choose_by(source, say) if source.model.ood.weight.any() else None
-    unknown = None if images is None else _outputs(source, images, say)
+    unknown = None if images is None else eager_outputs(source.model, images, say)
     if images is None or unknown is None:
         return prior, {}
     row = fit_score(ROW_SCORE, data, held_out)
     assert isinstance(prior, ScoreSum) and isinstance(row, ScoreSum)
     without, with_row = (_rejected(score, held_out, unknown) for score in (prior, row))
-    gained, lost = int((with_row & ~without).sum()), int((without & ~with_row).sum())
-    taken: FittedScore = row if gained - lost > 2 * (gained + lost) ** 0.5 else prior
+    taken: FittedScore = row if more_than_chance(with_row, without) else prior
     shares = {score.name: float(found.mean()) for score, found in ((prior, without), (row, with_row))}
     figures = " and ".join(f"{name} {share:.1%}" for name, share in shares.items())
     why = "" if taken is row else ": no more than chance gives"
@@ -101,15 +100,3 @@ def _to_choose_by(source: Source, say: Say) -> Subset | None:
         say(f"negatives have no say in the score: {error}")
         return None
     return None if negatives is None else negatives.subset("choice")
-
-
-def _outputs(source: Source, images: Subset, say: Say) -> Outputs | None:
-    """What the network says of them; None where none can be read."""
-    parts = []
-    with image_bar("negatives", len(images)) as advance:
-        for pixels, _ in images.batches(source.model.preprocess):
-            parts.append(run_eager(source.model, pixels))
-            advance(len(pixels))
-    for message in images.unreadable:
-        say(f"left out: {message}")
-    return tuple(map(np.concatenate, zip(*parts, strict=True))) or None

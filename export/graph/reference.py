@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ssod_edge.data.images import Subset
+from ssod_edge.data.splits import Indices
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import VerificationError
+from ssod_edge.export.release import Say
 from ssod_edge.files import write_atomic
+from ssod_edge.terminal import image_bar
 from ssod_edge.training.model import SSODClassifier, normalise
 
 IMAGES = 256
@@ -73,3 +77,17 @@ def synthetic_images(n: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
         total += rng.normal(0, 1, (n, 3, cells, cells)).astype(np.float32)[:, :, at][:, :, :, at]
         cells *= 2
     return np.clip(128 + 28 * total, 0, 255).astype(np.uint8)
+
+
+def eager_outputs(
+    model: SSODClassifier, images: Subset, say: Say, indices: Indices | None = None
+) -> tuple[NDArray[np.float32], ...] | None:
+    """`run_eager` of all that can be read of some images; what cannot is said. None where nothing can."""
+    parts = []
+    with image_bar("held-out images", len(images if indices is None else indices)) as advance:
+        for pixels, _ in images.batches(model.preprocess, indices):
+            parts.append(run_eager(model, pixels))
+            advance(len(pixels))
+    for message in images.unreadable:
+        say(f"left out: {message}")
+    return tuple(map(np.concatenate, zip(*parts, strict=True))) or None

@@ -25,7 +25,7 @@ from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.export.graph.auto_score import OUT_OF_FOLD, choose
 from ssod_edge.export.graph.left_out import expectation, expectation_lines
 from ssod_edge.export.graph.negatives import DEFAULTS, ROW_SCORE, fit_default
-from ssod_edge.export.graph.reference import run_eager
+from ssod_edge.export.graph.reference import eager_outputs, run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
 from ssod_edge.export.release import Say, without_names
@@ -169,11 +169,10 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
         UsageError: too few images can be read.
     """
     shipped = _kept(source, wanted.kept, say) if wanted.kept is not None else None
-    folded = None if source.folds is None else _Folded(source, source.folds)
+    folded = None if source.folds is None else _Folded(source, source.folds, say)
     if shipped is None:
         try:
-            chooses = wanted.chooses
-            shipped = _chosen(source, say, not wanted.asked) if chooses else _fitted(source, wanted, folded, say)
+            shipped = _made(source, wanted, folded, say)
         except UsageError as error:
             if wanted.asked:
                 raise
@@ -181,14 +180,16 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
             shipped = ShippedScore(DEFAULT_SCORE, wanted.evidence)
     if folded is None or source.images.thresholds is None:
         return shipped
-    return replace(shipped, out_of_fold=folded.of(shipped), expected=folded.expected(shipped.name, say))
+    return replace(shipped, out_of_fold=folded.of(shipped), expected=folded.expected(shipped.name))
 
 
-def _fitted(source: Source, wanted: WantedScore, folded: _Folded | None, say: Say) -> ShippedScore:
-    """The score that is named."""
-    if not has_state(wanted.name):
+def _made(source: Source, wanted: WantedScore, folded: _Folded | None, say: Say) -> ShippedScore:
+    """The score that is named, fitted, or the one that "auto" chooses."""
+    if not (wanted.chooses or has_state(wanted.name)):
         return ShippedScore(wanted.name, wanted.evidence)
-    data = fit_data(source, say)
+    data = fit_data(source, say) if folded is None else folded.data
+    if wanted.chooses:
+        return _chosen(source, data, say, brief=not wanted.asked)
     held_out: Outputs | dict[str, Array] | None = None
     by_default = not wanted.asked and wanted.name in DEFAULTS
     if folded is not None:
@@ -209,23 +210,24 @@ def _fitted(source: Source, wanted: WantedScore, folded: _Folded | None, say: Sa
 class _Folded:
     """A source whose images for thresholds were trained on."""
 
-    def __init__(self, source: Source, folds: Folds):
-        self._source, self._folds = source, folds
+    def __init__(self, source: Source, folds: Folds, say: Say):
+        self._source, self._folds, self._say = source, folds, say
         self._found: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
 
     @cached_property
-    def _data(self) -> FitData:
-        return fit_data(self._source, lambda line: None)
+    def data(self) -> FitData:
+        """What detectors are fitted on, read once."""
+        return fit_data(self._source, self._say)
 
     def parts(self, score: str) -> tuple[dict[str, Array], dict[str, Array]]:
         """`out_of_fold_parts` of a score, once."""
         if score not in self._found:
-            self._found[score] = out_of_fold_parts(score_parts(score), self._data, self._folds)
+            self._found[score] = out_of_fold_parts(score_parts(score), self.data, self._folds)
         return self._found[score]
 
     def of(self, shipped: ShippedScore) -> OutOfFold:
         """Of the images for thresholds."""
-        data, state, n = self._data, shipped.detector, len(self._folds.images)
+        data, state, n = self.data, shipped.detector, len(self._folds.images)
         parts, outputs = self.parts(shipped.name)[0], (data.logits[:n], data.id_logit[:n], data.features[:n])
         if state is None:
             new, now = parts[shipped.name], held_out_scores((shipped.name,), {}, outputs)[shipped.name]
@@ -238,15 +240,15 @@ class _Folded:
         labels = thresholds.source.labels[thresholds.indices]
         return OutOfFold(self._folds.logits(data.features[rows], rows), labels, (new - now)[rows])
 
-    def expected(self, score: str, say: Say) -> dict[str, Any]:
+    def expected(self, score: str) -> dict[str, Any]:
         """The record for the spec, which is told too; empty where there are too few images for it."""
         try:
-            found = expectation(score, self._data, self._folds, self._source.model.classes, self.parts(score))
+            found = expectation(score, self.data, self._folds, self._source.model.classes, self.parts(score))
         except UsageError as error:
-            say(f"what to expect of new classes is not known: {error}")
+            self._say(f"what to expect of new classes is not known: {error}")
             return {}
         for line in expectation_lines(found):
-            say(line)
+            self._say(line)
         return found
 
 
@@ -264,17 +266,13 @@ def _held_out(source: Source, say: Say) -> Outputs | None:
     if choices is None:
         return None
     drawn = np.random.default_rng(0).permutation(choices.indices)[:HELD_OUT_IMAGES]
-    parts = [run_eager(source.model, images) for images, _ in choices.batches(source.model.preprocess, np.sort(drawn))]
-    for message in choices.unreadable:
-        say(f"left out: {message}")
-    return tuple(map(np.concatenate, zip(*parts, strict=True))) or None
+    return eager_outputs(source.model, choices, say, np.sort(drawn))
 
 
-def _chosen(source: Source, say: Say, brief: bool) -> ShippedScore:
+def _chosen(source: Source, data: FitData, say: Say, brief: bool) -> ShippedScore:
     """The score that "auto" chooses."""
     choices = source.images.choices
     assert choices is not None
-    data = fit_data(source, say)
     chosen, candidate, figures = choose(source, choices, data, say, brief)
     for message in choices.unreadable:
         say(f"left out: {message}")

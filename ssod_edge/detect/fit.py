@@ -86,6 +86,10 @@ class FitData:
         parts = {name: getattr(self, name)[images] for name in ("features", "labels", "logits", "id_logit")}
         return replace(self, **parts)
 
+    def with_head(self, weight: Array, bias: Array) -> FitData:
+        """Of the same images by another last layer, [M, D] and [M]."""
+        return replace(self, weight=weight, bias=bias, logits=self.features @ weight.T + bias)
+
     def classes(self) -> Labels:
         """The class of each image, int64 [N]."""
         return np.where(self.labels >= 0, self.labels, self.logits.argmax(axis=1)).astype(np.int64)

@@ -9,7 +9,7 @@ than asked for. The theorem is weaker: at a target of 95% at least 90% are, on a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -105,9 +105,8 @@ def out_of_fold_parts(names: Sequence[str], data: FitData, folds: Folds) -> tupl
     disturbed: dict[str, Array] = {name: np.empty(n, np.float32) for name in names}
     for k in range(len(folds.weight)):
         inside, outside = np.flatnonzero(folds.fold != k), np.flatnonzero(folds.fold == k)
-        part = data.of(np.concatenate([inside, n + inside]))
         weight, bias = folds.weight[k], folds.bias[k]
-        part = replace(part, weight=weight, bias=bias, logits=part.features @ weight.T + bias)
+        part = data.of(np.concatenate([inside, n + inside])).with_head(weight, bias)
         detectors = {name: fit(cast(DetectorName, name), part) for name in names if name in DETECTORS}
         for found, rows in ((plain, outside), (disturbed, n + outside)):
             z = data.features[rows]

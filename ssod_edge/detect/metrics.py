@@ -139,6 +139,18 @@ def threshold_rank(n: int, target_tpr: float) -> int:
     return _at_least(target_tpr, n + 1)
 
 
+def more_than_chance(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
+    """Whether one of two is right more often than chance gives: of what only one of them gets right, by two deviations.
+
+    McNemar's test (Psychometrika 1947).
+
+    Args:
+        one, other: bool of the same shape, whether each answer is right.
+    """
+    gained, lost = float((one & ~other).sum()), float((other & ~one).sum())
+    return gained - lost > 2 * math.sqrt(gained + lost)
+
+
 def check_target_tpr(target_tpr: float, n: int | None = None) -> None:
     """Find out before the work whether `conformal_threshold` can reach a target.
 

@@ -25,6 +25,7 @@ from ssod_edge.files import write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import (
+    FOLDS,
     is_checkpoint,
     load_checkpoint,
     model_meta,
@@ -80,9 +81,13 @@ class Session:
         others = (self.source.val_record.get("val_fingerprint", ""), self._of_negatives.get("negatives_hash", ""))
         check_same_images(self.source.fingerprint + "".join(others))
         weights = None if restored else config.weights_file
-        of_run = load_checkpoint(Path(weights))[1] if weights and is_checkpoint(weights) else None
+        tensors: dict[str, Tensor] = {}
+        self._begun: dict[str, Any] | None = None
+        if weights and is_checkpoint(weights):
+            tensors, self._begun = load_checkpoint(Path(weights))
         #: Features that training starts from, but of a run that changed them.
-        self.published = of_run is None or of_run.get("tuned") == "head"
+        self.published = self._begun is None or self._begun.get("tuned") == "head"
+        self._begun_pooled = any(name.startswith(FOLDS) for name in tensors)
         self._said: set[str] = set()
         begun = run if restored else Path(config.weights_file or "").parent
         self._earlier = earlier_splits(begun, config, self.source) if restored or config.weights_file else None
@@ -156,10 +161,10 @@ class Session:
 
     def _make_model(self, restored: bool) -> SSODClassifier:
         config, classes = self.config, self.source.classes
-        weights = None if restored else config.weights_file
-        if weights and is_checkpoint(weights):
-            meta = load_checkpoint(Path(weights))[1]
-            if meta["data_fingerprint"] == self.source.fingerprint:
+        weights, meta, same = None if restored else config.weights_file, self._begun, False
+        if meta is not None:
+            same = meta["data_fingerprint"] == self.source.fingerprint
+            if same:
                 if meta["splits_hash"] != self.splits.hash:
                     raise UsageError(
                         f"'{weights}' was trained on another split of these images, so validation and calibration "
@@ -175,6 +180,9 @@ class Session:
         torch.manual_seed(config.seed)
         published = not restored and config.weights == PUBLISHED
         model = build_model(config.backbone, classes, config.preprocess, published, weights, config.head)
+        if same and self._begun_pooled and config.tune == "all":
+            say("the last layer begins anew: that of the run has learnt the images for thresholds too")
+            model.classifier.reset_parameters()
         if config.half_size_epochs:
             check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
         if config.sync_bn and self.device.type == "cuda":
@@ -186,10 +194,13 @@ class Session:
         splits = self.splits
         write_json(self.run / "config.json", dataclasses.asdict(self.config))
         self._write_splits()
-        if (len(self.pooled) if self.pools else len(splits.calib)) < MIN_CALIB:
+        count, fix = len(splits.calib), "Use a larger --calib-fraction"
+        if self.pools:
+            count, fix = len(self.pooled), "Add images"
+        if count < MIN_CALIB:
             say(
-                f"warning: the calibration split has {len(splits.calib)} images, and a 95% threshold needs "
-                f"{MIN_CALIB}. Use a larger --calib-fraction, or give other images to: ssod-edge export --id DATA"
+                f"warning: there are {count} images for thresholds, and one at 95% needs {MIN_CALIB}. {fix}, or give "
+                "others to: ssod-edge export --id DATA"
             )
 
     def _write_splits(self) -> None:

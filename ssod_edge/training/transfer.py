@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssod_edge.data.splits import Indices
+from ssod_edge.detect.metrics import more_than_chance
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST, FOLDS
@@ -64,7 +65,7 @@ def tune(session: Session) -> None:
     if probs is not None and (line := write_labels(session.run, session.source, probs)):
         say(line)
     was = "head" if session.published else "upper"
-    facts: dict[str, Any] = {"tuned": was, "strength": head.strength, "tried": {"head": before.record}}
+    facts: dict[str, Any] = {"tuned": was, "tried": {"head": before.record}}
     if parts is not None and maps is not None:
         untouched = copy.deepcopy(session.model.state_dict())
         after = _tune_upper(session, parts, maps, features)
@@ -78,9 +79,10 @@ def tune(session: Session) -> None:
         head, images = _fit(session, features, pool=True)
         _set_head(session, head)
         before = _held_out(session, features)
-        say(f"head: fitted on {len(images)} images, those for thresholds too: {before}")
     facts["strength"] = head.strength
     pooled = facts["tuned"] == "head" and len(images) > len(session.splits.train)
+    if pooled and parts is not None:
+        say(f"head: fitted on {len(images)} images, those for thresholds too: {before}")
     rows = fit_row(session, images if pooled else session.splits.train, head.fold)
     if rows is not None:
         facts["row"] = rows.facts
@@ -128,8 +130,7 @@ class HeldOut:
 
     def better_than(self, other: HeldOut) -> bool:
         """Whether more is right than chance gives: of what only one of two gets right, by two deviations (McNemar)."""
-        gained, lost = (self.right & ~other.right).sum(), (other.right & ~self.right).sum()
-        return float(gained - lost) > 2 * float(gained + lost) ** 0.5
+        return more_than_chance(self.right, other.right)
 
 
 def _cut(session: Session) -> Cut | None:

@@ -8,35 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import write_folder
+from pictures import Labels, write_folder
 
 import ssod_edge.data.copies
 from ssod_edge.config import TrainConfig
 from ssod_edge.data.copies import MOST_ALIKE, Copies, exact_copies, joined, near_copies, near_pairs
 from ssod_edge.data.division import divide, earlier_splits
-from ssod_edge.data.readers import Pictures
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import split_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_json
 
 CONFIG = TrainConfig(backbone="any", data="any", val_fraction=0.2, calib_fraction=0.2)
-
-
-class Labels(Pictures):
-    """Images of which only the labels are there."""
-
-    name = "labels"
-
-    def __init__(self, *counts: int):
-        self.labels = np.repeat(np.arange(len(counts)), counts)
-        self.classes = tuple(f"c{label}" for label in range(len(counts)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def source(self, index: int) -> str:
-        return f"c{self.labels[index]}/{index}.png"
 
 
 def alone(n: int) -> Copies:
@@ -176,9 +159,10 @@ def test_copies_with_two_labels_are_named() -> None:
     groups[12] = 3
     division = divide(source, CONFIG, Copies(groups, np.array([[3, 12]]), 1))
     assert division.lines[1] == (
-        "warning: 1 pair of copies has two labels: 'c0/3.png' (c0) and 'c1/12.png' (c1). Keep the right one"
+        "warning: 1 pair of copies has two labels: 'c0/video0_3.png' (c0) and 'c1/video3_12.png' (c1). "
+        "Keep the right one"
     )
-    assert division.record["other_labels"] == [["c0/3.png", "c1/12.png"]]
+    assert division.record["other_labels"] == [["c0/video0_3.png", "c1/video3_12.png"]]
 
 
 def test_copies_on_both_sides_of_given_validation_images_are_counted_and_stay() -> None:
@@ -191,7 +175,7 @@ def test_copies_on_both_sides_of_given_validation_images_are_counted_and_stay() 
     assert division.groups is not None and division.groups[9] == division.groups[10] != division.groups[1]
     line = division.lines[-1]
     assert "warning: 1 image that is held out has a copy that is trained on" in line and "Keep one of each" in line
-    assert "'c0/9.png' and 'c0/1.png'" in line and division.record["in_two_splits"] == 1
+    assert "'c0/video2_9.png' and 'c0/video0_1.png'" in line and division.record["in_two_splits"] == 1
 
 
 def test_images_that_copies_would_leave_too_few_of_are_divided_with_a_warning() -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import write_folder
+from pictures import Labels, write_folder
 
 from ssod_edge.data.groups import describe_groups, image_groups
-from ssod_edge.data.readers import Pictures
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import Splits, read_splits, split_dataset
 from ssod_edge.errors import UsageError
@@ -42,22 +41,6 @@ def test_the_held_out_images(tmp_path: Path, val: object, message: str | None) -
         return
     with pytest.raises(UsageError, match=f"{message}.*name the ID images with --id"):
         read_splits(tmp_path, source, splits.hash)
-
-
-class Labels(Pictures):
-    """Images of which only the labels are there."""
-
-    name = "labels"
-
-    def __init__(self, *counts: int):
-        self.labels = np.repeat(np.arange(len(counts)), counts)
-        self.classes = tuple(f"c{label}" for label in range(len(counts)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def source(self, index: int) -> str:
-        return f"c{self.labels[index]}/video{index // 4}_{index}.png"
 
 
 def sizes(source: Labels, val: float | None = None, calib: float | None = None) -> list[int]:

@@ -27,11 +27,10 @@ from ssod_edge.studies.study import (
     TABLE,
     StudyOptions,
     _exported,
-    markdown,
     parse_grid,
     plan_study,
-    summarise,
 )
+from ssod_edge.studies.summary import markdown, summarise
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 
 TINY = [

@@ -250,7 +250,7 @@ def test_what_the_row_does_not_find_leaves_the_default_as_it_is(taught, monkeypa
     logits, id_logit, z = outputs(400, 0, row=4.0, distance=0)
     data = FitData(z, np.arange(400) % 3, logits, np.zeros((3, 6), np.float32), np.zeros(3, np.float32), id_logit)
     unknown = outputs(60, 2, row=row, distance=distance)
-    monkeypatch.setattr("ssod_edge.export.graph.negatives._outputs", lambda *_: unknown)
+    monkeypatch.setattr("ssod_edge.export.graph.negatives.eager_outputs", lambda *_: unknown)
     said: list[str] = []
     score, record = fit_default(from_run(taught), data, outputs(200, 1, row=4.0, distance=0), said.append)
     assert score.name == (ROW_SCORE if joins else "gen+mahalanobispp") and record["negatives"]["images"] == 60

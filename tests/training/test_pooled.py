@@ -117,6 +117,19 @@ def test_a_threshold_is_not_fitted_to_images_that_were_trained_on(exported):
     assert done.exit_code == 2 and "out of fold: export the run again for these, or name new images" in done.output
 
 
+def test_training_on_from_such_a_run_forgets_its_last_layer(exported, tmp_path):
+    """It has learnt the images that the new run's threshold comes from."""
+    run, _ = exported
+    said = "the last layer begins anew: that of the run has learnt the images for thresholds too"
+    for tune, anew in ((("--tune", "all", "--epochs", "1", "--batch-size", "8"), True), (("--tune", "head"), False)):
+        backbone = ("--backbone", "test_efficientnet", "--size", SIZE, "--workers", 0, "--head", "blocks")
+        arguments = ("--weights", run.checkpoint, "-o", tmp_path, "--name", tune[1], *tune)
+        done = command("train", run.meta["data"], *backbone, *arguments)
+        assert done.exit_code == 0, done.output
+        assert (said in done.output) is anew
+        assert (Run.at(tmp_path / tune[1]).folds is None) is anew
+
+
 @pytest.mark.parametrize("options", [("--calib-fraction", "0.3"), ("--tune", "upper")])
 def test_a_split_that_is_asked_for_or_needed_is_kept(options, tmp_path, weights):
     run = train(tmp_path / "runs", write_photos(tmp_path / "photos", 16), weights, *options)
