@@ -194,13 +194,13 @@ class Session:
         splits = self.splits
         write_json(self.run / "config.json", dataclasses.asdict(self.config))
         self._write_splits()
-        count, fix = len(splits.calib), "Use a larger --calib-fraction"
+        count, what, fix = len(splits.calib), "the calibration split has {} images", "Use a larger --calib-fraction"
         if self.pools:
-            count, fix = len(self.pooled), "Add images"
+            count, what, fix = len(self.pooled), "there are {} images for thresholds", "Add images"
         if count < MIN_CALIB:
             say(
-                f"warning: there are {count} images for thresholds, and one at 95% needs {MIN_CALIB}. {fix}, or give "
-                "others to: ssod-edge export --id DATA"
+                f"warning: {what.format(count)}, and a 95% threshold needs {MIN_CALIB}. {fix}, or give other images "
+                "to: ssod-edge export --id DATA"
             )
 
     def _write_splits(self) -> None:
