@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from ssod_edge.terminal import PhaseBars
 
 INPUT = "image"
 PLAN_NAME = "model.plan"
+#: How late an interrupt of a build may be noticed.
+NOTICE_SECONDS = 0.2
 #: TensorRT for RTX has no fp32 matrix product for Turing (7.5), and the last layer of every graph is one.
 OLDEST_CAPABILITY = 80
 #: Images in one run of a plan. A builder accepts any number, and reserves memory for it when the plan is opened.
@@ -274,7 +276,11 @@ def _build(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
     with ThreadPoolExecutor(1, thread_name_prefix="build") as pool:
         pool.submit(int).result()  # a thread that an interrupt meets while it starts is not waited for
         try:
-            return pool.submit(builder.build_serialized_network, network, config).result()
+            build = pool.submit(builder.build_serialized_network, network, config)
+            # A signal that comes just before a wait begins does not end it, so that no wait here is a long one.
+            while not wait((build,), timeout=NOTICE_SECONDS).done:
+                continue
+            return build.result()
         except BaseException:
             monitor.cancelled = True  # it ends at its next step, and the pool waits for that
             raise
