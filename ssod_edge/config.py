@@ -43,7 +43,7 @@ Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["auto", "reference"]
 ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "gen", "posterior"]
-DetectorName = Literal["vim", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn", "react", "ash", "scale"]
+DetectorName = Literal["vim", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 BALANCES: tuple[str, ...] = get_args(Balance)
@@ -73,15 +73,11 @@ def resolve_backbone(name: str) -> str:
     return {**ALIASES, **PACKAGED}.get(name, name)
 
 
-#: Detectors whose rows read changed features, in a Gemm of their own.
-OWN_GEMM = ("react", "ash")
-
-
 def score_parts(name: str) -> tuple[str, ...]:
     """The scores that a shipped score is the sum of: "energy+rmd" -> ("energy", "rmd"); of most, the one itself.
 
     Raises:
-        UsageError: a part that is no score, the same one twice, or two that each need a Gemm of their own.
+        UsageError: a part that is no score, or the same one twice.
     """
     parts = tuple(name.split("+"))
     if unknown := [part for part in parts if part not in SHIPPED_SCORES]:
@@ -90,8 +86,6 @@ def score_parts(name: str) -> tuple[str, ...]:
         )
     if len(set(parts)) < len(parts):
         raise UsageError(f"the score '{name}' has one part twice")
-    if set(OWN_GEMM) <= set(parts):
-        raise UsageError(f"{' and '.join(OWN_GEMM)} cannot be in one sum: each has a Gemm of its own, got '{name}'")
     return parts
 
 

@@ -129,32 +129,21 @@ def open_session(graph: onnx.ModelProto, optimise: bool = True) -> Any:
 def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
     """The one linear layer that reads the features: it gives the classes, the ID logit and a detector's rows.
 
-    `ood_score` may need a second one, whose input is made from the same features without any layer between (ReAct
-    clips them, ASH prunes them); the classes may not.
-
     Raises:
-        VerificationError: there are more, another one reads the same features, or its rows are not `rows`.
+        VerificationError: there are more, or its rows are not `rows`.
     """
     producer = {output: node for node in graph.graph.node for output in node.output}
     linear = {name for name, node in producer.items() if node.op_type in LINEAR_OPS}
-    found = _behind(producer, ["logits", "probs", "id_logit"], linear) & linear
+    found = _behind(producer, ["logits", "probs", "id_logit", "ood_score"], linear) & linear
     if len(found) != 1:
-        raise VerificationError(f"the classes must come from exactly one Gemm, found {len(found)}")
+        raise VerificationError(f"classes and score must come from exactly one Gemm, found {len(found)}")
     head = producer[next(iter(found))]
-    features = head.input[0]
-    twins = [name for name in linear if producer[name].input[0] == features]
+    twins = [name for name in linear if producer[name].input[0] == head.input[0]]
     weights = {w.name: tuple(w.dims) for w in graph.graph.initializer}
     shape = weights.get(head.input[1], ())
     if len(twins) != 1 or rows not in shape:
         raise VerificationError(
             f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
-        )
-    own = _behind(producer, ["ood_score"], {*linear, features}) & linear - found - {features}
-    layers = {name for name, node in producer.items() if node.op_type in (*LINEAR_OPS, "Conv")} | {INPUT}
-    ways = [_behind(producer, [producer[name].input[0]], {features}) for name in own]
-    if len(own) > 1 or any(features not in way or way & layers - {features} for way in ways):
-        raise VerificationError(
-            f"the score may have one Gemm of its own, on the features that the classes are read from, found {len(own)}"
         )
     return head
 

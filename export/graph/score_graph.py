@@ -94,33 +94,31 @@ class _Plain(nn.Module):
             terms.append(_residual(parts["vim"], scales["vim"]))
             free["energy"] = free.get("energy", 0.0) + scales["vim"]
         terms += [_UnitLength(parts[name], scales[name]) for name in parts if name in UNIT_LENGTH]
-        terms += [_Shaped(parts[name], scales[name]) for name in parts if name in ("react", "ash", "scale")]
         self.terms, self.free = nn.ModuleList(terms), free
         none = np.zeros((0, head[0].shape[1]), np.float32)
         self.weight = np.concatenate([none, *(term.weight for term in terms)])
         self.bias = np.concatenate([none[:, 0], *(term.bias for term in terms)])
-        self.sizes = [len(term.bias) for term in terms if len(term.bias)]
+        self.sizes = [len(term.bias) for term in terms]
 
     def forward(
         self, features: Tensor, logits: Tensor, probs: Tensor, id_logit: Tensor, rows: Sequence[Tensor]
     ) -> Tensor:
         """As `FusedScore.forward`."""
-        blocks = iter(rows)
-        found = [term(features, logits, next(blocks) if len(cast(_Term, term).bias) else None) for term in self.terms]
+        found = [term(features, own) for term, own in zip(self.terms, rows, strict=True)]
         for name, scale in self.free.items():
             found.append(_times(scale, score_of_graph(name, logits, probs, id_logit)))
         return functools.reduce(torch.add, found)
 
 
 class _Term(nn.Module):
-    """A part of a score. Attributes: the rows it adds to the Gemm, weight [K, D] and bias [K], K = 0 for none."""
+    """A part of a score. Attributes: the rows it adds to the Gemm, weight [K, D] and bias [K]."""
 
     def __init__(self, weight: Array, bias: Array):
         super().__init__()
         self.weight, self.bias = weight.astype(np.float32), bias.astype(np.float32)
 
-    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
-        """[N, D], [N, M] and [N, K] -> [N]."""
+    def forward(self, features: Tensor, rows: Tensor) -> Tensor:
+        """[N, D] and [N, K] -> [N]."""
         raise NotImplementedError
 
 
@@ -134,8 +132,8 @@ class _Squares(_Term):
         self.register_buffer("center", torch.from_numpy(np.array(center)))
         self.register_buffer("factors", torch.from_numpy(factors.astype(np.float32)))
 
-    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
-        y = cast(Tensor, rows)
+    def forward(self, features: Tensor, rows: Tensor) -> Tensor:
+        y = rows
         if self.centered:
             y = torch.cat([_from(self.start, features) - cast(Tensor, self.center), y], dim=1)
         total = (y * y if self.plain else y * cast(Tensor, self.factors) * y).sum(dim=1)
@@ -176,8 +174,8 @@ class _Lowest(_Term):
         self.weight = self.weight + np.float32(scale) * weight[-1].detach().numpy()
         self.bias = self.bias + np.float32(scale) * bias[-1].detach().numpy()
 
-    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
-        return cast(Tensor, rows).amin(dim=1)
+    def forward(self, features: Tensor, rows: Tensor) -> Tensor:
+        return rows.amin(dim=1)
 
 
 class _UnitLength(_Term):
@@ -192,41 +190,14 @@ class _UnitLength(_Term):
         constant = linear * detector.bias[rows:] + (scale if detector.name == "knn" else 0)
         self.register_buffer("constant", torch.from_numpy(np.asarray(constant, np.float32)))
 
-    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor, rows: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(_from(self.start, features), dim=1, keepdim=True).clamp(min=TINY)
-        u, constant = cast(Tensor, rows) / length, cast(Tensor, self.constant)
+        u, constant = rows / length, cast(Tensor, self.constant)
         if not self.quadratic:
             return (u + constant).amin(dim=1)
         y, classes = u.split([self.quadratic, len(constant)], dim=1)
         lowest, squares = (classes + constant).amin(dim=1), (y * y).sum(dim=1)
         return lowest - squares if self.minus else lowest + squares
-
-
-class _Shaped(_Term):
-    """The energy of changed features (ReAct, ASH, SCALE), times a factor.
-
-    Their rows read changed features, and the classes those of the plain ones: no row can serve both.
-    """
-
-    def __init__(self, detector: Detector, scale: float):
-        super().__init__(np.zeros((0, detector.weight.shape[1]), np.float32), np.zeros(0, np.float32))
-        self.name, self.numbers, self.scale = detector.name, dict(detector.numbers), scale
-        self.register_buffer("classes", torch.from_numpy(np.array(detector.bias)))
-        self.own = None
-        if len(detector.weight):
-            self.own = linear(torch.from_numpy(detector.weight), torch.zeros(len(detector.weight)))
-
-    def forward(self, features: Tensor, logits: Tensor, rows: Tensor | None) -> Tensor:
-        bias = cast(Tensor, self.classes)
-        if self.name == "react":
-            product = cast(nn.Linear, self.own)(features.clamp(max=self.numbers["clip"]))
-            return _times(self.scale, _energy(product + bias))
-        # k is fixed, so that TopK has a shape that every engine knows when it builds.
-        kth = features.topk(int(self.numbers["k"]), dim=1).values[:, -1:]
-        kept = torch.where(features >= kth, features, torch.zeros_like(features))
-        factor = (features.relu().sum(dim=1, keepdim=True) / kept.relu().sum(dim=1, keepdim=True).clamp(min=TINY)).exp()
-        product = logits - bias if self.own is None else self.own(kept)
-        return _times(self.scale, _energy(factor * product + bias))
 
 
 def lost_to_rounding(detector: Detector, features: NDArray[np.float32], logits: NDArray[np.float32]) -> float:

@@ -18,8 +18,6 @@ from ssod_edge.errors import UsageError
 
 #: What a score may add to the network's multiply-adds, as a share.
 MOST_COST = 0.01
-#: Detectors that are no candidates: they lead on made images and fall behind on classes that were never taught.
-NOT_CHOSEN = ("ash", "scale")
 #: A kind that is not made: held-out images that the network gets wrong. Made images are far from the known classes;
 #: these are what comes closest to a class that looks like one of them (docs/detection.md).
 MISTAKEN = "mistaken"
@@ -150,7 +148,7 @@ def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], ne
 def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable[[str], None]) -> dict[str, Detector]:
     """Every detector that can be fitted, and that fp32 holds on held-out images; the others are named."""
     fitted = {}
-    for name in (name for name in DETECTORS if name not in NOT_CHOSEN):
+    for name in DETECTORS:
         try:
             detector = fit(cast(DetectorName, name), data)
             if not fp32_holds(detector):

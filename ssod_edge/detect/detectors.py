@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssod_edge.config import DETECTORS, OWN_GEMM, DetectorName
+from ssod_edge.config import DETECTORS, DetectorName
 
 Array = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
@@ -29,8 +29,8 @@ TINY = 1e-12
 class Detector:
     """A fitted detector, in the form that the graph computes.
 
-    With y = z @ weight.T + bias, v = z[start:], u = z @ weight.T / |v| + bias, Q = numbers["quadratic"],
-    e(l) = -logsumexp(l), and r = exp(sum(z+) / sum(top-k z+)):
+    With y = z @ weight.T + bias, v = z[start:], u = z @ weight.T / |v| + bias, Q = numbers["quadratic"] and
+    e(l) = -logsumexp(l):
 
         vim            alpha |y| + e(logits); with a center: |y|^2 is |v - center|^2 - |y|^2
         rmd            |y[:Q]|^2 + min(y[Q:])
@@ -38,14 +38,11 @@ class Detector:
         rmdpp          min(u[Q:]) + |u[:Q]|^2
         mahalanobispp  min(u[Q:]) - |u[:Q]|^2
         knn            1 - max(u)
-        react          e(min(z, clip) @ weight.T + bias)
-        ash            e(r * (z where z >= the k-th largest) @ weight.T + bias)
-        scale          e(r * (logits - bias) + bias)
 
     Attributes:
         name: of `ssod_edge.config.DETECTORS`.
-        weight: float32 [K, D], 0 before `start`; K = 0 for `scale`.
-        bias: float32 [K]; for `scale` the classifier's, [M].
+        weight: float32 [K, D], 0 before `start`.
+        bias: float32 [K].
         center: float32 [D - start], or [0].
         numbers: those above.
         settings: what it was fitted with, for the record.
@@ -63,7 +60,7 @@ class Detector:
     @property
     def rows(self) -> int:
         """Rows that it adds to the Gemm that gives the logits."""
-        return 0 if self.name in OWN_GEMM else len(self.weight)
+        return len(self.weight)
 
     @property
     def multiply_adds(self) -> int:
@@ -85,10 +82,6 @@ class Detector:
 
     def _score(self, features: Wide, given: Wide) -> Wide:
         z, v, weight = features, features[:, self.start :], self.weight.T.astype(np.float64)
-        if self.name in OWN_GEMM or self.name == "scale":
-            factor = 1.0 if self.name == "react" else self._factor(z)
-            product = given - self.bias if self.name == "scale" else self._shaped(z) @ weight
-            return _energy(factor * product + self.bias)
         quadratic = int(self.numbers.get("quadratic", 0))
         if self.name in UNIT_LENGTH:
             u = z @ weight / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), TINY) + self.bias
@@ -108,24 +101,6 @@ class Detector:
             distance = self.numbers["scale"] * np.square(v - self.center).sum(axis=1) - distance
         distance += y[:, quadratic:].min(axis=1)
         return distance
-
-    def _shaped(self, z: Wide) -> Wide:
-        """The features that a score's own Gemm reads."""
-        if self.name == "react":
-            return np.minimum(z, self.numbers["clip"])
-        return np.where(z >= self._kth(z), z, 0.0)
-
-    def _factor(self, z: Wide) -> Wide:
-        """r [N, 1]; 1 where no activation is positive."""
-        positive = np.maximum(z, 0)
-        largest = np.where(z >= self._kth(z), positive, 0.0).sum(axis=1, keepdims=True)
-        ratio: Wide = np.exp(positive.sum(axis=1, keepdims=True) / np.maximum(largest, TINY))
-        return ratio
-
-    def _kth(self, z: Wide) -> Wide:
-        """The k-th largest activation [N, 1]."""
-        k = int(self.numbers["k"])
-        return np.partition(z, z.shape[1] - k, axis=1)[:, [z.shape[1] - k]]
 
 
 def write_detector(detector: Detector) -> dict[str, npt.NDArray[Any]]:

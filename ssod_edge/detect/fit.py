@@ -29,8 +29,6 @@ LEAST_VARIANCE = 1e-5
 #: Prototypes of a class, as long as all classes together have no more than so many. So many images are all prototypes.
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
 KMEANS_ROUNDS = 20
-REACT_QUANTILE = 0.9
-PERCENTILES = {"scale": 0.85, "ash": 0.9}
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,7 @@ def fit(name: DetectorName, data: FitData) -> Detector:
     """
     if name not in DETECTORS:
         raise UsageError(f"detector must be one of {', '.join(DETECTORS)}, got '{name}'")
-    if name in PERCENTILES:
-        return fit_scale(name, data)
-    fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn, "react": fit_react}
+    fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn}
     fits |= {"mahalanobispp": fit_mahalanobispp, "rmdpp": fit_rmdpp}
     return fits[name](data)
 
@@ -272,27 +268,6 @@ def _spherical_kmeans(unit: Array, k: int, rng: np.random.Generator) -> Array:
             break
         centres = moved
     return centres
-
-
-def fit_react(data: FitData) -> Detector:
-    """ReAct (Sun et al., NeurIPS 2021): the energy of features that are cut off at a quantile of all activations."""
-    clip = float(np.quantile(data.features, REACT_QUANTILE))
-    return Detector(
-        "react", _f(data.weight), _f(data.bias), numbers={"clip": clip}, settings={"quantile": REACT_QUANTILE}
-    )
-
-
-def fit_scale(name: DetectorName, data: FitData) -> Detector:
-    """SCALE (Xu et al., ICLR 2024) and ASH-S (Djurisic et al., ICLR 2023): the energy of scaled features.
-
-    Both multiply the features by r = exp(sum of activations / sum of the largest ones), the largest being those above
-    the percentile; ASH-S also sets the others to 0. As W (r z) + b = r (W z) + b, SCALE needs no second Gemm. The
-    papers' activations come from a ReLU; those below 0, which other networks have, count as 0 in the sums.
-    """
-    percentile, width = PERCENTILES[name], data.features.shape[1]
-    k = max(1, width - int(width * percentile))
-    weight = data.weight if name == "ash" else np.zeros((0, width))
-    return Detector(name, _f(weight), _f(data.bias), numbers={"k": k}, settings={"percentile": percentile})
 
 
 class _Groups:

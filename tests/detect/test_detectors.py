@@ -11,7 +11,6 @@ from sklearn.covariance import ledoit_wolf
 from ssod_edge.config import DETECTORS, DetectorName
 from ssod_edge.detect.detectors import Detector, read_detector, write_detector
 from ssod_edge.detect.fit import (
-    PERCENTILES,
     RIDGE,
     FitData,
     _spherical_kmeans,
@@ -288,29 +287,6 @@ def test_spherical_kmeans_finds_the_groups_and_repeats() -> None:
     centres = _spherical_kmeans(unit, 3, np.random.default_rng(3))
     assert sorted((centres @ axes.T).argmax(axis=1)) == [0, 1, 2] and (centres @ axes.T).max(axis=1).min() > 0.99
     np.testing.assert_array_equal(centres, _spherical_kmeans(unit, 3, np.random.default_rng(3)))
-
-
-def test_react_is_the_energy_of_clipped_features(data: FitData, images: FitData) -> None:
-    clip = np.quantile(data.features, 0.9)
-    expected = energy(np.minimum(images.features, clip) @ data.weight.T + data.bias)
-    found = fit("react", data)
-    assert found.rows == 0 and np.ptp(expected - energy(images.logits)) > 0.1
-    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["scale", "ash"])
-def test_scale_and_ash_multiply_by_the_ratio_of_sums(
-    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setitem(PERCENTILES, name, 0.75)
-    z = images.features.astype(np.float64)
-    k = WIDTH - int(0.75 * WIDTH)
-    kept = np.where(z >= np.sort(z, axis=1)[:, [-k]], z, 0)
-    factor = np.exp(np.maximum(z, 0).sum(axis=1) / np.maximum(kept, 0).sum(axis=1))[:, None]
-    expected = energy(factor * (kept if name == "ash" else z) @ data.weight.T + data.bias)
-    found = fit(name, data)  # type: ignore[arg-type]
-    assert found.rows == 0 and found.multiply_adds == (data.weight.size if name == "ash" else 0)
-    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_features_of_nothing_but_zeros_give_finite_scores(data: FitData) -> None:
