@@ -429,18 +429,26 @@ def test_features_that_were_tuned_are_no_published_ones(tmp_path, photos, weight
     assert Run.at(tmp_path / "two/runs/run").meta["tuned"] == "upper"
 
 
-def test_a_lead_that_chance_gives_is_none():
+def test_what_gets_more_images_and_copies_right_is_better():
     before = np.zeros((2, 100), bool)
     before[:, :90] = True
     after = before.copy()
-    after[0, 90:94] = True
-    better = HeldOut(after, 0.1).better_than
-    assert not better(HeldOut(before, 0.1))  # 4 gained, none lost: as likely as four heads
-    after[1, 90:95] = True
-    assert better(HeldOut(before, 0.1))
-    after[0, :3] = False
-    assert not better(HeldOut(before, 0.1))  # 9 gained, 3 lost
-    assert not HeldOut(before, 0.1).better_than(HeldOut(before, 0.2))
+    assert not HeldOut(after, 0.1).better_than(HeldOut(before, 0.2))  # a smaller loss alone is no gain
+    after[1, 90:92], after[0, 0] = True, False
+    assert HeldOut(after, 0.1).better_than(HeldOut(before, 0.1))
+    assert not HeldOut(before, 0.1).better_than(HeldOut(after, 0.1))
+
+
+def test_auto_weighs_tuned_blocks_against_the_head_that_would_ship(tmp_path, photos, weights, monkeypatch):
+    """It is fitted on the images for thresholds too, which tuned blocks must not see."""
+    seen = []
+    monkeypatch.setattr(
+        "ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: bool(seen.append((self, other)))
+    )
+    assert run_train(tmp_path, photos, weights).exit_code == 0
+    run, ((tuned, head),) = Run.at(tmp_path / "runs/run"), seen
+    assert run.meta["tried"] == {"head": head.record, "upper": tuned.record}
+    assert run.folds is not None and run.meta["val_accuracy"] == head.accuracy
 
 
 def test_an_export_fits_its_distance_on_kept_features_and_is_verified(tmp_path, photos, weights, monkeypatch):
