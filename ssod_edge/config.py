@@ -285,7 +285,8 @@ class TrainConfig:
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
         epochs: passes over the training photos. `auto`: as many as make 1,500 training steps, but 10 to 40, and fewer
-            where the validation photos gain nothing for a quarter of them; from published weights.
+            where the validation photos gain nothing for a quarter of them; the weights or their running average are
+            kept, by the same photos. From published weights alone.
         batch_size: photos in a training step, for each process.
         lr: peak learning rate.
         weight_decay: weight decay of the optimizer.

@@ -13,12 +13,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ssod_edge.config import AUTO_EPOCHS, TrainConfig
@@ -29,11 +31,13 @@ from ssod_edge.json_reader import from_json
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.training.batches import TrainImages, load_batches
 from ssod_edge.training.checkpoint import (
+    AVERAGE,
     BEST,
     LAST,
     load_checkpoint,
     load_optimizer,
     load_state,
+    model_tensors,
     optimizer_tensors,
 )
 from ssod_edge.training.distributed import from_main, is_main, rank, start_processes, world_size
@@ -192,6 +196,8 @@ class _Loop(Session):
         super().__init__(config, run, device, restored, resume)
         self.save_minutes, self.interrupted = save_minutes, False
         self.optimizer = make_optimizer(self.model, config)
+        # Of weights and norms, over the longer a time the more steps there were: no setting of its own.
+        self.average = ModelEmaV3(self.model, use_warmup=True) if config.epochs == AUTO_EPOCHS else None
         if self.batch_size < 2:  # batch norm needs two images
             raise UsageError(
                 f"'{config.data}' leaves {len(self.splits.train)} training images for {world_size()} process(es), and "
@@ -256,6 +262,8 @@ class _Loop(Session):
             before, now = (count * min(self.config.batch_size, trained // count) for count in (processes, world_size()))
             say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
         load_state(self.model, tensors, path)
+        if self.average is not None:
+            load_state(self.average.module, tensors, path, AVERAGE)
         try:
             load_optimizer(self.optimizer, tensors)
             return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
@@ -325,6 +333,8 @@ class _Loop(Session):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self._check_finite(loss.detach(), norm, index)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, step=global_step)
         return loss.detach(), log
 
     def _batches(self, epoch: int) -> list[list[int]]:
@@ -355,14 +365,13 @@ class _Loop(Session):
 
     def _finish_epoch(self, bar: Any) -> None:
         progress, meters, config = self.progress, self.meters.read(), self.config
-        reading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-        found = collect(self.model, self.source, self.splits.val, **reading)
-        accuracy, val_loss = from_main(found.accuracy), from_main(found.loss)  # every process ends at the same epoch
+        model, accuracy, val_loss = self._validate()
         row = {
             "epoch": progress.epoch + 1,
             **epoch_figures(meters),
             "val_accuracy": accuracy,
             "val_loss": val_loss,
+            "averaged": model is not self.model,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
             "kernel": self.kernel,
@@ -375,21 +384,33 @@ class _Loop(Session):
         self.meters = Meters(self.device, {})
         if is_main():
             if best:
-                self._save(BEST, accuracy)
+                self._save(BEST, accuracy, model)
             # Before `last`: a kill in between repeats the epoch and its line, and loses neither.
             append_metrics(self.run / "metrics.jsonl", row)
             self._save(LAST, accuracy)
         bar.epoch_done(row)
 
-    def _save(self, name: str, accuracy: float | None = None) -> None:
+    def _validate(self) -> tuple[SSODClassifier, float, float]:
+        """(model, accuracy, loss) on the validation images: of the model, or of the average where it is as accurate."""
+        config, models = self.config, [self.model] if self.average is None else [self.average.module, self.model]
+        read = partial(collect, batch_size=config.batch_size, workers=config.workers)
+        outputs = [read(model, self.source, self.splits.val) for model in models]
+        # As process 0 has them, so that all processes end at the same epoch.
+        figures = [(from_main(found.accuracy), from_main(found.loss)) for found in outputs]
+        chosen = max(range(len(models)), key=lambda number: figures[number][0])  # the first of equals
+        return models[chosen], *figures[chosen]
+
+    def _save(self, name: str, accuracy: float | None = None, model: SSODClassifier | None = None) -> None:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {"kernel": self.kernel}
         if name == LAST:
             self.progress.meters = self.meters.read() if self.progress.step else {}
             tensors = optimizer_tensors(self.optimizer)
+            if self.average is not None:
+                tensors |= model_tensors(self.average.module, AVERAGE)
             meta |= {
                 "progress": dataclasses.asdict(self.progress),
                 "processes": world_size(),
                 "finished": self.finished,
             }
-        self.save(name, self.progress.epoch, accuracy, tensors, meta)
+        self.save(name, self.progress.epoch, accuracy, tensors, meta, model)

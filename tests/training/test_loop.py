@@ -30,7 +30,7 @@ from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.recipes import train_config
 from ssod_edge.terminal import TrainingBar
-from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from ssod_edge.training.checkpoint import AVERAGE, BEST, LAST, load_checkpoint, save_checkpoint
 from ssod_edge.training.distributed import check_same_images, from_main
 from ssod_edge.training.loop import _Loop, resume_run, train
 from ssod_edge.training.meters import Meters, epoch_figures
@@ -140,8 +140,8 @@ def auto(config, tmp_path):
 
 
 def validate_as(monkeypatch, *figures):
-    """Epochs whose validation gives these accuracies and losses."""
-    found = iter([SimpleNamespace(accuracy=accuracy, loss=loss) for accuracy, loss in figures])
+    """Epochs whose validation gives these accuracies and losses, for the average of the weights and for them."""
+    found = iter([SimpleNamespace(accuracy=accuracy, loss=loss) for accuracy, loss in figures for _ in range(2)])
     monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: next(found))
 
 
@@ -160,20 +160,43 @@ def test_epochs_auto_end_where_the_validation_images_gain_nothing(auto, tmp_path
     assert "is finished already (13 epochs)" in capsys.readouterr().err
 
 
-def test_epochs_auto_that_were_interrupted_end_at_the_same_epoch(auto, tmp_path, monkeypatch):
+def test_epochs_auto_that_were_interrupted_go_on_to_the_same_weights_and_end(auto, tmp_path, monkeypatch):
     validate_as(monkeypatch, *FIGURES)
-    finish = _Loop._finish_epoch
+    whole = train(auto, tmp_path / "whole")
+    validate_as(monkeypatch, *FIGURES)
+    step = _Loop._train_batch
 
-    def stop(self, bar):
-        finish(self, bar)
-        if self.progress.epoch == 7:
+    def stop(self, *given):
+        if (self.progress.epoch, self.progress.step) == (6, 2):
             raise KeyboardInterrupt
+        return step(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_Loop, "_finish_epoch", stop)
-        train(auto, tmp_path)
-    assert not load_checkpoint(tmp_path / "run" / LAST)[1]["finished"]
-    assert len(rows(resume_run(tmp_path / "run"))) == 13
+        patch.setattr(_Loop, "_train_batch", stop)
+        train(auto, tmp_path, save_minutes=0)
+    broken = tmp_path / "run"
+    stopped = load_checkpoint(broken / LAST)[1]
+    assert not stopped["finished"] and stopped["progress"]["step"] == 2
+    assert len(rows(resume_run(broken))) == 13
+    for name in (BEST, LAST):
+        expected, found = load_checkpoint(whole / name)[0], load_checkpoint(broken / name)[0]
+        assert expected.keys() == found.keys() and any(key.startswith(AVERAGE) for key in found) == (name == LAST)
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+
+@pytest.mark.parametrize("average_wins", [True, False])
+def test_the_better_one_of_the_weights_and_their_average_is_kept(auto, tmp_path, monkeypatch, average_wins):
+    figures = [SimpleNamespace(accuracy=accuracy, loss=1.0) for accuracy in (0.7, 0.7 if average_wins else 0.8)]
+    found = iter(figures)
+    monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: next(found))
+    monkeypatch.setattr("ssod_edge.training.loop.auto_epochs", lambda steps: (1, 1))
+    run = train(auto, tmp_path)
+    best, last = load_checkpoint(run / BEST)[0], load_checkpoint(run / LAST)[0]
+    prefix = AVERAGE if average_wins else "model."
+    assert all(torch.equal(value, last[prefix + key.removeprefix("model.")]) for key, value in best.items())
+    name = "backbone.classifier.weight"
+    assert not torch.equal(last[f"model.{name}"], last[AVERAGE + name])
+    assert rows(run)[0]["averaged"] == average_wins and rows(run)[0]["val_accuracy"] == (0.7 if average_wins else 0.8)
 
 
 def test_a_warm_up_is_no_measure_of_a_gain(auto, tmp_path, monkeypatch):
