@@ -284,9 +284,9 @@ class TrainConfig:
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
-        epochs: passes over the training photos. `auto`: as many as make 1,500 training steps, but 10 to 40, and fewer
-            where the validation photos gain nothing for a quarter of them; the weights or their running average are
-            kept, by the same photos. From published weights alone.
+        epochs: passes over the training photos. `auto`, from published weights: as many as make 1,000 training steps,
+            but 10 to 40, and fewer where the validation photos gain nothing for a quarter of them; the weights or their
+            running average are kept, by the same photos; 32 photos in a step and --lr 5e-4 with --recipe short.
         batch_size: photos in a training step, for each process.
         lr: peak learning rate.
         weight_decay: weight decay of the optimizer.

@@ -10,7 +10,7 @@ from torch import nn
 from ssod_edge.config import FEWEST_AUTO_EPOCHS, TrainConfig
 
 #: Steps that `--epochs auto` aims at, and the most epochs that it takes for them.
-AUTO_STEPS, MOST_AUTO_EPOCHS = 1_500, 40
+AUTO_STEPS, MOST_AUTO_EPOCHS = 1_000, 40
 
 
 def auto_epochs(steps_per_epoch: int) -> tuple[int, int]:

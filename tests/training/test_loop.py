@@ -574,7 +574,7 @@ def test_schedules():
         and rates[-1] < 0.02
         and rates == rates[:10] + sorted(rates[10:])[::-1]
     )
-    assert [auto_epochs(steps) for steps in (1, 37, 60, 75, 400)] == [(40, 10), (40, 10), (25, 7), (20, 5), (10, 3)]
+    assert [auto_epochs(steps) for steps in (1, 25, 37, 50, 400)] == [(40, 10), (40, 10), (28, 7), (20, 5), (10, 3)]
     paper = train_config("paper", {"backbone": "b", "data": "d", "epochs": 70})
     assert (paper.lr, paper.batch_size, paper.loss.warmup_epochs) == (1e-4, 256, 0.0)
     assert [learning_rate(paper, epoch * 7, 7) for epoch in (0, 29, 30, 60)] == [1e-4, 1e-4, 5e-5, 2.5e-5]
@@ -583,6 +583,9 @@ def test_schedules():
 def test_options_win_over_the_recipe_and_unknown_ones_are_refused():
     config = train_config("paper", {"backbone": "b", "data": "d", "lr": 3e-4, "gamma": 0.9, "epochs": None})
     assert (config.lr, config.loss.gamma, config.loss.warmup_epochs, config.epochs) == (3e-4, 0.9, 0.0, 60)
+    auto = {"backbone": "b", "data": "d", "epochs": AUTO_EPOCHS}
+    found = [train_config("short", auto | more) for more in ({}, {"lr": 1e-3, "batch_size": 64}, {"epochs": 10})]
+    assert [(c.batch_size, c.lr, c.tune) for c in found] == [(32, 5e-4, "all"), (64, 1e-3, "all"), (128, 2e-3, "all")]
     with pytest.raises(UsageError, match="unknown TrainConfig key: learning"):
         train_config("short", {"backbone": "b", "data": "d", "learning": 1})
     with pytest.raises(UsageError, match=r"0\.5 < gamma < 1"):
