@@ -21,8 +21,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
 }
 
-#: What --epochs auto brings along with recipe "short": at 128 photos a step, a thousand of them are eight steps an epoch
-#: (docs/results.md has the two side by side).
+#: What --epochs auto brings along with recipe "short". At 128 photos a step, a thousand of them are eight steps an
+#: epoch; docs/results.md has both side by side.
 _AUTO = {"batch_size": 32, "lr": 5e-4}
 
 #: Where a method with patches is given: their loss has to wait. While next to no patch is labelled ID, LWB gives these
