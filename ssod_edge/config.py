@@ -258,6 +258,8 @@ class LossConfig:
 
 #: Values of `TrainConfig.weights` that are no file.
 PUBLISHED, NO_WEIGHTS = "published", "none"
+#: `TrainConfig.epochs` of --epochs auto, and the fewest that it stands for.
+AUTO_EPOCHS, FEWEST_AUTO_EPOCHS = -1, 10
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,9 @@ class TrainConfig:
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
-        epochs: passes over the training photos.
+        epochs: passes over the training photos. `auto`, from published weights: as many as make 1,000 training steps,
+            but 10 to 40, and fewer where the validation photos gain nothing for a quarter of them; the weights or their
+            running average are kept, by the same photos; 32 photos in a step and --lr 5e-4 with --recipe short.
         batch_size: photos in a training step, for each process.
         lr: peak learning rate.
         weight_decay: weight decay of the optimizer.
@@ -315,7 +319,7 @@ class TrainConfig:
     negatives: str | None = dataclasses.field(default=None, metadata={"metavar": "DATA"})
     name: str = dataclasses.field(default="", metadata=NO_OPTION)
     recipe: Recipe = "short"
-    epochs: int = 10
+    epochs: int = dataclasses.field(default=10, metadata={"auto": AUTO_EPOCHS})
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
@@ -340,7 +344,10 @@ class TrainConfig:
     preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
-        check(self, "epochs", self.epochs >= 1, "at least 1")
+        auto = self.epochs == AUTO_EPOCHS
+        check(self, "epochs", self.epochs >= 1 or auto, "at least 1")
+        if auto and self.weights == NO_WEIGHTS:
+            raise UsageError("epochs auto is for published weights; random ones need more. Give a number to --epochs")
         check(self, "batch_size", self.batch_size >= 2, "at least 2 (batch norm needs two images)")
         check(self, "recipe", self.recipe in get_args(Recipe), f"one of {', '.join(get_args(Recipe))}")
         check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
@@ -348,7 +355,8 @@ class TrainConfig:
         check(self, "lr", 0 < self.lr < float("inf"), "positive")
         check(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
         check(self, "seed", 0 <= self.seed < 2**32, "0 or more and below 2**32")
-        check(self, "half_size_epochs", 0 <= self.half_size_epochs < self.epochs, "0 or more and below epochs")
+        fewest = FEWEST_AUTO_EPOCHS if auto else self.epochs
+        check(self, "half_size_epochs", 0 <= self.half_size_epochs < fewest, "0 or more and below epochs")
         if self.half_size_epochs and self.preprocess.input_size < 2:
             raise UsageError("half_size_epochs needs an input_size of at least 2 pixels, got 1")
         check(self, "workers", self.workers >= 0, "0 or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ssod_edge.config import NO_WEIGHTS, OUTLIERS, PUBLISHED, LossConfig, TrainConfig, from_dict
+from ssod_edge.config import AUTO_EPOCHS, NO_WEIGHTS, OUTLIERS, PUBLISHED, LossConfig, TrainConfig, from_dict
 from ssod_edge.errors import UsageError
 
 #: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
@@ -20,6 +20,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     # 224 px. Epochs are not given there.
     "paper": {"lr": 1e-4, "batch_size": 256, "epochs": 60, "weight_decay": 0.01, "loss": {"warmup_epochs": 0.0}},
 }
+
+#: What --epochs auto brings along with recipe "short". At 128 photos a step, a thousand of them are eight steps an
+#: epoch; docs/results.md has both side by side.
+_AUTO = {"batch_size": 32, "lr": 5e-4}
 
 #: Where a method with patches is given: their loss has to wait. While next to no patch is labelled ID, LWB gives these
 #: few half of it, and MobileNetV3 stops learning (docs/results.md).
@@ -59,6 +63,8 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     whole = sorted(WHOLE_SETTINGS & {*asked, *given})
     if "tune" not in given and (whole or given.get("weights", base.get("weights", NO_WEIGHTS)) == NO_WEIGHTS):
         base["tune"] = "all"
+    if recipe == "short" and given.get("epochs") == AUTO_EPOCHS:
+        base |= _AUTO
     tune = given.get("tune", base.get("tune", "all"))
     if tune != "all":
         if whole:

@@ -9,6 +9,7 @@ import pytest
 
 from ssod_edge.config import (
     ALIASES,
+    AUTO_EPOCHS,
     OUTLIERS,
     LossConfig,
     Preprocess,
@@ -66,6 +67,8 @@ def test_gamma_inside_its_range_is_taken(gamma):
         (Preprocess, {"interpolation": "nearest"}, "'bicubic' or 'bilinear'"),
         (Preprocess, {"std": (0.1, 0.0, 0.1)}, "positive"),
         (TrainConfig, {"epochs": 0}, "epochs must be at least 1"),
+        (TrainConfig, {"epochs": AUTO_EPOCHS}, "epochs auto is for published weights"),
+        (TrainConfig, {"epochs": AUTO_EPOCHS, "weights": "published", "half_size_epochs": 10}, "below epochs"),
         (TrainConfig, {"batch_size": 1}, "batch_size must be at least 2 .*batch norm"),
         (TrainConfig, {"seed": -1}, "seed must be 0 or more"),
         (TrainConfig, {"seed": 2**32}, "below 2.*32"),

@@ -134,10 +134,22 @@ def train_options(recipe: str = "short", many_seeds: bool = False) -> Decorator:
                 help = texts.get(field.name, "") + _default_text(field.name)
                 flags = "--" + field.name.replace("_", "-")
                 settings = {**_value(_TYPES[field.name]), **more.get(field.name, {})}
+                if "auto" in field.metadata:
+                    settings |= {"metavar": "N|auto", "type": _CountOrAuto(field.metadata["auto"])}
                 if "metavar" in field.metadata:
                     settings |= {"metavar": field.metadata["metavar"], "type": str}
                 options.append(click.option(flags, help=help, **settings))
     return together(*options)
+
+
+class _CountOrAuto(click.types.IntParamType):
+    """A whole number, or "auto" for the value that stands for it."""
+
+    def __init__(self, auto: int):
+        self.auto = auto
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return self.auto if value == "auto" else int(super().convert(value, param, ctx))
 
 
 def _attributes(cls: type) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from ssod_edge.config import AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types
+from ssod_edge.config import AUTO_EPOCHS, AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluation.baselines import load_library
@@ -127,6 +127,8 @@ def convert(key: str, text: str) -> Any:
     if key not in kinds:
         raise UsageError(f"unknown setting '{key}' in --vary. Known: {', '.join(sorted(kinds))}")
     kind = kinds[key]
+    if key == "epochs" and text == "auto":
+        return AUTO_EPOCHS
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -293,8 +295,9 @@ def _trained(cell: Cell, data: str, folder: Path, given: Mapping[str, Any]) -> P
     _check_same_settings(run, asdict(config), asdict(run_config(data, options)))
     if config.tune != "all":
         return run  # it leaves a checkpoint when it is finished, and no other
-    epoch = load_checkpoint(run / LAST)[1]["progress"]["epoch"]
-    return resume_run(run) if epoch < config.epochs else run
+    meta = load_checkpoint(run / LAST)[1]
+    finished = meta.get("finished", meta["progress"]["epoch"] >= config.epochs)  # not recorded by earlier releases
+    return run if finished else resume_run(run)
 
 
 def _check_same_settings(run: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

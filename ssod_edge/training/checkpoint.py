@@ -27,6 +27,8 @@ SCHEMA_VERSION = 2
 #: Of tensors that are `ssod_edge.detect.folds.Folds`.
 FOLDS = "folds."
 BEST, LAST = "best.safetensors", "last.safetensors"
+#: Of tensors that are the running average of a model's, in `LAST`.
+AVERAGE = "average."
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -132,17 +134,17 @@ def model_meta(model: SSODClassifier) -> dict[str, Any]:
     }
 
 
-def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path) -> None:
+def load_state(model: SSODClassifier, tensors: dict[str, Tensor], path: Path, prefix: str = "model.") -> None:
     """Copy the tensors named "model.*" into a model; raises ArtifactError if they are of another one."""
-    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ArtifactError(f"'{path}' holds another model than {model.backbone_name}: {str(error)[:300]}") from error
 
 
-def model_tensors(model: SSODClassifier) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+def model_tensors(model: SSODClassifier, prefix: str = "model.") -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

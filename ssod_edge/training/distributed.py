@@ -34,6 +34,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def from_main(value: float) -> float:
+    """A figure as process 0 has it: the others' may differ in the last digits, or by their norms' running means."""
+    if not dist.is_initialized():
+        return value
+    shared: list[float] = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
 def check_same_images(fingerprint: str) -> None:
     """Compare what every process is about to train on.
 

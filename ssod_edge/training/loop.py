@@ -13,15 +13,17 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ssod_edge.config import TrainConfig
+from ssod_edge.config import AUTO_EPOCHS, TrainConfig
 from ssod_edge.data.negatives import Negatives, WithNegatives
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim
@@ -29,21 +31,23 @@ from ssod_edge.json_reader import from_json
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.training.batches import TrainImages, load_batches
 from ssod_edge.training.checkpoint import (
+    AVERAGE,
     BEST,
     LAST,
     load_checkpoint,
     load_optimizer,
     load_state,
+    model_tensors,
     optimizer_tensors,
 )
-from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
+from ssod_edge.training.distributed import from_main, is_main, rank, start_processes, world_size
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.negatives import draw_negatives
 from ssod_edge.training.objective import TrainStep, class_weights
 from ssod_edge.training.outputs import collect
 from ssod_edge.training.run import load_config
-from ssod_edge.training.schedule import learning_rate, make_optimizer
+from ssod_edge.training.schedule import auto_epochs, learning_rate, make_optimizer
 from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.settings import default_name, run_config
 from ssod_edge.training.transfer import tune
@@ -56,8 +60,24 @@ class _Progress:
     epoch: int = 0
     step: int = 0  # finished batches of this epoch
     best_accuracy: float = -1.0
+    least_loss: float | None = None  # on the validation images
+    without_gain: int = 0  # epochs since either of the two was better than before
     seconds: float = 0.0  # spent on this epoch
     meters: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """Where a run of an earlier release stood, which ended at a number of epochs alone."""
+        return {"least_loss": None, "without_gain": 0, **values}
+
+    def next_epoch(self, accuracy: float, loss: float, warming: bool) -> _Progress:
+        """After an epoch; a model from before the OOD loss is kept only until there is a later one."""
+        if warming:
+            return _Progress(self.epoch + 1)
+        gained = accuracy > self.best_accuracy or self.least_loss is None or loss < self.least_loss
+        least = loss if self.least_loss is None else min(loss, self.least_loss)
+        without_gain = 0 if gained else self.without_gain + 1
+        return _Progress(self.epoch + 1, 0, max(accuracy, self.best_accuracy), least, without_gain)
 
 
 def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, save_minutes: float = 5.0) -> Path:
@@ -95,10 +115,10 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
                     tune(Session(config, run, device, resume=resume))
                 return run
             loop = _Loop(config, run, resume, device, save_minutes)
-            if loop.progress.epoch >= config.epochs:
-                say(f"the run '{run}' is finished already ({config.epochs} epochs)")
+            if loop.finished:
+                say(f"the run '{run}' is finished already ({loop.progress.epoch} epochs)")
             loop.run_epochs()
-            _warn_of_untrained_row(config, loop.model)
+            _warn_of_untrained_row(loop.config, loop.model)
     except KeyboardInterrupt:
         if (run / LAST).exists():
             say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
@@ -176,6 +196,8 @@ class _Loop(Session):
         super().__init__(config, run, device, restored, resume)
         self.save_minutes, self.interrupted = save_minutes, False
         self.optimizer = make_optimizer(self.model, config)
+        # Of weights and norms, over the longer a time the more steps there were: no setting of its own.
+        self.average = ModelEmaV3(self.model, use_warmup=True) if config.epochs == AUTO_EPOCHS else None
         if self.batch_size < 2:  # batch norm needs two images
             raise UsageError(
                 f"'{config.data}' leaves {len(self.splits.train)} training images for {world_size()} process(es), and "
@@ -197,6 +219,11 @@ class _Loop(Session):
             step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
         self.train_step = cast(nn.Module, torch.compile(step)) if config.compile else step
         self.steps_per_epoch = len(self._batches(0))
+        self.patience = 0  # epochs without a gain that end training; 0: it goes on to the last one
+        if config.epochs == AUTO_EPOCHS:
+            epochs, self.patience = auto_epochs(self.steps_per_epoch)
+            self.config = replace(config, epochs=epochs)
+            say(f"at most {epochs} epochs; {self.patience} without a gain on the validation images end them before")
 
     @property
     def batch_size(self) -> int:
@@ -207,6 +234,12 @@ class _Loop(Session):
     def shown_negatives(self) -> Negatives | None:
         """The negatives, if the loss has a term that reads them."""
         return self.negatives if self.config.loss.outlier_weight > 0 else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no further epoch."""
+        progress = self.progress
+        return progress.epoch >= self.config.epochs or 0 < self.patience <= progress.without_gain
 
     def _restore(self) -> _Progress:
         """Put back what the last checkpoint holds."""
@@ -229,6 +262,8 @@ class _Loop(Session):
             before, now = (count * min(self.config.batch_size, trained // count) for count in (processes, world_size()))
             say(f"note: a step was {before} images with {processes} process(es), and is {now} images now")
         load_state(self.model, tensors, path)
+        if self.average is not None:
+            load_state(self.average.module, tensors, path, AVERAGE)
         try:
             load_optimizer(self.optimizer, tensors)
             return cast(_Progress, from_json(_Progress, meta["progress"], "progress"))
@@ -239,7 +274,7 @@ class _Loop(Session):
         from ssod_edge.terminal import TrainingBar
 
         with TrainingBar(self.config, self.steps_per_epoch, enabled=is_main()) as bar, self._finish_batch_on_ctrl_c():
-            while self.progress.epoch < self.config.epochs:
+            while not self.finished:
                 self._train_epoch(bar)
                 self._finish_epoch(bar)
 
@@ -298,6 +333,8 @@ class _Loop(Session):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self._check_finite(loss.detach(), norm, index)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, step=global_step)
         return loss.detach(), log
 
     def _batches(self, epoch: int) -> list[list[int]]:
@@ -328,36 +365,52 @@ class _Loop(Session):
 
     def _finish_epoch(self, bar: Any) -> None:
         progress, meters, config = self.progress, self.meters.read(), self.config
-        reading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-        accuracy = collect(self.model, self.source, self.splits.val, **reading).accuracy
+        model, accuracy, val_loss = self._validate()
         row = {
             "epoch": progress.epoch + 1,
             **epoch_figures(meters),
             "val_accuracy": accuracy,
+            "val_loss": val_loss,
+            "averaged": model is not self.model,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(meters["images"] * world_size() / max(progress.seconds, 1e-9), 2),
             "kernel": self.kernel,
             "started_from": self.started_from,
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
-        # A model from before the OOD loss is kept only until there is a later one.
         plain = config.loss.is_plain and self.shown_negatives is None
         warming = not plain and progress.epoch < config.loss.warmup_epochs
-        self.progress = _Progress(progress.epoch + 1, 0, -1.0 if warming else max(accuracy, progress.best_accuracy))
+        self.progress = progress.next_epoch(accuracy, val_loss, warming)
         self.meters = Meters(self.device, {})
         if is_main():
             if best:
-                self._save(BEST, accuracy)
+                self._save(BEST, accuracy, model)
             # Before `last`: a kill in between repeats the epoch and its line, and loses neither.
             append_metrics(self.run / "metrics.jsonl", row)
             self._save(LAST, accuracy)
         bar.epoch_done(row)
 
-    def _save(self, name: str, accuracy: float | None = None) -> None:
+    def _validate(self) -> tuple[SSODClassifier, float, float]:
+        """(model, accuracy, loss) on the validation images: of the model, or of the average where it is as accurate."""
+        config, models = self.config, [self.model] if self.average is None else [self.average.module, self.model]
+        read = partial(collect, batch_size=config.batch_size, workers=config.workers)
+        outputs = [read(model, self.source, self.splits.val) for model in models]
+        # As process 0 has them, so that all processes end at the same epoch.
+        figures = [(from_main(found.accuracy), from_main(found.loss)) for found in outputs]
+        chosen = max(range(len(models)), key=lambda number: figures[number][0])  # the first of equals
+        return models[chosen], *figures[chosen]
+
+    def _save(self, name: str, accuracy: float | None = None, model: SSODClassifier | None = None) -> None:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {"kernel": self.kernel}
         if name == LAST:
             self.progress.meters = self.meters.read() if self.progress.step else {}
             tensors = optimizer_tensors(self.optimizer)
-            meta |= {"progress": dataclasses.asdict(self.progress), "processes": world_size()}
-        self.save(name, self.progress.epoch, accuracy, tensors, meta)
+            if self.average is not None:
+                tensors |= model_tensors(self.average.module, AVERAGE)
+            meta |= {
+                "progress": dataclasses.asdict(self.progress),
+                "processes": world_size(),
+                "finished": self.finished,
+            }
+        self.save(name, self.progress.epoch, accuracy, tensors, meta, model)

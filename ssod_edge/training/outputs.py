@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,6 +46,11 @@ class Outputs:
     def accuracy(self) -> float:
         """Top-1 accuracy in [0, 1]."""
         return float(self.correct.mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy; every image has a label."""
+        return float(F.cross_entropy(torch.from_numpy(self.logits), torch.from_numpy(self.labels)))
 
 
 @torch.no_grad()

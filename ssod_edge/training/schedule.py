@@ -7,7 +7,19 @@ import math
 import torch
 from torch import nn
 
-from ssod_edge.config import TrainConfig
+from ssod_edge.config import FEWEST_AUTO_EPOCHS, TrainConfig
+
+#: Steps that `--epochs auto` aims at, and the most epochs that it takes for them.
+AUTO_STEPS, MOST_AUTO_EPOCHS = 1_000, 40
+
+
+def auto_epochs(steps_per_epoch: int) -> tuple[int, int]:
+    """(most epochs, epochs without a gain that end training before) of `--epochs auto`.
+
+    The first make `AUTO_STEPS`, within bounds; the second are a quarter of them.
+    """
+    most = min(max(math.ceil(AUTO_STEPS / steps_per_epoch), FEWEST_AUTO_EPOCHS), MOST_AUTO_EPOCHS)
+    return most, math.ceil(most / 4)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

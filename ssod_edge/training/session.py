@@ -218,10 +218,12 @@ class Session:
         accuracy: float | None,
         tensors: dict[str, Tensor] | None = None,
         meta: dict[str, Any] | None = None,
+        model: SSODClassifier | None = None,
     ) -> None:
-        """Write a checkpoint of the model, with the tensors and metadata that are given beside it."""
+        """Write a checkpoint of the model, or of another one that learnt the same, with more tensors and metadata."""
+        model = model or self.model
         record = {
-            **model_meta(self.model),
+            **model_meta(model),
             "trained": True,
             "epoch": epoch,
             "val_accuracy": accuracy,
@@ -229,7 +231,7 @@ class Session:
             **self.data_record,
             "started_from": self.started_from,
         }
-        save_checkpoint(self.run / name, model_tensors(self.model) | (tensors or {}), record | (meta or {}))
+        save_checkpoint(self.run / name, model_tensors(model) | (tensors or {}), record | (meta or {}))
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from ssod_edge.cli import main
-from ssod_edge.config import LossConfig, TrainConfig, setting_types
+from ssod_edge.config import AUTO_EPOCHS, LossConfig, TrainConfig, setting_types
 from ssod_edge.errors import UsageError
 from ssod_edge.recipes import PATCH_WARMUP_EPOCHS, RECIPES, train_config
 from ssod_edge.studies.study import convert
@@ -100,6 +100,15 @@ def test_a_default_in_the_help_is_what_the_recipe_gives(setting: str, recipe: st
     assert main.commands["train"].make_context("train", shown).params[setting] == value(recipe, setting)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_epochs_are_a_number_or_auto(command: str) -> None:
+    for text, expected in (("auto", AUTO_EPOCHS), ("3", 3)):
+        context = main.commands[command].make_context(command, [*ARGUMENTS[command], "--epochs", text])
+        assert context.params["epochs"] == expected
+    with pytest.raises(click.BadParameter, match="'many' is not a valid integer"):
+        main.commands[command].make_context(command, [*ARGUMENTS[command], "--epochs", "many"])
+
+
 def test_a_gpu_decides_the_precision() -> None:
     assert str(option("train", "precision").help).endswith(" Default: bf16 on a GPU, else fp32.")
 
@@ -118,6 +127,7 @@ def test_a_grid_takes_every_setting(setting: str) -> None:
              "outliers": "zoom+blend", "weights": "w.pth"}  # fmt: skip
     values = {**texts, "epochs": 3, "gamma": 0.9, "compile": True, "size": 64, "outliers": ("zoom", "blend")}
     assert convert(setting, texts[setting]) == values[setting]
+    assert convert("epochs", "auto") == AUTO_EPOCHS
     with pytest.raises(UsageError, match="unknown setting"):
         convert("loss", "1")
 

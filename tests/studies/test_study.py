@@ -235,6 +235,20 @@ def test_a_study_of_heads_is_not_trained_twice(data, tmp_path, monkeypatch):
     assert other.exit_code == 2 and "holds a study with other options" in other.stderr
 
 
+def test_a_run_that_ended_by_itself_is_not_gone_on_with(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssod_edge.training.loop.auto_epochs", lambda steps: (30, 1))
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.safetensors")
+    last = ("--seeds", "0", "--epochs", "auto", "--lr", "1e-9", "--weights", str(tmp_path / "weights.safetensors"))
+    first = study(data, tmp_path / "study", *last)
+    assert first.exit_code == 0, first.output
+    checkpoint = load_checkpoint(tmp_path / "study" / "method=ce-seed=0" / LAST)[1]
+    assert checkpoint["progress"]["epoch"] < 30, "nothing is learnt at such a rate"
+    for begun in ("start_run", "resume_run"):
+        monkeypatch.setattr(f"ssod_edge.studies.study.{begun}", lambda *_: pytest.fail("a run is not trained again"))
+    again = study(data, tmp_path / "study", *last)
+    assert again.exit_code == 0 and again.stdout == first.stdout
+
+
 CALIBRATED = ("--calib-fraction", "0.5", "--seeds", "0")
 
 

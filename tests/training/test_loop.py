@@ -23,21 +23,21 @@ from pictures import write_folder
 import ssod_edge.training.loop
 import ssod_edge.training.session
 from ssod_edge.cli import main
-from ssod_edge.config import ALIASES, LossConfig, Preprocess, TrainConfig
+from ssod_edge.config import ALIASES, AUTO_EPOCHS, LossConfig, Preprocess, TrainConfig
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.recipes import train_config
 from ssod_edge.terminal import TrainingBar
-from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from ssod_edge.training.distributed import check_same_images
+from ssod_edge.training.checkpoint import AVERAGE, BEST, LAST, load_checkpoint, save_checkpoint
+from ssod_edge.training.distributed import check_same_images, from_main
 from ssod_edge.training.loop import _Loop, resume_run, train
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import build_model
 from ssod_edge.training.objective import TrainStep
 from ssod_edge.training.run import Run, load_config
-from ssod_edge.training.schedule import learning_rate
+from ssod_edge.training.schedule import auto_epochs, learning_rate
 from ssod_edge.training.settings import default_name
 
 
@@ -124,8 +124,96 @@ def test_a_start_that_fails_leaves_the_run_of_another_alone(config, tmp_path, mo
 
 def test_a_model_from_before_the_ood_loss_is_never_the_best_one(config, tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.5, 0.4])  # the warm-up epoch has the highest
-    monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies)))
+    monkeypatch.setattr(
+        "ssod_edge.training.loop.collect", lambda *_, **__: SimpleNamespace(accuracy=next(accuracies), loss=1.0)
+    )
     assert Run.at(train(config, tmp_path)).meta["epoch"] == 2
+
+
+@pytest.fixture
+def auto(config, tmp_path):
+    """--epochs auto, from weights of its own; five steps an epoch are at most 40 of them."""
+    model = build_model("test_efficientnet", ("a", "b"), config.preprocess)
+    torch.save(model.backbone.state_dict(), tmp_path / "w.pth")
+    loss = LossConfig(method="ce", warmup_epochs=0.0)
+    return replace(config, epochs=AUTO_EPOCHS, weights=str(tmp_path / "w.pth"), half_size_epochs=0, loss=loss)
+
+
+def validate_as(monkeypatch, *figures):
+    """Epochs whose validation gives these accuracies and losses, for the average of the weights and for them."""
+    found = iter([SimpleNamespace(accuracy=accuracy, loss=loss) for accuracy, loss in figures for _ in range(2)])
+    monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: next(found))
+
+
+FIGURES = [(0.5, 1.0), (0.6, 1.0), (0.6, 0.9), *[(0.6, 0.9)] * 10]  # the last gain is the third epoch's
+
+
+def test_epochs_auto_end_where_the_validation_images_gain_nothing(auto, tmp_path, monkeypatch, capsys):
+    validate_as(monkeypatch, *FIGURES)
+    run = train(auto, tmp_path)
+    said = capsys.readouterr().err
+    assert "at most 40 epochs; 10 without a gain on the validation images end them before" in said
+    assert "epoch 13/40" in said and len(rows(run)) == 13 and load_config(run) == auto
+    assert Run.at(run).meta["epoch"] == 13 and load_checkpoint(run / LAST)[1]["finished"]
+    assert [row["val_loss"] for row in rows(run)[:3]] == [1.0, 1.0, 0.9]
+    resume_run(run)
+    assert "is finished already (13 epochs)" in capsys.readouterr().err
+
+
+def test_epochs_auto_that_were_interrupted_go_on_to_the_same_weights_and_end(auto, tmp_path, monkeypatch):
+    validate_as(monkeypatch, *FIGURES)
+    whole = train(auto, tmp_path / "whole")
+    validate_as(monkeypatch, *FIGURES)
+    step = _Loop._train_batch
+
+    def stop(self, *given):
+        if (self.progress.epoch, self.progress.step) == (6, 2):
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Loop, "_train_batch", stop)
+        train(auto, tmp_path, save_minutes=0)
+    broken = tmp_path / "run"
+    stopped = load_checkpoint(broken / LAST)[1]
+    assert not stopped["finished"] and stopped["progress"]["step"] == 2
+    assert len(rows(resume_run(broken))) == 13
+    for name in (BEST, LAST):
+        expected, found = load_checkpoint(whole / name)[0], load_checkpoint(broken / name)[0]
+        assert expected.keys() == found.keys() and any(key.startswith(AVERAGE) for key in found) == (name == LAST)
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+
+@pytest.mark.parametrize("average_wins", [True, False])
+def test_the_better_one_of_the_weights_and_their_average_is_kept(auto, tmp_path, monkeypatch, average_wins):
+    figures = [SimpleNamespace(accuracy=accuracy, loss=1.0) for accuracy in (0.7, 0.7 if average_wins else 0.8)]
+    found = iter(figures)
+    monkeypatch.setattr("ssod_edge.training.loop.collect", lambda *_, **__: next(found))
+    monkeypatch.setattr("ssod_edge.training.loop.auto_epochs", lambda steps: (1, 1))
+    run = train(auto, tmp_path)
+    best, last = load_checkpoint(run / BEST)[0], load_checkpoint(run / LAST)[0]
+    prefix = AVERAGE if average_wins else "model."
+    assert all(torch.equal(value, last[prefix + key.removeprefix("model.")]) for key, value in best.items())
+    name = "backbone.classifier.weight"
+    assert not torch.equal(last[f"model.{name}"], last[AVERAGE + name])
+    assert rows(run)[0]["averaged"] == average_wins and rows(run)[0]["val_accuracy"] == (0.7 if average_wins else 0.8)
+
+
+def test_a_warm_up_is_no_measure_of_a_gain(auto, tmp_path, monkeypatch):
+    validate_as(monkeypatch, (0.9, 0.1), (0.5, 1.0), *[(0.5, 1.0)] * 10)
+    run = train(replace(auto, loss=LossConfig(gamma=0.6, warmup_epochs=1.0)), tmp_path)
+    assert len(rows(run)) == 12 and Run.at(run).meta["epoch"] == 12
+
+
+def test_a_run_of_an_earlier_release_goes_on(config, tmp_path):
+    run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
+    tensors, meta = load_checkpoint(run / LAST)
+    progress = {key: meta["progress"][key] for key in ("epoch", "step", "best_accuracy", "seconds", "meters")}
+    kept = {key: meta[key] for key in meta if key not in ("schema_version", "tensors_sha256", "finished")}
+    save_checkpoint(run / LAST, tensors, {**kept, "progress": progress})
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"epochs": 2}))
+    assert len(rows(resume_run(run))) == 2
 
 
 def test_alpha_zero_is_plain_cross_entropy(config, tmp_path):
@@ -486,6 +574,7 @@ def test_schedules():
         and rates[-1] < 0.02
         and rates == rates[:10] + sorted(rates[10:])[::-1]
     )
+    assert [auto_epochs(steps) for steps in (1, 25, 37, 50, 400)] == [(40, 10), (40, 10), (28, 7), (20, 5), (10, 3)]
     paper = train_config("paper", {"backbone": "b", "data": "d", "epochs": 70})
     assert (paper.lr, paper.batch_size, paper.loss.warmup_epochs) == (1e-4, 256, 0.0)
     assert [learning_rate(paper, epoch * 7, 7) for epoch in (0, 29, 30, 60)] == [1e-4, 1e-4, 5e-5, 2.5e-5]
@@ -494,6 +583,9 @@ def test_schedules():
 def test_options_win_over_the_recipe_and_unknown_ones_are_refused():
     config = train_config("paper", {"backbone": "b", "data": "d", "lr": 3e-4, "gamma": 0.9, "epochs": None})
     assert (config.lr, config.loss.gamma, config.loss.warmup_epochs, config.epochs) == (3e-4, 0.9, 0.0, 60)
+    auto = {"backbone": "b", "data": "d", "epochs": AUTO_EPOCHS}
+    found = [train_config("short", auto | more) for more in ({}, {"lr": 1e-3, "batch_size": 64}, {"epochs": 10})]
+    assert [(c.batch_size, c.lr, c.tune) for c in found] == [(32, 5e-4, "all"), (64, 1e-3, "all"), (128, 2e-3, "all")]
     with pytest.raises(UsageError, match="unknown TrainConfig key: learning"):
         train_config("short", {"backbone": "b", "data": "d", "learning": 1})
     with pytest.raises(UsageError, match=r"0\.5 < gamma < 1"):
@@ -598,6 +690,7 @@ def test_an_epoch_that_several_processes_shared_is_not_gone_on_with_by_fewer(con
 def two_processes(rank, folder, same):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
+        assert from_main(rank + 0.5) == 0.5
         check_same_images("one" if same else f"{rank}")
     except UsageError as error:
         (folder / f"{rank}.txt").write_text(str(error))
