@@ -125,7 +125,7 @@ def test_it_needs_the_training_images_and_three_classes(
     with pytest.raises(UsageError, match="nowhere.*leave --leave-out out"):
         TaughtImages.of(run)
     found = Run.at(whole_run)
-    source, splits = found.splits("")
+    source, _ = found.splits("")
     monkeypatch.setattr(source, "labels", np.minimum(source.labels, 1))
     with pytest.raises(UsageError, match="needs three classes or more, because two must be left to tell apart, got 2"):
         TaughtImages.of(found)
