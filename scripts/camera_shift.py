@@ -32,8 +32,10 @@ from ssod_edge.training.model import normalise
 MOST = {"id": 400, "near": 100, "far": 100}
 FRAMES, DRAWS, CLASSES = 50, 5, 2
 #: What is done with the frames: nothing; a new threshold; the mean of all features is moved to that of the training
-#: images, and then a new threshold; the same for the distance alone.
-METHODS = ("none", "threshold", "mean and threshold", "distance's mean and threshold")
+#: images, and then a new threshold; the same for the distance alone; and by how far each frame lies from the training
+#: mean of the class that it is given, so that the mix of classes does not matter where those are right.
+METHODS = ("none", "threshold", "mean", "distance's mean", "mean by class")
+MOVE_ALL, MOVE_DISTANCE = ("mean", "mean by class"), ("mean", "distance's mean", "mean by class")
 
 Array = np.ndarray
 
@@ -77,25 +79,28 @@ class Judge:
         self.score, self.weight, self.bias = shipped.detector, data.weight, data.bias
         n = len(source.folds.images)
         self.mean = data.features[:n].mean(axis=0)
+        labels = data.labels[:n]
+        self.means = np.stack([data.features[:n][labels == label].mean(axis=0) for label in range(len(self.bias))])
         thresholds = source.images.thresholds
         assert thresholds is not None
         known = data.features[source.folds.rows(thresholds.indices)]
-        self.threshold = conformal_threshold(self.scores(known, 0, METHODS[1]) + shipped.out_of_fold.change).value
+        self.threshold = conformal_threshold(self.scores(known, 0, "none") + shipped.out_of_fold.change).value
 
     def logits(self, z: Array, by: Array | int, method: str) -> Array:
         """Of features [n, D], moved by [D] where the method moves those of the classifier."""
-        return (z - by if method == METHODS[2] else z) @ self.weight.T + self.bias
+        return (z - by if method in MOVE_ALL else z) @ self.weight.T + self.bias
 
     def scores(self, z: Array, by: Array | int, method: str) -> Array:
         """Likewise; moved where the method moves those of the distance."""
-        return self.score.score(z - by if method in METHODS[2:] else z, self.logits(z, by, method), np.zeros(len(z)))
+        return self.score.score(z - by if method in MOVE_DISTANCE else z, self.logits(z, by, method), np.zeros(len(z)))
 
     def figures(self, method: str, frames: Array, sets: dict[str, Array], labels: Array) -> dict[str, float]:
         """Of known ("id"), near and far images, given the frames [50, D]; `labels` of the known ones."""
-        by = frames.mean(axis=0) - self.mean
+        given = self.logits(frames, 0, "none").argmax(axis=1)
+        by = frames.mean(axis=0) - (self.means[given].mean(axis=0) if method == "mean by class" else self.mean)
         scores = {name: self.scores(z, by, method) for name, z in sets.items()}
         threshold = self.threshold
-        if method != METHODS[0]:
+        if method != "none":
             threshold = conformal_threshold(self.scores(frames, by, method)).value
         found = {"accuracy": float((self.logits(sets["id"], by, method).argmax(1) == labels).mean())}
         for name, values in scores.items():

@@ -36,7 +36,9 @@ from ssod_edge.training.checkpoint import (
     load_state,
     optimizer_tensors,
 )
+from ssod_edge.training.disturbed import judge_disturbed, some
 from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
+from ssod_edge.training.features import compute_features
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.negatives import draw_negatives
@@ -47,6 +49,10 @@ from ssod_edge.training.schedule import learning_rate, make_optimizer
 from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.settings import default_name, run_config
 from ssod_edge.training.transfer import tune
+
+
+#: Validation images that are shown disturbed when training has ended.
+DISTURBED_IMAGES = 100
 
 
 @dataclass
@@ -97,7 +103,9 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
             loop = _Loop(config, run, resume, device, save_minutes)
             if loop.progress.epoch >= config.epochs:
                 say(f"the run '{run}' is finished already ({config.epochs} epochs)")
-            loop.run_epochs()
+            else:
+                loop.run_epochs()
+                loop.say_disturbed()
             _warn_of_untrained_row(config, loop.model)
     except KeyboardInterrupt:
         if (run / LAST).exists():
@@ -352,6 +360,15 @@ class _Loop(Session):
             append_metrics(self.run / "metrics.jsonl", row)
             self._save(LAST, accuracy)
         bar.epoch_done(row)
+
+    def say_disturbed(self) -> None:
+        """Tell what becomes of some validation images, by the weights that are the run's."""
+        if not is_main():
+            return
+        load_state(self.model, load_checkpoint(self.run / BEST)[0], self.run / BEST)
+        val = some(self.splits.val, DISTURBED_IMAGES)
+        known = compute_features(self.model, self.source, val, self.config.workers)
+        say(str(judge_disturbed(self.model, known, self.source.labels[val])))
 
     def _save(self, name: str, accuracy: float | None = None) -> None:
         tensors: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST, FOLDS
 from ssod_edge.training.distributed import world_size
-from ssod_edge.training.features import Features, check_features, features_of, keep_features
+from ssod_edge.training.disturbed import FIT_IMAGES, Disturbed, judge_disturbed, some
+from ssod_edge.training.features import Features, check_features, features_of, fitting_data, keep_features
 from ssod_edge.training.labels import unseen_probs, write_labels
 from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
@@ -68,10 +69,10 @@ def tune(session: Session) -> None:
     facts: dict[str, Any] = {"tuned": was, "tried": {"head": before.record}}
     if parts is not None and maps is not None:
         untouched = copy.deepcopy(session.model.state_dict())
-        after = _tune_upper(session, parts, maps, features)
+        after, tuned = _tune_upper(session, parts, maps, features)
         facts["tried"]["upper"] = after.record
         if config.tune == "upper" or after.better_than(before):
-            facts["tuned"], before = "upper", after
+            facts["tuned"], before, features = "upper", after, tuned
         else:
             say("the upper blocks are put back: tuned, they do not do better on validation images than chance gives")
             session.model.load_state_dict(untouched)
@@ -86,8 +87,21 @@ def tune(session: Session) -> None:
     rows = fit_row(session, images if pooled else session.splits.train, head.fold)
     if rows is not None:
         facts["row"] = rows.facts
+    facts["disturbed"] = asdict(_say_disturbed(session, features, images, facts["tuned"]))
     folds = _folds(session, head, images, rows) if pooled else {}
     _write(session, before.accuracy, time.monotonic() - started, facts, folds)
+
+
+def _say_disturbed(session: Session, features: Features, images: Indices, tuned: str) -> Disturbed:
+    """Tell what becomes of the validation images; `images`: that the last layer was fitted on."""
+    labels, val, fitted = session.source.labels, session.splits.val, some(images, FIT_IMAGES)
+    both = np.concatenate([features.plain[fitted], features.disturbed[fitted]])
+    training = fitting_data(session.model, both, np.tile(labels[fitted], 2), tuned)
+    found = judge_disturbed(
+        session.model, Features(features.plain[val], features.disturbed[val]), labels[val], training
+    )
+    say(str(found))
+    return found
 
 
 def _folds(session: Session, head: LinearHead, images: Indices, rows: FittedRow | None) -> dict[str, Tensor]:
@@ -146,8 +160,8 @@ def _cut(session: Session) -> Cut | None:
     return parts
 
 
-def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Features) -> HeldOut:
-    """Tune, and keep the features of the tuned network; what that makes of the validation images."""
+def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Features) -> tuple[HeldOut, Features]:
+    """Tune, and keep the features of the tuned network; what that makes of the validation images, and they."""
     started = time.monotonic()
     model, source, config = session.model, session.source, session.config
     mirror = source.hflip_ok and config.hflip > 0
@@ -157,7 +171,7 @@ def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Featur
     keep_features(model, source, session.run.parent, tuned)
     after = _held_out(session, tuned)
     say(f"upper: {after} ({time.monotonic() - started:.0f} s)")
-    return after
+    return after, tuned
 
 
 def _say_epoch(epoch: int, loss: float) -> None:
