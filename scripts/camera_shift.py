@@ -137,7 +137,7 @@ def measure(judge: Judge, found: dict[str, Array]) -> list[dict[str, Any]]:
                     rest = np.setdiff1d(np.arange(len(labels)), frames)
                     judged = sets | {"id": sets["id"][rest]}
                     each.append(judge.figures(method, sets["id"][frames], judged, labels[rest]))
-                means = {key: float(np.mean([row[key] for row in each])) for key in each[0]}
+                means = {key: round(float(np.mean([row[key] for row in each])), 4) for key in each[0]}
                 rows.append({"kind": kind, "strength": strength, "frames": mix, "method": method, **means})
     return rows
 

@@ -36,8 +36,8 @@ from ssod_edge.training.checkpoint import (
     load_state,
     optimizer_tensors,
 )
-from ssod_edge.training.disturbed import judge_disturbed, some
 from ssod_edge.training.distributed import is_main, rank, start_processes, world_size
+from ssod_edge.training.disturbed import judge_disturbed, some
 from ssod_edge.training.features import compute_features
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier
@@ -49,7 +49,6 @@ from ssod_edge.training.schedule import learning_rate, make_optimizer
 from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.settings import default_name, run_config
 from ssod_edge.training.transfer import tune
-
 
 #: Validation images that are shown disturbed when training has ended.
 DISTURBED_IMAGES = 100
