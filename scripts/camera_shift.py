@@ -29,7 +29,7 @@ from ssod_edge.training.folding import folded
 from ssod_edge.training.model import normalise
 
 #: Images of each set.
-MOST = {"id": 400, "near": 100, "far": 100}
+MOST = {"id": 400, "near": 125, "far": 300}
 FRAMES, DRAWS, CLASSES = 50, 5, 2
 #: What is done with the frames: nothing; a new threshold; the mean of all features is moved to that of the training
 #: images, and then a new threshold; the same for the distance alone; and by how far each frame lies from the training
