@@ -60,6 +60,8 @@ def print_report(report: Report) -> None:
     name = report["default_score"]
     if report["ships"] == "auto":
         say(f"* {name} stands here as long as there is no export: `ssod-edge export` chooses one by held-out images")
+    elif report["ships"] != name:
+        say(f"* {name} stands here as long as there is no export: `ssod-edge export` would ship {report['ships']}")
     else:
         say(f"* {name}: the score that the run's export ships; without an export, what it would ship by default")
     if names and not report["ood_row_trained"]:
