@@ -182,7 +182,7 @@ def _expected(found: Report) -> list[str]:
     if found["stand_in"]:
         lines.append(
             "These figures of new classes are a stand-in: the features of this network have learnt every class, that "
-            "which is left out too, and may find one that is really new less often. To know, train without a class "
+            "which is left out too, and find one that is really new less often. To know, train without a class "
             "(DATA@LIST) and give it to eval as --ood"
         )
     return lines
