@@ -127,7 +127,7 @@ class Spec:
         outputs: what every graph gives; those of releases before schema 4 give `LOGIT_OUTPUTS` alone.
         temperature: T of `probs` = softmax(logits / T); no score knows it.
         expected: what to expect of classes that were not taught, and of another light or camera, where training left
-            features alone (`ssod_edge.export.graph.left_out.expectation`); empty otherwise.
+            features alone (`ssod_edge.evaluation.left_out.expectation`); empty otherwise.
     """
 
     backbone: str

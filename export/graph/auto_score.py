@@ -20,7 +20,7 @@ from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.made_images import CHOICE_KINDS, Images, make_for_choices
 from ssod_edge.detect.sums import FittedScore, Outputs, held_out_scores
-from ssod_edge.export.graph.left_out import MOST_CLASSES, leave_out
+from ssod_edge.evaluation.left_out import MOST_CLASSES, leave_out
 from ssod_edge.export.graph.negatives import negative_kind
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, PRIOR_SCORE, has_state, score_parts
@@ -22,8 +21,8 @@ from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score, held_out_scores
 from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.evaluation.left_out import expectation, expectation_lines
 from ssod_edge.export.graph.auto_score import OUT_OF_FOLD, choose
-from ssod_edge.export.graph.left_out import expectation, expectation_lines
 from ssod_edge.export.graph.negatives import DEFAULTS, ROW_SCORE, fit_default
 from ssod_edge.export.graph.reference import eager_outputs, run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
@@ -32,7 +31,7 @@ from ssod_edge.export.release import Say, without_names
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
-from ssod_edge.training.features import kept_features
+from ssod_edge.training.features import fitting_data, kept_features
 
 Array = NDArray[np.float32]
 Advance = Callable[[int], None]
@@ -331,8 +330,7 @@ def fit_data(source: Source, say: Say) -> FitData:
     """The features of a seeded choice of training images, through the deployment preprocessing.
 
     Where the network's features are published ones, or tuned from there, a disturbed copy of each image counts too:
-    known photos of a worse camera are then no surprise. Distances read the last features; where those were tuned, every
-    stage, because tuned ones see less of what is far (docs/detection.md).
+    known photos of a worse camera are then no surprise.
 
     Raises:
         UsageError: too few of them can be read.
@@ -350,12 +348,8 @@ def fit_data(source: Source, say: Say) -> FitData:
         raise UsageError(f"not all images of {training.description}, which thresholds come from, can be read any more")
     if source.folds is None and len(found) < LEAST_IMAGES * (2 if source.tuned else 1):
         raise UsageError(f"fewer than {LEAST_IMAGES} images of {training.description} can be read")
-    weight, bias = (part[: len(model.classes)].detach().float().numpy() for part in model.head_weight())
-    with torch.inference_mode():
-        logits, id_logits = (part.numpy() for part in model.head(torch.from_numpy(features)))
     known = model_labels(found, training.source.classes, model.classes)
-    last = 0 if source.tuned == "upper" else model.last_width
-    return FitData(features, known, logits, weight, bias, id_logits, last)
+    return fitting_data(model, features, known, source.tuned)
 
 
 def _read_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:

@@ -22,6 +22,11 @@ from ssod_edge.cli.options import baselines, named_data, newest, take
     default=200,
     help="Known images to show under disturbances too (light, colour, blur, noise, JPEG, ...); 0: none.",
 )
+@click.option(
+    "--leave-out",
+    is_flag=True,
+    help="Leave out each known class in turn, fit the last layer and the score without it, and show them its images.",
+)
 @baselines
 @click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
 @click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")

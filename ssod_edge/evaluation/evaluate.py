@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssod_edge.config import DEFAULT_SCORE, ScoreName
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, ScoreName
 from ssod_edge.data.named import NamedData
 from ssod_edge.data.sources import ImageSource, model_labels, open_dataset
 from ssod_edge.data.splits import Indices
@@ -25,6 +25,7 @@ from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.evaluation.baseline_recipes import parse_names
 from ssod_edge.evaluation.baselines import Baselines
+from ssod_edge.evaluation.expect import TaughtImages, other_photos
 from ssod_edge.evaluation.images import (
     baseline_images,
     calibration_images,
@@ -68,12 +69,14 @@ class EvalOptions(NamedData):
         bootstrap: resamples of the confidence intervals.
         shift_images: how many of the known images are also shown under `ssod_edge.data.disturbances.SHIFTS`, seeded; 0
             leaves that out.
+        leave_out: whether each known class is left out in turn, to say what a new one will do.
     """
 
     baselines: str | None = None
     fit_images: int | None = None
     bootstrap: int = 1000
     shift_images: int = 200
+    leave_out: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +104,12 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         (of a run that has any: how many were learnt from, chosen by, held out), `results` (a row for each OOD set and
         score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
         `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (`shift_rows`),
-        with baselines also `baselines` (detector -> its cost, or its error) and `baselines_setup`; and what was read.
+        with `leave_out` also that (`TaughtImages.expect`, and `other_photos`), with baselines also `baselines`
+        (detector -> its cost, or its error) and `baselines_setup`; and what was read.
 
     Raises:
-        UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline.
+        UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline; classes
+            to leave out, without training data.
         ArtifactError: a checkpoint that cannot be read.
         MissingExtraError: baselines without pytorch-ood.
     """
@@ -116,16 +121,10 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
     spec, state = shipped_score(opened, "the score of the export is left out")
     source, indices = id_images(opened, options.id_data)
     warn_of_used_images(source, options.id_data, meta, spec)
-    demo = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
-    ood_data = demo if options.ood_data is None else options.ood_data
-    # Every set is opened before the first image is run: a wrong name shows at once.
-    ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
-    warn_of_known_images(ood_data, ood, source, meta)
-    for images in (source, *ood.values()):
-        if images.left_out:
-            click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
+    ood, ood_data = _open_ood(meta, options, source)
     sets, ood_data, of_negatives = _image_sets(opened, (source, indices), ood, ood_data)
     fit = baseline_images(opened, peers.to_fit, options.fit_images) if peers and peers.to_fit else None
+    expected = TaughtImages.of(opened).expect(_named(_ships(opened, spec)), workers) if options.leave_out else None
     judge = _Judge(model, peers, state, opened.folds, {"via": options.via, "workers": workers})
     found = _read(judge, sets, fit, calibration_images(opened))
     if opened.folds is not None and spec is not None and state is not None:
@@ -146,9 +145,27 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
     report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
+    if expected is not None:
+        report["leave_out"] = {**expected, "other_photos": other_photos(expected["score"], report)}
     if peers:
         report |= {"baselines": peers.describe(), "baselines_setup": _setup(found.outputs["id"], fit)}
     return report, found
+
+
+def _open_ood(
+    meta: Mapping[str, Any], options: EvalOptions, known: ImageSource
+) -> tuple[dict[str, ImageSource], Mapping[str, str]]:
+    """Name of an OOD set -> its images, and how it was named. All are opened before the first image is run: a wrong
+    name shows at once.
+    """
+    demo = DEMO_OOD if str(meta["data"]).partition(":")[0] == "demo" else {}
+    ood_data = demo if options.ood_data is None else options.ood_data
+    ood = {name: open_dataset(data, labelled=False) for name, data in ood_data.items()}
+    warn_of_known_images(ood_data, ood, known, meta)
+    for images in (known, *ood.values()):
+        if images.left_out:
+            click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
+    return ood, ood_data
 
 
 def _image_sets(
@@ -183,6 +200,11 @@ def _ships(run: Run, spec: Spec | None) -> str:
     except UsageError:
         return DEFAULT_SCORE
     return unasked_score(run.outliers, len(splits.train), len(splits.val))
+
+
+def _named(ships: str) -> str:
+    """A score by name, for one that is yet to be chosen."""
+    return DEFAULT_SCORE if ships == AUTO_SCORE else ships
 
 
 @dataclass(frozen=True)

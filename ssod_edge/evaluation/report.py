@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ssod_edge.data.disturbances import STRENGTHS
+from ssod_edge.evaluation.left_out import expectation_lines
 
 Report = Mapping[str, Any]
 
@@ -41,6 +42,10 @@ def print_report(report: Report) -> None:
     if report["shift"]:
         console.print(_shift(report))
         say(_worst_shift(report))
+    if "leave_out" in report:
+        console.print(_left_out(report["leave_out"]))
+        for line in _expected(report["leave_out"]):
+            say(line)
     if "baselines" in report:
         console.print(_costs(report, names))
         setup = report["baselines_setup"]
@@ -55,6 +60,8 @@ def print_report(report: Report) -> None:
     name = report["default_score"]
     if report["ships"] == "auto":
         say(f"* {name} stands here as long as there is no export: `ssod-edge export` chooses one by held-out images")
+    elif report["ships"] != name:
+        say(f"* {name} stands here as long as there is no export: `ssod-edge export` would ship {report['ships']}")
     else:
         say(f"* {name}: the score that the run's export ships; without an export, what it would ship by default")
     if names and not report["ood_row_trained"]:
@@ -146,6 +153,39 @@ def _worst_shift(report: Report) -> str:
         unknown = ", ".join(f"{_percent(row['false_accept'])}% of {ood}" for ood, row in found.items())
         text += f". At that threshold it accepts {unknown}"
     return text
+
+
+def _left_out(found: Report) -> Table:
+    """A row for each class that was left out, then their mean and the worst of each column."""
+    title = f"Classes left out in turn, by {found['score']} at 95% of the others, %"
+    table = _table(escape(title), "class")
+    for title in ("images", "AUROC", "accepted"):
+        table.add_column(title, justify="right")
+    table.add_column("taken for")
+    for name, row in found["new_class"].items():
+        figures = (_percent(row[key]) for key in ("auroc", "accepted"))
+        table.add_row(escape(name), str(row["images"]), *figures, escape(row["taken_for"]))
+    table.add_section()
+    for name in ("mean", "worst"):
+        table.add_row(name, "", *(_percent(found[name][key]) for key in ("auroc", "accepted")), "")
+    return table
+
+
+def _expected(found: Report) -> list[str]:
+    """What to expect in the field, in words."""
+    lines = expectation_lines(found)
+    if found["other_photos"] is None:
+        lines.append(f"expect of other photos: of {found['score']} once there is an export (ssod-edge export)")
+    for name, row in (found["other_photos"] or {}).items():
+        accepted = "" if row["accepted"] is None else f", {100 * row['accepted']:.0f} of 100 are accepted as known"
+        lines.append(f"expect of photos such as '{name}': AUROC {100 * row['auroc']:.0f}{accepted}")
+    if found["stand_in"]:
+        lines.append(
+            "These figures of new classes are a stand-in: the features of this network have learnt every class, that "
+            "which is left out too, and find one that is really new less often. To know, train without a class "
+            "(DATA@LIST) and give it to eval as --ood"
+        )
+    return lines
 
 
 def _costs(report: Report, names: list[str]) -> Table:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.sources import ImageSource
+from ssod_edge.data.splits import Indices
+from ssod_edge.detect.fit import FitData
 from ssod_edge.errors import ImageError, OutputError, UsageError
 from ssod_edge.files import write_atomic
 from ssod_edge.training.batches import EvalImages, load_batches
@@ -56,6 +58,25 @@ class Versions(EvalImages):
         return torch.stack([*versions, torch.from_numpy(seeded_copy(image.numpy()))]), label, index
 
 
+def fitting_data(model: SSODClassifier, features: NDArray[np.float32], labels: Indices, tuned: str) -> FitData:
+    """What detectors are fitted on: images, or images and then a disturbed copy of each.
+
+    Distances read the last features; where those were tuned, every stage, because tuned ones see less of what is far
+    (docs/detection.md).
+
+    Args:
+        model: on any device.
+        features: [N, Dall].
+        labels: int64 [N], in the model's numbering; -1 where unknown.
+        tuned: "upper" where the features were tuned gently from published ones; see the run's `tuned`.
+    """
+    weight, bias = (part[: len(model.classes)].detach().float().cpu().numpy() for part in model.head_weight())
+    with torch.inference_mode():
+        z = torch.from_numpy(features).to(next(model.parameters()).device)
+        logits, id_logit = (part.float().cpu().numpy() for part in model.head(z))
+    return FitData(features, labels, logits, weight, bias, id_logit, 0 if tuned == "upper" else model.last_width)
+
+
 def check_features(model: SSODClassifier, source: ImageSource) -> None:
     """Raises UsageError where the features of all images and their copies are more than `MOST_BYTES`."""
     size = 8 * len(source) * model.classifier.in_features
@@ -89,18 +110,33 @@ def features_of(
     if (kept := _read(path, len(source))) is not None:
         advance(len(source))
         return kept
-    device, shape = next(model.parameters()).device, (len(source), model.classifier.in_features)
-    found = Features(np.empty(shape, np.float32), np.empty(shape, np.float32))
-    model.eval()
-    trunk = folded(model)
-    with torch.inference_mode():
-        for pair, _, index in load_batches(Versions(source, None, model.preprocess), workers, batch_size=BATCH):
-            x = normalise(pair.flatten(0, 1).to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
-            z = trunk.features(x).float().cpu().numpy().reshape(len(index), 2, -1)
-            found.plain[index.numpy()], found.disturbed[index.numpy()] = z[:, 0], z[:, 1]
-            advance(len(index))
+    found = compute_features(model, source, None, workers, advance)
     _keep(path, found)
     return found
+
+
+def compute_features(
+    model: SSODClassifier,
+    source: ImageSource,
+    indices: Indices | None = None,
+    workers: int = 1,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Features:
+    """The features of some images, ascending, or of all; other arguments and errors as for `features_of`."""
+    count, device = len(source) if indices is None else len(indices), next(model.parameters()).device
+    model.eval()
+    trunk = folded(model)
+    plain, disturbed = np.empty((2, count, model.classifier.in_features), np.float32)
+    done = 0
+    with torch.inference_mode():
+        for pair, *_ in load_batches(Versions(source, indices, model.preprocess), workers, batch_size=BATCH):
+            x = normalise(pair.flatten(0, 1).to(device), model.preprocess).contiguous(memory_format=torch.channels_last)
+            z = trunk.features(x).float().cpu().numpy().reshape(len(pair), 2, -1)
+            rows = slice(done, done + len(pair))
+            plain[rows], disturbed[rows] = z[:, 0], z[:, 1]
+            done += len(pair)
+            advance(len(pair))
+    return Features(plain, disturbed)
 
 
 def kept_features(model: SSODClassifier, source: ImageSource, folder: Path) -> Features | None:

@@ -41,6 +41,8 @@ from ssod_edge.training.checkpoint import (
     optimizer_tensors,
 )
 from ssod_edge.training.distributed import from_main, is_main, rank, start_processes, world_size
+from ssod_edge.training.disturbed import judge_disturbed, some
+from ssod_edge.training.features import compute_features
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.negatives import draw_negatives
@@ -51,6 +53,9 @@ from ssod_edge.training.schedule import auto_epochs, learning_rate, make_optimiz
 from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.settings import default_name, run_config
 from ssod_edge.training.transfer import tune
+
+#: Validation images that are shown disturbed when training has ended.
+DISTURBED_IMAGES = 100
 
 
 @dataclass
@@ -117,7 +122,9 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
             loop = _Loop(config, run, resume, device, save_minutes)
             if loop.finished:
                 say(f"the run '{run}' is finished already ({loop.progress.epoch} epochs)")
-            loop.run_epochs()
+            else:
+                loop.run_epochs()
+                loop.say_disturbed()
             _warn_of_untrained_row(loop.config, loop.model)
     except KeyboardInterrupt:
         if (run / LAST).exists():
@@ -389,6 +396,15 @@ class _Loop(Session):
             append_metrics(self.run / "metrics.jsonl", row)
             self._save(LAST, accuracy)
         bar.epoch_done(row)
+
+    def say_disturbed(self) -> None:
+        """Tell what becomes of some validation images, by the weights that are the run's."""
+        if not is_main():
+            return
+        load_state(self.model, load_checkpoint(self.run / BEST)[0], self.run / BEST)
+        val = some(self.splits.val, DISTURBED_IMAGES)
+        known = compute_features(self.model, self.source, val, self.config.workers)
+        say(str(judge_disturbed(self.model, known, self.source.labels[val])))
 
     def _validate(self) -> tuple[SSODClassifier, float, float]:
         """(model, accuracy, loss) on the validation images: of the model, or of the average where it is as accurate."""

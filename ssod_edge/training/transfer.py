@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST, FOLDS
 from ssod_edge.training.distributed import world_size
-from ssod_edge.training.features import Features, check_features, features_of, keep_features
+from ssod_edge.training.disturbed import FIT_IMAGES, Disturbed, judge_disturbed, some
+from ssod_edge.training.features import Features, check_features, features_of, fitting_data, keep_features
 from ssod_edge.training.labels import unseen_probs, write_labels
 from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
@@ -64,13 +65,14 @@ def tune(session: Session) -> None:
     was = "head" if session.published else "upper"
     facts: dict[str, Any] = {"tuned": was, "tried": {"head": taught.held_out.record}}
     if parts is not None and maps is not None:
-        taught = _try_upper(session, parts, maps, features, taught, facts)
+        taught = _try_upper(session, parts, maps, taught, facts)
     head, images = taught.head, taught.images
     facts["strength"] = head.strength
     pooled = len(images) > len(session.splits.train)
     rows = fit_row(session, images, head.fold)
     if rows is not None:
         facts["row"] = rows.facts
+    facts["disturbed"] = asdict(_say_disturbed(session, taught, facts["tuned"]))
     folds = _folds(session, head, images, rows) if pooled else {}
     _write(session, taught.held_out.accuracy, time.monotonic() - started, facts, folds)
 
@@ -82,29 +84,30 @@ class Taught:
     Attributes:
         head: as it was fitted, before any tuning.
         images: that it was fitted on.
-        held_out: what the network says of validation images.
+        features: of all images, as the network is now.
+        held_out: what it says of validation images.
     """
 
     head: LinearHead
     images: Indices
+    features: Features
     held_out: HeldOut
 
 
-def _try_upper(
-    session: Session, parts: Cut, maps: BorderMaps, features: Features, taught: Taught, facts: dict[str, Any]
-) -> Taught:
+def _try_upper(session: Session, parts: Cut, maps: BorderMaps, taught: Taught, facts: dict[str, Any]) -> Taught:
     """Tune the upper blocks, and put them back where `auto` is better off without; what was tried joins the facts.
 
     What they are weighed against is the last layer that would ship without them. That one learns from the images for
     thresholds too, which tuned blocks must not see.
     """
     untouched = copy.deepcopy(session.model.state_dict())
-    tuned = replace(taught, held_out=_tune_upper(session, parts, maps, features))
+    after, features = _tune_upper(session, parts, maps, taught.features)
+    tuned = replace(taught, features=features, held_out=after)
     facts["tried"]["upper"] = tuned.held_out.record
     if session.config.tune == "auto":
         upper = copy.deepcopy(session.model.state_dict())
         session.model.load_state_dict(untouched)
-        without = _teach(session, features, pool=True)
+        without = _teach(session, taught.features, pool=True)
         if len(without.images) > len(taught.images):
             say(f"head: fitted on {len(without.images)} images, those for thresholds too: {without.held_out}")
             facts["tried"]["head"] = without.held_out.record
@@ -114,6 +117,19 @@ def _try_upper(
         session.model.load_state_dict(upper)
     facts["tuned"] = "upper"
     return tuned
+
+
+def _say_disturbed(session: Session, taught: Taught, tuned: str) -> Disturbed:
+    """Tell what becomes of the validation images."""
+    features, val, fitted = taught.features, session.splits.val, some(taught.images, FIT_IMAGES)
+    labels = session.source.labels
+    both = np.concatenate([features.plain[fitted], features.disturbed[fitted]])
+    training = fitting_data(session.model, both, np.tile(labels[fitted], 2), tuned)
+    found = judge_disturbed(
+        session.model, Features(features.plain[val], features.disturbed[val]), labels[val], training
+    )
+    say(str(found))
+    return found
 
 
 def _folds(session: Session, head: LinearHead, images: Indices, rows: FittedRow | None) -> dict[str, Tensor]:
@@ -176,8 +192,8 @@ def _cut(session: Session) -> Cut | None:
     return parts
 
 
-def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Features) -> HeldOut:
-    """Tune, and keep the features of the tuned network; what that makes of the validation images."""
+def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Features) -> tuple[HeldOut, Features]:
+    """Tune, and keep the features of the tuned network; what that makes of the validation images, and they."""
     started = time.monotonic()
     model, source, config = session.model, session.source, session.config
     mirror = source.hflip_ok and config.hflip > 0
@@ -187,7 +203,7 @@ def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Featur
     keep_features(model, source, session.run.parent, tuned)
     after = _held_out(session, tuned)
     say(f"upper: {after} ({time.monotonic() - started:.0f} s)")
-    return after
+    return after, tuned
 
 
 def _say_epoch(epoch: int, loss: float) -> None:
@@ -236,7 +252,7 @@ def _teach(session: Session, features: Features, pool: bool) -> Taught:
         classifier.weight.copy_(torch.from_numpy(head.weight))
         if classifier.bias is not None:
             classifier.bias.copy_(torch.from_numpy(head.bias))
-    return Taught(head, images, _held_out(session, features))
+    return Taught(head, images, features, _held_out(session, features))
 
 
 def _fit_on(session: Session, features: Features, images: Indices) -> LinearHead:

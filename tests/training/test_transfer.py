@@ -416,6 +416,14 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monk
     assert done.exit_code == 0, done.output
     run = Run.at(tmp_path / "runs/run")
     assert run.meta["tuned"] == ("upper" if better else "head") and set(run.meta["tried"]) == {"head", "upper"}
+    told, tried = run.meta["disturbed"], run.meta["tried"][run.meta["tuned"]]
+    assert told["score"] == "gen+mahalanobispp" and 0 <= told["accepted"] <= 1 and told["images"] == tried["images"]
+    words = f"{told['accuracy']:.1%} are right, and {told['accepted']:.1%} still accepted as known"
+    assert words in done.output
+    source, splits = run.splits("")
+    kept = features_of(run.model, source, tmp_path / "runs")  # of the network as it is now
+    right = run.model.head(torch.from_numpy(kept.disturbed[splits.val]))[0].argmax(1).numpy()
+    assert told["accuracy"] == (right == source.labels[splits.val]).mean()
     assert (trunk_hash(run.model) == trunk_hash(staged())) is not better
     assert ("put back" in done.output) is not better
     logits = run.model(normalise(random_images(4), run.model.preprocess))[0]

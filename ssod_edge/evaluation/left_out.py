@@ -6,7 +6,7 @@ without a class really have not seen it. That takes seconds a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -116,14 +116,16 @@ def expectation(
     folds: Folds,
     classes: Sequence[str],
     out_of_fold: tuple[dict[str, Array], dict[str, Array]],
+    advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
-    """What to expect of a score in the field, as a record for the spec.
+    """What to expect of a score in the field, as a record for the spec and for `eval --leave-out`.
 
     Args:
         score: that ships; see `ssod_edge.config.score_parts`.
         data, folds: as for `leave_out`.
         classes: names in label order.
         out_of_fold: of `ssod_edge.detect.folds.out_of_fold_parts`, by the parts of the score.
+        advance: as for `leave_out`.
 
     Returns:
         `new_class`: {class: {"images", "auroc", "accepted", "taken_for"}}, of each class that was left out: the share
@@ -132,7 +134,7 @@ def expectation(
     """
     parts = score_parts(score)
     found: dict[str, Any] = {}
-    for left in leave_out(parts, data, folds):
+    for left in leave_out(parts, data, folds, advance):
         known, unknown = (_total(score, values, left.known) for values in (left.known, left.unknown))
         threshold = np.quantile(known, TPR, method="higher")
         values, counts = np.unique(left.taken_for, return_counts=True)
@@ -148,7 +150,7 @@ def expectation(
     return {"new_class": found, "disturbed": accepted}
 
 
-def expectation_lines(expected: dict[str, Any]) -> list[str]:
+def expectation_lines(expected: Mapping[str, Any]) -> list[str]:
     """The same in words."""
     lines = []
     if new := expected["new_class"]:

@@ -11,8 +11,8 @@ from ssod_edge.config import score_parts
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.errors import UsageError
-from ssod_edge.export.graph import left_out
-from ssod_edge.export.graph.left_out import expectation, expectation_lines, leave_out
+from ssod_edge.evaluation import left_out
+from ssod_edge.evaluation.left_out import expectation, expectation_lines, leave_out
 
 WIDTH, N, PARTS = 8, 120, 4
 NAMES = ("cat", "dog", "cup", "tree")
