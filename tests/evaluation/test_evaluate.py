@@ -187,13 +187,14 @@ def test_id_images_of_some_of_the_models_classes_are_matched_by_name(place, tmp_
         ),
     )
     every, some = whole.scores, part.scores
-    assert np.array_equal(some["id"]["energy"], every["id"]["energy"][5:]) and report["n_id"] == 10
+    assert report["n_id"] == 10  # another number of images in a batch: their last digits differ on some processors
+    np.testing.assert_allclose(some["id"]["energy"], every["id"]["energy"][5:], rtol=1e-5)
     assert part.outputs["id"].labels.tolist() == 5 * [1] + 5 * [2] and report["classes"] == [
         "class0",
         "class1",
         "class2",
     ]
-    assert np.array_equal(some["other"]["energy"], every["id"]["energy"][:5])
+    np.testing.assert_allclose(some["other"]["energy"], every["id"]["energy"][:5], rtol=1e-5)
     assert "holds images" not in capsys.readouterr().err
 
 
