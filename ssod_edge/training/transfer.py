@@ -173,8 +173,8 @@ class HeldOut:
     def better_than(self, other: HeldOut) -> bool:
         """Whether more of the images and copies are right.
 
-        More than that is not asked for: what tuning gained wherever it was measured, 1 to 2 points
-        (docs/results.md), 200 images cannot prove.
+        More than that is not asked for: 200 images cannot prove a point or two, which is what tuning brings where it
+        brings anything (docs/results.md).
         """
         return bool(self.right.sum() > other.right.sum())
 
