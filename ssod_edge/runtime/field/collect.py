@@ -138,7 +138,9 @@ class Shelf:
         self.sizes = np.array([self.loose.pop(line.file) for line in self.lines], np.int64)
         self.weights = np.array([line.weight for line in self.lines], np.float64)
         self.kinds = np.array([line.described_by for line in self.lines], object)
-        self.vectors = np.stack([unit(from_base64(line.descriptor)) for line in self.lines] or [np.zeros(WIDTH, np.float32)])
+        self.vectors = np.stack(
+            [unit(from_base64(line.descriptor)) for line in self.lines] or [np.zeros(WIDTH, np.float32)]
+        )
         self.vectors = self.vectors[: len(self.lines)]
         self.near = np.array([self._near(row) for row in range(len(self.lines))], np.float32)
 

@@ -29,8 +29,8 @@ from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import OutputError, UsageError
 from ssod_edge.files import append_lines
 from ssod_edge.runtime.field import collect as module
-from ssod_edge.runtime.field.collect import INDEX, Shelf, weigh, without_secrets
-from ssod_edge.runtime.field.descriptors import of_pixels, unit
+from ssod_edge.runtime.field.collect import INDEX, Collected, Shelf, weigh, without_secrets
+from ssod_edge.runtime.field.descriptors import WIDTH, from_base64, of_pixels, to_base64, unit
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.spec import Threshold
 
@@ -243,41 +243,52 @@ def test_the_megabytes_are_held(export: Path, tmp_path: Path) -> None:
     assert images(tmp_path / "tiny") == set()
 
 
-def test_the_less_certain_of_two_that_are_alike_stays(export: Path, tmp_path: Path) -> None:
-    with open_model(export) as model, Collector(tmp_path / "kept", model, most=1) as collector:
-        model.predict(picture(1))
-        (row,) = lines(tmp_path / "kept")
-        line = collector._shelf.lines[0]
-        assert collector._shelf.place(replace(line, file="b.png", weight=0.5), 10, 1, 10**6) is None
-        assert collector._shelf.lines == [line]
-        collector._shelf.weights[:] = 0.4
-        assert collector._shelf.place(replace(line, file="b.png", weight=0.5), 10, 1, 10**6) == [row["file"]]
+def a_line(file: str, descriptor: np.ndarray, weight: float = 1.0, kind: str = "pixels") -> Collected:
+    return Collected(
+        file=file, time="", source="", frame=None, class_name="red", confidence=0.5, ood_score=0.0, threshold=0.0,
+        known=False, p_known=None, engine="", precision="", artifact="", artifact_sha256="", score="energy",
+        weight=weight, described_by=kind, descriptor=to_base64(descriptor.astype(np.int8)),
+    )  # fmt: skip
 
 
-def test_place_agrees_with_the_definition(export: Path, tmp_path: Path) -> None:
-    """Against worth computed anew after each removal."""
-    with open_model(export) as model, Collector(tmp_path / "kept", model) as collector:
-        for number in range(12):
-            model.predict(picture(number))
-        shelf = collector._shelf
-        while len(shelf.lines) > 1:
-            weights, vectors = shelf.weights, shelf.vectors
-            cosines = vectors @ vectors.T
+def test_the_less_certain_of_two_that_are_alike_stays(tmp_path: Path) -> None:
+    one = np.random.default_rng(0).normal(0, 40, WIDTH)
+    other = np.concatenate([-one[:30], one[30:]])
+    shelf = Shelf(tmp_path)
+    assert shelf.place(a_line("sure.png", one, 0.5), 1, 1, 100) == []
+    assert shelf.place(a_line("surer.png", other, 0.4), 1, 1, 100) is None
+    assert [line.file for line in shelf.lines] == ["sure.png"] and len(shelf.near) == 1
+    assert shelf.place(a_line("unknown.png", other), 1, 1, 100) == ["sure.png"]
+
+
+def test_the_least_informative_goes_as_defined(tmp_path: Path) -> None:
+    """Against worth that is computed anew after each removal; of two kinds, which are not compared."""
+    rng, shelf = np.random.default_rng(1), Shelf(tmp_path)
+    centres, held = rng.normal(0, 30, (4, WIDTH)), []
+    for number in range(60):
+        vector = centres[rng.integers(4)] + rng.normal(0, 25, WIDTH)
+        line = a_line(f"{number}.png", vector.clip(-127, 127), rng.uniform(0.2, 1), rng.choice(["a", "b"]))
+        size = int(rng.integers(1, 9))
+        expected = [*held, (line, size)]
+        while len(expected) > 12 or sum(size for _, size in expected) > 50:
+            vectors = np.stack([unit(from_base64(one.descriptor)) for one, _ in expected])
+            kinds = np.array([one.described_by for one, _ in expected])
+            cosines = (vectors @ vectors.T) * (kinds[:, None] == kinds)
             np.fill_diagonal(cosines, 0)
-            np.testing.assert_allclose(shelf.near.clip(0), cosines.max(axis=1).clip(0), atol=1e-6)
-            worst = int((weights * (1 - cosines.max(axis=1).clip(0))).argmin())
-            expected = shelf.lines[worst].file
-            last = replace(shelf.lines[0], file="new.png", weight=1e9, described_by="other")
-            assert shelf.place(last, 1, len(shelf.lines), 10**9) == [expected]
-            shelf.place(last, 0, len(shelf.lines), 10**9)
-            shelf.lines.pop()
-            for name in ("sizes", "weights", "kinds", "vectors", "near"):
-                setattr(shelf, name, getattr(shelf, name)[:-1])
+            worth = [one.weight for one, _ in expected] * (1 - cosines.max(axis=1))
+            if (least := int(worth.argmin())) == len(expected) - 1:
+                expected = held
+                break
+            del expected[least]
+        shelf.place(line, size, 12, 50)
+        held = expected
+        assert [one.file for one in shelf.lines] == [one.file for one, _ in held]
+        assert shelf.sizes.tolist() == [size for _, size in held]
 
 
 def test_lines_without_images_do_not_pile_up(export: Path, tmp_path: Path) -> None:
     with open_model(export) as model, Collector(tmp_path / "kept", model, most=2):
-        for number in range(400):
+        for number in range(120):
             model.predict(picture(number))
     assert len(images(tmp_path / "kept")) == 2 and len(lines(tmp_path / "kept")) <= 2 * 2 + 65
 
@@ -325,7 +336,7 @@ def assert_whole(out: Path) -> None:
 
 def test_a_kill_at_any_instant_leaves_whole_images_with_lines(export: Path, tmp_path: Path) -> None:
     out, rng = tmp_path / "kept", random.Random(0)
-    for turn in range(8):
+    for turn in range(5):
         with start(export, out, 1000 * turn) as process:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             time.sleep(rng.uniform(0, 0.3))
@@ -374,7 +385,7 @@ def test_a_kill_between_two_steps(export: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_two_processes_in_one_folder(export: Path, tmp_path: Path) -> None:
     out = tmp_path / "kept"
-    with start(export, out, 0, 120) as one, start(export, out, 60, 120) as other:
+    with start(export, out, 0, 45) as one, start(export, out, 20, 45) as other:
         assert one.wait(120) == 0 and other.wait(120) == 0
     assert_whole(out)
     assert 20 <= len(images(out)) <= 30
