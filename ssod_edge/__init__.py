@@ -1,7 +1,8 @@
 """Image classifiers that know when to say "unknown", from training to the edge device.
 
 From Python: `train`, `evaluate` and `export` a model (extra `train`); on the device `open` it and ask for a `Verdict`,
-and let a `Monitor` watch these. Importing the package loads nothing: each name loads what it needs when it is used.
+let a `Monitor` watch these, and a `Collector` keep what it did not know. Importing the package loads nothing: each name
+loads what it needs when it is used.
 """
 
 from __future__ import annotations
@@ -27,16 +28,22 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from ssod_edge.export.graph.build import export_run as export
+    from ssod_edge.runtime.field.collect import Collector
     from ssod_edge.runtime.field.monitor import Monitor
     from ssod_edge.runtime.predict import Predictor, Verdict
 
 __version__ = "0.1.0"
-__all__ = ["Monitor", "Verdict", "__version__", "evaluate", "export", "open", "train"]
+__all__ = ["Collector", "Monitor", "Verdict", "__version__", "evaluate", "export", "open", "train"]
 __all__ += ["ArtifactError", "BusyError", "EngineError", "ImageError", "MissingExtraError", "OutputError"]
 __all__ += ["SsodEdgeError", "TrainingError", "UsageError", "VerificationError"]
 
 #: `export` is the subpackage, which may be called.
-_HOMES = {"Verdict": "runtime.predict", "Monitor": "runtime.field.monitor", "export": "export"}
+_HOMES = {
+    "Verdict": "runtime.predict",
+    "Monitor": "runtime.field.monitor",
+    "Collector": "runtime.field.collect",
+    "export": "export",
+}
 
 
 def __getattr__(name: str) -> Any:

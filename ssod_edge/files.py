@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,34 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a JSON document atomically, with a final newline. NaN and infinity are refused."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def append_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
+    """Add whole lines to a file of lines, and flush it to disk; it is made if it is not there.
+
+    A kill leaves at most one line cut short, the last one, and the next call begins on a new line. An error leaves the
+    file as it was. Hold a lock where other processes write to it too.
+
+    Raises:
+        OutputError: the folder is read-only, or the disk is full.
+    """
+    data = "".join(f"{line}\n" for line in lines).encode()
+    try:
+        with open(path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                data = b"\n" + data
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(file.fileno(), end)
+                raise
+    except OSError as error:
+        fix = _FIXES.get(error.errno or 0, "Choose another place")
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}. {fix}; it is as it was.") from error
 
 
 def same_data(data: str, recorded: object) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import ssod_edge
 from ssod_edge import errors
 
-NAMES = {"Monitor", "Verdict", "__version__", "evaluate", "export", "open", "train"}
+NAMES = {"Collector", "Monitor", "Verdict", "__version__", "evaluate", "export", "open", "train"}
 ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 
 

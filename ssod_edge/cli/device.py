@@ -44,6 +44,14 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 @click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
 @click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
+@click.option(
+    "--collect",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep unknown images, and known ones that nearly were, in DIR, for review: the whole pictures.",
+)
+@click.option("--collect-most", type=COUNT, default=500, help="Images that DIR may hold; the most informative stay.")
+@click.option("--collect-mb", type=click.FloatRange(0, min_open=True), default=200, help="And their megabytes.")
 @click.option("--engine", type=ENGINES, default="auto", help="auto: the first that is there; eager: in PyTorch itself.")
 @click.option("--precision", type=PRECISIONS, default="auto", help="auto: the first that is there.")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
@@ -66,6 +74,8 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     if sys.stdout is None:
         raise OutputError("standard output is closed, so the verdicts have nowhere to go. Redirect it to a file.")
     wanted = take(PredictOptions, options)
+    if wanted.collect is None and (lonely := sorted({"--collect-most", "--collect-mb"} & set(given()))):
+        raise click.UsageError(f"{lonely[0]} belongs to --collect DIR")
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     if wanted.camera is not None or any(is_stream(image) for image in images):
@@ -85,6 +95,27 @@ def monitor(file: str, as_json: bool) -> int:
     from ssod_edge.runtime.field.summary import run_monitor
 
     return run_monitor(file, as_json)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--folders", is_flag=True, help="Sort the images into folders for you to rename.")
+@click.option("--done", is_flag=True, help="With --folders: take the renamed folders as decisions.")
+@click.option("-o", "--out", type=click.Path(file_okay=False), help="Where classes go. Default: DIR/classes.")
+def review(folder: str, folders: bool, done: bool, out: str | None) -> int:
+    """Sort what predict --collect kept into classes.
+
+    --folders makes DIR/groups/group-01/ and so on, of images that look alike. Rename a folder to a class, new or known;
+    rename it to `discard`, or delete it or images in it, for what nobody needs; move images as you like; what keeps its
+    number stays undecided. --folders --done then makes CLASS/IMAGE files of them, for train, and logs each decision.
+    """
+    from ssod_edge.runtime.field.review import run_review
+
+    if not folders:
+        raise click.UsageError("give --folders")
+    if out is not None and not done:
+        raise click.UsageError("--out belongs to --folders --done")
+    return run_review(folder, done, out)
 
 
 @click.command()

@@ -84,6 +84,7 @@ def open_runner(
     require_trained(export.spec, allow_untrained)
     chosen = choose_artifact(export.spec, engine, precision, artifact)
     runner = _open(export.spec, chosen, export.check(chosen), device, threads)
+    runner.folder = export.folder
     return require_verified(runner, export.folder) if verify else runner
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -69,6 +69,26 @@ class Verdict:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a verdict was given on, for those who watch.
+
+    Attributes:
+        source: the image as it was given; of a video its frame, uint8 [H, W, 3].
+        verdict: by itself, not smoothed over time.
+        pixels: uint8 [3, S, S], what the graph saw; other pixels lie there after the call.
+        outputs: of the graph, without the batch axis.
+        frame, time_s: of a video or stream: which frame, and when (`ssod_edge.runtime.field.frames.Frame`).
+    """
+
+    source: ImageLike
+    verdict: Verdict
+    pixels: Pixels
+    outputs: dict[str, Any]
+    frame: int | None = None
+    time_s: float | None = None
+
+
 class Predictor(AbstractContextManager["Predictor"]):
     """Verdicts of one open artifact. A context manager; threads may share it.
 
@@ -77,6 +97,7 @@ class Predictor(AbstractContextManager["Predictor"]):
 
     Attributes:
         runner: the `ssod_edge.runtime.Runner` it owns, and closes.
+        watchers: each is called with every image that got a verdict, before the verdict is handed out.
     """
 
     def __init__(self, runner: Runner, strict_images: bool = False) -> None:
@@ -84,6 +105,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         if strict_images and not tells_damage():
             raise MissingExtraError("strict_images needs the package simplejpeg: pip install simplejpeg")
         self._strict = strict_images
+        self.watchers: list[Callable[[Seen], object]] = []
         self._settings = runner.spec.preprocess
         threshold = runner.artifact.threshold
         self.threshold = None if threshold is None else threshold.value
@@ -111,6 +133,7 @@ class Predictor(AbstractContextManager["Predictor"]):
         verdict = self.verdicts([image], outputs, [read])[0]
         if verdict.error is not None:
             raise ImageError(verdict.error)
+        self._tell([image], pixels, outputs, [verdict])
         return verdict
 
     def predict_many(
@@ -158,11 +181,26 @@ class Predictor(AbstractContextManager["Predictor"]):
                 readable = any(error is None for error, _ in read)
                 outputs = self.runner.infer({"image": pixels[: len(sources)]}) if readable else {}
                 verdicts = self.verdicts(sources, outputs, read)
+                self._tell(sources, pixels, outputs, verdicts)
                 free.append(pixels)
                 begin()
                 yield from verdicts
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _tell(
+        self, sources: Sequence[ImageLike], pixels: Pixels, outputs: dict[str, Array], verdicts: Sequence[Verdict]
+    ) -> None:
+        """Let the watchers see a batch; images without a verdict are left out."""
+        if self.watchers:
+            for row, (source, verdict) in enumerate(zip(sources, verdicts, strict=True)):
+                if verdict.error is None:
+                    self.tell(Seen(source, verdict, pixels[row], {name: v[row] for name, v in outputs.items()}))
+
+    def tell(self, seen: Seen) -> None:
+        """Let the watchers see one image."""
+        for watcher in self.watchers:
+            watcher(seen)
 
     def _decode(self, source: ImageLike, out: Pixels) -> Read:
         """Fill one row of a batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import click
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import left_out
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
+from ssod_edge.runtime.field.collect import MEGABYTES, MOST, Collector
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Verdict
@@ -28,6 +29,8 @@ class PredictOptions:
     Attributes:
         as_json: one JSON object a line, as soon as it is known.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
+        collect: a folder of `ssod_edge.runtime.field.collect.Collector`, which keeps what is unknown or nearly so.
+        collect_most, collect_mb: its budget.
         batch: images per run of the engine.
         strict_images: a damaged picture counts as one that cannot be read.
         camera, smooth, realtime: of frames instead of images; see `ssod_edge.runtime.field.stream`.
@@ -35,6 +38,9 @@ class PredictOptions:
 
     as_json: bool = False
     monitor: str | None = None
+    collect: str | None = None
+    collect_most: int = MOST
+    collect_mb: float = MEGABYTES
     batch: int = 8
     strict_images: bool = False
     camera: str | None = None
@@ -58,6 +64,7 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
     with (
         Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
         open_monitor(options.monitor, predictor) as watch,
+        open_collector(options, predictor) as collector,
     ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
@@ -70,7 +77,8 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         if watch is not None:
             verdicts = map(watch.add, verdicts)
         failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)
-    return EXIT_SOME_FAILED if failed or (watch is not None and watch.problem) else EXIT_OK
+    problems = any(one is not None and one.problem for one in (watch, collector))
+    return EXIT_SOME_FAILED if failed or problems else EXIT_OK
 
 
 def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManager[Monitor | None]:
@@ -78,6 +86,23 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     if path is None:
         return nullcontext()
     return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
+
+
+@contextmanager
+def open_collector(options: PredictOptions, predictor: Predictor) -> Iterator[Collector | None]:
+    """A collector that speaks on standard error, and says at the end what it kept; none without a folder."""
+    if options.collect is None:
+        yield None
+        return
+
+    def say(line: str) -> None:
+        click.echo(printable(line), err=True)
+
+    with Collector(options.collect, predictor, options.collect_most, options.collect_mb, say) as collector:
+        try:
+            yield collector
+        finally:  # after Ctrl-C too
+            say(collector.summary())
 
 
 def _in_place(predictor: Predictor, verdicts: Iterable[Verdict], no_images: Mapping[str, str]) -> Iterator[Verdict]:

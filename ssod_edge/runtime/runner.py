@@ -26,6 +26,7 @@ class Runner(Protocol):
         precision: "fp32", "fp16", "bf16" or "int8": what the engine really computes in, read back from it.
         device: what it really runs on, e.g. "CPU".
         details: what else the engine says about itself, for reports.
+        folder: of the export, where `open_runner` opened it from one.
     """
 
     spec: Spec
@@ -34,6 +35,7 @@ class Runner(Protocol):
     precision: str
     device: str
     details: dict[str, str]
+    folder: Path | None = None
     _fed: tuple[Threshold | None, dict[str, Array]] | None = None
 
     def verdict_inputs(self) -> dict[str, Array]:

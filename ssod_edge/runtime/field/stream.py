@@ -18,8 +18,8 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.runtime.field.frames import FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import Predictor, Verdict
-from ssod_edge.runtime.report import WORDS, PredictOptions, describe_run, open_monitor
+from ssod_edge.runtime.predict import Predictor, Seen, Verdict
+from ssod_edge.runtime.report import WORDS, PredictOptions, describe_run, open_collector, open_monitor
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.terminal import printable
 
@@ -105,7 +105,13 @@ def predict_frames(
     """
     settings, done, monitored = predictor.runner.spec.preprocess, deque[float](), -math.inf
     for frame in frames:
-        outputs = predictor.runner.infer({"image": read_pixels(frame.pixels, settings)[None]})
+        pixels = read_pixels(frame.pixels, settings)
+        outputs = predictor.runner.infer({"image": pixels[None]})
+        if predictor.watchers:
+            (alone,) = predictor.verdicts([frames.name], outputs)
+            row = {name: values[0] for name, values in outputs.items()}
+            if alone.error is None:
+                predictor.tell(Seen(frame.pixels, alone, pixels, row, frame.index, frame.time_s))
         if monitor is not None and frame.time_s - monitored >= MONITOR_PERIOD_S:
             score, monitored = float(outputs["ood_score"][0]), frame.time_s
             monitor.add_score(score if math.isfinite(score) else None)
@@ -139,6 +145,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
     with (
         Predictor(open_runner(folder, **opening)) as predictor,
         open_monitor(options.monitor, predictor) as watch,
+        open_collector(options, predictor) as collector,
         FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
@@ -154,7 +161,8 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
             click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
         if frames.problem is not None:
             click.echo(f"error: {printable(frames.problem)}", err=True)
-    failed = frames.problem is not None or table.counts["failed"] or (watch is not None and watch.problem)
+    problems = any(one is not None and one.problem for one in (watch, collector))
+    failed = frames.problem is not None or table.counts["failed"] or problems
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 

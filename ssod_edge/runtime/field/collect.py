@@ -1,0 +1,431 @@
+"""Keeping what a model does not know, for people to look at: whole pictures in a folder, within a budget.
+
+Kept are unknown images, and the known ones that are least certain: of known images, the tenth (`UNSURE`) whose scores
+lie next to the threshold. Near-duplicates of what is there are left out. When the budget is full, the least informative
+image goes. How informative one is:
+
+    weight * (1 - similarity to the most similar image that is kept)
+
+The weight is 1 for an unknown image, and for a known one falls from 1 at the threshold to 0 at the end of that tenth,
+by `p_known`: equal steps are equal shares of known images, whatever the score. So a folder fills with different things
+rather than with many pictures of one, and of two that look alike the less certain one stays.
+
+The similarity is the cosine of descriptors (`ssod_edge.runtime.field.descriptors`): of the graph's pooled features
+where it gives them (`export --features pooled`), else of 16 x 16 grey pixels of what the graph saw.
+
+The folder holds the images and `INDEX`, a JSON line for each (`Collected`). The line is written first, so a kill at any
+instant leaves whole images that have one, and at most a line without an image, which counts for nothing. Images without
+a line (the index was lost, or somebody put them there) stay, and count in the budget. Processes take turns by a lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.config import IMAGE_SUFFIXES
+from ssod_edge.data.layout import is_image, is_shown
+from ssod_edge.data.pixels import ImageLike, load_image, read_pixels
+from ssod_edge.errors import ImageError, OutputError, SsodEdgeError, UsageError
+from ssod_edge.files import append_lines, exclusive, make_directory, write_atomic
+from ssod_edge.json_reader import from_json, parse_json
+from ssod_edge.runtime.field.descriptors import (
+    WIDTH,
+    Describer,
+    Descriptor,
+    Floats,
+    from_base64,
+    to_base64,
+    unit,
+)
+from ssod_edge.runtime.predict import Predictor, Seen, Verdict
+from ssod_edge.spec import Threshold
+
+INDEX = "collected.jsonl"
+#: The budget, if nothing else is said.
+MOST, MEGABYTES = 500, 200.0
+#: Of known images the share, next to the threshold, that counts as uncertain.
+UNSURE = 0.1
+#: Of a stream one frame is kept in this time at most: neighbouring frames show the same.
+PERIOD_S = 1.0
+#: From this cosine of descriptors on two images are near-duplicates. Of 120 photos of shoes, hats, waste and textures
+#: no two reach 0.87, by features of EfficientNet-Lite0 or by pixels; moved by 2% of the side, a photo keeps 0.9 by
+#: features in 99 of 100 and by pixels in 89, with noise in 70 and in all.
+ALIKE = 0.9
+QUALITY = 95
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET = re.compile(r"pass|pwd|token|secret|user|auth|key", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """A line of the index.
+
+    Attributes:
+        file: name of the image in the folder.
+        time: when it was kept, UTC.
+        source: the path, or where a frame came from, without user, password and query (`without_secrets`).
+        frame: of a video or stream, its number.
+        class_name, confidence, ood_score, threshold, known, p_known: the verdict (`Verdict`).
+        engine, precision, artifact: what ran.
+        artifact_sha256: of its files' hashes.
+        score: that says "unknown".
+        weight: of the image by its verdict, in (0, 1].
+        described_by: `Describer.kind`: what the descriptor was made of.
+        descriptor: base64 of int8 [WIDTH].
+    """
+
+    file: str
+    time: str
+    source: str
+    frame: int | None
+    class_name: str
+    confidence: float
+    ood_score: float
+    threshold: float
+    known: bool
+    p_known: float | None
+    engine: str
+    precision: str
+    artifact: str
+    artifact_sha256: str
+    score: str
+    weight: float
+    described_by: str
+    descriptor: str
+
+
+class Shelf:
+    """What a folder holds, as it was when it was read.
+
+    Attributes:
+        lines: of each image that has one.
+        sizes: bytes of these images, in the same order.
+        loose: bytes of each image without a line.
+        written: lines of the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if is_shown(entry.name) and is_image(entry.name) and entry.is_file()]
+            self.loose = {entry.name: entry.stat().st_size for entry in shown}
+        try:
+            text = (folder / INDEX).read_bytes().splitlines()
+        except FileNotFoundError:
+            text = []
+        self.written = len(text)
+        found: dict[str, Collected] = {}
+        for row in text:
+            with suppress(UsageError):  # cut short by a kill, or of another release: then its image has no line
+                line: Collected = from_json(Collected, parse_json(row))
+                from_base64(line.descriptor)
+                found[line.file] = line
+        self.lines = [line for name, line in found.items() if name in self.loose]
+        self.sizes = np.array([self.loose.pop(line.file) for line in self.lines], np.int64)
+        self.weights = np.array([line.weight for line in self.lines], np.float64)
+        self.kinds = np.array([line.described_by for line in self.lines], object)
+        self.vectors = np.stack(
+            [unit(from_base64(line.descriptor)) for line in self.lines] or [np.zeros(WIDTH, np.float32)]
+        )
+        self.vectors = self.vectors[: len(self.lines)]
+        self.near = np.array([self._near(row) for row in range(len(self.lines))], np.float32)
+
+    def similar(self, vector: Floats, kind: str) -> Floats:
+        """The cosine of each image with a descriptor; 0 where that is of another kind."""
+        cosines: Floats = np.where(self.kinds == kind, self.vectors @ vector, np.float32(0))
+        return cosines
+
+    def _near(self, row: int, among: npt.NDArray[np.bool_] | None = None) -> float:
+        """The highest cosine of an image with another one."""
+        cosines = self.similar(self.vectors[row], self.kinds[row])
+        cosines[row] = 0
+        return float(cosines.max(where=True if among is None else among, initial=0))
+
+    def place(self, line: Collected, size: int, most: int, room: int) -> list[str] | None:
+        """Put an image in, and take out what no longer fits: the least informative one, until all is in the budget.
+
+        Returns:
+            the names of the files that go; None where the new image would be among them, and nothing was changed.
+        """
+        if size > room - sum(self.loose.values()):
+            return None
+        before = dict(vars(self))
+        vector, last = unit(from_base64(line.descriptor)), len(self.lines)
+        cosines = self.similar(vector, line.described_by)
+        self.lines = [*self.lines, line]
+        self.sizes, self.weights = np.append(self.sizes, size), np.append(self.weights, line.weight)
+        self.kinds = np.append(self.kinds, line.described_by)
+        self.vectors = np.concatenate([self.vectors, vector[None]])
+        self.near = np.append(np.maximum(self.near, cosines), cosines.max(initial=0)).astype(np.float32)
+        stays = np.ones(last + 1, bool)
+        while stays.sum() > most - len(self.loose) or self.sizes[stays].sum() > room - sum(self.loose.values()):
+            worth = np.where(stays, self.weights * (1 - self.near.clip(0, 1)), np.inf)
+            least = int(worth.argmin())
+            if least == last:
+                vars(self).update(before)
+                return None
+            stays[least] = False
+            lonelier = stays & (self.similar(self.vectors[least], self.kinds[least]) >= self.near - 1e-6)
+            for row in np.flatnonzero(lonelier).tolist():
+                self.near[row] = self._near(row, stays)
+        gone = [self.lines[row].file for row in np.flatnonzero(~stays)]
+        self.lines = [self.lines[row] for row in np.flatnonzero(stays)]
+        for name in ("sizes", "weights", "kinds", "vectors", "near"):
+            setattr(self, name, getattr(self, name)[stays])
+        return gone
+
+
+class Collector(AbstractContextManager["Collector"]):
+    """Keeps what a model does not know. A context manager: within it, every verdict of the model is looked at::
+
+        with ssod_edge.open("runs/demo") as model, Collector("unknown", model):
+            model.predict("photo.jpg")
+
+    Args:
+        folder: made if it is not there, else gone on with; other processes may be at it too.
+        model: whose verdicts they are.
+        most: images that the folder may hold.
+        megabytes: and their size, in millions of bytes.
+        say: takes the first problem after the start, which is then not raised: verdicts matter more. None says
+            nothing, and raises.
+
+    Attributes:
+        looked_at, kept, near_duplicates: images so far that were unknown or uncertain, and what became of them.
+        problem: the error that `say` was told of; None while all is well.
+
+    Raises:
+        UsageError: the artifact has no threshold, or the budget is none.
+        OutputError: the folder cannot be made or written to; later, from `predict`, an image cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: Predictor,
+        most: int = MOST,
+        megabytes: float = MEGABYTES,
+        say: Callable[[str], Any] | None = None,
+    ) -> None:
+        if most < 1 or not megabytes > 0:
+            raise UsageError(f"a budget is at least 1 image and more than 0 MB, got {most} and {megabytes:g}")
+        artifact = model.runner.artifact
+        if artifact.threshold is None:
+            raise UsageError(
+                f"{artifact.name} has no threshold, so nothing is unknown to it. Fit one with: ssod-edge calibrate "
+                "DIR --id DATA"
+            )
+        self._model, self._threshold, self._say = model, artifact.threshold, say
+        self._describer = Describer(model.runner)
+        self._most, self._room = most, int(megabytes * 1e6)
+        self._folder = make_directory(folder)
+        self._mutex, self._last = threading.Lock(), -np.inf
+        self.looked_at = self.kept = self.near_duplicates = 0
+        self.problem: SsodEdgeError | None = None
+        hashes = "".join(sorted(artifact.files.values()))
+        self._facts: dict[str, Any] = {
+            "artifact": artifact.name,
+            "artifact_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+            "score": model.runner.spec.score_name,
+        }
+        if not os.access(self._folder, os.W_OK):
+            raise OutputError(f"cannot write into '{folder}'. Choose a place that you may write to.")
+        with exclusive(self._folder):
+            remove_remains(self._folder)
+            self._read()
+
+    def __enter__(self) -> Collector:
+        self._model.watchers.append(self.see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._model.watchers.remove(self.see)
+
+    def see(self, seen: Seen) -> bool:
+        """Keep an image if it is worth it; returns whether it was kept."""
+        weight = weigh(seen.verdict, self._threshold)
+        if weight <= 0:
+            return False
+        with self._mutex:
+            if seen.time_s is not None and 0 <= seen.time_s - self._last < PERIOD_S:
+                return False
+            try:
+                kept = self._look(seen, weight)
+            except (SsodEdgeError, OSError) as error:
+                self._fail(error)
+                return False
+            if kept and seen.time_s is not None:
+                self._last = seen.time_s
+            return kept
+
+    def summary(self) -> str:
+        """What became of the images, in one line."""
+        total, size = len(self._shelf.lines) + len(self._shelf.loose), self._shelf.sizes.sum() / 1e6
+        return (
+            f"collected: {self.kept} of {self.looked_at} images that were unknown or nearly so, "
+            f"{self.near_duplicates} near-duplicates left out; '{self._folder}' holds {total} images "
+            f"({size + sum(self._shelf.loose.values()) / 1e6:.1f} MB)"
+        )
+
+    def _look(self, seen: Seen, weight: float) -> bool:
+        self.looked_at += 1
+        descriptor = self._describer.describe(seen.pixels, seen.outputs)
+        if self._is_there(descriptor):
+            return False
+        if (found := self._content(seen)) is None:
+            return False
+        content, suffix = found
+        with exclusive(self._folder):
+            if self._mark() != self._read_at:  # another process was here
+                self._read()
+                if self._is_there(descriptor):
+                    return False
+            now = datetime.now(timezone.utc)
+            name = f"{now:%Y%m%dT%H%M%SZ}-{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+            line = self._line(seen, name, now, weight, descriptor)
+            return self._put(line, content)
+
+    def _put(self, line: Collected, content: bytes) -> bool:
+        shelf, path = self._shelf, self._folder / line.file
+        gone = shelf.place(line, len(content), self._most, self._room)
+        if gone is None:
+            return False
+        try:
+            append_lines(self._folder / INDEX, [to_text(line)])
+            write_atomic(path, lambda temporary: temporary.write_bytes(content))
+        except SsodEdgeError:
+            self._read()  # without it
+            raise
+        for name in gone:
+            (self._folder / name).unlink(missing_ok=True)
+        self.kept += 1
+        shelf.written += 1
+        if shelf.written > 2 * len(shelf.lines) + 64:
+            write_index(self._folder, shelf)
+        self._read_at = self._mark()
+        return True
+
+    def _is_there(self, descriptor: Descriptor) -> bool:
+        found = bool(self._shelf.similar(unit(descriptor), self._describer.kind).max(initial=0) >= ALIKE)
+        self.near_duplicates += found
+        return found
+
+    def _read(self) -> None:
+        self._shelf, self._read_at = Shelf(self._folder), self._mark()
+
+    def _mark(self) -> tuple[int, ...]:
+        """What changes whenever a process has kept an image."""
+        try:
+            found = os.stat(self._folder / INDEX)
+        except FileNotFoundError:
+            return ()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _content(self, seen: Seen) -> tuple[bytes, str] | None:
+        """The image as a file, and its suffix; None where the file is another one by now."""
+        source: ImageLike = seen.source
+        if isinstance(source, (str, os.PathLike)):
+            suffix = Path(source).suffix.lower()
+            settings = self._model.runner.spec.preprocess
+            try:
+                content = Path(source).read_bytes()
+                if not np.array_equal(read_pixels(content, settings), seen.pixels):
+                    return None
+            except (OSError, ImageError):
+                return None
+            if suffix in IMAGE_SUFFIXES:
+                return content, suffix
+            source = content
+        if isinstance(source, bytes) and (usual := _suffix(source)) is not None:
+            return source, usual
+        file = io.BytesIO()
+        load_image(source).save(file, "JPEG", quality=QUALITY, subsampling=0)
+        return file.getvalue(), ".jpg"
+
+    def _line(self, seen: Seen, name: str, now: datetime, weight: float, descriptor: Descriptor) -> Collected:
+        verdict = seen.verdict.to_dict()
+        known = {field.name: verdict[field.name] for field in fields(Collected) if field.name in verdict}
+        return Collected(
+            **{**known, **self._facts},
+            file=name,
+            time=now.isoformat(timespec="milliseconds"),
+            source=without_secrets(seen.verdict.image),
+            frame=seen.frame,
+            weight=round(weight, 6),
+            described_by=self._describer.kind,
+            descriptor=to_base64(descriptor),
+        )
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, SsodEdgeError):
+            error = OutputError(f"cannot collect in '{self._folder}': {getattr(error, 'strerror', None) or error}.")
+        if self._say is None:
+            raise error
+        if self.problem is None:
+            self._say(f"error: {error} The verdicts go on without collecting it.")
+        self.problem = error
+
+
+def weigh(verdict: Verdict, threshold: Threshold) -> float:
+    """How much an image says by its verdict alone: 1 if it is unknown, else from 1 at the threshold down to 0."""
+    if verdict.known is None:
+        return 0.0
+    if not verdict.known:
+        return 1.0
+    if verdict.p_known is None:  # of an early release
+        return 0.0
+    return min(1.0, max(0.0, 1 - (verdict.p_known - (1 - threshold.target_tpr)) / UNSURE))
+
+
+def _suffix(content: bytes) -> str | None:
+    """Of the usual formats; None of the others."""
+    return ".jpg" if content[:2] == b"\xff\xd8" else ".png" if content[:4] == b"\x89PNG" else None
+
+
+def without_secrets(source: str) -> str:
+    """A source as it may be written down.
+
+    Of an address only the scheme, the host and the path stay, and not the path where it looks as if it held a secret
+    (some cameras take user and password there). Of a GStreamer pipeline, whose properties may be anything, nothing.
+    """
+    if "!" in source and source.startswith("camera "):
+        return "camera pipeline"
+    if (start := _ADDRESS.match(source)) is not None:
+        scheme, rest = start[0], source[start.end() :]
+        if re.search(r"[?#].*@", rest):  # of a password or of a query: nobody can tell
+            return f"{scheme}..."
+        rest = re.split(r"[?#]", rest.rsplit("@", 1)[-1])[0]
+        return scheme + (rest.split("/")[0] if _SECRET.search(rest) else rest)
+    return os.fsencode(source).decode("utf-8", "replace")
+
+
+def to_text(line: Collected) -> str:
+    """A line of the index."""
+    return json.dumps(asdict(line), allow_nan=False)
+
+
+def write_index(folder: Path, shelf: Shelf) -> None:
+    """Leave lines without an image out of the index; call it within `exclusive`."""
+    text = "".join(f"{to_text(line)}\n" for line in shelf.lines)
+    write_atomic(folder / INDEX, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    shelf.written = len(shelf.lines)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove the temporary files of a killed process; call it within `exclusive`."""
+    for path in folder.glob(".*"):
+        if re.match(rf"\.(\d{{8}}T\d{{6}}Z-|{re.escape(INDEX)}\.)", path.name):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,315 @@
+"""Sorting what was collected into classes, by folders that a person renames.
+
+`--folders` makes `GROUPS` in the collected folder: images that look alike lie in one folder (hard links, so that they
+take no room twice), and `groups.json` says which image was put where. `--done` compares that with what is there now:
+
+- a folder with another name is a class, new or known: its images go to CLASS/IMAGE;
+- images in a folder `discard`, and those that were deleted, are deleted from the collected folder too;
+- a folder that kept its name is undecided, and its images stay collected.
+
+For each image a decision is logged before anything is removed, so a kill at any instant loses nothing, and `--done`
+again goes on. Descriptors of different kinds (`ssod_edge.runtime.field.collect`) are grouped apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.config import Preprocess
+from ssod_edge.data.layout import is_image, is_other, is_shown, same_name
+from ssod_edge.data.pixels import read_pixels
+from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError, missing_extra
+from ssod_edge.files import append_lines, beside, exclusive, make_directory, sha256_file, write_atomic, write_json
+from ssod_edge.json_reader import parse_json, read_json
+from ssod_edge.runtime.field.collect import Collected, Shelf, write_index
+from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
+from ssod_edge.terminal import printable
+
+GROUPS, CLASSES, DECISIONS = "groups", "classes", "decisions.jsonl"
+#: The list of what was put where, in `GROUPS`.
+_LIST = "groups.json"
+#: Names of folders: of images that are like no other, and of what nobody needs.
+SINGLES, DISCARD = "singles", "discard"
+#: Groups are joined while the mean cosine between their images is at least this.
+TOGETHER = {"pixels": 0.6, "features": 0.5}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a person decided of an image; a line of the log is one of these, and `collected`, the line of the index.
+
+    Attributes:
+        file: its name in the collected folder.
+        decision: "class" or "discarded".
+        class_name: of a class; else None.
+        group: the folder that it was put into; None for an image that the person added.
+        time: UTC.
+    """
+
+    file: str
+    decision: str
+    class_name: str | None
+    group: str | None
+    time: str
+
+
+def run_review(folder: str, done: bool, out: str | None) -> int:
+    """Make the folders, or take them as decisions; returns the exit code.
+
+    Raises:
+        UsageError: nothing was collected there; groups are waiting already, or none are; a file lies in a wrong place.
+        ArtifactError: the list of the groups is damaged.
+        OutputError: a file cannot be written.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise UsageError(f"'{folder}' is no folder. Make one with: ssod-edge predict ... --collect DIR")
+    try:
+        with exclusive(place):
+            for remains in place.glob(f".{GROUPS}.*"):  # of a run that was killed
+                shutil.rmtree(remains)
+            decide(place, Path(out) if out else place / CLASSES) if done else make_groups(place)
+    except OSError as error:
+        where = error.filename or folder
+        raise OutputError(
+            f"cannot write '{where}': {error.strerror or error}. Nothing is lost; run it again."
+        ) from error
+    return EXIT_OK
+
+
+def make_groups(folder: Path) -> None:
+    """Sort the collected images into folders of what looks alike, the largest first."""
+    target = folder / GROUPS
+    if target.exists():
+        raise UsageError(
+            f"'{target}' is there already. Rename its folders, then: ssod-edge review {folder} --folders --done; or "
+            "delete it to sort anew"
+        )
+    shelf = Shelf(folder)
+    lines = {line.file: line for line in shelf.lines}
+    kinds: dict[str, dict[str, Floats]] = {}
+    for row, line in enumerate(shelf.lines):
+        kinds.setdefault(line.described_by, {})[line.file] = shelf.vectors[row]
+    for name in sorted(shelf.loose):
+        with suppress(ImageError):  # one that cannot be read stays where it is
+            pixels = read_pixels(folder / name, Preprocess(input_size=64))
+            kinds.setdefault("pixels", {})[name] = unit(of_pixels(pixels))
+    if not kinds:
+        raise UsageError(f"'{folder}' holds no collected images")
+    groups = [group for kind, vectors in kinds.items() for group in _alike(kind, vectors)]
+    groups.sort(key=lambda group: (-len(group), group[0]))
+    width = max(2, len(str(len(groups))))
+    placed = {f"group-{n:0{width}}": group for n, group in enumerate((g for g in groups if len(g) > 1), 1)}
+    if singles := sorted(name for group in groups if len(group) == 1 for name in group):
+        placed[SINGLES] = singles
+    made = beside(target, f".{GROUPS}.")
+    for group, names in placed.items():
+        for name in names:
+            _link(folder / name, make_directory(made / group) / name)
+    write_json(made / _LIST, {name: group for group, names in placed.items() for name in names})
+    made.rename(target)
+    for group, names in placed.items():
+        click.echo(
+            f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {_taken_for(names, lines)}".rstrip()
+        )
+    by = sorted({kind.split(":")[0] for kind in kinds})
+    click.echo(
+        f"Sorted by {' and '.join(by)} in '{target}'. Rename folders to classes or to '{DISCARD}', move images as you "
+        f"like, then: ssod-edge review {folder} --folders --done"
+    )
+    if "pixels" in by:
+        click.echo("note: pixels tell little; images are sorted better of a model that was exported --features pooled")
+
+
+def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
+    """Groups of names whose vectors look alike; every name is in one."""
+    try:
+        from sklearn.cluster import AgglomerativeClustering
+    except ImportError as error:
+        raise missing_extra("sklearn", "sorting images", "teach") from error
+    names = list(vectors)
+    if len(names) == 1:
+        return [names]
+    # In double precision, and not by its own cosine, which refuses a vector of zeros.
+    points = np.stack([vectors[name] for name in names]).astype(np.float64)
+    distances = np.clip(1 - points @ points.T, 0, 2)
+    np.fill_diagonal(distances, 0)
+    limit = 1 - TOGETHER[kind.split(":")[0]]
+    model = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=limit)
+    found: npt.NDArray[Any] = model.fit_predict(distances)
+    return [[name for name, own in zip(names, found, strict=True) if own == group] for group in np.unique(found)]
+
+
+def _taken_for(names: Sequence[str], lines: dict[str, Collected]) -> str:
+    """What the model said of a group."""
+    own = [lines[name] for name in names if name in lines]
+    said = Counter(line.class_name for line in own).most_common(2)
+    unknown = sum(not line.known for line in own)
+    text = ", ".join(f"{count} {name}" for name, count in said)
+    return printable(f"{unknown} unknown; likeliest: {text}") if own else ""
+
+
+def _link(source: Path, target: Path) -> None:
+    """One more name for a file; a copy where the file system has no links. There already with the same bytes: done."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        if not os.path.samefile(source, target) and sha256_file(source) != sha256_file(target):
+            raise
+    except OSError:
+        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def decide(folder: Path, out: Path) -> None:
+    """Take the folders as they are now as decisions."""
+    groups = folder / GROUPS
+    placed = _read_list(folder)
+    found = _found(groups, placed)
+    _check(groups, found, placed)
+    shelf = Shelf(folder)
+    lines = {line.file: line for line in shelf.lines}
+    logged = _logged(folder / DECISIONS)
+    classes: Counter[str] = Counter()
+    for name, files in found.items():
+        if name not in placed.values() and name != DISCARD:
+            target = _class_folder(out, name)
+            for file in files:
+                _link(groups / name / file, _free(target, groups / name / file))
+            _log(folder, [(file, target.name) for file in files], placed, lines, logged)
+            classes[target.name] += len(files)
+            _remove(folder, groups / name, files)
+    there = {file for files in found.values() for file in files}
+    deleted = [file for file in placed if file not in there and (folder / file).exists()]
+    discarded = sorted({*deleted, *found.get(DISCARD, [])})
+    _log(folder, [(file, None) for file in discarded], placed, lines, logged)
+    _remove(folder, groups / DISCARD, discarded)
+    ending = beside(groups, f".{GROUPS}.")
+    groups.rename(ending)
+    shutil.rmtree(ending)
+    write_index(folder, Shelf(folder))
+    _report(folder, out, classes, len(discarded), {line.class_name for line in lines.values()})
+
+
+def _read_list(folder: Path) -> dict[str, str]:
+    """Which image was put into which folder."""
+    path = folder / GROUPS / _LIST
+    try:
+        placed = read_json(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"there are no groups in '{folder}'. Make them with: ssod-edge review {folder} --folders"
+        ) from None
+    except UsageError as error:
+        raise ArtifactError(f"'{path}' is damaged ({error}). Delete '{folder / GROUPS}' and sort anew.") from error
+    return {name: str(group) for name, group in placed.items()}
+
+
+def _found(groups: Path, placed: dict[str, str]) -> dict[str, list[str]]:
+    """Folder -> its images, as they are now.
+
+    Raises:
+        UsageError: a file is no image, or does not lie in a folder, or in one too many.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in sorted(groups.iterdir()):
+        if entry.is_dir():
+            inside = sorted(entry.iterdir())
+            wrong = [path for path in inside if path.is_dir() or (is_shown(path.name) and is_other(path.name))]
+            if not is_shown(entry.name) and inside:
+                wrong = [entry]
+            found[entry.name] = [path.name for path in inside if is_shown(path.name) and is_image(path.name)]
+        else:
+            wrong = [entry] if entry.name != _LIST and is_shown(entry.name) and is_image(entry.name) else []
+        if wrong:
+            raise UsageError(f"'{wrong[0]}' is not in its place: expected images in folders, one deep. Move it away")
+    return found
+
+
+def _check(groups: Path, found: dict[str, list[str]], placed: dict[str, str]) -> None:
+    """Raises UsageError where it is not clear what was meant."""
+    where: dict[str, str] = {}
+    for name, files in found.items():
+        for file in files:
+            if file in where and file in placed:
+                raise UsageError(f"'{file}' is in '{where[file]}' and in '{name}'. Leave it in one of them")
+            where[file] = name
+            if name in placed.values() and file not in placed:
+                raise UsageError(
+                    f"'{groups / name / file}' was not collected, and its folder has no class. Rename that"
+                )
+
+
+def _class_folder(out: Path, name: str) -> Path:
+    """The folder of a class; one whose name looks the same is the same."""
+    made = make_directory(out)
+    same = [path for path in made.iterdir() if path.is_dir() and same_name(path.name) == same_name(name)]
+    return same[0] if same else make_directory(made / same_name(name))
+
+
+def _free(target: Path, source: Path) -> Path:
+    """Where an image goes: under its name, and with more in it where another image has that."""
+    path = target / source.name
+    if path.exists() and not os.path.samefile(path, source) and sha256_file(path) != sha256_file(source):
+        path = target / f"{source.stem}-{sha256_file(source)[:16]}{source.suffix}"
+    return path
+
+
+def _logged(path: Path) -> set[tuple[str, str | None]]:
+    """(file, class, or None where it was discarded) of each decision so far."""
+    found: set[tuple[str, str | None]] = set()
+    for row in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(UsageError):  # cut short by a kill
+            values = parse_json(row)
+            found.add((str(values.get("file")), values.get("class_name")))
+    return found
+
+
+def _log(
+    folder: Path,
+    decided: Sequence[tuple[str, str | None]],
+    placed: dict[str, str],
+    lines: dict[str, Collected],
+    logged: set[tuple[str, str | None]],
+) -> None:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    rows = []
+    for file, name in decided:
+        if (file, name) not in logged:
+            decision = Decision(file, "discarded" if name is None else "class", name, placed.get(file), now)
+            line = asdict(lines[file]) if file in lines else None
+            rows.append(json.dumps({**asdict(decision), "collected": line}, allow_nan=False))
+    if rows:
+        append_lines(folder / DECISIONS, rows)
+
+
+def _remove(folder: Path, group: Path, files: Sequence[str]) -> None:
+    """Take images out of the collected folder, and then out of their group."""
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
+        (group / file).unlink(missing_ok=True)
+
+
+def _report(folder: Path, out: Path, classes: Counter[str], discarded: int, known: set[str]) -> None:
+    for name, count in sorted(classes.items()):
+        click.echo(printable(f"{name}: {count} image{'s' if count > 1 else ''}"))
+        alike = [other for other in known if other != name and other.casefold() == name.casefold()]
+        if alike:
+            click.echo(printable(f"note: '{name}' is a new class beside '{alike[0]}', which the model knows"))
+    left = len(Shelf(folder).lines) + len(Shelf(folder).loose)
+    click.echo(f"{discarded} discarded, {left} undecided; log in '{folder / DECISIONS}'")
+    if classes:
+        click.echo(f"Classes are in '{out}'")
