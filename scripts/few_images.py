@@ -22,7 +22,7 @@ from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score import fit_data
 from ssod_edge.export.graph.source import from_run
 from ssod_edge.files import write_json
-from ssod_edge.training.regression import fit_head
+from ssod_edge.detect.regression import fit_head
 
 SCORE = "gen+mahalanobispp"
 EACH, DRAWS = (10, 20, 50), 6

@@ -43,6 +43,8 @@ class FitData:
         bias: float32 [M].
         id_logit: float32 [N].
         last: width of the network's last features, which distances read, at the end of `features`; 0: all of them.
+        few: classes that were taught from few photos. The mean of n is off by a n-th of the variance of one, and so
+            much less is Mahalanobis++'s distance to it.
     """
 
     features: Array
@@ -52,6 +54,7 @@ class FitData:
     bias: Array
     id_logit: Array
     last: int = 0
+    few: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n, d = self.features.shape
@@ -200,6 +203,11 @@ def fit_mahalanobispp(data: FitData) -> Detector:
     means = groups.mean + groups.offsets
     products = means / rest - (means @ rows.T) @ rows  # S^-1 m_c
     bias = 1 / rest + np.einsum("cd,cd->c", products, means)
+    if data.few:
+        within = groups.within
+        noise = (np.square(within).sum(axis=1) / rest - np.square(within @ rows.T).sum(axis=1)).mean()
+        classes, counts = np.unique(data.classes(), return_counts=True)
+        bias -= np.where(np.isin(classes, data.few), 2 * noise / counts, 0)  # images and their copies
     settings = groups.settings | {"dimensions": rank}
     return _of_unit_length("mahalanobispp", data, np.concatenate([rows, -2 * products]), bias, settings)
 

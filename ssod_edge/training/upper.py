@@ -23,7 +23,7 @@ from ssod_edge.training.features import BATCH, Features, Versions
 from ssod_edge.training.folding import folded
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
-from ssod_edge.training.regression import LEAST_DEVIATION
+from ssod_edge.detect.regression import LEAST_DEVIATION
 from ssod_edge.training.stages import Place, maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.

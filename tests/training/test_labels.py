@@ -20,7 +20,7 @@ from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import Splits
 from ssod_edge.training.labels import LABELS, unseen_probs, write_labels, wrong_labels
 from ssod_edge.training.model import build_model
-from ssod_edge.training.regression import fit_head
+from ssod_edge.detect.regression import fit_head
 from ssod_edge.training.run import Run
 
 SIZE = 64

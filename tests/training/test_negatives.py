@@ -30,7 +30,7 @@ from ssod_edge.training.loop import _Loop, train
 from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.objective import TrainStep, outlier_loss
 from ssod_edge.training.outputs import collect
-from ssod_edge.training.regression import fit_head
+from ssod_edge.detect.regression import fit_head
 from ssod_edge.training.run import Run
 from ssod_edge.training.session import Session
 

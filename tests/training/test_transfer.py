@@ -30,7 +30,7 @@ from ssod_edge.training.checkpoint import trunk_hash
 from ssod_edge.training.features import CACHE, features_of
 from ssod_edge.training.folding import folded
 from ssod_edge.training.model import build_model, normalise
-from ssod_edge.training.regression import STRENGTHS, fit_head
+from ssod_edge.detect.regression import STRENGTHS, fit_head
 from ssod_edge.training.run import Run
 from ssod_edge.training.stages import find_stages, pooled, stage_maps
 from ssod_edge.training.transfer import HeldOut
