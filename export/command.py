@@ -129,9 +129,7 @@ def run_export(
     asked = target.targets()
     precisions = asked.precisions or DEFAULT_PRECISIONS
     chosen = tuple(dict.fromkeys(features))
-    options = ExportOptions(
-        precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, chosen, stored
-    )
+    options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, chosen, stored)
     if calib is not None and "int8" not in precisions:
         raise UsageError("--calib names images to quantise with; it needs --int8")
     check_engines(options.engines)

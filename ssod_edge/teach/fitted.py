@@ -103,7 +103,9 @@ def fit_lesson(lesson: Lesson) -> Fitted:
     stored, photos, folds = lesson.stored, lesson.photos, lesson.stored.folds
     plain, disturbed, labels = stored.taught
     k, m = lesson.heads.parts, lesson.heads.classes
-    fold = np.concatenate([spread(int((photos.labels == c).sum()), k, c) for c in np.unique(photos.labels)] or [labels[:0]])
+    fold = np.concatenate(
+        [spread(int((photos.labels == c).sum()), k, c) for c in np.unique(photos.labels)] or [labels[:0]]
+    )
     order = np.argsort(photos.labels, kind="stable")
     new_fold = np.empty(len(order), np.int64)
     new_fold[order] = fold

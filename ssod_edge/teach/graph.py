@@ -51,7 +51,7 @@ def check_teachable(score: str, before: int, after: int) -> None:
             "number of classes. Export the run with --score gen+mahalanobispp"
         )
     if "gen" in score_parts(score) and (before > GEN_CLASSES) != (after > GEN_CLASSES):
-        raise UsageError(f"a graph of {before} classes cannot be taught to have {after}: gen reads {GEN_CLASSES} at most")
+        raise UsageError(f"a graph of {before} classes cannot be taught to have {after}: gen reads {GEN_CLASSES}")
 
 
 class Trunk:

@@ -154,9 +154,10 @@ def _check_contradictions(images: Subset) -> None:
             continue  # named when it is read
         first = found.setdefault(digest, index)
         if source.labels[first] != source.labels[index]:
+            one, other = (images.source.classes[source.labels[place]] for place in (first, index))
             raise UsageError(
-                f"'{source.source(first)}' and '{source.source(index)}' of '{images.source.classes[source.labels[first]]}'"
-                f" and '{images.source.classes[source.labels[index]]}' are the same photo. Remove one"
+                f"'{source.source(first)}' of class '{one}' and '{source.source(index)}' of class '{other}' are the same "
+                "photo. Remove one"
             )
 
 

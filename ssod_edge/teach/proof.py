@@ -66,8 +66,8 @@ class Proof:
         found = []
         for name, row in self.new.items():
             found.append(
-                f"'{name}': of {row['photos']:.0f} photos, each by a model that has not seen it, {row['recall']:.0%} are "
-                f"given this class and {row['accepted']:.0%} are known as it; before, {row['known_before']:.0%} were "
+                f"'{name}': of {row['photos']:.0f} photos, each by a model that has not seen it, {row['recall']:.0%} "
+                f"are given this class and {row['accepted']:.0%} are known as it; before, {row['known_before']:.0%} were "
                 "known as something else"
             )
             if row["recall"] < POOR:
@@ -122,6 +122,6 @@ def check(proof: Proof, before: Answers, after: Answers, held_out: NDArray[np.bo
     if reasons:
         figures = "; ".join(proof.lines())
         raise VerificationError(
-            f"nothing is released: {' and '.join(reasons)}, more than --max-drop {max_drop:g}. {figures}. Teach more or "
-            "clearer photos, or allow it with --max-drop"
+            f"nothing is released: {' and '.join(reasons)}, more than --max-drop {max_drop:g}. {figures}. Teach more "
+            "or clearer photos, or allow it with --max-drop"
         )

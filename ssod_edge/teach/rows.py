@@ -172,21 +172,21 @@ class _Space:
 def _against(
     rows: _Rows, head: tuple[Array, Array], space: _Space, data: Taught, images: npt.NDArray[np.intp]
 ) -> tuple[float, tuple[npt.NDArray[np.bool_], Array, Array]]:
-    """How the discriminants stand to the logits on images that neither has seen, copies included.
+    """How the discriminants stand to the logits on images that neither has seen.
+
+    Copies have no say: a class that differs by its colour is where a copy in other colours lies.
 
     Returns:
         the factor that brings the one to the other; and for each image whether its class is right, the mean logit less
         the largest [n, 1], and each new discriminant less the mean of the known ones [n, C].
     """
     m = len(head[1])
-    both = np.concatenate([images, len(data.labels) + images])
-    features = np.concatenate([data.plain[images], data.disturbed[images]])
-    logits = features @ head[0].T + head[1]
-    found = space.x[both] @ rows.weight.T + rows.bias
+    logits = data.plain[images] @ head[0].T + head[1]
+    found = space.x[images] @ rows.weight.T + rows.bias
     middle = found[:, :m].mean(axis=1, keepdims=True)
     centred, spread = logits - logits.mean(axis=1, keepdims=True), found[:, :m] - middle
     scale = float((centred * spread).sum() / max(float(np.square(spread).sum()), 1e-12))
-    right = logits.argmax(axis=1) == space.labels[both]
+    right = logits.argmax(axis=1) == data.labels[images]
     return scale, (right, (logits.mean(axis=1) - logits.max(axis=1))[:, None], found[:, m:] - middle)
 
 
@@ -198,6 +198,4 @@ def spread(count: int, folds: int, seed: int = 0) -> Labels:
 
 def with_folds(folds: Folds, heads: Heads, images: Labels, fold: Labels, counts: Array) -> Folds:
     """The folds of other images, with other last layers; the OOD row stays."""
-    return Folds(
-        images, fold, heads.fold_weight, heads.fold_bias, counts, folds.strength, folds.row, folds.row_bias
-    )
+    return Folds(images, fold, heads.fold_weight, heads.fold_bias, counts, folds.strength, folds.row, folds.row_bias)

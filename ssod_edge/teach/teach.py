@@ -82,9 +82,9 @@ class Model:
         self.graphs = {a.precision: a for a in self.spec.artifacts if a.engine == "onnxruntime"}
         if not self.spec.features:
             raise UsageError(
-                f"'{export.folder}' holds no features of the images that it was fitted on, so that it cannot be taught: it "
-                "was exported with --no-features or by an earlier release, or training changed its features. Export "
-                "a run of `train --tune head`"
+                f"'{export.folder}' holds no features of the images that it was fitted on, so it cannot be taught: "
+                "it was exported with --no-features or by an earlier release, or training changed its features. "
+                "Export a run of `train --tune head`"
             )
         if "fp32" not in self.graphs or self.graphs["fp32"].threshold is None:
             raise UsageError(f"'{export.folder}' holds no ONNX graph in fp32 with a threshold. Export with --fp32")
@@ -135,7 +135,9 @@ def teach(
     started = time.monotonic()
     export = Export.at(folder)
     if Path(out).resolve() == export.folder.resolve():
-        raise UsageError(f"'{out}' is the export that is taught: name another folder with -o, so that it stays as it is")
+        raise UsageError(
+            f"'{out}' is the export that is taught: name another folder with -o, so that it stays as it is"
+        )
     if not export.spec.trained:
         raise UsageError("untrained weights cannot be taught: their features mean nothing")
     model = Model(export)
