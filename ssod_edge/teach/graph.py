@@ -47,8 +47,8 @@ def check_teachable(score: str, before: int, after: int) -> None:
     """Raises UsageError unless a graph of `before` classes can be given `after`."""
     if others := [part for part in score_parts(score) if part not in TEACHABLE]:
         raise UsageError(
-            f"the graph of the score '{score}' cannot be taught: {', '.join(others)} takes other operations for another "
-            "number of classes. Export the run with --score gen+mahalanobispp"
+            f"the graph of the score '{score}' cannot be taught: {', '.join(others)} needs other operations for "
+            "another number of classes. Export the run with --score gen+mahalanobispp"
         )
     if "gen" in score_parts(score) and (before > GEN_CLASSES) != (after > GEN_CLASSES):
         raise UsageError(f"a graph of {before} classes cannot be taught to have {after}: gen reads {GEN_CLASSES}")

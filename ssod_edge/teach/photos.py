@@ -156,8 +156,8 @@ def _check_contradictions(images: Subset) -> None:
         if source.labels[first] != source.labels[index]:
             one, other = (images.source.classes[source.labels[place]] for place in (first, index))
             raise UsageError(
-                f"'{source.source(first)}' of class '{one}' and '{source.source(index)}' of class '{other}' are the same "
-                "photo. Remove one"
+                f"'{source.source(first)}' of class '{one}' and '{source.source(index)}' of class '{other}' are the "
+                "same photo. Remove one"
             )
 
 

@@ -67,8 +67,8 @@ class Proof:
         for name, row in self.new.items():
             found.append(
                 f"'{name}': of {row['photos']:.0f} photos, each by a model that has not seen it, {row['recall']:.0%} "
-                f"are given this class and {row['accepted']:.0%} are known as it; before, {row['known_before']:.0%} were "
-                "known as something else"
+                f"are given this class and {row['accepted']:.0%} are known as it; before, {row['known_before']:.0%} "
+                "were known as something else"
             )
             if row["recall"] < POOR:
                 found.append(f"'{name}' looks like the other classes: more photos help, in other light and places")
