@@ -74,7 +74,7 @@ def save_features(stored: StoredFeatures, path: str | Path) -> Path:
         "last": np.array(stored.last),
         **{f"fold.{name}": np.asarray(value) for name, value in vars(folds).items()},
     }
-    return write_atomic(path, lambda temporary: np.savez(temporary, **arrays))
+    return write_atomic(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
 
 
 def load_features(folder: Path, spec: Spec) -> StoredFeatures:
