@@ -44,9 +44,9 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 @click.option("--max-drop", type=float, default=1.0, help="Points of accuracy that the other classes may lose.")
 @click.option("--alike", is_flag=True, help="Teach a class although its photos look like a known one.")
 def teach(folder: str, out: str, **options: Any) -> int:
-    """Teach an export new classes, or more photos of known ones, without PyTorch.
+    """Teach an export new classes from a few photos.
 
-    DATA has CLASS/IMAGE folders, 5 photos a class or more. EXPORT is an export folder, or the run folder that holds it,
+    DATA has CLASS/IMAGE folders of new classes or of known ones; no PyTorch is needed. EXPORT is an export folder, or the run folder that holds it,
     of `train --tune head`. The new export is proved on images that its fits have not seen, and verified.
     """
     from ssod_edge.teach.command import run_teach
