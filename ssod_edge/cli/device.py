@@ -46,8 +46,9 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 def teach(folder: str, out: str, **options: Any) -> int:
     """Teach an export new classes from a few photos.
 
-    DATA has CLASS/IMAGE folders of new classes or of known ones; no PyTorch is needed. EXPORT is an export folder, or the run folder that holds it,
-    of `train --tune head`. The new export is proved on images that its fits have not seen, and verified.
+    DATA has CLASS/IMAGE folders of new classes or of known ones; no PyTorch is needed. EXPORT is an export folder, or
+    the run folder that holds it, of `train --tune head`. The new export is proved on images that its fits have not
+    seen, and verified.
     """
     from ssod_edge.teach.command import run_teach
     from ssod_edge.teach.teach import TeachOptions
