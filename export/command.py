@@ -114,11 +114,12 @@ def run_export(
     calib: str | None = None,
     max_drop: float = 1.0,
     features: Sequence[str] = (),
+    stored: bool = True,
 ) -> int:
     """Export, and print a table of the artifacts; returns the exit code: 1 if calibration images were left out.
 
     Args:
-        score, max_drop, features: see `ExportOptions`.
+        score, max_drop, features, stored: see `ExportOptions`.
         calib: in-distribution images to quantise with; None takes those of the thresholds.
     """
     from ssod_edge.data.images import whole_dataset
@@ -127,9 +128,8 @@ def run_export(
     started = time.monotonic()
     asked = target.targets()
     precisions = asked.precisions or DEFAULT_PRECISIONS
-    options = ExportOptions(
-        precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, tuple(dict.fromkeys(features))
-    )
+    chosen = tuple(dict.fromkeys(features))
+    options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, chosen, stored)
     if calib is not None and "int8" not in precisions:
         raise UsageError("--calib names images to quantise with; it needs --int8")
     check_engines(options.engines)
@@ -137,11 +137,11 @@ def run_export(
     if calib is not None:
         model = replace(model, images=replace(model.images, int8=whole_dataset(calib)))
     if not model.trained:
-        _say(UNTRAINED_WARNING.format(backbone=model.model.backbone_name, runs=source.runs), "bold red")
+        say(UNTRAINED_WARNING.format(backbone=model.model.backbone_name, runs=source.runs), "bold red")
     elif model.images.thresholds is None:
-        _say(NO_IMAGES_NOTE, "yellow")
+        say(NO_IMAGES_NOTE, "yellow")
     folder = Path(target.out) if target.out else model.folder / "export"
-    _show(export_source(model, target.out, options, _say), folder, started)
+    show(export_source(model, target.out, options, say), folder, started)
     return EXIT_SOME_FAILED if model.images.unreadable else EXIT_OK
 
 
@@ -153,18 +153,18 @@ def run_deploy(bundle: str, target: TargetOptions, data: str | None = None) -> i
     started = time.monotonic()
     unreadable: dict[str, None] = {}
     folder = Path(Path(bundle).name.removesuffix(".tar") if target.out is None else target.out)
-    spec = deploy(bundle, folder, target.targets(), data, unreadable.setdefault, _say)
+    spec = deploy(bundle, folder, target.targets(), data, unreadable.setdefault, say)
     for message in unreadable:
-        _say(f"left out: {message}")
-    _show(spec, folder, started)
+        say(f"left out: {message}")
+    show(spec, folder, started)
     return EXIT_SOME_FAILED if unreadable else EXIT_OK
 
 
 def run_package(folder: str, out: str, bench: str | None = None) -> int:
     """`package`: pack an export into one file; returns the exit code. See `ssod_edge.export.bundle.write_bundle`."""
-    spec = write_bundle(folder, out, bench, say=partial(_say, style="yellow"))
+    spec = write_bundle(folder, out, bench, say=partial(say, style="yellow"))
     held = ", ".join(artifact.name for artifact in spec.artifacts)
-    _say(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB")
+    say(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB")
     return EXIT_OK
 
 
@@ -216,11 +216,11 @@ def choose_source(options: SourceOptions) -> Source:
     return from_run(run, options.data)
 
 
-def _say(line: str, style: str = "") -> None:
+def say(line: str, style: str = "") -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style))
 
 
-def _show(spec: Spec, folder: Path, started: float) -> None:
+def show(spec: Spec, folder: Path, started: float) -> None:
     """The table of an export on standard output, then where it is."""
     table = Table(box=None, pad_edge=False)
     table.add_column("artifact", no_wrap=True)
@@ -230,7 +230,7 @@ def _show(spec: Spec, folder: Path, started: float) -> None:
         table.add_row(*_row(artifact, folder))
     # Off a terminal a row is one line.
     Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
-    _say(f"exported to {folder} in {time.monotonic() - started:.0f} s")
+    say(f"exported to {folder} in {time.monotonic() - started:.0f} s")
 
 
 def _row(artifact: Artifact, folder: Path) -> tuple[str, ...]:

@@ -17,12 +17,12 @@ from ssod_edge.data.sources import model_labels
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.metrics import conformal_threshold
+from ssod_edge.detect.regression import fit_head
 from ssod_edge.detect.sums import ScoreSum, fit_score
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score import fit_data
 from ssod_edge.export.graph.source import from_run
 from ssod_edge.files import write_json
-from ssod_edge.training.regression import fit_head
 
 SCORE = "gen+mahalanobispp"
 EACH, DRAWS = (10, 20, 50), 6

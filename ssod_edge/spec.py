@@ -19,6 +19,7 @@ SCHEMA_VERSION = 4
 SPEC_NAME = "ssod.json"
 REFERENCE_NAME = "reference.npz"
 DETECTOR_NAME = "detector.npz"
+FEATURES_NAME = "features.npz"
 
 #: What every graph gives, in its order.
 LOGIT_OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
@@ -128,6 +129,8 @@ class Spec:
         temperature: T of `probs` = softmax(logits / T); no score knows it.
         expected: what to expect of classes that were not taught, and of another light or camera, where training left
             features alone (`ssod_edge.evaluation.left_out.expectation`); empty otherwise.
+        features: where the export holds the features that it was fitted on, for `ssod-edge teach`: {"sha256": of
+            `FEATURES_NAME`, "images", "held_out": how many}; empty otherwise.
     """
 
     backbone: str
@@ -143,6 +146,7 @@ class Spec:
     outputs: tuple[str, ...] = LOGIT_OUTPUTS
     temperature: float = 1.0
     expected: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -166,7 +170,7 @@ class Spec:
     @staticmethod
     def complete(values: dict[str, Any]) -> dict[str, Any]:
         """As `Threshold.complete`."""
-        return {"expected": {}, **values}
+        return {"expected": {}, "features": {}, **values}
 
     @property
     def score_name(self) -> str:
@@ -176,8 +180,8 @@ class Spec:
     @property
     def shared_files(self) -> dict[str, str]:
         """The files that belong to no artifact -> SHA-256."""
-        detector = {DETECTOR_NAME: self.detector["sha256"]} if self.detector else {}
-        return {REFERENCE_NAME: self.reference_sha256, **detector}
+        others = {DETECTOR_NAME: self.detector, FEATURES_NAME: self.features}
+        return {REFERENCE_NAME: self.reference_sha256, **{name: of["sha256"] for name, of in others.items() if of}}
 
     def artifact(self, name: str) -> Artifact:
         """The artifact called `name`.

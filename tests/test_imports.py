@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("evaluation",),
     ("export",),
+    ("teach",),
     ("studies",),
     ("bench",),
     ("probe",),

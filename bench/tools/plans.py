@@ -24,10 +24,11 @@ from ssod_edge.errors import EXIT_SOME_FAILED, SsodEdgeError, missing_extra
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.engines.tensorrt import check_builder
 from ssod_edge.export.graph.fp16 import to_fp16
-from ssod_edge.export.graph.onnx import fused_graph, save_onnx
+from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.reference import SYNTHETIC_IMAGES, synthetic_images
 from ssod_edge.export.graph.source import untrained
 from ssod_edge.export.int8.quantize import OnnxQuantizer
+from ssod_edge.export.onnx_file import save_onnx
 
 ENGINE = "tensorrt_rtx"
 

@@ -30,6 +30,7 @@ from ssod_edge.export.graph.onnx import MADE_WITH, fused_graph, head_rows, make_
 from ssod_edge.export.graph.reference import IMAGES, SYNTHETIC_IMAGES, synthetic_images, write_reference
 from ssod_edge.export.graph.score import OutOfFold, ShippedScore, same_weights, ship_score, want_score
 from ssod_edge.export.graph.source import Source, from_run, save_run
+from ssod_edge.export.graph.stored import store_features
 from ssod_edge.export.int8.artifacts import check_int8, int8_artifacts
 from ssod_edge.export.release import Say, Targets, release
 from ssod_edge.files import sha256_file
@@ -59,6 +60,7 @@ class ExportOptions(Targets):
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
         features: of `ssod_edge.spec.FEATURE_OUTPUTS`: features that the graph gives besides; none takes those of an
             earlier export of the same weights in the same place.
+        stored: whether the export keeps the features of its images for `teach`, where training left features alone.
         others: see `Targets`.
     """
 
@@ -66,6 +68,7 @@ class ExportOptions(Targets):
     score: str | None = None
     max_drop: float = 1.0
     features: tuple[str, ...] = ()
+    stored: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +140,9 @@ def export_source(
     source = replace(source, images=wanted.divide(source.images, source.folds is not None, say))
     shipped = ship_score(source, wanted, say)
     with release(place, say) as draft:
-        draft.write(_build(source, shipped, draft.folder, options, earlier, say))
+        spec = _build(source, shipped, draft.folder, options, earlier, say)
+        stored = store_features(source, draft.folder, say) if options.stored else {}
+        draft.write(replace(spec, features=stored))
         draft.prove(partial(_fit_thresholds, source, shipped.out_of_fold, options.target_tpr, say), together=True)
         if out is None and source.checkpoint is None:
             facts = {**draft.spec.source, "checkpoint_sha256": sha256_file(save_run(source))}

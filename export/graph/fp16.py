@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ssod_edge.export.graph.onnx import LINEAR_OPS, check_fused, open_session
+from ssod_edge.export.onnx_file import LINEAR_OPS, check_fused, open_session
 
 #: Where the fp32 end of a graph begins; the norms where a class token is read and nothing is pooled.
 POOLING_OPS = ("ReduceMean", "GlobalAveragePool", "ReduceMax", "GlobalMaxPool", "AveragePool")

@@ -16,17 +16,16 @@ from torch import nn
 
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.detect.sums import FittedScore
-from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.errors import UsageError, missing_extra
 from ssod_edge.export.engines.artifact import OPSET
 from ssod_edge.export.graph.fused import FusedClassifier
-from ssod_edge.files import write_atomic
+from ssod_edge.export.onnx_file import check_fused, save_onnx
 from ssod_edge.spec import FEATURE_OUTPUTS, LOGIT_OUTPUTS, SCHEMA_VERSION, VERDICT_OUTPUTS, Artifact
 from ssod_edge.training.model import SSODClassifier
 
 #: Packages whose versions say how a graph came about.
 MADE_WITH = ("torch", "timm", "onnx", "onnxscript")
 INPUT = "image"
-LINEAR_OPS = ("Gemm", "MatMul")
 
 
 def head_rows(model: SSODClassifier, detector: FittedScore | None) -> int:
@@ -76,20 +75,6 @@ def fused_graph(
     return graph
 
 
-def save_onnx(graph: onnx.ModelProto, path: str | Path) -> Path:
-    """Check a graph fully (types and shapes inferred) and write it atomically, weights inside.
-
-    Raises:
-        VerificationError: the ONNX checker refuses it.
-        OutputError: it cannot be written.
-    """
-    try:
-        onnx.checker.check_model(graph, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationError(f"the graph for '{path}' is not valid ONNX: {error}") from error
-    return write_atomic(path, lambda temporary: temporary.write_bytes(graph.SerializeToString(deterministic=True)))
-
-
 def make_from(
     graph: onnx.ModelProto,
     precision: str,
@@ -113,50 +98,6 @@ def make_from(
     if "onnxruntime" not in engines:
         path.unlink()
     return [replace(artifact, build={**artifact.build, **build}) for artifact in made]
-
-
-def open_session(graph: onnx.ModelProto, optimise: bool = True) -> Any:
-    """A graph in ONNX Runtime on the CPU, which says nothing but errors."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
-    """The one linear layer that reads the features: it gives the classes, the ID logit and a detector's rows.
-
-    Raises:
-        VerificationError: there are more, or its rows are not `rows`.
-    """
-    producer = {output: node for node in graph.graph.node for output in node.output}
-    linear = {name for name, node in producer.items() if node.op_type in LINEAR_OPS}
-    found = _behind(producer, ["logits", "probs", "id_logit", "ood_score"], linear) & linear
-    if len(found) != 1:
-        raise VerificationError(f"classes and score must come from exactly one Gemm, found {len(found)}")
-    head = producer[next(iter(found))]
-    twins = [name for name in linear if producer[name].input[0] == head.input[0]]
-    weights = {w.name: tuple(w.dims) for w in graph.graph.initializer}
-    shape = weights.get(head.input[1], ())
-    if len(twins) != 1 or rows not in shape:
-        raise VerificationError(
-            f"the final Gemm must be alone with {rows} rows, found {len(twins)} with weight {shape}"
-        )
-    return head
-
-
-def _behind(producer: dict[str, onnx.NodeProto], names: list[str], ends: set[str]) -> set[str]:
-    """These values and all that they are computed from, back to `ends` and not beyond."""
-    pending, seen = list(names), set()
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            pending.extend(producer[name].input if name in producer and name not in ends else ())
-    return seen
 
 
 def _export(module: nn.Module, size: int, outputs: Sequence[str]) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssod_edge.detect.detectors import TINY, UNIT_LENGTH, Array, Detector
+from ssod_edge.detect.rows import sum_numbers, unit_rows
 from ssod_edge.detect.scores import GEN_CLASSES, GEN_GAMMA
 from ssod_edge.detect.sums import SHARPNESS, FittedScore, ScoreSum
 from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
@@ -47,10 +48,8 @@ class FusedScore(nn.Module):
             parts = [_Plain(score.detectors, score.scales, head)]
         else:
             parts = [_Plain(_only(name, score.detectors), {name: 1.0}, head) for name in score.scales]
-            factors = SHARPNESS * np.array(list(score.scales.values()))
-            offsets = -factors * np.array(list(score.centers.values()))
-            self.register_buffer("factors", torch.from_numpy(factors.astype(np.float32)))
-            self.register_buffer("offsets", torch.from_numpy(offsets.astype(np.float32)))
+            for name, values in zip(("factors", "offsets"), sum_numbers(score), strict=True):
+                self.register_buffer(name, torch.from_numpy(values))
         self.parts = nn.ModuleList(parts)
         self.weight = np.concatenate([part.weight for part in parts])
         self.bias = np.concatenate([part.bias for part in parts])
@@ -182,13 +181,10 @@ class _UnitLength(_Term):
     """A detector of features at length 1, times a factor. Its bias is added after the division by their length."""
 
     def __init__(self, detector: Detector, scale: float):
-        rows = int(detector.numbers.get("quadratic", 0))
-        linear = -scale if detector.name == "knn" else scale
-        factors = np.repeat([np.sqrt(scale), linear], [rows, len(detector.weight) - rows])
-        super().__init__(factors[:, None] * detector.weight, np.zeros(len(factors), np.float32))
-        self.quadratic, self.start, self.minus = rows, detector.start, detector.name == "mahalanobispp"
-        constant = linear * detector.bias[rows:] + (scale if detector.name == "knn" else 0)
-        self.register_buffer("constant", torch.from_numpy(np.asarray(constant, np.float32)))
+        rows = unit_rows(detector, scale)
+        super().__init__(rows.weight, np.zeros(len(rows.weight), np.float32))
+        self.quadratic, self.start, self.minus = rows.quadratic, detector.start, detector.name == "mahalanobispp"
+        self.register_buffer("constant", torch.from_numpy(rows.constant))
 
     def forward(self, features: Tensor, rows: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(_from(self.start, features), dim=1, keepdim=True).clamp(min=TINY)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ssod_edge.export.graph.onnx import open_session
+from ssod_edge.export.onnx_file import open_session
 
 #: Images whose means are compared. The difference of two graphs on the same images is far steadier than either.
 CORRECTION_IMAGES = 64

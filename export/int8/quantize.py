@@ -27,8 +27,8 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ssod_edge.errors import VerificationError, missing_extra
 from ssod_edge.export.graph.fp16 import kept_values
-from ssod_edge.export.graph.onnx import check_fused, open_session
 from ssod_edge.export.int8.bias_correction import correct_biases
+from ssod_edge.export.onnx_file import check_fused, open_session
 
 #: Operators with weights: what is meant by a layer.
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -37,6 +37,26 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 
 
 @click.command()
+@click.argument("folder", metavar="EXPORT")
+@click.argument("data", metavar="[DATA]", required=False)
+@click.option("-o", "--out", type=click.Path(), required=True, help="The new export folder; EXPORT stays as it is.")
+@click.option("--forget", metavar="CLASS", multiple=True, help="Take this class out; may be given several times.")
+@click.option("--max-drop", type=float, default=1.0, help="Points of accuracy that the other classes may lose.")
+@click.option("--alike", is_flag=True, help="Teach a class although its photos look like a known one.")
+def teach(folder: str, out: str, **options: Any) -> int:
+    """Teach an export new classes from a few photos.
+
+    DATA has CLASS/IMAGE folders of new classes or of known ones; no PyTorch is needed. EXPORT is an export folder, or
+    the run folder that holds it, of `train --tune head`. The new export is proved on images that its fits have not
+    seen, and verified.
+    """
+    from ssod_edge.teach.command import run_teach
+    from ssod_edge.teach.teach import TeachOptions
+
+    return run_teach(folder, out, take(TeachOptions, options))
+
+
+@click.command()
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1)
 @click.option("--camera", metavar="CAMERA", help="Instead of IMAGE: a number, a device file, or a GStreamer pipeline.")

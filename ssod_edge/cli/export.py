@@ -48,6 +48,14 @@ from ssod_edge.spec import FEATURE_OUTPUTS
 @click.option(
     "--features", type=click.Choice(list(FEATURE_OUTPUTS)), multiple=True, help="Features that the graph gives besides."
 )
+@click.option(
+    "--no-features",
+    "stored",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Keep no features of the training images in the export: it cannot be taught.",
+)
 @shape
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
 def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: Any) -> int:

@@ -43,6 +43,7 @@ class FitData:
         bias: float32 [M].
         id_logit: float32 [N].
         last: width of the network's last features, which distances read, at the end of `features`; 0: all of them.
+        few: classes that were taught from few photos, to which Mahalanobis++'s distance is less (`_less_for_few`).
     """
 
     features: Array
@@ -52,6 +53,7 @@ class FitData:
     bias: Array
     id_logit: Array
     last: int = 0
+    few: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n, d = self.features.shape
@@ -200,8 +202,30 @@ def fit_mahalanobispp(data: FitData) -> Detector:
     means = groups.mean + groups.offsets
     products = means / rest - (means @ rows.T) @ rows  # S^-1 m_c
     bias = 1 / rest + np.einsum("cd,cd->c", products, means)
+    if data.few:
+        bias -= _less_for_few(data, np.square(groups.within).sum(1) / rest - np.square(groups.within @ rows.T).sum(1))
     settings = groups.settings | {"dimensions": rank}
     return _of_unit_length("mahalanobispp", data, np.concatenate([rows, -2 * products]), bias, settings)
+
+
+def _less_for_few(data: FitData, distances: Wide) -> Wide:
+    """What is taken off the distance to each class that has images, [C]; 0 but for `FitData.few`.
+
+    So much is a new image of the class expected to lie further from its mean than one of the others from theirs: the
+    mean is of n photos, and the class may vary more than the covariance that the others share.
+
+    Args:
+        distances: [N], of each image to the mean of its class, which it is a part of.
+    """
+    numbers, expected = data.classes(), float(distances.mean())
+    classes = np.unique(numbers)
+    less = np.zeros(len(classes))
+    for place, label in enumerate(classes.tolist()):
+        if label in data.few:
+            own = distances[numbers == label]
+            n = max(len(own) / 2, 2)  # images and their copies
+            less[place] = max(float(own.mean()) * n / (n - 1) * (1 + 1 / n) - expected, expected / n)
+    return less
 
 
 def fit_rmdpp(data: FitData) -> Detector:

@@ -31,7 +31,7 @@ class Folds:
         weight: float32 [K, M, D].
         bias: float32 [K, M].
         counts: float32 [n], how much each image counted in the fits.
-        strength: of the fits, see `ssod_edge.training.regression.STRENGTHS`.
+        strength: of the fits, see `ssod_edge.detect.regression.STRENGTHS`.
         row, row_bias: float32 [K, D] and [K], the OOD row, fitted without each part; empty where it was not trained.
     """
 

@@ -13,11 +13,11 @@ from ssod_edge.data.sources import ImageSource, model_labels
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
+from ssod_edge.detect.regression import fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.left_out import MOST_CLASSES, expectation
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.features import compute_features, fitting_data, kept_features
-from ssod_edge.training.regression import fit_head
 from ssod_edge.training.run import Run
 
 #: Training images of a run without folds that this looks at, drawn, seeded.

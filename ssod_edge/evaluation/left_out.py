@@ -18,9 +18,9 @@ from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData, fit
 from ssod_edge.detect.folds import Folds
 from ssod_edge.detect.metrics import detection_metrics
+from ssod_edge.detect.regression import fit_layer
 from ssod_edge.detect.sums import held_out_scores, standards, sum_of
 from ssod_edge.errors import UsageError
-from ssod_edge.training.regression import fit_layer
 
 Indices = NDArray[np.int64]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
+from ssod_edge.detect.regression import LinearHead
 from ssod_edge.files import write_atomic
-from ssod_edge.training.regression import LinearHead
 
 #: The table of them, in a run folder.
 LABELS = "labels.csv"

@@ -12,9 +12,9 @@ import torch
 from ssod_edge.data.negatives import Negatives
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.metrics import detection_metrics
+from ssod_edge.detect.regression import Array, fit_head, fit_layer
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.features import Features, features_of
-from ssod_edge.training.regression import Array, fit_head, fit_layer
 from ssod_edge.training.session import Session, say
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssod_edge.data.splits import Indices
+from ssod_edge.detect.regression import LinearHead, fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.checkpoint import BEST, FOLDS
@@ -22,7 +23,6 @@ from ssod_edge.training.features import Features, check_features, features_of, f
 from ssod_edge.training.labels import unseen_probs, write_labels
 from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
-from ssod_edge.training.regression import LinearHead, fit_head
 from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.upper import (
     EPOCHS,

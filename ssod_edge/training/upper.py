@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ssod_edge.config import ClassWeights
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
+from ssod_edge.detect.regression import LEAST_DEVIATION
 from ssod_edge.errors import TrainingError, UsageError
 from ssod_edge.training.batches import load_batches
 from ssod_edge.training.features import BATCH, Features, Versions
 from ssod_edge.training.folding import folded
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
-from ssod_edge.training.regression import LEAST_DEVIATION
 from ssod_edge.training.stages import Place, maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.

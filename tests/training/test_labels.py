@@ -18,9 +18,9 @@ from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.data.splits import Splits
+from ssod_edge.detect.regression import fit_head
 from ssod_edge.training.labels import LABELS, unseen_probs, write_labels, wrong_labels
 from ssod_edge.training.model import build_model
-from ssod_edge.training.regression import fit_head
 from ssod_edge.training.run import Run
 
 SIZE = 64

@@ -20,6 +20,7 @@ from small import random_images
 from ssod_edge.cli import main
 from ssod_edge.config import LossConfig, Preprocess, TrainConfig
 from ssod_edge.data.negatives import PARTS, Negatives
+from ssod_edge.detect.regression import fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
 from ssod_edge.export.graph.negatives import ROW_SCORE, fit_default
@@ -30,7 +31,6 @@ from ssod_edge.training.loop import _Loop, train
 from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.objective import TrainStep, outlier_loss
 from ssod_edge.training.outputs import collect
-from ssod_edge.training.regression import fit_head
 from ssod_edge.training.run import Run
 from ssod_edge.training.session import Session
 

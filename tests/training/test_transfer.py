@@ -22,6 +22,7 @@ import ssod_edge.training.transfer
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, Preprocess
 from ssod_edge.data.sources import open_dataset
+from ssod_edge.detect.regression import STRENGTHS, fit_head
 from ssod_edge.errors import TrainingError, UsageError
 from ssod_edge.export.graph.score import fit_data
 from ssod_edge.export.graph.source import from_run
@@ -30,7 +31,6 @@ from ssod_edge.training.checkpoint import trunk_hash
 from ssod_edge.training.features import CACHE, features_of
 from ssod_edge.training.folding import folded
 from ssod_edge.training.model import build_model, normalise
-from ssod_edge.training.regression import STRENGTHS, fit_head
 from ssod_edge.training.run import Run
 from ssod_edge.training.stages import find_stages, pooled, stage_maps
 from ssod_edge.training.transfer import HeldOut

@@ -32,8 +32,9 @@ from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.engines.tensorrt import PlanOptions, build_plan, parse_batch
 from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.fp16 import to_fp16
-from ssod_edge.export.graph.onnx import fused_graph, save_onnx
+from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.source import from_run
+from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file

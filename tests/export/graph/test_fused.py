@@ -16,8 +16,9 @@ from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.fp16 import to_fp16
 from ssod_edge.export.graph.fused import FusedClassifier
-from ssod_edge.export.graph.onnx import check_fused, fused_graph
+from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.score_graph import score_of_graph
+from ssod_edge.export.onnx_file import check_fused
 from ssod_edge.spec import LOGIT_OUTPUTS
 from ssod_edge.training.model import SSODClassifier
 

@@ -32,12 +32,13 @@ from ssod_edge.export.deploy import deploy
 from ssod_edge.export.graph.auto_score import multiply_adds
 from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.fp16 import to_fp16
-from ssod_edge.export.graph.onnx import check_fused, fused_graph, head_rows
+from ssod_edge.export.graph.onnx import fused_graph, head_rows
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.export.graph.score import ShippedScore, fit_data, ship_score, want_score
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, FusedScore, lost_to_rounding, score_of_graph
 from ssod_edge.export.graph.source import Source, from_run, untrained
 from ssod_edge.export.int8.quantize import float_scope
+from ssod_edge.export.onnx_file import check_fused
 from ssod_edge.export.release import Say, Targets
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner

@@ -1,0 +1,167 @@
+"""Photos to be taught: read, cut to the graph's input, and turned into features by the export's own graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssod_edge.config import Preprocess
+from ssod_edge.data.disturbances import seeded_copy
+from ssod_edge.data.images import Subset, whole_dataset
+from ssod_edge.data.layout import same_name
+from ssod_edge.detect.detectors import Array
+from ssod_edge.detect.fit import Labels
+from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.export.release import Say
+from ssod_edge.teach.graph import Trunk
+from ssod_edge.terminal import image_bar
+
+#: Photos of a class that a row can be made of and judged by: one is seen, another is left out.
+LEAST_PHOTOS = 2
+#: Photos that join the reference.
+REFERENCE_PHOTOS = 64
+#: Share of a new class's photos, from which on they are taken for one class that is known.
+ALIKE = 0.8
+
+
+@dataclass(frozen=True)
+class Photos:
+    """m photos to be taught.
+
+    Attributes:
+        plain, disturbed: float32 [m, D], their features and those of a disturbed copy of each.
+        labels: int64 [m], in `classes`.
+        classes: those of the model, and the new ones after them.
+        shown: uint8 [r, 3, S, S], photos for the reference.
+        places: int64 [r], which ones these are.
+        description: for the record.
+        unreadable: messages of the photos that were left out.
+    """
+
+    plain: Array
+    disturbed: Array
+    labels: Labels
+    classes: tuple[str, ...]
+    shown: NDArray[np.uint8]
+    places: Labels
+    description: str = ""
+    unreadable: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls, classes: tuple[str, ...], width: int, settings: Preprocess) -> Photos:
+        """Nothing to teach."""
+        features, size = np.zeros((0, width), np.float32), settings.input_size
+        labels = np.zeros(0, np.int64)
+        return cls(features, features, labels, classes, np.zeros((0, 3, size, size), np.uint8), labels)
+
+
+def read_photos(data: str, classes: tuple[str, ...], settings: Preprocess, trunk: Trunk, say: Say) -> Photos:
+    """Read all that can be read; what cannot is said.
+
+    Args:
+        data: what `ssod_edge.data.sources.open_dataset` takes, with classes.
+        classes: of the model. A class of `data` with the name of one of them is that one.
+
+    Raises:
+        UsageError: no such data, one photo in two classes, or a new class with fewer than `LEAST_PHOTOS`.
+    """
+    images = whole_dataset(data, labelled=True)
+    if images.source.left_out:
+        say(images.source.left_out)
+    _check_contradictions(images)
+    known = {same_name(name): number for number, name in enumerate(classes)}
+    added = [name for name in images.source.classes if same_name(name) not in known]
+    numbers = known | {same_name(name): len(classes) + place for place, name in enumerate(added)}
+    table = np.array([numbers[same_name(name)] for name in images.source.classes], np.int64)
+    plain, disturbed, labels, shown, places = [], [], [], [], []
+    wanted = _for_reference(images.source.labels)
+    count = 0
+    with image_bar("photos", len(images)) as advance:
+        for start in range(0, len(images), 32):
+            chosen = images.indices[start : start + 32]
+            for pixels, found in images.batches(settings, chosen):
+                plain.append(trunk.features(pixels))
+                disturbed.append(trunk.features(np.stack([*map(seeded_copy, pixels)])))
+                labels.append(table[found])
+                for place in range(len(pixels)):
+                    if count + place in wanted:
+                        shown.append(pixels[place])
+                        places.append(count + place)
+                count += len(pixels)
+            advance(len(chosen))
+    for message in images.unreadable:
+        say(f"left out: {message}")
+    everything = (*classes, *added)
+    found = np.concatenate(labels) if labels else np.zeros(0, np.int64)
+    for number in table.tolist():
+        if (readable := int((found == number).sum())) < (LEAST_PHOTOS if number >= len(classes) else 1):
+            raise UsageError(
+                f"the class '{everything[number]}' of '{data}' has {readable} photos that can be read. It takes "
+                f"{LEAST_PHOTOS} for a new class, one to learn from and one to prove it by, and 20 are better"
+            )
+    return Photos(
+        np.concatenate(plain),
+        np.concatenate(disturbed),
+        found,
+        everything,
+        np.stack(shown),
+        np.array(places, np.int64),
+        f"'{data}', fingerprint {images.source.fingerprint[:12]}",
+        tuple(images.unreadable),
+    )
+
+
+def check_new(photos: Photos, before: int, taken_for: Labels, known: NDArray[np.bool_]) -> None:
+    """Raises UsageError where nearly all photos of a new class are accepted as one class that the model knows.
+
+    Args:
+        before: classes of the model.
+        taken_for: int64 [m], the class that the model gives each photo.
+        known: bool [m], whether it accepts it.
+    """
+    for label in range(before, len(photos.classes)):
+        mine = photos.labels == label
+        counts = np.bincount(taken_for[mine & known], minlength=before)
+        other, count = int(counts.argmax()), int(counts.max())
+        if count >= ALIKE * mine.sum():
+            name, like = photos.classes[label], photos.classes[other]
+            raise UsageError(
+                f"{count} of {mine.sum()} photos of '{name}' look like '{like}': the model knows them as that. If they "
+                f"are, put them into a folder '{like}'; if they are another class all the same, add --alike"
+            )
+
+
+def _for_reference(labels: Labels) -> set[int]:
+    """Places of the photos that join the reference, of every class in turn."""
+    ranks = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        ranks[mine] = np.arange(len(mine))
+    return set(np.argsort(ranks, kind="stable")[:REFERENCE_PHOTOS].tolist())
+
+
+def _check_contradictions(images: Subset) -> None:
+    """Raises UsageError where one file is in two classes."""
+    found: dict[str, int] = {}
+    source = images.source
+    for index in images.indices.tolist():
+        try:
+            digest = source.picture(index).sha256
+        except ImageError:
+            continue  # named when it is read
+        first = found.setdefault(digest, index)
+        if source.labels[first] != source.labels[index]:
+            one, other = (images.source.classes[source.labels[place]] for place in (first, index))
+            raise UsageError(
+                f"'{source.source(first)}' of class '{one}' and '{source.source(index)}' of class '{other}' are the "
+                "same photo. Remove one"
+            )
+
+
+def counts_of(labels: Sequence[int] | Labels, classes: tuple[str, ...]) -> dict[str, int]:
+    """Class -> how many photos, for the record."""
+    values, counts = np.unique(np.asarray(labels, np.int64), return_counts=True)
+    return {classes[int(value)]: int(count) for value, count in zip(values, counts, strict=True)}

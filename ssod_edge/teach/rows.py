@@ -1,0 +1,201 @@
+"""The last layer's row of a new class, from a few photos: a distance to its mean, turned into a linear row.
+
+Classes share one covariance S, of features about their class means. The difference of two squared distances is then
+linear in the features x: a class's row is S^-1 m and its bias -m' S^-1 m / 2 (Fisher's discriminant). The classes that
+are known keep the rows that regression gave them. So the new row is brought to their scale: what it is above the mean
+of the known classes' distances, times one factor, is added to the mean of their logits. Its bias is then the highest
+at which at most `TAKEN` of the known images, by models that have not seen them, change to the new class.
+
+A bias that comes from hundreds of known images, and not from five new ones, is what few photos need: the mean of five
+is uncertain, so that by distances alone most of a new class is missed, while no known image is near it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.detect.detectors import Array
+from ssod_edge.detect.fit import Labels
+from ssod_edge.detect.folds import Folds
+from ssod_edge.detect.regression import LEAST_DEVIATION
+
+#: Share of the covariance that is replaced by a sphere of the same size. The classes' own directions of variation are
+#: known from few images, and with less of a sphere known images are lost that were not seen.
+SHRINKAGE = 0.8
+#: Share of known images, rightly classified out of fold, that may change to a new class.
+TAKEN = 0.003
+#: Images whose mean distance stands for the noise of a mean.
+NOISE_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Images of one data set of features: n of known classes with their folds, m of new classes with theirs.
+
+    Attributes:
+        plain, disturbed: float32 [n + m, D]; the new ones last.
+        labels: int64 [n + m]; of the m images from M on.
+        fold: int64 [n + m].
+    """
+
+    plain: Array
+    disturbed: Array
+    labels: Labels
+    fold: Labels
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A last layer, and one without each part of the images.
+
+    Attributes:
+        weight, bias: float32 [M, D] and [M].
+        fold_weight, fold_bias: float32 [K, M, D] and [K, M].
+    """
+
+    weight: Array
+    bias: Array
+    fold_weight: Array
+    fold_bias: Array
+
+    @property
+    def classes(self) -> int:
+        """M."""
+        return len(self.bias)
+
+    @property
+    def parts(self) -> int:
+        """K."""
+        return len(self.fold_bias)
+
+    def part(self, k: int | None) -> tuple[Array, Array]:
+        """Weight and bias of the layer without part k; None: of the one that has seen all."""
+        return (self.weight, self.bias) if k is None else (self.fold_weight[k], self.fold_bias[k])
+
+
+def add_classes(heads: Heads, data: Taught, count: int) -> Heads:
+    """The same rows, and those of `count` new classes after them.
+
+    Args:
+        heads: of M classes.
+        data: of each new class, images in at least two folds.
+    """
+    known = data.labels < heads.classes
+    space = _Space(data, known)
+    rows = [space.rows(k, heads.classes + count) for k in range(heads.parts)]
+    outside = [np.flatnonzero(known & (data.fold == k)) for k in range(heads.parts)]
+    scales, margins = [], []
+    for k, images in enumerate(outside):
+        if len(images):
+            scale, margin = _against(rows[k], heads.part(k), space, data, images)
+            scales.append(scale)
+            margins.append(margin)
+    scale = float(np.median(scales))
+    # Of each image: whether it is right, and for each new class how far its row, at no bias, is above the best.
+    right = np.concatenate([found[0] for found in margins])
+    above = np.concatenate([found[1] + scale * found[2] for found in margins])
+    offsets = -np.quantile(above[right], 1 - TAKEN, axis=0, method="higher")
+    fold_rows = [space.head(rows[k], heads.part(k), scale, offsets) for k in range(heads.parts)]
+    weight, bias = space.head(space.rows(None, heads.classes + count), heads.part(None), scale, offsets)
+    return Heads(weight, bias, np.stack([w for w, _ in fold_rows]), np.stack([b for _, b in fold_rows]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Discriminants of M known and C new classes on standardised features: [M + C, D] and [M + C]."""
+
+    weight: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+
+
+class _Space:
+    """Standardised features, and covariances about the class means, of all known images but those of a part."""
+
+    def __init__(self, data: Taught, known: npt.NDArray[np.bool_]):
+        both = np.concatenate([data.plain, data.disturbed])
+        inside = np.tile(known, 2)
+        self.mean = both[inside].mean(axis=0)
+        self.deviation = np.maximum(both[inside].std(axis=0), LEAST_DEVIATION)
+        self.x = (both - self.mean) / self.deviation
+        self.labels, self.fold, self.known = np.tile(data.labels, 2), np.tile(data.fold, 2), inside
+        rows = self.x[inside]
+        self.products = rows.T @ rows
+
+    def rows(self, k: int | None, classes: int) -> _Rows:
+        """Discriminants by the images outside part k; None: by all."""
+        from scipy.linalg import solve  # a dependency of scikit-learn
+
+        seen = np.ones(len(self.x), bool) if k is None else self.fold != k
+        means, counts = np.zeros((classes, self.x.shape[1]), np.float32), np.zeros(classes)
+        for c in range(classes):
+            chosen = self.x[seen & (self.labels == c)]
+            counts[c] = len(chosen)
+            if len(chosen):
+                means[c] = chosen.mean(axis=0)
+        m = int(self.labels[self.known].max()) + 1
+        products = self.products
+        if k is not None:
+            left = self.x[self.known & (self.fold == k)]
+            products = products - left.T @ left
+        weighted = means[:m] * np.sqrt(counts[:m])[:, None].astype(np.float32)
+        covariance = (products - weighted.T @ weighted) / np.float32(max(counts[:m].sum(), 1))
+        level = np.float32(max(float(np.trace(covariance)) / len(covariance), LEAST_DEVIATION))
+        covariance *= np.float32(1 - SHRINKAGE)
+        covariance[np.diag_indices_from(covariance)] += np.float32(SHRINKAGE) * level
+        some = np.flatnonzero(seen & self.known)[:: max(1, int((seen & self.known).sum()) // NOISE_IMAGES)]
+        residuals = self.x[some] - means[self.labels[some]]
+        wanted = np.concatenate([means, residuals]).T
+        solved = solve(covariance, wanted, overwrite_a=True, check_finite=False, assume_a="pos").T
+        weight = solved[:classes]
+        bias = -0.5 * np.einsum("cd,cd->c", weight, means)
+        noise = float(np.einsum("nd,nd->n", solved[classes:], residuals).mean())
+        bias[m:] += noise / np.maximum(counts[m:], 1)  # of twice the photos, with their copies: half of 2 / n
+        return _Rows(weight.astype(np.float32), bias.astype(np.float32))
+
+    def head(
+        self, rows: _Rows, known: tuple[Array, Array], scale: float, offsets: npt.NDArray[np.floating]
+    ) -> tuple[Array, Array]:
+        """Known rows on the features as they are, and the new ones after them."""
+        weight, bias = known
+        m = len(bias)
+        new = scale * (rows.weight[m:] - rows.weight[:m].mean(axis=0)) / self.deviation
+        constant = scale * (rows.bias[m:] - rows.bias[:m].mean()) - new @ self.mean + offsets
+        return (
+            np.concatenate([weight, weight.mean(axis=0) + new]).astype(np.float32),
+            np.concatenate([bias, bias.mean() + constant]).astype(np.float32),
+        )
+
+
+def _against(
+    rows: _Rows, head: tuple[Array, Array], space: _Space, data: Taught, images: npt.NDArray[np.intp]
+) -> tuple[float, tuple[npt.NDArray[np.bool_], Array, Array]]:
+    """How the discriminants stand to the logits on images that neither has seen.
+
+    Copies have no say: a class that differs by its colour is where a copy in other colours lies.
+
+    Returns:
+        the factor that brings the one to the other; and for each image whether its class is right, the mean logit less
+        the largest [n, 1], and each new discriminant less the mean of the known ones [n, C].
+    """
+    m = len(head[1])
+    logits = data.plain[images] @ head[0].T + head[1]
+    found = space.x[images] @ rows.weight.T + rows.bias
+    middle = found[:, :m].mean(axis=1, keepdims=True)
+    centred, spread = logits - logits.mean(axis=1, keepdims=True), found[:, :m] - middle
+    scale = float((centred * spread).sum() / max(float(np.square(spread).sum()), 1e-12))
+    right = logits.argmax(axis=1) == data.labels[images]
+    return scale, (right, (logits.mean(axis=1) - logits.max(axis=1))[:, None], found[:, m:] - middle)
+
+
+def spread(count: int, folds: int, seed: int = 0) -> Labels:
+    """A fold for each of so many images, as evenly as can be: int64 [count]."""
+    found: Labels = np.random.default_rng(seed).permutation(np.arange(count) % folds).astype(np.int64)
+    return found
+
+
+def with_folds(folds: Folds, heads: Heads, images: Labels, fold: Labels, counts: Array) -> Folds:
+    """The folds of other images, with other last layers; the OOD row stays."""
+    return Folds(images, fold, heads.fold_weight, heads.fold_bias, counts, folds.strength, folds.row, folds.row_bias)

@@ -1,0 +1,355 @@
+"""`ssod-edge teach`: a new export of an old one, with classes more or less, proved and verified. Needs no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssod_edge.data.layout import same_name
+from ssod_edge.detect.detectors import Array
+from ssod_edge.detect.fit import Labels
+from ssod_edge.detect.scores import ood_scores
+from ssod_edge.detect.stored import StoredFeatures, load_features, save_features
+from ssod_edge.detect.sums import FittedScore, save_score
+from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.export.engines.artifact import make_artifact
+from ssod_edge.export.onnx_file import save_onnx
+from ssod_edge.export.release import Draft, Say, release
+from ssod_edge.files import sha256_file, write_atomic
+from ssod_edge.json_reader import read_json
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import is_installed
+from ssod_edge.runtime.verify import TOLERANCES
+from ssod_edge.spec import (
+    DETECTOR_NAME,
+    FEATURES_NAME,
+    REFERENCE_NAME,
+    SPEC_NAME,
+    Artifact,
+    Spec,
+    Threshold,
+    check_files,
+)
+from ssod_edge.teach.fitted import Fitted, Lesson, fit_lesson, outputs, without_classes
+from ssod_edge.teach.graph import End, Trunk, check_teachable, with_end
+from ssod_edge.teach.photos import Photos, check_new, counts_of, read_photos
+from ssod_edge.teach.proof import Answers, Proof, check, prove
+from ssod_edge.teach.rows import Heads
+
+#: Precisions of the ONNX graphs that get other rows.
+PRECISIONS = ("fp32", "fp16")
+#: Images of a reference.
+REFERENCE_IMAGES = 256
+#: A class that was taught from fewer photos has its distances lessened (`FitData.few`).
+FEW = 200
+
+
+@dataclass(frozen=True)
+class TeachOptions:
+    """What to teach, and what it may cost.
+
+    Attributes:
+        data: CLASS/IMAGE folders, or what else `open_dataset` takes; None teaches nothing.
+        forget: names of classes to take out.
+        max_drop: points of the other classes' accuracy that may be lost.
+        alike: teach a class although its photos look like a known one.
+    """
+
+    data: str | None = None
+    forget: tuple[str, ...] = ()
+    max_drop: float = 1.0
+    alike: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data is None and not self.forget:
+            raise UsageError("there is nothing to teach: give DATA, CLASS/IMAGE folders of photos, or --forget CLASS")
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(f"max_drop must lie between 0 and 100 points, got {self.max_drop}")
+
+
+class Model:
+    """An export as it is taught: its graphs, its features, and what it says."""
+
+    def __init__(self, export: Export):
+        import onnx
+
+        self.export, self.spec = export, export.spec
+        self.graphs = {a.precision: a for a in self.spec.artifacts if a.engine == "onnxruntime"}
+        if not self.spec.features:
+            raise UsageError(
+                f"'{export.folder}' holds no features of the images that it was fitted on, so it cannot be taught: "
+                "it was exported with --no-features or by an earlier release, or training changed its features. "
+                "Export a run of `train --tune head`"
+            )
+        if "fp32" not in self.graphs or self.graphs["fp32"].threshold is None:
+            raise UsageError(f"'{export.folder}' holds no ONNX graph in fp32 with a threshold. Export with --fp32")
+        self.stored = load_features(export.folder, self.spec)
+        width = self.stored.plain.shape[1]
+        self.state: FittedScore | None = export.score_state(width)
+        self.rows = len(self.spec.classes) + 1 + (0 if self.state is None else self.state.rows)
+        self.trunk = Trunk(onnx.load(check_files(export.folder, self.graphs["fp32"])), self.rows)
+        m, folds = len(self.spec.classes), self.stored.folds
+        weight, bias = self.trunk.weight, self.trunk.bias
+        self.heads = Heads(weight[:m], bias[:m], folds.weight, folds.bias)
+        self.row: Array = np.append(weight[m], bias[m]).astype(np.float32)
+
+    @property
+    def threshold(self) -> Threshold:
+        """Of the fp32 graph."""
+        threshold = self.graphs["fp32"].threshold
+        assert threshold is not None
+        return threshold
+
+    def say_of(self, features: Array) -> tuple[Array, Array, Array]:
+        """Logits, id_logit and score of features [n, D]."""
+        return outputs(features, self.heads.weight, self.heads.bias, self.row, self.state, self.spec.score_name)
+
+
+def teach(
+    folder: str | Path, out: str | Path, options: TeachOptions, say: Say = lambda line: None
+) -> tuple[Spec, tuple[str, ...]]:
+    """Make a new export; the old one is not changed.
+
+    Args:
+        folder: an export folder, or the run folder that holds it.
+        out: the new export folder.
+        options: what to teach.
+        say: gets a line for each step.
+
+    Returns:
+        the spec that was written, and the messages of photos that could not be read.
+
+    Raises:
+        UsageError: an export that cannot be taught, or photos that cannot teach it.
+        MissingExtraError: onnx, onnxruntime or scikit-learn is not installed.
+        ArtifactError: a file of the export is damaged.
+        VerificationError: more would be lost than may be, or an artifact drifted; nothing is released.
+        OutputError: the new folder cannot be written. In every case the old export is unchanged.
+    """
+    _check_installed()
+    started = time.monotonic()
+    export = Export.at(folder)
+    if Path(out).resolve() == export.folder.resolve():
+        raise UsageError(
+            f"'{out}' is the export that is taught: name another folder with -o, so that it stays as it is"
+        )
+    if not export.spec.trained:
+        raise UsageError("untrained weights cannot be taught: their features mean nothing")
+    model = Model(export)
+    gone = _forgotten(model.spec.classes, options.forget)
+    stored, heads = without_classes(model.stored, model.heads, gone) if len(gone) else (model.stored, model.heads)
+    classes = tuple(name for number, name in enumerate(model.spec.classes) if number not in gone)
+    photos = Photos.none(classes, stored.plain.shape[1], model.spec.preprocess)
+    if options.data is not None:
+        photos = read_photos(options.data, classes, model.spec.preprocess, model.trunk, say)
+        say(f"features of {len(photos.labels)} photos and a disturbed copy of each, {time.monotonic() - started:.1f} s")
+    check_teachable(model.spec.score_name, len(model.spec.classes), len(photos.classes))
+    logits, _, score = model.say_of(photos.plain)
+    known_before = score <= model.threshold.value
+    if not options.alike and not len(gone):
+        check_new(photos, len(classes), logits.argmax(axis=1), known_before)
+    few = _few(model.spec, photos)
+    fitted = fit_lesson(Lesson(stored, heads, model.row, photos, model.spec.score_name, few))
+    n = len(fitted.scores)
+    description = f"stored features of {n} images, out of fold, {len(photos.labels)} of them taught"
+    threshold = fitted.threshold(model.threshold.target_tpr, description)
+    proof = _prove(model, stored, heads, fitted, photos, threshold, known_before, options.max_drop)
+    for line in proof.lines():
+        say(line)
+    say(f"fitted and proved, {time.monotonic() - started:.1f} s")
+    with release(Path(out), say) as draft:
+        _write(draft, model, fitted, photos, threshold, _record(model.spec, options, photos, proof), say)
+        draft.prove(lambda runners: {}, together=False)
+    return draft.spec, photos.unreadable
+
+
+def _check_installed() -> None:
+    import importlib.util
+
+    for module in ("onnx", "onnxruntime", "sklearn"):
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(module, "teaching an export", "teach")
+
+
+def _forgotten(classes: tuple[str, ...], names: Sequence[str]) -> Labels:
+    """Numbers of classes by their names."""
+    numbers = {same_name(name): number for number, name in enumerate(classes)}
+    for name in names:
+        if same_name(name) not in numbers:
+            raise UsageError(f"--forget '{name}': the model has no such class; it has: {', '.join(classes)}")
+    return np.unique(np.array([numbers[same_name(name)] for name in names], np.int64))
+
+
+def _few(spec: Spec, photos: Photos) -> tuple[int, ...]:
+    """Numbers of the classes that were taught from few photos, now or before."""
+    taught = dict(spec.features.get("taught", {}))
+    for name, count in counts_of(photos.labels, photos.classes).items():
+        if name in taught or name not in spec.classes:
+            taught[name] = taught.get(name, 0) + count
+    return tuple(number for number, name in enumerate(photos.classes) if 0 < taught.get(name, 0) < FEW)
+
+
+def _prove(
+    model: Model,
+    stored: StoredFeatures,
+    heads: Heads,
+    fitted: Fitted,
+    photos: Photos,
+    threshold: Threshold,
+    known_before: np.ndarray[Any, np.dtype[np.bool_]],
+    max_drop: float,
+) -> Proof:
+    """Compare before and after, on images of the classes that were there and that stay; see `check` for errors."""
+    m, old = heads.classes, len(stored.folds.images)
+    held = stored.held_out
+    features = stored.plain[held].astype(np.float32)
+    labels = np.concatenate([stored.labels[stored.folds.images], stored.labels[held]])
+    in_folds = stored.folds.logits(stored.plain[stored.folds.images].astype(np.float32))
+    was = outputs(features, heads.weight, heads.bias, model.row, model.state, model.spec.score_name)
+    now = fitted.say_of(features)
+    no_score = np.zeros(old, np.float32)
+    before = Answers.of(
+        np.concatenate([in_folds, was[0]]), np.concatenate([no_score, was[2]]), model.threshold.value, labels
+    )
+    after = Answers.of(
+        np.concatenate([fitted.logits[:old], now[0]]),
+        np.concatenate([fitted.scores[:old], now[2]]),
+        threshold.value,
+        labels,
+    )
+    held_out = np.arange(len(labels)) >= old
+    proof = prove(before, after, labels, held_out, photos.classes)
+    new = {}
+    for label in range(m, len(photos.classes)):
+        mine = np.flatnonzero(photos.labels == label)
+        right = fitted.logits[old + mine].argmax(axis=1) == label
+        accepted = right & (fitted.scores[old + mine] <= threshold.value)
+        new[photos.classes[label]] = {
+            "photos": len(mine),
+            "recall": float(right.mean()),
+            "accepted": float(accepted.mean()),
+            "known_before": float(known_before[mine].mean()),
+        }
+    proof = replace(proof, new=new)
+    check(proof, before, after, held_out, max_drop)
+    return proof
+
+
+def _record(spec: Spec, options: TeachOptions, photos: Photos, proof: Proof) -> dict[str, Any]:
+    """The spec's `source` of the new export, but for its parent's hash."""
+    facts = {key: value for key, value in spec.source.items() if key not in ("checkpoint_sha256", "weights_sha256")}
+    lesson = {
+        "photos": counts_of(photos.labels, photos.classes),
+        "data": photos.description,
+        "forgotten": list(options.forget),
+        "proof": proof.record,
+    }
+    return {**facts, "taught": lesson}
+
+
+def _write(
+    draft: Draft, model: Model, fitted: Fitted, photos: Photos, threshold: Threshold, source: dict[str, Any], say: Say
+) -> None:
+    """Every file of the new export; the spec has no figures yet."""
+    folder, spec = draft.folder, model.spec
+    detector: dict[str, Any] = {}
+    if fitted.state is not None:
+        taught = f"{spec.detector['data']}, and {len(photos.labels)} photos that were taught"
+        saved = save_score(fitted.state, folder / DETECTOR_NAME)
+        counts = {"images": len(fitted.scores), "disturbed_copies": len(fitted.scores)}
+        detector = {"sha256": sha256_file(saved), "data": taught, **counts, "settings": fitted.state.settings}
+    features = sha256_file(save_features(fitted.stored, folder / FEATURES_NAME))
+    earlier = spec.features.get("taught", {})
+    lesson = {
+        name: earlier.get(name, 0) + count
+        for name, count in source["taught"]["photos"].items()
+        if name in earlier or name not in spec.classes
+    }
+    kept = {name: count for name, count in earlier.items() if name in photos.classes}
+    reference = _write_reference(folder / REFERENCE_NAME, model, fitted, photos)
+    new = replace(
+        spec,
+        classes=photos.classes,
+        reference_sha256=sha256_file(reference),
+        source={**source, "parent_sha256": str(read_json(model.export.folder / SPEC_NAME).get("sha256"))},
+        detector=detector,
+        choice={},
+        expected={},
+        temperature=fitted.temperature,
+        features={
+            "sha256": features,
+            "images": len(fitted.stored.labels),
+            "held_out": len(fitted.stored.held_out),
+            "taught": kept | lesson,
+        },
+        artifacts=(),
+    )
+    draft.write(replace(new, artifacts=tuple(_artifacts(folder, model, fitted, photos.classes, threshold, say))))
+
+
+def _artifacts(
+    folder: Path, model: Model, fitted: Fitted, classes: tuple[str, ...], threshold: Threshold, say: Say
+) -> list[Artifact]:
+    """The artifacts that the old export has and that can be made here, each with the threshold."""
+    import onnx
+
+    spec = model.spec
+    weight = np.concatenate([fitted.heads.weight, model.row[None, :-1]])
+    end = End(weight, np.append(fitted.heads.bias, model.row[-1]), classes, fitted.state, fitted.temperature)
+    made: dict[str, Artifact] = {}
+    for precision in PRECISIONS:
+        graph = model.graphs.get(precision)
+        if graph is None:
+            continue
+        parent = onnx.load(check_files(model.export.folder, graph))
+        path = save_onnx(with_end(parent, model.rows, end), folder / f"model-{precision}.onnx")
+        for old in spec.artifacts:
+            if old.precision == precision and old.engine in ("onnxruntime", "openvino") and is_installed(old.engine):
+                new = make_artifact(old.engine, precision, path, folder, ("onnx",))
+                build = {**graph.build, **new.build}
+                versions = {**graph.versions, **new.versions}
+                made[old.name] = replace(new, versions=versions, build=build, threshold=threshold)
+    for old in spec.artifacts:
+        if old.name not in made:
+            say(f"left out: {old.name}, which teach does not make. Export the run with the new photos for it")
+    return [made[old.name] for old in spec.artifacts if old.name in made]
+
+
+def _write_reference(path: Path, model: Model, fitted: Fitted, photos: Photos) -> Path:
+    """Images of the old reference and new photos, and what NumPy computes for them from their features.
+
+    Raises:
+        VerificationError: the old graph's features do not give what PyTorch said of the old reference.
+    """
+    old = model.export.reference()
+    with np.load(model.export.folder / REFERENCE_NAME, allow_pickle=False) as file:
+        labels = file["label"].astype(np.int64) if "label" in file else np.full(len(old["image"]), -1)
+    kept = max(1, min(len(old["image"]), REFERENCE_IMAGES - len(photos.shown)))
+    images = old["image"][:kept]
+    features = model.trunk.features(images)
+    logits, id_logit, _ = model.say_of(features)
+    worst = max(np.abs(logits - old["logits"][:kept]).max(), np.abs(id_logit - old["id_logit"][:kept]).max())
+    allowed = TOLERANCES["fp32"].logit * (1 + np.abs(old["logits"]).max())
+    if not worst <= allowed:
+        raise VerificationError(
+            f"the features of '{model.export.folder}' do not give its reference: a logit differs by {worst:.3g}, at "
+            f"most {allowed:.3g} allowed. Export the run again"
+        )
+    numbers = {same_name(name): number for number, name in enumerate(photos.classes)}
+    table = np.array([*(numbers.get(same_name(name), -1) for name in model.spec.classes), -1], np.int64)
+    features = np.concatenate([features, photos.plain[photos.places]])
+    logits, id_logit, score = fitted.say_of(features)
+    arrays: dict[str, Any] = {
+        "image": np.concatenate([images, photos.shown]),
+        "label": np.concatenate([table[labels[:kept]], photos.labels[photos.places]]),
+        "logits": logits,
+        "id_logit": id_logit,
+    }
+    arrays |= {f"score_{name}": values for name, values in ood_scores(logits, id_logit).items()}
+    arrays[f"score_{fitted.name}"] = score
+    return write_atomic(path, lambda temporary: np.savez_compressed(temporary, **arrays))

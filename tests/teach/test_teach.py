@@ -1,0 +1,222 @@
+"""`ssod-edge teach`: new classes in an export, from a few photos, without PyTorch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import save_file
+from small import random_images
+
+import ssod_edge
+from ssod_edge.cli import main
+from ssod_edge.config import Preprocess
+from ssod_edge.files import sha256_file
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import open_runner
+from ssod_edge.spec import load_spec, save_spec
+from ssod_edge.training.model import build_model
+
+CLASSES = ("a", "b", "c", "d", "e")
+SIZE = 64
+
+
+def write_photos(folder: Path, classes: str, each: int, seed: int) -> Path:
+    """Images of a colour and a pattern for each class."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        colour = np.random.default_rng((5, ord(name))).integers(0, 256, 3)
+        for index, image in enumerate(random_images(each, seed=rng.integers(1 << 30)).numpy()):
+            mixed = 0.4 * image.transpose(1, 2, 0) + 0.6 * colour + rng.normal(0, 3, (SIZE, SIZE, 3))
+            path = folder / name / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `train --tune head` on five classes."""
+    root = tmp_path_factory.mktemp("teach")
+    torch.manual_seed(3)
+    save_file(build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE)).backbone.state_dict(), root / "w")
+    (root / "w").rename(root / "w.safetensors")
+    photos = write_photos(root / "photos", "abcde", 30, seed=1)
+    backbone = ["--backbone", "test_efficientnet", "--size", SIZE, "--weights", root / "w.safetensors"]
+    done = run("train", photos, *backbone, "--workers", 0, "--tune", "head", "-o", root / "runs", "--name", "run")
+    assert done.exit_code == 0, done.output
+    return root / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    """Its export, on both engines in both precisions. Nobody changes it."""
+    done = run("export", trained, "--score", "gen+mahalanobispp")
+    assert done.exit_code == 0, done.output
+    assert "features.npz: " in done.output
+    return trained / "export"
+
+
+@pytest.fixture(scope="module")
+def light(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one artifact, which is quicker. Nobody changes it."""
+    folder = tmp_path_factory.mktemp("light") / "export"
+    shutil.copytree(exported, folder)
+    spec = load_spec(folder)
+    save_spec(replace(spec, artifacts=(spec.artifact("onnx-fp32"),)), folder)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
+    before = snapshot(exported)
+    photos = write_photos(tmp_path / "new", "fg", 10, seed=2)
+    done = run("teach", exported, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 5)
+    assert done.exit_code == 0, done.output
+    assert snapshot(exported) == before
+    spec, old = load_spec(tmp_path / "taught"), load_spec(exported)
+    assert spec.classes == (*CLASSES, "f", "g")
+    assert [a.name for a in spec.artifacts] == [a.name for a in old.artifacts]
+    assert all(a.verification["passed"] and a.threshold is not None for a in spec.artifacts)
+    assert spec.source["taught"]["photos"] == {"f": 10, "g": 10}
+    assert "checkpoint_sha256" not in spec.source and len(spec.source["parent_sha256"]) == 64
+    fresh = write_photos(tmp_path / "fresh", "abcdefg", 10, seed=3)
+    for artifact in spec.artifacts:
+        with ssod_edge.open(tmp_path / "taught", artifact=artifact.name) as model:
+            right = {
+                name: np.mean([model.predict(path).class_name == name for path in (fresh / name).iterdir()])
+                for name in "abcdefg"
+            }
+        assert min(right["f"], right["g"]) >= 0.7 and np.mean(list(right.values())) >= 0.85, right
+
+
+def test_the_photos_of_a_known_class_that_are_taught_change_its_rows_and_no_name(light, tmp_path):
+    photos = write_photos(tmp_path / "more", "b", 6, seed=4)
+    (photos / "b" / "broken.png").write_bytes(b"no picture")
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--max-drop", 10)
+    assert done.exit_code == 1, done.output  # one photo was left out
+    assert "left out: " in done.output and "broken.png" in done.output
+    spec = load_spec(tmp_path / "taught")
+    assert spec.classes == CLASSES and spec.source["taught"]["photos"] == {"b": 6}
+    assert spec.features["images"] == load_spec(light).features["images"] + 6
+
+
+def test_a_taught_export_is_taught_again_and_forgets(light, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    photos = write_photos(tmp_path / "new", "f", 5, seed=5)
+    assert run("teach", light, photos, "-o", first, "--alike", "--max-drop", 10).exit_code == 0
+    assert load_spec(first).features["taught"] == {"f": 5}
+    again = write_photos(tmp_path / "again", "g", 5, seed=6)
+    done = run("teach", first, again, "-o", second, "--forget", "a", "--alike", "--max-drop", 10)
+    assert done.exit_code == 0, done.output
+    spec = load_spec(second)
+    assert spec.classes == ("b", "c", "d", "e", "f", "g")
+    assert spec.features["taught"] == {"f": 5, "g": 5} and spec.source["taught"]["forgotten"] == ["a"]
+    assert spec.source["parent_sha256"] != load_spec(first).source["parent_sha256"]
+    with open_runner(second) as runner:  # verified against NumPy's reference
+        assert runner.artifact.verification is not None and runner.artifact.verification["passed"]
+
+
+def test_what_would_cost_too_much_is_not_released(light, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssod_edge.teach.rows.TAKEN", 0.5)
+    before = snapshot(light)
+    photos = write_photos(tmp_path / "new", "f", 5, seed=5)
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike")
+    assert done.exit_code == 4
+    assert "nothing is released: the accuracy of the other classes falls by" in done.output
+    assert "who pays: " in done.output
+    assert not (tmp_path / "taught").exists() and snapshot(light) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("photos", "options", "message"),
+    [
+        ({"new": ("a", 10)}, (), r"of 10 photos of 'new' look like 'a': the model knows them as that"),
+        ({"new": ("f", 1)}, (), "the class 'new' of '.*' has 1 photos that can be read. It takes 2"),
+        ({"new": ("f", 5), "empty": ("f", 0)}, (), "class folder 'empty' of '.*' holds no images"),
+        ({"new": ("f", 5)}, ("--forget", "x"), "--forget 'x': the model has no such class"),
+        (
+            {},
+            ("--forget", "a", "--forget", "b", "--forget", "c", "--forget", "d"),
+            "1 of 5 classes would be left",
+        ),
+        ({}, (), "there is nothing to teach"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused_with_the_reason(light, tmp_path, photos, options, message):
+    for name, (like, count) in photos.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for path in write_photos(tmp_path / name, like, count, seed=7).glob("*/*"):
+            path.rename(tmp_path / "photos" / name / path.name)
+    data = [tmp_path / "photos"] if photos else []
+    done = run("teach", light, *data, "-o", tmp_path / "taught", *options)
+    assert done.exit_code == 2 and re.search(message, done.output), done.output
+    assert not (tmp_path / "taught").exists()
+
+
+def test_one_photo_in_two_classes_is_refused(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "fg", 3, seed=8)
+    shutil.copy(photos / "f" / "000.png", photos / "g" / "copy.png")
+    done = run("teach", light, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and "are the same photo. Remove one" in " ".join(done.output.split())
+
+
+def test_the_export_itself_is_never_overwritten(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    done = run("teach", light, photos, "-o", light)
+    assert done.exit_code == 2 and "name another folder with -o" in done.output
+
+
+def test_an_export_without_features_says_what_it_cannot_do(light, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(light, bare)
+    (bare / "features.npz").unlink()
+    save_spec(replace(load_spec(bare), features={}), bare)
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    done = run("teach", bare, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and "holds no features of the images that it was fitted on" in done.output
+
+
+def test_features_that_were_changed_are_refused(light, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(light, damaged)
+    content = bytearray((damaged / "features.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "features.npz").write_bytes(bytes(content))
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    done = run("teach", damaged, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 4 and "features.npz' was changed or cut short" in done.output
+
+
+def test_no_features_leaves_them_out(trained, tmp_path):
+    done = run("export", trained, "-o", tmp_path / "bare", "--no-features", "--target", "onnx", "--fp32")
+    assert done.exit_code == 0 and "features.npz" not in done.output
+    assert not (tmp_path / "bare" / "features.npz").exists() and Export.at(tmp_path / "bare").spec.features == {}
+
+
+def test_teaching_loads_no_pytorch(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    code = (
+        "import sys\nfrom ssod_edge.cli import main\n"
+        f"try: main(['teach', {str(light)!r}, {str(photos)!r}, '-o', {str(tmp_path / 't')!r}, '--forget', 'zz'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "2 False\n", done.stderr
