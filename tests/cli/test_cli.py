@@ -55,6 +55,7 @@ def test_commands_are_listed_in_the_order_of_work() -> None:
         "predict",
         "monitor",
         "review",
+        "teach",
         "calibrate",
         "doctor",
     ]
