@@ -49,11 +49,15 @@ def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:
     """
     producer = {output: node for node in graph.graph.node for output in node.output}
     linear = {name for name, node in producer.items() if node.op_type in LINEAR_OPS}
-    found = _behind(producer, ["logits", "probs", "id_logit", "ood_score"], linear) & linear
+    found = _behind(producer, ["logits", "probs", "id_logit"], linear) & linear
     if len(found) != 1:
-        raise VerificationError(f"classes and score must come from exactly one Gemm, found {len(found)}")
+        raise VerificationError(f"the classes must come from exactly one Gemm, found {len(found)}")
     head = producer[next(iter(found))]
-    twins = [name for name in linear if producer[name].input[0] == head.input[0]]
+    features = head.input[0]
+    # A norm reads the features too, and behind them a transformer has linear layers of its own.
+    if others := _behind(producer, ["ood_score"], {*linear, features}) & linear - found - {features}:
+        raise VerificationError(f"classes and score must come from exactly one Gemm, found {1 + len(others)}")
+    twins = [name for name in linear if producer[name].input[0] == features]
     weights = {w.name: tuple(w.dims) for w in graph.graph.initializer}
     shape = weights.get(head.input[1], ())
     if len(twins) != 1 or rows not in shape:

@@ -554,7 +554,7 @@ def test_a_detector_that_fp32_does_not_hold_is_no_candidate() -> None:
         assert least < lost_to_rounding(fit("rmd", collapsed(noise)), held_out.features, held_out.logits) < most
     rounding = lambda detector: lost_to_rounding(detector, held_out.features, held_out.logits)  # noqa: E731
     fitted = fit_all(collapsed(1e-3), lambda detector: rounding(detector) <= MOST_ROUNDING, lines.append)
-    assert "rmd" not in fitted and "knn" in fitted
+    assert "rmd" not in fitted
     assert any(line.startswith("no candidate: rmd: fp32 does not hold it") for line in lines)
 
 

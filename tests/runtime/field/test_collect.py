@@ -64,7 +64,8 @@ def lines(folder: Path) -> list[dict]:
 
 
 def images(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg")}
+    """What a kill leaves of a file that was being written is hidden."""
+    return {path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg") and path.name[0] != "."}
 
 
 def open_model(export: Path) -> Predictor:
