@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import Labels
-from ssod_edge.detect.folds import Folds
 from ssod_edge.detect.regression import LEAST_DEVIATION
 
 #: Share of the covariance that is replaced by a sphere of the same size. The classes' own directions of variation are
@@ -194,8 +193,3 @@ def spread(count: int, folds: int, seed: int = 0) -> Labels:
     """A fold for each of so many images, as evenly as can be: int64 [count]."""
     found: Labels = np.random.default_rng(seed).permutation(np.arange(count) % folds).astype(np.int64)
     return found
-
-
-def with_folds(folds: Folds, heads: Heads, images: Labels, fold: Labels, counts: Array) -> Folds:
-    """The folds of other images, with other last layers; the OOD row stays."""
-    return Folds(images, fold, heads.fold_weight, heads.fold_bias, counts, folds.strength, folds.row, folds.row_bias)

@@ -34,8 +34,8 @@ from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError, missing_extra
 from ssod_edge.files import append_lines, beside, exclusive, make_directory, sha256_file, write_atomic, write_json
 from ssod_edge.json_reader import parse_json, read_json
-from ssod_edge.runtime.field.collect import Collected, Shelf, write_index
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
+from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
 from ssod_edge.terminal import printable
 
 GROUPS, CLASSES, DECISIONS = "groups", "classes", "decisions.jsonl"

@@ -553,8 +553,8 @@ def test_a_detector_that_fp32_does_not_hold_is_no_candidate() -> None:
         held_out = collapsed(noise, seed=2)
         assert least < lost_to_rounding(fit("rmd", collapsed(noise)), held_out.features, held_out.logits) < most
     rounding = lambda detector: lost_to_rounding(detector, held_out.features, held_out.logits)  # noqa: E731
-    fitted = fit_all(collapsed(1e-3), lambda detector: rounding(detector) <= MOST_ROUNDING, lines.append)
-    assert "rmd" not in fitted
+    fits = lambda detector: rounding(detector) <= MOST_ROUNDING  # noqa: E731
+    assert "rmd" not in fit_all(collapsed(1e-3), fits, lines.append)
     assert any(line.startswith("no candidate: rmd: fp32 does not hold it") for line in lines)
 
 

@@ -29,8 +29,9 @@ from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import OutputError, UsageError
 from ssod_edge.files import append_lines
 from ssod_edge.runtime.field import collect as module
-from ssod_edge.runtime.field.collect import INDEX, Collected, Shelf, weigh, without_secrets
+from ssod_edge.runtime.field.collect import weigh, without_secrets
 from ssod_edge.runtime.field.descriptors import WIDTH, from_base64, of_pixels, to_base64, unit
+from ssod_edge.runtime.field.shelf import INDEX, Collected, Shelf
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.spec import Threshold
 

@@ -18,7 +18,7 @@ from ssod_edge import Collector
 from ssod_edge.cli import main
 from ssod_edge.data.layout import FolderReader, check_layout
 from ssod_edge.runtime.field import review as module
-from ssod_edge.runtime.field.collect import Shelf
+from ssod_edge.runtime.field.shelf import Shelf
 
 pytest.importorskip("sklearn", reason="needs the extra 'teach'")
 
