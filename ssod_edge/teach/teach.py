@@ -87,7 +87,10 @@ class Model:
                 "Export a run of `train --tune head`"
             )
         if "fp32" not in self.graphs or self.graphs["fp32"].threshold is None:
-            raise UsageError(f"'{export.folder}' holds no ONNX graph in fp32 with a threshold. Export with --fp32")
+            raise UsageError(
+                f"'{export.folder}' holds no ONNX graph in fp32 with a threshold. Export with --fp32, for every target "
+                "or with --target onnx"
+            )
         self.stored = load_features(export.folder, self.spec)
         width = self.stored.plain.shape[1]
         self.state: FittedScore | None = export.score_state(width)
