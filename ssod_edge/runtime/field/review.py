@@ -1,14 +1,14 @@
-"""Sorting what was collected into classes, by folders that a person renames.
+"""Sorting what was collected into classes: groups of what looks alike, decisions, and folders that a person renames.
 
-`--folders` makes `GROUPS` in the collected folder: images that look alike lie in one folder (hard links, so that they
+`ssod_edge.runtime.field.review_page` shows the groups on a page, and ends with the same `carry_out`. `--folders` makes `GROUPS` in the collected folder: images that look alike lie in one folder (hard links, so that they
 take no room twice), and `groups.json` says which image was put where. `--done` compares that with what is there now:
 
 - a folder with another name is a class, new or known: its images go to CLASS/IMAGE;
 - images in a folder `discard`, and those that were deleted, are deleted from the collected folder too;
 - a folder that kept its name is undecided, and its images stay collected.
 
-For each image a decision is logged before anything is removed, so a kill at any instant loses nothing, and `--done`
-again goes on. Descriptors of different kinds (`ssod_edge.runtime.field.collect`) are grouped apart.
+For each image a decision is logged before anything is removed, so a kill at any instant loses nothing, and the same
+command again goes on. Descriptors of different kinds (`ssod_edge.runtime.field.collect`) are grouped apart.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,19 +32,31 @@ from ssod_edge.config import Preprocess
 from ssod_edge.data.layout import is_image, is_other, is_shown, same_name
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError, missing_extra
-from ssod_edge.files import append_lines, beside, exclusive, make_directory, sha256_file, write_atomic, write_json
+from ssod_edge.files import (
+    append_lines,
+    beside,
+    claim,
+    exclusive,
+    make_directory,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from ssod_edge.json_reader import parse_json, read_json
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
 from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
 from ssod_edge.terminal import printable
 
 GROUPS, CLASSES, DECISIONS = "groups", "classes", "decisions.jsonl"
+#: What was decided on the page and is not carried out yet.
+DRAFT = "draft.jsonl"
 #: The list of what was put where, in `GROUPS`.
 _LIST = "groups.json"
 #: Names of folders: of images that are like no other, and of what nobody needs.
 SINGLES, DISCARD = "singles", "discard"
 #: Groups are joined while the mean cosine between their images is at least this.
 TOGETHER = {"pixels": 0.6, "features": 0.5}
+BY_PIXELS = "pixels tell little; images are sorted better of a model that was exported --features pooled"
 
 
 @dataclass(frozen=True)
@@ -66,28 +78,42 @@ class Decision:
     time: str
 
 
-def run_review(folder: str, done: bool, out: str | None) -> int:
-    """Make the folders, or take them as decisions; returns the exit code.
+@contextmanager
+def reviewing(folder: str) -> Iterator[Path]:
+    """The collected folder, while no other process reviews it.
 
     Raises:
-        UsageError: nothing was collected there; groups are waiting already, or none are; a file lies in a wrong place.
-        ArtifactError: the list of the groups is damaged.
-        OutputError: a file cannot be written.
-        MissingExtraError: scikit-learn is not installed.
+        UsageError: nothing was collected there.
+        BusyError: another process is at it.
+        OutputError: a file cannot be written; an OSError of the block becomes one.
     """
     place = Path(folder)
     if not place.is_dir():
         raise UsageError(f"'{folder}' is no folder. Make one with: ssod-edge predict ... --collect DIR")
     try:
-        with exclusive(place):
-            for remains in place.glob(f".{GROUPS}.*"):  # of a run that was killed
-                shutil.rmtree(remains)
-            decide(place, Path(out) if out else place / CLASSES) if done else make_groups(place)
+        with claim(place / ".review.lock", f"'{folder}' is being reviewed"):
+            yield place
     except OSError as error:
         where = error.filename or folder
         raise OutputError(
             f"cannot write '{where}': {error.strerror or error}. Nothing is lost; run it again."
         ) from error
+
+
+def run_review(folder: str, done: bool, out: str | None) -> int:
+    """Make the folders, or take them as decisions; returns the exit code.
+
+    Raises:
+        UsageError: nothing was collected there; groups are waiting already, or none are; a file lies in a wrong place.
+        BusyError: another process reviews it.
+        ArtifactError: the list of the groups is damaged.
+        OutputError: a file cannot be written.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    with reviewing(folder) as place, exclusive(place):
+        for remains in place.glob(f".{GROUPS}.*"):  # of a run that was killed
+            shutil.rmtree(remains)
+        decide(place, Path(out) if out else place / CLASSES) if done else make_groups(place)
     return EXIT_OK
 
 
@@ -99,23 +125,16 @@ def make_groups(folder: Path) -> None:
             f"'{target}' is there already. Rename its folders, then: ssod-edge review {folder} --folders --done; or "
             "delete it to sort anew"
         )
+    if (folder / DRAFT).exists():
+        raise UsageError(
+            f"'{folder / DRAFT}' holds decisions of the page. Go on with: ssod-edge review {folder}; or delete it"
+        )
     shelf = Shelf(folder)
     lines = {line.file: line for line in shelf.lines}
-    kinds: dict[str, dict[str, Floats]] = {}
-    for row, line in enumerate(shelf.lines):
-        kinds.setdefault(line.described_by, {})[line.file] = shelf.vectors[row]
-    for name in sorted(shelf.loose):
-        with suppress(ImageError):  # one that cannot be read stays where it is
-            pixels = read_pixels(folder / name, Preprocess(input_size=64))
-            kinds.setdefault("pixels", {})[name] = unit(of_pixels(pixels))
-    if not kinds:
+    groups, kinds = find_groups(folder, shelf)
+    if not groups:
         raise UsageError(f"'{folder}' holds no collected images")
-    groups = [group for kind, vectors in kinds.items() for group in _alike(kind, vectors)]
-    groups.sort(key=lambda group: (-len(group), group[0]))
-    width = max(2, len(str(len(groups))))
-    placed = {f"group-{n:0{width}}": group for n, group in enumerate((g for g in groups if len(g) > 1), 1)}
-    if singles := sorted(name for group in groups if len(group) == 1 for name in group):
-        placed[SINGLES] = singles
+    placed = name_groups(groups)
     made = beside(target, f".{GROUPS}.")
     for group, names in placed.items():
         for name in names:
@@ -123,16 +142,43 @@ def make_groups(folder: Path) -> None:
     write_json(made / _LIST, {name: group for group, names in placed.items() for name in names})
     made.rename(target)
     for group, names in placed.items():
-        click.echo(
-            f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {_taken_for(names, lines)}".rstrip()
-        )
-    by = sorted({kind.split(":")[0] for kind in kinds})
+        click.echo(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
     click.echo(
-        f"Sorted by {' and '.join(by)} in '{target}'. Rename folders to classes or to '{DISCARD}', move images as you "
-        f"like, then: ssod-edge review {folder} --folders --done"
+        f"Sorted by {' and '.join(kinds)} in '{target}'. Rename folders to classes or to '{DISCARD}', move images as "
+        f"you like, then: ssod-edge review {folder} --folders --done"
     )
-    if "pixels" in by:
-        click.echo("note: pixels tell little; images are sorted better of a model that was exported --features pooled")
+    if "pixels" in kinds:
+        click.echo(f"note: {BY_PIXELS}")
+
+
+def find_groups(folder: Path, shelf: Shelf, but: Collection[str] = frozenset()) -> tuple[list[list[str]], list[str]]:
+    """Names of the collected images (`but` these) in groups of what looks alike, and what they were sorted by.
+
+    The largest group comes first. One image alone is a group too. Images without a line that cannot be read, or whose
+    name is no Unicode, are in none.
+    """
+    kinds: dict[str, dict[str, Floats]] = {}
+    for row, line in enumerate(shelf.lines):
+        if line.file not in but:
+            kinds.setdefault(line.described_by, {})[line.file] = shelf.vectors[row]
+    for name in sorted(shelf.loose.keys() - set(but)):
+        with suppress(ImageError, UnicodeEncodeError):
+            name.encode()
+            pixels = read_pixels(folder / name, Preprocess(input_size=64))
+            kinds.setdefault("pixels", {})[name] = unit(of_pixels(pixels))
+    groups = [group for kind, vectors in kinds.items() for group in _alike(kind, vectors)]
+    groups.sort(key=lambda group: (-len(group), group[0]))
+    return groups, sorted({kind.split(":")[0] for kind in kinds})
+
+
+def name_groups(groups: Sequence[Sequence[str]], first: int = 1) -> dict[str, list[str]]:
+    """group-01, group-02, ... -> their images, from a number on, and `SINGLES` -> those that are like no other."""
+    width = max(2, len(str(len(groups))))
+    several = (group for group in groups if len(group) > 1)
+    placed = {f"group-{n:0{width}}": list(group) for n, group in enumerate(several, first)}
+    if singles := sorted(name for group in groups if len(group) == 1 for name in group):
+        placed[SINGLES] = singles
+    return placed
 
 
 def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
@@ -154,7 +200,7 @@ def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
     return [[name for name, own in zip(names, found, strict=True) if own == group] for group in np.unique(found)]
 
 
-def _taken_for(names: Sequence[str], lines: dict[str, Collected]) -> str:
+def taken_for(names: Sequence[str], lines: dict[str, Collected]) -> str:
     """What the model said of a group."""
     own = [lines[name] for name in names if name in lines]
     said = Counter(line.class_name for line in own).most_common(2)
@@ -180,28 +226,50 @@ def decide(folder: Path, out: Path) -> None:
     placed = _read_list(folder)
     found = _found(groups, placed)
     _check(groups, found, placed)
-    shelf = Shelf(folder)
-    lines = {line.file: line for line in shelf.lines}
-    logged = _logged(folder / DECISIONS)
-    classes: Counter[str] = Counter()
-    for name, files in found.items():
-        if name not in placed.values() and name != DISCARD:
-            target = _class_folder(out, name)
-            for file in files:
-                _link(groups / name / file, _free(target, groups / name / file))
-            _log(folder, [(file, target.name) for file in files], placed, lines, logged)
-            classes[target.name] += len(files)
-            _remove(folder, groups / name, files)
+    named = [name for name in found if name not in placed.values() and name != DISCARD]
+    classes = {name: [groups / name / file for file in found[name]] for name in named}
     there = {file for files in found.values() for file in files}
     deleted = [file for file in placed if file not in there and (folder / file).exists()]
-    discarded = sorted({*deleted, *found.get(DISCARD, [])})
-    _log(folder, [(file, None) for file in discarded], placed, lines, logged)
-    _remove(folder, groups / DISCARD, discarded)
+    discarded = [groups / DISCARD / file for file in sorted({*deleted, *found.get(DISCARD, [])})]
+    report = carry_out(folder, out, classes, discarded, placed)
     ending = beside(groups, f".{GROUPS}.")
     groups.rename(ending)
     shutil.rmtree(ending)
+    for line in report:
+        click.echo(line)
+
+
+def carry_out(
+    folder: Path, out: Path, classes: dict[str, list[Path]], discarded: Sequence[Path], placed: dict[str, str]
+) -> list[str]:
+    """Put images into their classes, log each decision, and take the images out of the collected folder.
+
+    Call it within `exclusive`. After a kill at any instant, the same call ends the work.
+
+    Args:
+        folder: the collected folder.
+        out: gets CLASS/IMAGE.
+        classes: name -> its images, in the collected folder itself or linked from there.
+        discarded: images that nobody needs; these files may be gone already.
+        placed: image -> its group, for the log.
+
+    Returns:
+        the lines of the report.
+    """
+    lines = {line.file: line for line in Shelf(folder).lines}
+    logged = _logged(folder / DECISIONS)
+    counts: Counter[str] = Counter()
+    for name, images in classes.items():
+        target = _class_folder(out, name)
+        for image in images:
+            _link(image, _free(target, image))
+        _log(folder, [(image.name, target.name) for image in images], placed, lines, logged)
+        counts[target.name] += len(images)
+        _remove(folder, images)
+    _log(folder, [(image.name, None) for image in discarded], placed, lines, logged)
+    _remove(folder, discarded)
     write_index(folder, Shelf(folder))
-    _report(folder, out, classes, len(discarded), {line.class_name for line in lines.values()})
+    return _report(folder, out, counts, len(discarded), {line.class_name for line in lines.values()})
 
 
 def _read_list(folder: Path) -> dict[str, str]:
@@ -296,20 +364,21 @@ def _log(
         append_lines(folder / DECISIONS, rows)
 
 
-def _remove(folder: Path, group: Path, files: Sequence[str]) -> None:
-    """Take images out of the collected folder, and then out of their group."""
-    for file in files:
-        (folder / file).unlink(missing_ok=True)
-        (group / file).unlink(missing_ok=True)
+def _remove(folder: Path, images: Sequence[Path]) -> None:
+    """Take images out of the collected folder, and then out of where they lie."""
+    for image in images:
+        (folder / image.name).unlink(missing_ok=True)
+        image.unlink(missing_ok=True)
 
 
-def _report(folder: Path, out: Path, classes: Counter[str], discarded: int, known: set[str]) -> None:
-    for name, count in sorted(classes.items()):
-        click.echo(printable(f"{name}: {count} image{'s' if count > 1 else ''}"))
+def _report(folder: Path, out: Path, counts: Counter[str], discarded: int, known: set[str]) -> list[str]:
+    report = []
+    for name, count in sorted(counts.items()):
+        report.append(printable(f"{name}: {count} image{'s' if count > 1 else ''}"))
         alike = [other for other in known if other != name and other.casefold() == name.casefold()]
         if alike:
-            click.echo(printable(f"note: '{name}' is a new class beside '{alike[0]}', which the model knows"))
-    left = len(Shelf(folder).lines) + len(Shelf(folder).loose)
-    click.echo(f"{discarded} discarded, {left} undecided; log in '{folder / DECISIONS}'")
-    if classes:
-        click.echo(f"Classes are in '{out}'")
+            report.append(printable(f"note: '{name}' is a new class beside '{alike[0]}', which the model knows"))
+    shelf = Shelf(folder)
+    left = len(shelf.lines) + len(shelf.loose)
+    report.append(f"{discarded} discarded, {left} undecided; log in '{folder / DECISIONS}'")
+    return [*report, f"Classes are in '{out}'"] if counts else report
