@@ -119,23 +119,34 @@ def monitor(file: str, as_json: bool) -> int:
 
 @click.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--folders", is_flag=True, help="Sort the images into folders for you to rename.")
+@click.option("--folders", is_flag=True, help="No page: sort the images into folders for you to rename.")
 @click.option("--done", is_flag=True, help="With --folders: take the renamed folders as decisions.")
 @click.option("-o", "--out", type=click.Path(file_okay=False), help="Where classes go. Default: DIR/classes.")
-def review(folder: str, folders: bool, done: bool, out: str | None) -> int:
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of the page; 0: any that is free.")
+@click.option("--no-browser", is_flag=True, help="Print the page's address, and open no browser.")
+def review(folder: str, folders: bool, done: bool, out: str | None, port: int, no_browser: bool) -> int:
     """Sort what predict --collect kept into classes.
 
-    --folders makes DIR/groups/group-01/ and so on, of images that look alike. Rename a folder to a class, new or known;
-    rename it to `discard`, or delete it or images in it, for what nobody needs; move images as you like; what keeps its
-    number stays undecided. --folders --done then makes CLASS/IMAGE files of them, for train, and logs each decision.
+    A page on this machine shows groups of what looks alike, to be named, discarded, split and joined by keys; ? lists
+    them. "Finish" makes CLASS/IMAGE files of them, for teach and train, and logs each decision. Until then nothing is
+    moved, and what was decided is kept.
+
+    --folders makes DIR/groups/group-01/ and so on instead. Rename a folder to a class, new or known; rename it to
+    `discard`, or delete it or images in it, for what nobody needs; move images as you like; what keeps its number stays
+    undecided. --folders --done then does what "Finish" does.
     """
     from ssod_edge.runtime.field.review import run_review
+    from ssod_edge.runtime.field.review_page import run_page
 
-    if not folders:
-        raise click.UsageError("give --folders")
-    if out is not None and not done:
-        raise click.UsageError("--out belongs to --folders --done")
-    return run_review(folder, done, out)
+    if done and not folders:
+        raise click.UsageError("--done belongs to --folders")
+    if folders:
+        if out is not None and not done:
+            raise click.UsageError("--out belongs to the page, or to --folders --done")
+        if lonely := sorted({"--port", "--no-browser"} & set(given())):
+            raise click.UsageError(f"{lonely[0]} belongs to the page, which --folders does without")
+        return run_review(folder, done, out)
+    return run_page(folder, out, port, not no_browser)
 
 
 @click.command()

@@ -1,6 +1,8 @@
 """Sorting what was collected into classes: groups of what looks alike, decisions, and folders that a person renames.
 
-`ssod_edge.runtime.field.review_page` shows the groups on a page, and ends with the same `carry_out`. `--folders` makes `GROUPS` in the collected folder: images that look alike lie in one folder (hard links, so that they
+`ssod_edge.runtime.field.review_page` shows the groups on a page, and ends with the same `carry_out`.
+
+`--folders` makes `GROUPS` in the collected folder: images that look alike lie in one folder (hard links, so that they
 take no room twice), and `groups.json` says which image was put where. `--done` compares that with what is there now:
 
 - a folder with another name is a class, new or known: its images go to CLASS/IMAGE;
