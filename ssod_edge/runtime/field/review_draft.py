@@ -219,7 +219,7 @@ def class_name(text: str) -> str:
         raise UsageError("a class needs a name")
     if "/" in name or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         raise UsageError(f"'{printable(name)}' cannot be the name of a folder: it holds '/' or a control character")
-    if not is_shown(name):
+    if name == "." or not is_shown(name):
         raise UsageError(f"'{name}' would be a hidden folder, or is a system's: its images would not be read")
     if name in (DISCARD, SINGLES) or _GROUP.fullmatch(name):
         raise UsageError(f"'{name}' is what a review calls its own folders. Choose another name")

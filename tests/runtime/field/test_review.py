@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from collected import picture
 from PIL import Image
 
 import ssod_edge
@@ -21,14 +21,6 @@ from ssod_edge.runtime.field import review as module
 from ssod_edge.runtime.field.shelf import Shelf
 
 pytest.importorskip("sklearn", reason="needs the extra 'teach'")
-
-
-def picture(kind: int, number: int) -> Image.Image:
-    """One of a kind: a coarse pattern, with a part of its own."""
-    base = np.random.default_rng(kind).normal(0, 25, (4, 4, 1))
-    own = np.random.default_rng(1000 * kind + number + 1).normal(0, 11, (4, 4, 1))
-    pixels = np.clip(90 + base + own - (base + own).mean(), 0, 255).astype(np.uint8)
-    return Image.fromarray(pixels.repeat(3, 2).repeat(12, 0).repeat(12, 1))
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +234,8 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collected: Path
     assert review(tmp_path / "none", "--folders").exit_code == 2
     (tmp_path / "empty").mkdir()
     assert "holds no collected images" in review(tmp_path / "empty", "--folders").stderr
-    assert "give --folders" in review(collected).stderr
+    assert "--done belongs to --folders" in review(collected, "--done").stderr
+    assert "--port belongs to the page" in review(collected, "--folders", "--port", "8000").stderr
     assert review(collected, "--folders", "-o", tmp_path).exit_code == 2
     groups = sort(collected)
     (groups / "groups.json").write_text("{")
