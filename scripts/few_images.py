@@ -24,7 +24,7 @@ from ssod_edge.export.graph.score import fit_data
 from ssod_edge.export.graph.source import from_run
 from ssod_edge.files import write_json
 
-SCORE = "gen+mahalanobispp"
+SCORE = "gen+mahalanobispp+residual"
 EACH, DRAWS = (10, 20, 50), 6
 
 

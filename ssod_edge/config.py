@@ -43,7 +43,7 @@ Outlier = Literal["rotate", "shuffle", "zoom", "blend"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["auto", "reference"]
 ScoreName = Literal["ssod", "msp", "maxlogit", "energy", "gen", "posterior"]
-DetectorName = Literal["vim", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn"]
+DetectorName = Literal["vim", "residual", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 BALANCES: tuple[str, ...] = get_args(Balance)
@@ -63,9 +63,9 @@ AUTO_SCORE = "auto"
 
 #: The score of a model whose images are not at hand.
 DEFAULT_SCORE: ScoreName = "energy"
-#: The score of a model whose images are at hand, until the evidence is for another: doubt between the classes, or far
-#: from all of them.
-PRIOR_SCORE = "gen+mahalanobispp"
+#: The score of a model whose images are at hand, until the evidence is for another: doubt between the classes, far from
+#: all of them, or outside of what all training images span.
+PRIOR_SCORE = "gen+mahalanobispp+residual"
 
 
 def resolve_backbone(name: str) -> str:

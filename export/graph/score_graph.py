@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssod_edge.detect.detectors import TINY, UNIT_LENGTH, Array, Detector
-from ssod_edge.detect.rows import sum_numbers, unit_rows
+from ssod_edge.detect.rows import residual_factors, sum_numbers, unit_rows
 from ssod_edge.detect.scores import GEN_CLASSES, GEN_GAMMA
 from ssod_edge.detect.sums import SHARPNESS, FittedScore, ScoreSum
 from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
@@ -89,8 +89,8 @@ class _Plain(nn.Module):
             if "ssod" in free:
                 lowest[0].add_row(-free.pop("ssod"), *head)
             terms += lowest
+        terms += [_residual(parts[name], scales[name]) for name in ("vim", "residual") if name in parts]
         if "vim" in parts:
-            terms.append(_residual(parts["vim"], scales["vim"]))
             free["energy"] = free.get("energy", 0.0) + scales["vim"]
         terms += [_UnitLength(parts[name], scales[name]) for name in parts if name in UNIT_LENGTH]
         self.terms, self.free = nn.ModuleList(terms), free
@@ -154,11 +154,10 @@ def _squares(distances: list[tuple[Detector, float]]) -> _Squares:
     return _Squares(np.concatenate(weights), np.concatenate(biases), np.concatenate(factors), center, start)
 
 
-def _residual(vim: Detector, scale: float) -> _Squares:
-    """ViM without its energy."""
-    factor = (scale * vim.numbers["alpha"]) ** 2
-    factors = np.repeat([factor, -factor if vim.center.size else factor], [len(vim.center), len(vim.bias)])
-    return _Squares(vim.weight, vim.bias, factors, vim.center, vim.start, root=True)
+def _residual(detector: Detector, scale: float) -> _Squares:
+    """ViM without its energy, or the distance alone."""
+    factors = residual_factors(detector, scale)
+    return _Squares(detector.weight, detector.bias, factors, detector.center, detector.start, root=True)
 
 
 class _Lowest(_Term):

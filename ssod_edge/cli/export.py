@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ssod_edge.cli.options import COUNT, given, newest, shape, take, tpr
-from ssod_edge.config import SHIPPED_SCORES
+from ssod_edge.config import PRIOR_SCORE, SHIPPED_SCORES
 from ssod_edge.spec import FEATURE_OUTPUTS
 
 
@@ -37,7 +37,7 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     metavar="NAME|NAME+NAME...|auto",
     help=f'Which score says "unknown": {", ".join(SHIPPED_SCORES)}, or a sum of some; auto: the best on held-out '
     "images for at most 1% more multiply-adds. Default: that of the export that is there, else auto for a network "
-    "that was trained with spoiled copies (--outliers), else gen+mahalanobispp, or energy without training images.",
+    f"that was trained with spoiled copies (--outliers), else {PRIOR_SCORE}, or energy without training images.",
 )
 @tpr
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")

@@ -8,7 +8,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, DETECTORS, NEED_OOD_ROW, PRIOR_SCORE, SCORES, DetectorName
+from ssod_edge.config import (
+    AUTO_SCORE,
+    DEFAULT_SCORE,
+    DETECTORS,
+    NEED_OOD_ROW,
+    PRIOR_SCORE,
+    SCORES,
+    DetectorName,
+    score_parts,
+)
 from ssod_edge.data.images import LEAST_IMAGES
 from ssod_edge.detect.detectors import Array, Detector
 from ssod_edge.detect.fit import FitData, Labels, fit
@@ -30,7 +39,7 @@ LEFT_OUT = "left out"
 #: Parts of the sums that are candidates: one that the logits are in (ViM's energy, too) and one distance, and the OOD
 #: row where it was trained.
 LOGIT_PARTS = ("gen", "energy", "maxlogit", "vim")
-DISTANCES = ("mahalanobispp", "rmdpp", "knn", "vim", "mahalanobis", "rmd")
+DISTANCES = ("mahalanobispp", "rmdpp", "knn", "vim", "residual", "mahalanobis", "rmd")
 #: Candidates whose regret is this near to the least are level: of 2,000 images, a difference of a point is noise.
 LEVEL = 0.01
 #: Of n held-out images, half of which are made into each kind, a figure has a standard error of about 0.4 / sqrt(n).
@@ -230,7 +239,8 @@ class Candidates:
         self.detectors = detectors
         self.singles = tuple(known)
         self.standards = standards(known)
-        pairs = [(logit, distance) for logit in LOGIT_PARTS for distance in DISTANCES if logit != distance]
+        pairs: list[tuple[str, ...]] = [(one, other) for one in LOGIT_PARTS for other in DISTANCES if one != other]
+        pairs.append(score_parts(PRIOR_SCORE))
         sums = [*pairs, *(("ssod", *rest) for rest in (*((distance,) for distance in DISTANCES), *pairs))]
         usable = {name for name in self.singles if self.standards[name][1] > 0}
         self.sums = {

@@ -33,6 +33,7 @@ class Detector:
     e(l) = -logsumexp(l):
 
         vim            alpha |y| + e(logits); with a center: |y|^2 is |v - center|^2 - |y|^2
+        residual       the same without alpha and e; |v - center|^2 is of (v - center) / spread
         rmd            |y[:Q]|^2 + min(y[Q:])
         mahalanobis    the same; with a center: scale |v - center|^2 - |y[:Q]|^2 + min(y[Q:])
         rmdpp          min(u[Q:]) + |u[:Q]|^2
@@ -47,6 +48,7 @@ class Detector:
         numbers: those above.
         settings: what it was fitted with, for the record.
         start: first of the features that it reads.
+        spread: float32 [D - start] that features less the center are divided by, or [0].
     """
 
     name: DetectorName
@@ -56,6 +58,7 @@ class Detector:
     numbers: dict[str, float] = field(default_factory=dict)
     settings: dict[str, float | str] = field(default_factory=dict)
     start: int = 0
+    spread: Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def rows(self) -> int:
@@ -90,12 +93,13 @@ class Detector:
             sign = 1 if self.name == "rmdpp" else -1
             return np.asarray(u[:, quadratic:].min(axis=1) + sign * np.square(u[:, :quadratic]).sum(axis=1))
         y = z @ weight + self.bias
-        if self.name == "vim":
+        if self.name in ("vim", "residual"):
             squared = np.square(y).sum(axis=1)
             if self.center.size:
-                squared = np.maximum(np.square(v - self.center).sum(axis=1) - squared, 0)
+                away = (v - self.center) / self.spread if self.spread.size else v - self.center
+                squared = np.maximum(np.square(away).sum(axis=1) - squared, 0)
             residual: Wide = np.sqrt(squared)
-            return self.numbers["alpha"] * residual + _energy(given)
+            return self.numbers["alpha"] * residual + _energy(given) if self.name == "vim" else residual
         distance: Wide = np.square(y[:, :quadratic]).sum(axis=1)
         if self.center.size:
             distance = self.numbers["scale"] * np.square(v - self.center).sum(axis=1) - distance
@@ -114,11 +118,12 @@ def write_detector(detector: Detector) -> dict[str, npt.NDArray[Any]]:
         "names": np.array(names),
         "numbers": np.array([detector.numbers[name] for name in names], np.float64),
         "start": np.array(detector.start),
+        "spread": detector.spread,
     }
 
 
 def read_detector(arrays: Mapping[str, npt.NDArray[Any]]) -> Detector:
-    """One without `start`, as earlier releases wrote it, reads all features.
+    """One without `start`, as earlier releases wrote it, reads all features; one without `spread` has none.
 
     Raises:
         KeyError, ValueError: the arrays are not those of a detector.
@@ -128,7 +133,8 @@ def read_detector(arrays: Mapping[str, npt.NDArray[Any]]) -> Detector:
     if name not in DETECTORS:
         raise ValueError(f"unknown detector '{name}'")
     weight, bias, center = (np.asarray(arrays[key], np.float32) for key in ("weight", "bias", "center"))
-    return Detector(name, weight, bias, center, numbers, start=int(arrays.get("start", 0)))  # type: ignore[arg-type]
+    start, spread = int(arrays.get("start", 0)), np.asarray(arrays.get("spread", []), np.float32)
+    return Detector(name, weight, bias, center, numbers, start=start, spread=spread)  # type: ignore[arg-type]
 
 
 def _energy(logits: Wide) -> Wide:

@@ -17,13 +17,17 @@ Labels = npt.NDArray[np.int64]
 #: Share of the mean variance that is added to every direction of a covariance: features have directions in which
 #: nothing varies, and 16-bit noise must not be blown up along them.
 RIDGE = 1e-3
-#: Principal directions that ViM and Mahalanobis keep if there are no more classes.
+#: Principal directions that Mahalanobis keeps if there are no more classes.
 PRINCIPAL = 64
 #: Largest term over the result (ViM's squared residual) or its spread (Mahalanobis), up to which a difference is taken
 #: in fp32: it loses 1e-7 of the term.
 CANCELLATION = 1e3
-#: Directions that Mahalanobis++ keeps.
+#: Directions that ViM, the residual and Mahalanobis++ keep (docs/detection.md).
 RANK = 64
+#: Least deviation of a feature that is divided by, as a share of the mean one.
+LEAST_DEVIATION = 0.1
+#: Training images for each direction that ViM and the residual keep, at least.
+IMAGES_A_DIRECTION = 4
 #: Least variance of unit-length features in a direction: fp32 loses the distances of a smaller one.
 LEAST_VARIANCE = 1e-5
 #: Prototypes of a class, as long as all classes together have no more than so many. So many images are all prototypes.
@@ -104,13 +108,8 @@ def fit(name: DetectorName, data: FitData) -> Detector:
     if name not in DETECTORS:
         raise UsageError(f"detector must be one of {', '.join(DETECTORS)}, got '{name}'")
     fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn}
-    fits |= {"mahalanobispp": fit_mahalanobispp, "rmdpp": fit_rmdpp}
+    fits |= {"mahalanobispp": fit_mahalanobispp, "rmdpp": fit_rmdpp, "residual": fit_residual}
     return fits[name](data)
-
-
-def _dimensions(data: FitData, width: int) -> int:
-    """Principal directions to keep: one for each class, at least `PRINCIPAL` and at most width / 2."""
-    return min(width // 2, max(PRINCIPAL, len(data.bias)))
 
 
 def fit_vim(data: FitData) -> Detector:
@@ -123,25 +122,48 @@ def fit_vim(data: FitData) -> Detector:
     |R v|^2 is |v|^2 - |P v|^2, which takes d rows instead of D - d. It stays exact if v is first moved along P to the
     middle of the training features: R does not see that, and both terms become small.
 
-    d (see `_dimensions`) is the paper's 1000 for a ResNet-50 on ImageNet; its 512 for narrower features is no better
-    with ten classes, and takes eight times the rows (docs/detection.md).
+    d is `RANK`, or as many as there are classes; a quarter of the images at most, because what few images span leaves
+    nothing out. The paper's 1000 takes four times the rows (docs/detection.md).
     """
-    z, width = data.features.astype(np.float64), data.features.shape[1]
-    dimensions = _dimensions(data, width)
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
-    v = z - origin
-    _, vectors = np.linalg.eigh(v.T @ v / len(v))  # ascending
-    principal, residual = vectors[:, width - dimensions :].T, vectors[:, : width - dimensions].T
-    norms = np.linalg.norm(v @ residual.T, axis=1)
-    alpha = float(data.logits.astype(np.float64).max(axis=1).mean() / max(norms.mean(), TINY))
-    middle = origin + principal.T @ (principal @ v.mean(axis=0))
-    share = np.square(z - middle).sum(axis=1) / np.maximum(np.square(norms), TINY)
-    settings: dict[str, float | str] = {"dimensions": dimensions}
-    if dimensions < width - dimensions and share.max() <= CANCELLATION:
-        settings["rows"] = "principal space"
-        return Detector("vim", _f(principal), _f(-principal @ middle), _f(middle), {"alpha": alpha}, settings)
+    found, norms = _residual("vim", data, origin, np.ones(1))
+    return replace(found, numbers={"alpha": float(data.logits.max(axis=1).mean() / max(norms.mean(), TINY))})
+
+
+def fit_residual(data: FitData) -> Detector:
+    """How far a feature lies from the space that training features span: |R x| with x = (z - m) / s.
+
+    m is the mean of each feature and s its deviation, R as in ViM, but for x. So an early stage, whose features are
+    small, is heard like the last one, and nothing depends on the classifier. Features that hardly vary are divided by
+    a share of the mean deviation: what a dead one does is noise.
+    """
+    deviation = data.features.std(axis=0, dtype=np.float64)
+    least = max(LEAST_DEVIATION * float(deviation.mean()), TINY)
+    mean = data.features.mean(axis=0, dtype=np.float64)
+    return _residual("residual", data, mean, np.maximum(deviation, least))[0]
+
+
+def _residual(name: DetectorName, data: FitData, origin: Wide, spread: Wide) -> tuple[Detector, Wide]:
+    """|R (z - origin) / spread|, and that of the training images; origin [D], spread [D] or [1]."""
+    width = data.features.shape[1]
+    dimensions = max(1, min(width // 2, len(data.features) // IMAGES_A_DIRECTION, max(RANK, len(data.bias))))
+    v = (data.features - _f(origin)) / _f(spread)
+    principal = _f(_largest(v.T @ v / np.float32(len(v)), dimensions)[1].T)
+    moved = principal.T @ (principal @ v.mean(axis=0))
+    v -= moved
+    lengths = np.square(v).sum(axis=1, dtype=np.float64)
+    squares = np.maximum(lengths - np.square(v @ principal.T).sum(axis=1, dtype=np.float64), 0)
+    settings: dict[str, float | str] = {"dimensions": dimensions, "rows": "principal space"}
+    if dimensions < width - dimensions and (lengths / np.maximum(squares, TINY)).max() <= CANCELLATION:
+        rows, center = principal / _f(spread), _f(origin + spread * moved)
+        divisor = _f(spread) if len(spread) == width else _f([])
+        return Detector(name, rows, _f(-rows @ center), center, settings=settings, spread=divisor), np.sqrt(squares)
+    wide = (data.features - origin) / spread
+    _, vectors = np.linalg.eigh(wide.T @ wide)  # ascending
+    kept = vectors[:, : width - dimensions].T
+    rest = kept / spread
     settings["rows"] = "residual space"
-    return Detector("vim", _f(residual), _f(-residual @ origin), numbers={"alpha": alpha}, settings=settings)
+    return Detector(name, _f(rest), _f(-rest @ origin), settings=settings), np.linalg.norm(wide @ kept.T, axis=1)
 
 
 def fit_mahalanobis(data: FitData) -> Detector:
@@ -156,10 +178,10 @@ def fit_mahalanobis(data: FitData) -> Detector:
     (z - m)' S^-1 (z - m) - 2 o_c' S^-1 (z - m) + o_c' S^-1 o_c. Taken about m, no term is much larger than the
     distance, so that fp32 holds the difference; where one is, all D directions are rows and nothing is subtracted.
 
-    d is that of `_dimensions`.
+    d is `PRINCIPAL`, or as many as there are classes.
     """
     groups, width = _Groups.of(data), data.read.shape[1]
-    dimensions = _dimensions(data, width)
+    dimensions = min(width // 2, max(PRINCIPAL, len(data.bias)))
     largest = groups.variances[width - dimensions :]
     rest = float(groups.variances[: width - dimensions].mean())
     rows = np.sqrt(np.maximum(1 / rest - 1 / largest, 0))[:, None] * groups.directions[:, width - dimensions :].T
@@ -196,9 +218,12 @@ def fit_mahalanobispp(data: FitData) -> Detector:
     1 / v - |A u|^2 - 2 m_c' S^-1 u + m_c' S^-1 m_c: but for the squares of A u it is linear in u, so that nothing is
     computed of the D features but their length.
     """
-    groups, rank, width = _Groups.of_unit(data), min(RANK, data.read.shape[1] // 2), data.read.shape[1]
-    rest, kept = groups.variances[: width - rank].mean(), groups.variances[width - rank :]
-    rows = np.sqrt(np.maximum(1 / rest - 1 / kept, 0))[:, None] * groups.directions[:, width - rank :].T
+    groups, covariance = _Groups.of_unit(data)
+    width = len(covariance)
+    rank = min(RANK, width // 2)
+    kept, directions = _largest(covariance, rank)
+    rest = max((float(np.trace(covariance, dtype=np.float64)) - float(kept.sum())) / (width - rank), LEAST_VARIANCE)
+    rows = np.sqrt(np.maximum(1 / rest - 1 / np.maximum(kept, LEAST_VARIANCE), 0))[:, None] * directions.T
     means = groups.mean + groups.offsets
     products = means / rest - (means @ rows.T) @ rows  # S^-1 m_c
     bias = 1 / rest + np.einsum("cd,cd->c", products, means)
@@ -235,7 +260,8 @@ def fit_rmdpp(data: FitData) -> Detector:
     is below S in directions in which no training image varies, if features outnumber images, and then the further an
     image lies in them, the more it counts as known. Here S0 >= S, so that no distance ever becomes an argument for it.
     """
-    groups = _Groups.of_unit(data)
+    groups, covariance = _Groups.of_unit(data)
+    groups.whiten(covariance.astype(np.float64), LEAST_VARIANCE)
     rows = groups.between()
     # |A (u - m)|^2 is |A u|^2 and what is linear in u, and so is the distance to a class, less that to the middle.
     whitened = groups.offsets @ groups.whitening.T
@@ -295,23 +321,23 @@ def _spherical_kmeans(unit: Array, k: int, rng: np.random.Generator) -> Array:
 
 
 class _Groups:
-    """Class means and the whitening of the covariance that the classes share.
+    """Class means and the covariance that the classes share.
 
     Attributes:
         mean: [D], of all images.
         offsets: [C, D], class means less `mean`, of the C classes that have images.
         shares: [C], of the images.
+        within: [N, D], each image less the mean of its class.
         variances, directions: [D], ascending, and [D, D], a column each: of the covariance within the classes.
         whitening: L [D, D], with L' L its inverse.
     """
 
-    def __init__(self, features: Array, classes: Labels) -> None:
-        z = features.astype(np.float64)
+    def __init__(self, z: npt.NDArray[np.floating[Any]], classes: Labels) -> None:
         present, index, counts = np.unique(classes, return_inverse=True, return_counts=True)
-        self.mean = z.mean(axis=0)
-        means = np.stack([z[index == i].mean(axis=0) for i in range(len(present))])
+        self.mean = z.mean(axis=0, dtype=np.float64)
+        means = np.stack([z[index == i].mean(axis=0, dtype=np.float64) for i in range(len(present))])
         self.offsets, self.shares = means - self.mean, counts / len(z)
-        self.within = z - means[index]
+        self.within = z - means.astype(z.dtype)[index]
         if not self.within.any():
             raise UsageError("the training features do not vary within their classes: there is no covariance to fit")
         self.settings: dict[str, float | str] = {"classes": len(present)}
@@ -319,30 +345,28 @@ class _Groups:
     @classmethod
     def of(cls, data: FitData) -> _Groups:
         """With `RIDGE` times the mean variance in every direction."""
-        groups = cls(data.read, data.classes())
+        groups = cls(data.read.astype(np.float64), data.classes())
         covariance = groups.within.T @ groups.within / len(groups.within)
-        ridge = RIDGE * float(np.trace(covariance)) / len(covariance)
-        return groups._whitened(covariance, ridge, {"ridge": RIDGE})
+        groups.whiten(covariance, ridge=RIDGE * float(np.trace(covariance)) / len(covariance))
+        groups.settings["ridge"] = RIDGE
+        return groups
 
     @classmethod
-    def of_unit(cls, data: FitData) -> _Groups:
-        """Of features at length 1, with a covariance that is shrunk."""
-        try:
-            from sklearn.covariance import ledoit_wolf
-        except ImportError as error:
-            raise missing_extra("sklearn", "fitting a distance on features of length 1") from error
+    def of_unit(cls, data: FitData) -> tuple[_Groups, Array]:
+        """Of features at length 1, not whitened yet, and the covariance [D, D] within the classes, shrunk."""
         groups = cls(_unit(data.read), data.classes())
-        covariance, shrinkage = ledoit_wolf(groups.within, assume_centered=True)
-        return groups._whitened(covariance, 0.0, {"shrinkage": float(shrinkage)}, LEAST_VARIANCE)
+        covariance: Array = groups.within.T @ groups.within / np.float32(len(groups.within))
+        level, shrinkage = float(np.trace(covariance)) / len(covariance), _shrinkage(groups.within, covariance)
+        covariance *= np.float32(1 - shrinkage)
+        covariance[np.diag_indices_from(covariance)] += np.float32(shrinkage * level)
+        groups.settings["shrinkage"] = shrinkage
+        return groups, covariance
 
-    def _whitened(
-        self, covariance: Wide, ridge: float, settings: dict[str, float | str], least: float = 0.0
-    ) -> _Groups:
+    def whiten(self, covariance: Wide, least: float = 0.0, ridge: float = 0.0) -> None:
+        """Set `variances`, each with the ridge and at least `least`, `directions` and `whitening`."""
         values, vectors = np.linalg.eigh(covariance)
         self.variances, self.directions = np.maximum(np.maximum(values, 0) + ridge, least), vectors
         self.whitening = vectors.T / np.sqrt(self.variances)[:, None]
-        self.settings |= settings
-        return self
 
     def between(self) -> Wide:
         """A of `fit_rmd`, at most [C - 1, D]."""
@@ -367,6 +391,40 @@ class _Groups:
         numbers: dict[str, float] = {"quadratic": len(quadratic)}
         settings = self.settings | (settings or {})
         return Detector(name, data.wide(weight), _f(bias), np.zeros(0, np.float32), numbers, settings, data.start)
+
+
+def _shrinkage(within: Array, covariance: Array) -> float:
+    """How much of a covariance a sphere of its size should replace (Ledoit and Wolf, 2004), in [0, 1].
+
+    scikit-learn's `ledoit_wolf` gives the same; it forms the products of all features once more.
+
+    Args:
+        within: [N, D], of mean 0.
+        covariance: [D, D], of them.
+    """
+    square = float(np.vdot(covariance, covariance))
+    level = float(np.trace(covariance)) / len(covariance)
+    fourth = float(np.square(np.square(within).sum(axis=1, dtype=np.float64)).mean())
+    error = (fourth - square) / len(within)
+    distance = square - len(covariance) * level**2
+    return min(max(error, 0.0), distance) / distance if distance > 0 else 0.0
+
+
+def _largest(covariance: npt.NDArray[np.floating[Any]], count: int) -> tuple[Wide, Wide]:
+    """The largest variances of a covariance [D, D], [count], and their directions [D, count], ascending.
+
+    Of many features by randomised iterations (Halko et al., 2011), in a tenth of the time; they find the space of the
+    directions as well as scores can tell.
+    """
+    if len(covariance) <= 4 * count:
+        values, vectors = np.linalg.eigh(covariance.astype(np.float64))
+        return values[len(values) - count :], vectors[:, len(values) - count :]
+    try:
+        from sklearn.utils.extmath import randomized_svd
+    except ImportError as error:
+        raise missing_extra("sklearn", "fitting a detector") from error
+    vectors, values, _ = randomized_svd(covariance, count, n_oversamples=count // 4, n_iter=6, random_state=0)
+    return values[::-1].astype(np.float64), vectors[:, ::-1].astype(np.float64)
 
 
 def _unit(vectors: Array) -> Array:

@@ -37,6 +37,18 @@ def unit_rows(detector: Detector, scale: float) -> UnitRows:
     return UnitRows(weight, rows, np.asarray(constant, np.float32))
 
 
+def residual_factors(detector: Detector, scale: float) -> Array:
+    """What the squares of "vim" or "residual" are multiplied by, float32 [D - start + K], or [K] without a center:
+    those of features less the center come first.
+    """
+    factor = (scale * detector.numbers.get("alpha", 1.0)) ** 2
+    sign = -1 if detector.center.size else 1
+    factors = np.repeat([factor, sign * factor], [len(detector.center), len(detector.bias)])
+    if detector.spread.size:
+        factors[: len(detector.center)] /= np.square(detector.spread.astype(np.float64))
+    return factors.astype(np.float32)
+
+
 def sum_numbers(total: ScoreSum) -> tuple[Array, Array]:
     """Factors and offsets of a one-sided sum, float32, one a part: softplus(factor * part + offset) is added up."""
     factors = SHARPNESS * np.array(list(total.scales.values()))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ssod_edge.config import score_parts
 from ssod_edge.detect.detectors import UNIT_LENGTH, Array, Detector
-from ssod_edge.detect.rows import sum_numbers, unit_rows
+from ssod_edge.detect.rows import residual_factors, sum_numbers, unit_rows
 from ssod_edge.detect.scores import GEN_CLASSES
 from ssod_edge.detect.sums import FittedScore, ScoreSum
 from ssod_edge.errors import UsageError, VerificationError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 #: Scores of which another number of classes changes numbers of the graph and none of its operations.
-TEACHABLE = ("ssod", "maxlogit", "energy", "gen", "posterior", *UNIT_LENGTH)
+TEACHABLE = ("ssod", "maxlogit", "energy", "gen", "posterior", "residual", *UNIT_LENGTH)
 BATCH = 32
 
 
@@ -48,7 +48,7 @@ def check_teachable(score: str, before: int, after: int) -> None:
     if others := [part for part in score_parts(score) if part not in TEACHABLE]:
         raise UsageError(
             f"the graph of the score '{score}' cannot be taught: {', '.join(others)} needs other operations for "
-            "another number of classes. Export the run with --score gen+mahalanobispp"
+            "another number of classes. Export the run with --score gen+mahalanobispp+residual"
         )
     if "gen" in score_parts(score) and (before > GEN_CLASSES) != (after > GEN_CLASSES):
         raise UsageError(f"a graph of {before} classes cannot be taught to have {after}: gen reads {GEN_CLASSES}")
@@ -106,7 +106,7 @@ def with_end(model: onnx.ModelProto, rows: int, end: End) -> onnx.ModelProto:
     head = check_fused(found, rows)
     blocks, numbers = _tail(end.score)
     weight = np.concatenate([end.weight, *(block.weight for block in blocks)])
-    bias = np.concatenate([end.bias, *(np.zeros(len(block.weight), np.float32) for block in blocks)])
+    bias = np.concatenate([end.bias, *(block.bias for block in blocks)])
     edit.replace(head.input[1], weight)
     edit.replace(head.input[2], bias)
     for name, value in numbers.items():
@@ -116,7 +116,7 @@ def with_end(model: onnx.ModelProto, rows: int, end: End) -> onnx.ModelProto:
     for number, (block, output) in enumerate(zip(blocks, split.output[2:], strict=True)):
         if block.quadratic:
             inner = edit.reader(edit.reader(output, "Div").output[0], "Split")
-            sizes = np.array([block.quadratic, len(block.constant)], np.int64)
+            sizes = np.array([block.quadratic, block.linear], np.int64)
             edit.feed(inner, 1, f"taught.sizes.{number}", sizes)
     edit.temper(end.temperature)
     for output in found.graph.output:
@@ -133,11 +133,16 @@ def with_end(model: onnx.ModelProto, rows: int, end: End) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of the Gemm that belong to a part of the score: those that are squared come first."""
+    """Rows of the Gemm that belong to a part of the score, and their biases there.
+
+    Attributes:
+        quadratic, linear: of features at length 1, how many are squared, and the others after them; else both 0.
+    """
 
     weight: Array
-    quadratic: int
-    constant: Array
+    bias: Array
+    quadratic: int = 0
+    linear: int = 0
 
 
 def _tail(score: FittedScore | None) -> tuple[list[_Block], dict[str, Array]]:
@@ -156,9 +161,17 @@ def _tail(score: FittedScore | None) -> tuple[list[_Block], dict[str, Array]]:
         parts = [(0, score)]
     blocks = []
     for place, detector in parts:
+        name = f"fitted.parts.{place}.terms.0"
+        if detector.name == "residual":
+            numbers[f"{name}.factors"] = residual_factors(detector, 1.0)
+            if detector.center.size:
+                numbers[f"{name}.center"] = detector.center
+            blocks.append(_Block(detector.weight, detector.bias))
+            continue
         rows = unit_rows(detector, 1.0)
-        numbers[f"fitted.parts.{place}.terms.0.constant"] = rows.constant
-        blocks.append(_Block(rows.weight, rows.quadratic, rows.constant))
+        numbers[f"{name}.constant"] = rows.constant
+        no_bias = np.zeros(len(rows.weight), np.float32)
+        blocks.append(_Block(rows.weight, no_bias, rows.quadratic, len(rows.constant)))
     return blocks, numbers
 
 

@@ -112,8 +112,8 @@ def rows_of(figures: dict[str, tuple[float, float]], cost: float = 0.0) -> dict[
 
 
 def test_the_prior_gives_way_to_a_lead_beyond_chance() -> None:
-    rows = rows_of({"gen+mahalanobispp": (0.9, 0.85), "knn": (0.9, 0.9)})
-    assert best_of(rows, lead=0.06) == "gen+mahalanobispp" and best_of(rows, lead=0.04) == "knn"
+    rows = rows_of({"gen+mahalanobispp+residual": (0.9, 0.85), "knn": (0.9, 0.9)})
+    assert best_of(rows, lead=0.06) == "gen+mahalanobispp+residual" and best_of(rows, lead=0.04) == "knn"
     assert chosen().lead == pytest.approx(1 / np.sqrt(200))
 
 
@@ -124,8 +124,11 @@ def test_the_prior_gives_way_to_a_lead_beyond_chance() -> None:
         ({"knn": (1.0, 0.6), "energy": (0.9, 0.8), "vim": (0.5, 0.9)}, "energy"),
         # Within a point of the least regret: fewer parts, and before all the prior.
         ({"gen+knn": (0.9, 0.9), "knn": (0.895, 0.895), "gen+vim": (0.88, 0.88)}, "knn"),
-        ({"gen+knn": (0.9, 0.9), "knn": (0.895, 0.895), "gen+mahalanobispp": (0.892, 0.9)}, "gen+mahalanobispp"),
-        ({"gen+knn": (0.9, 0.9), "gen+mahalanobispp": (0.88, 0.9)}, "gen+knn"),
+        (
+            {"gen+knn": (0.9, 0.9), "knn": (0.895, 0.895), "gen+mahalanobispp+residual": (0.892, 0.9)},
+            "gen+mahalanobispp+residual",
+        ),
+        ({"gen+knn": (0.9, 0.9), "gen+mahalanobispp+residual": (0.88, 0.9)}, "gen+knn"),
     ],
 )
 def test_the_least_of_the_worst_regrets_is_taken(figures: dict[str, tuple[float, float]], best: str) -> None:
@@ -144,22 +147,22 @@ def test_what_costs_too_much_sets_no_mark() -> None:
 
 def test_sums_have_one_score_of_the_logits_one_distance_and_the_row_where_it_was_trained() -> None:
     sums = {name for name in chosen().rows if "+" in name}
-    assert "gen+mahalanobispp" in sums and "ssod+gen+knn" in sums and "ssod+vim" in sums
+    assert "gen+mahalanobispp+residual" in sums and "ssod+gen+knn" in sums and "ssod+vim" in sums
     assert (
         not sums & {"gen+energy", "knn+mahalanobispp", "vim+vim", "ssod+gen"}
-        and max(name.count("+") for name in sums) == 2
+        and max(name.count("+") for name in sums) == 3
     )
 
 
 def test_what_ships_unasked() -> None:
     assert unasked_score(("rotate",), 200, 200) == "auto"
-    assert unasked_score(("rotate",), 200, 199) == unasked_score((), 5000, 5000) == "gen+mahalanobispp"
-    assert unasked_score((), 32, 1) == "gen+mahalanobispp"
+    assert unasked_score(("rotate",), 200, 199) == unasked_score((), 5000, 5000) == "gen+mahalanobispp+residual"
+    assert unasked_score((), 32, 1) == "gen+mahalanobispp+residual"
     assert unasked_score((), 31, 10) == unasked_score((), 100, 0) == "energy"
 
 
 def test_a_detector_that_cannot_be_fitted_is_no_candidate() -> None:
     lines: list[str] = []
     data = replace(make(400, seed=0), labels=np.arange(400))  # an image a class
-    assert set(fit_all(data, lambda detector: True, lines.append)) == {"vim", "knn"}
+    assert set(fit_all(data, lambda detector: True, lines.append)) == {"vim", "residual", "knn"}
     assert sum("no candidate" in line and "do not vary within their classes" in line for line in lines) == 4

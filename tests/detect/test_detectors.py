@@ -11,8 +11,11 @@ from sklearn.covariance import ledoit_wolf
 from ssod_edge.config import DETECTORS, DetectorName
 from ssod_edge.detect.detectors import Detector, read_detector, write_detector
 from ssod_edge.detect.fit import (
+    IMAGES_A_DIRECTION,
     RIDGE,
     FitData,
+    _largest,
+    _shrinkage,
     _spherical_kmeans,
     fit,
 )
@@ -237,7 +240,7 @@ def test_disturbed_copies_bring_a_disturbance_nearer(data: FitData, images: FitD
 
 @pytest.mark.parametrize(
     ("constants", "kept", "rows"),
-    [({}, 12, 12), ({"PRINCIPAL": 8}, 8, 8), ({"PRINCIPAL": 8, "CANCELLATION": 0}, 8, WIDTH - 8)],
+    [({}, 12, 12), ({"RANK": 8}, 8, 8), ({"RANK": 8, "CANCELLATION": 0}, 8, WIDTH - 8)],
 )
 def test_vim_is_the_residual_less_the_energy(
     data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch, constants: dict[str, int], kept: int, rows: int
@@ -257,7 +260,7 @@ def test_vim_is_the_residual_less_the_energy(
 def test_vim_keeps_the_residual_rows_where_the_difference_would_cancel(
     data: FitData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune(monkeypatch, PRINCIPAL=8)
+    tune(monkeypatch, RANK=8)
     flat = data.features.copy()
     flat[:, 8:] = 5 + 1e-4 * (flat[:, 8:] - 5)
     nearly_flat = replace(data, features=flat, logits=flat @ data.weight.T + data.bias)
@@ -338,3 +341,53 @@ def test_rmd_needs_two_classes(data: FitData) -> None:
     with pytest.raises(UsageError, match="all of one class"):
         fit("rmd", one)
     assert fit("mahalanobis", one).numbers["quadratic"]
+
+
+def test_the_residual_is_what_the_principal_directions_leave_out(
+    data: FitData, images: FitData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(monkeypatch, RANK=8)
+    z = data.features.astype(np.float64)
+    middle, deviation = z.mean(axis=0), z.std(axis=0)
+    deviation = np.maximum(deviation, 0.1 * deviation.mean())
+    _, _, directions = np.linalg.svd((z - middle) / deviation, full_matrices=False)
+    expected = np.linalg.norm((images.features - middle) / deviation @ directions[8:].T, axis=1)
+    found = fit("residual", data)
+    assert found.rows == 8
+    np.testing.assert_allclose(found.score(images.features, images.logits), expected, rtol=1e-4)
+    other = replace(data, weight=-data.weight, logits=-data.logits)
+    np.testing.assert_array_equal(fit("residual", other).weight, found.weight)
+
+
+def test_a_dead_feature_says_little(data: FitData) -> None:
+    found = fit("residual", data)
+    z = data.features[:1].copy()
+    z[:, 3] += data.features.std()  # which is 0 in all training images
+    before, after = (found.score(values, values @ data.weight.T)[0] for values in (data.features[:1], z))
+    assert before < after < before + 30
+
+
+def test_few_images_leave_something_out() -> None:
+    """As many directions as images would leave nothing of them, and the score would tell images of the fit apart."""
+    found = fit("residual", few_and_wide(80, seed=0))
+    assert found.settings["dimensions"] == 80 // IMAGES_A_DIRECTION
+
+
+def test_the_largest_variances_of_many_features_are_found_by_iterations() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 1, (500, 200)).astype(np.float32) * np.geomspace(10, 0.01, 200).astype(np.float32)
+    covariance = z.T @ z / 500
+    values, vectors = np.linalg.eigh(covariance.astype(np.float64))
+    found, directions = _largest(covariance, 20)
+    np.testing.assert_allclose(found, values[-20:], rtol=0.02)
+    left_out, exact = (np.linalg.norm(z - z @ space @ space.T, axis=1) for space in (directions, vectors[:, -20:]))
+    np.testing.assert_allclose(left_out, exact, rtol=0.01)
+
+
+@pytest.mark.parametrize("count", [5, 50, 5000])
+def test_the_covariance_is_shrunk_as_ledoit_and_wolf_say(count: int) -> None:
+    z = np.random.default_rng(0).normal(0, np.geomspace(1, 0.3, 30), (count, 30))
+    covariance = (z.T @ z / count).astype(np.float32)
+    assert _shrinkage(z.astype(np.float32), covariance) == pytest.approx(
+        ledoit_wolf(z, assume_centered=True)[1], rel=1e-3, abs=1e-5
+    )

@@ -16,7 +16,7 @@ from ssod_edge.evaluation.left_out import expectation, expectation_lines, leave_
 
 WIDTH, N, PARTS = 8, 120, 4
 NAMES = ("cat", "dog", "cup", "tree")
-SCORE = "gen+mahalanobispp"
+SCORE = "gen+mahalanobispp+residual"
 
 
 def material(classes: int = 4, n: int = N) -> tuple[FitData, Folds]:

@@ -34,7 +34,14 @@ def fit_data(model, seed: int, more: int) -> FitData:
 
 @pytest.mark.parametrize(
     ("score", "temperature"),
-    [("energy", 1.0), ("knn", 2.0), ("gen+rmdpp", 1.0), ("ssod+gen+mahalanobispp", 0.5)],
+    [
+        ("energy", 1.0),
+        ("knn", 2.0),
+        ("gen+rmdpp", 1.0),
+        ("ssod+gen+mahalanobispp", 0.5),
+        ("residual", 1.0),
+        ("gen+mahalanobispp+residual", 2.0),
+    ],
 )
 def test_a_graph_with_another_class_gives_what_numpy_gives(small_model, score, temperature):
     before, after = fit_data(small_model, 0, 0), fit_data(small_model, 1, 1)

@@ -38,13 +38,13 @@ def test_it_counts_the_copies_at_the_threshold_of_the_images(
     training = fitting_data(small_model, both, np.tile(labels, 2), "head")
     known, truth = features_and_labels(small_model, 60, noise, seed=2)
     found = judge_disturbed(small_model, known, truth, training)
-    assert (found.images, found.score) == (60, "gen+mahalanobispp") and least <= found.accepted <= most
+    assert (found.images, found.score) == (60, "gen+mahalanobispp+residual") and least <= found.accepted <= most
     logits = known.disturbed @ training.weight.T + training.bias
     assert found.accuracy == (logits.argmax(axis=1) == truth).mean()
     words = (
         f"of disturbed copies of 60 validation images {found.accuracy:.1%} are right, and {found.accepted:.1%} still"
     )
-    assert words in str(found) and "(gen+mahalanobispp, at 95% of the images)" in str(found)
+    assert words in str(found) and "(gen+mahalanobispp+residual, at 95% of the images)" in str(found)
 
 
 def test_without_a_distance_the_default_score_tells_and_is_named(

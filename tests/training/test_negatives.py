@@ -220,14 +220,17 @@ def quiet(line: str) -> None:
 
 
 def test_the_row_joins_the_default_where_it_finds_more_negatives(taught: Path, monkeypatch) -> None:
+    # These negatives lie outside of what the known images span: the whole default finds them without the row.
+    monkeypatch.setattr("ssod_edge.export.graph.negatives.PRIOR_SCORE", "gen+mahalanobispp")
+    monkeypatch.setattr("ssod_edge.export.graph.negatives.ROW_SCORE", "ssod+gen+mahalanobispp")
     source, said = from_run(taught), list[str]()
     wanted = want_score(source, None, None, quiet)
     shipped = ship_score(source, wanted, said.append)
     record = shipped.record["negatives"]
     rejected = record["rejected"]
-    assert set(rejected) == {"gen+mahalanobispp", ROW_SCORE} and record["images"] == 24
+    assert set(rejected) == {"gen+mahalanobispp", "ssod+gen+mahalanobispp"} and record["images"] == 24
     assert record["data"] == negatives_of(taught).subset("choice").description
-    assert shipped.name == ROW_SCORE and rejected[ROW_SCORE] > rejected["gen+mahalanobispp"] + 0.2
+    assert shipped.name == "ssod+gen+mahalanobispp" and rejected[shipped.name] > rejected["gen+mahalanobispp"] + 0.2
     assert any("of 24 negatives to choose by, at 95% of known images" in line for line in said)
 
 
@@ -253,7 +256,7 @@ def test_what_the_row_does_not_find_leaves_the_default_as_it_is(taught, monkeypa
     monkeypatch.setattr("ssod_edge.export.graph.negatives.eager_outputs", lambda *_: unknown)
     said: list[str] = []
     score, record = fit_default(from_run(taught), data, outputs(200, 1, row=4.0, distance=0), said.append)
-    assert score.name == (ROW_SCORE if joins else "gen+mahalanobispp") and record["negatives"]["images"] == 60
+    assert score.name == (ROW_SCORE if joins else "gen+mahalanobispp+residual") and record["negatives"]["images"] == 60
     assert ("no more than chance gives" in said[0]) is not joins
     untaught = replace(from_run(taught), run=None)
     assert fit_default(untaught, data, outputs(200, 1, row=4.0, distance=0), quiet)[1] == {}
@@ -316,7 +319,7 @@ def test_negatives_that_moved_have_no_say_and_are_not_evaluated(place, taught, t
     source: Source = from_run(tmp_path / "run")
     held_out, said = outputs_of_validation(source), list[str]()
     score, record = fit_default(source, fit_data(source, quiet), held_out, said.append)
-    assert score.name == "gen+mahalanobispp" and not record
+    assert score.name == "gen+mahalanobispp+residual" and not record
     assert said[0].startswith("negatives have no say in the score: data set") and said[0].endswith("or put them back")
     report, _ = evaluate(tmp_path / "run", EvalOptions(bootstrap=0, shift_images=0), workers=0)
     assert not report["ood_data"] and "no figures of the held-out negatives: data set" in capsys.readouterr().err

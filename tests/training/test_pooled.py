@@ -71,7 +71,7 @@ def test_all_but_the_validation_images_train_and_give_thresholds(exported):
     pooled = np.setdiff1d(np.arange(len(source)), splits.val)
     assert len(splits.calib) and run.folds is not None and np.array_equal(run.folds.images, pooled)
     spec = run.export.spec
-    assert spec.score_name == "gen+mahalanobispp" and spec.source["pooled"] == len(pooled)
+    assert spec.score_name == "gen+mahalanobispp+residual" and spec.source["pooled"] == len(pooled)
     threshold = spec.artifact("onnx-fp32").threshold
     assert threshold.n == len(pooled) and "out-of-fold split" in threshold.data
     assert set(spec.expected["new_class"]) == set(CLASSES) and "expect of a class that was not taught" in output
@@ -104,7 +104,7 @@ def test_new_images_are_accepted_about_as_often_as_asked_for(exported, tmp_path)
     asked = ("--id", new, "--ood", f"stripes={unknown.parent}", "--json", report, "--shift-images", 0)
     done = command("eval", run.folder, *asked)
     assert done.exit_code == 0, done.output
-    row = json.loads(report.read_text())["deployment"]["gen+mahalanobispp"]
+    row = json.loads(report.read_text())["deployment"]["gen+mahalanobispp+residual"]
     assert 0.88 < row["id_tpr"] <= 1.0
     with open_runner(run.folder, engine="eager") as eager:
         assert eager.artifact.threshold.value == run.export.spec.artifact("onnx-fp32").threshold.value
@@ -157,6 +157,6 @@ def test_too_few_for_a_distance_is_said(tmp_path, weights):
     assert done.exit_code == 0, done.output
     assert run.export.spec.score_name == "energy" and run.export.spec.artifact("onnx-fp32").threshold.n == 24
     assert (
-        "the score is energy: gen+mahalanobispp is fitted on 32 training images or more, and there are 24"
+        "the score is energy: gen+mahalanobispp+residual is fitted on 32 training images or more, and there are 24"
         in done.output
     )

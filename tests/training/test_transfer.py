@@ -417,7 +417,11 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monk
     run = Run.at(tmp_path / "runs/run")
     assert run.meta["tuned"] == ("upper" if better else "head") and set(run.meta["tried"]) == {"head", "upper"}
     told, tried = run.meta["disturbed"], run.meta["tried"][run.meta["tuned"]]
-    assert told["score"] == "gen+mahalanobispp" and 0 <= told["accepted"] <= 1 and told["images"] == tried["images"]
+    assert (
+        told["score"] == "gen+mahalanobispp+residual"
+        and 0 <= told["accepted"] <= 1
+        and told["images"] == tried["images"]
+    )
     words = f"{told['accuracy']:.1%} are right, and {told['accepted']:.1%} still accepted as known"
     assert words in done.output
     source, splits = run.splits("")
@@ -466,7 +470,7 @@ def test_an_export_fits_its_distance_on_kept_features_and_is_verified(tmp_path, 
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     export = Run.at(tmp_path / "runs/run").export
-    assert export is not None and export.spec.score_name == "gen+mahalanobispp"
+    assert export is not None and export.spec.score_name == "gen+mahalanobispp+residual"
     assert "and a disturbed copy of each" in done.output
     splits = Run.at(tmp_path / "runs/run").splits("")[1]
     trained = len(splits.train) + len(splits.calib)

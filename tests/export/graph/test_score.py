@@ -98,12 +98,19 @@ def fit_tiny(tiny: SSODClassifier, name: str) -> FittedScore:
     data = FitData(features, logits.argmax(axis=1), logits, weight, bias, id_logit)
     with pytest.MonkeyPatch.context() as patch:
         if name == "vim-principal":
-            patch.setattr("ssod_edge.detect.fit.PRINCIPAL", 8)
+            patch.setattr("ssod_edge.detect.fit.RANK", 8)
         fitted = fit_score(name.removesuffix("-principal").removesuffix("-plain"), data)
     return replace(fitted, centers={}) if name.endswith("-plain") else fitted  # type: ignore[call-arg]
 
 
-SUMS = ("gen+mahalanobispp", "ssod+energy+mahalanobis+rmd", "posterior+knn", "msp+maxlogit+knn+vim", "ssod+gen")
+SUMS = (
+    "gen+mahalanobispp+residual",
+    "gen+mahalanobispp",
+    "ssod+energy+mahalanobis+rmd",
+    "posterior+knn",
+    "msp+maxlogit+knn+vim",
+    "ssod+gen",
+)
 #: Sums of earlier releases, which have no centers.
 PLAIN = tuple(f"{name}-plain" for name in ("ssod+energy+mahalanobis+rmd", "msp+rmdpp+knn+vim"))
 GRAPHS = (*DETECTORS, "vim-principal", *SUMS, *PLAIN)
@@ -247,7 +254,9 @@ def test_gen_in_the_graph_ranks_sure_images() -> None:
     assert (found.diff() < 0).all() and (found > 0).all()
 
 
-@pytest.mark.parametrize("name", ["vim", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn", "gen+mahalanobispp"])
+@pytest.mark.parametrize(
+    "name", ["vim", "residual", "mahalanobis", "rmd", "mahalanobispp", "rmdpp", "knn", "gen+mahalanobispp+residual"]
+)
 def test_the_graph_reads_the_last_features_where_the_score_does(tiny: SSODClassifier, name: str) -> None:
     logits, id_logit, features = run_eager(tiny, pictures(200, seed=5).numpy())
     weight, bias = (part[: len(CLASSES)].detach().numpy() for part in tiny.head_weight())
@@ -316,10 +325,12 @@ def test_auto_chooses_on_images_that_nothing_else_uses(run: Path, tiny, monkeypa
     assert rows[shipped.name]["regret"] <= least + lead and rows[shipped.name]["cost"] <= 0.01
     assert lead == pytest.approx(1 / np.sqrt(42))
     assert any(f"{shipped.name} " in line and "<- shipped" in line for line in lines)
-    assert lines[-1].startswith("shipped: gen+mahalanobispp, unless the largest regret of another is 15 points less")
+    assert lines[-1].startswith(
+        "shipped: gen+mahalanobispp+residual, unless the largest regret of another is 15 points less"
+    )
     singles = {name for name in rows if "+" not in name}
     assert singles == {*SCORES, *DETECTORS}
-    assert len(rows) - len(singles) == (4 * 6 - 1) * 2 + 6 and "ssod+gen+mahalanobispp" in rows
+    assert len(rows) - len(singles) == 4 * 7 * 2 + 7 and "ssod+gen+mahalanobispp+residual" in rows
     for row in rows.values():
         assert set(row["auroc"]) == set(row["fpr"]) == {*CHOICE_KINDS, "mistaken"}
         assert set(row["figures"]) == {*row["auroc"], "disturbed"}
@@ -355,7 +366,7 @@ def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch:
     for outliers, least in (((), 40), (("zoom",), 200)):
         monkeypatch.setattr("ssod_edge.detect.choice.LEAST_UNASKED", least)
         unasked = shipped_by(replace(source, outliers=outliers), None, lines.append)
-        assert (unasked.name, unasked.choice) == ("gen+mahalanobispp", {})
+        assert (unasked.name, unasked.choice) == ("gen+mahalanobispp+residual", {})
         assert isinstance(unasked.detector, ScoreSum) and unasked.detector.centers
     # It is standardised by the held-out images, of which there are enough.
     logits = run_eager(tiny, choices.read(tiny.preprocess, choices.indices)[0])[0]
@@ -368,7 +379,7 @@ def test_an_export_that_names_no_score_chooses_one(run: Path, tiny, monkeypatch:
     assert shipped_by(source, None, lines.append).name == "energy"
     assert lines[-1].startswith("no score can be chosen") and lines[-1].endswith("so it is energy")
     assert shipped_by(replace(source, outliers=()), None, lines.append).name == "energy"
-    assert lines[-1].startswith("the score gen+mahalanobispp cannot be fitted")
+    assert lines[-1].startswith("the score gen+mahalanobispp+residual cannot be fitted")
     monkeypatch.setattr("ssod_edge.data.images.LEAST_IMAGES", 1000)
     with pytest.raises(UsageError, match="at least 1000 images"):
         shipped_by(source, "auto", lines.append)
