@@ -78,7 +78,7 @@ class TaughtImages:
             UsageError: too few images of a class.
             ImageError: an image cannot be read.
         """
-        data, folds = self._fitted_on(workers)
+        data, folds = self.fitted_on(workers)
         classes = self.run.model.classes
         out_of_fold = out_of_fold_parts(score_parts(score), data, folds)
         with image_bar("leaving classes out", min(MOST_CLASSES, len(classes))) as advance:
@@ -93,7 +93,7 @@ class TaughtImages:
             "worst": {"auroc": min(aurocs), "accepted": max(accepted)},
         }
 
-    def _fitted_on(self, workers: int) -> tuple[FitData, Folds]:
+    def fitted_on(self, workers: int = 1) -> tuple[FitData, Folds]:
         """The features of the images and of a disturbed copy of each, and the parts that are left out of a fit."""
         run, images = self.run, self.images
         kept = kept_features(run.model, self.source, run.folder.resolve().parent)

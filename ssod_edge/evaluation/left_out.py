@@ -6,7 +6,7 @@ without a class really have not seen it. That takes seconds a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -132,9 +132,18 @@ def expectation(
         that is accepted as known, and the class that most of these images are given; `disturbed`: the share of
         disturbed known images that is still accepted, out of fold.
     """
-    parts = score_parts(score)
+    return judge(score, leave_out(score_parts(score), data, folds, advance), out_of_fold, classes)
+
+
+def judge(
+    score: str,
+    left_out: Iterable[LeftOut],
+    out_of_fold: tuple[dict[str, Array], dict[str, Array]],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """`expectation` of what is computed already: `leave_out` and `out_of_fold`, by the parts of the score at least."""
     found: dict[str, Any] = {}
-    for left in leave_out(parts, data, folds, advance):
+    for left in left_out:
         known, unknown = (_total(score, values, left.known) for values in (left.known, left.unknown))
         threshold = np.quantile(known, TPR, method="higher")
         values, counts = np.unique(left.taken_for, return_counts=True)
