@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from ssod_edge.errors import BusyError, UsageError
 from ssod_edge.export.staging import remove, remove_all_left, staged
@@ -30,6 +32,11 @@ def name_of(spec: Spec) -> str:
     return f"{spec.version}-{spec.reference_sha256[:8]}"
 
 
+def recorded_name(entry: Mapping[str, Any]) -> str:
+    """The same of a version in the record of a later one (`Spec.lineage`)."""
+    return f"{entry['version']}-{entry['reference_sha256'][:8]}"
+
+
 def kept_versions(place: Path) -> list[Export]:
     """Those that lie beside an export, the first one first; the one that is in use may be among them."""
     folder = versions_folder(place)
@@ -40,7 +47,7 @@ def kept_versions(place: Path) -> list[Export]:
 
 def others(place: Path, current: Spec | None) -> list[Export]:
     """Kept versions but for the one that is in use."""
-    return [e for e in kept_versions(place) if current is None or e.spec.reference_sha256 != current.reference_sha256]
+    return [export for export in kept_versions(place) if current is None or name_of(export.spec) != name_of(current)]
 
 
 def next_number(export: Export) -> int:
@@ -142,7 +149,7 @@ def _choose(place: Path, current: Export | None, to: str | None) -> Export:
         raise UsageError(f"version {current.spec.version} in '{place}' was not taught; kept beside it: {names}")
     else:
         parent = current.spec.lineage[-1]
-        chosen = [export for export in found if export.spec.reference_sha256 == parent["reference_sha256"]]
+        chosen = [export for export in found if name_of(export.spec) == recorded_name(parent)]
         what = f"version {parent['version']}, which '{place}' was taught from,"
     if not chosen:
         raise UsageError(f"{what} is not kept beside '{place}'; kept: {names}. See: ssod-edge history {place}")

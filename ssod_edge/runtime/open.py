@@ -32,6 +32,9 @@ AUTO_ENGINES = (*PLAN_ENGINES, "openvino", "onnxruntime")
 #: all that was exported.
 AUTO_PRECISIONS = ("fp32", "fp16", "int8")
 
+#: How often an export is opened anew that another one takes the place of meanwhile.
+ATTEMPTS = 10
+
 
 def open_runner(
     folder: str | os.PathLike[str],
@@ -80,12 +83,30 @@ def open_runner(
         from ssod_edge.training.eager import EagerRunner
 
         return EagerRunner(Path(folder), device, threads, allow_untrained)
-    export = Export.at(folder)
-    require_trained(export.spec, allow_untrained)
-    chosen = choose_artifact(export.spec, engine, precision, artifact)
-    runner = _open(export.spec, chosen, export.check(chosen), device, threads)
-    runner.folder = export.folder
-    return require_verified(runner, export.folder) if verify else runner
+    place = Export.place(folder)
+    for _ in range(ATTEMPTS):
+        before = _state(place)
+        try:
+            export = Export.at(place)
+            require_trained(export.spec, allow_untrained)
+            chosen = choose_artifact(export.spec, engine, precision, artifact)
+            runner = _open(export.spec, chosen, export.check(chosen), device, threads)
+            runner.folder = export.folder
+            return require_verified(runner, export.folder) if verify else runner
+        except ArtifactError as error:
+            if _state(place) == before:
+                raise
+            mixed = error  # files of two versions: another one was swapped in meanwhile
+    raise mixed
+
+
+def _state(place: Path) -> tuple[int, int] | None:
+    """What is another thing after a folder was swapped for another one, see `ssod_edge.export.staging`."""
+    try:
+        found = os.stat(place)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def require_trained(spec: Spec, allow_untrained: bool) -> None:

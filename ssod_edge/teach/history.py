@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ssod_edge.errors import UsageError
-from ssod_edge.export.versions import kept_versions, name_of
+from ssod_edge.export.versions import kept_versions, name_of, recorded_name
 from ssod_edge.json_reader import read_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME
@@ -21,7 +21,7 @@ def history(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Returns:
         of each: "name", "version", "sha256" (of its spec), "reference_sha256", "parent"
-        (the "reference_sha256" of the one that it was taught from, or None), "classes" (None where it is not here),
+        (the name of the one that it was taught from, or None), "classes" (None where it is not here),
         "taught" (the lesson; empty as exported), "time", "current", and "folder" (None where it is not here).
 
     Raises:
@@ -36,23 +36,23 @@ def history(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     here = [*([] if current is None else [current]), *kept]  # the one in use may be among the kept ones
     rows: dict[str, dict[str, Any]] = {}
     for export in here:
-        rows.setdefault(export.spec.reference_sha256, _row(export, export is current))
+        rows.setdefault(name_of(export.spec), _row(export, export is current))
     for export in here:
         parent = None
         for entry in export.spec.lineage:
-            rows.setdefault(entry["reference_sha256"], _recorded(entry, parent))
-            parent = entry["reference_sha256"]
+            rows.setdefault(recorded_name(entry), _recorded(entry, parent))
+            parent = recorded_name(entry)
     return sorted(rows.values(), key=lambda row: (row["version"], row["time"] or ""), reverse=True)
 
 
 def _recorded(entry: dict[str, Any], parent: str | None) -> dict[str, Any]:
     """The row of a version that is known by the record of a later one."""
-    lesson, number, reference = entry["taught"], entry["version"], entry["reference_sha256"]
+    lesson = entry["taught"]
     return {
-        "name": f"{number}-{reference[:8]}",
-        "version": number,
+        "name": recorded_name(entry),
+        "version": entry["version"],
         "sha256": entry["sha256"],
-        "reference_sha256": reference,
+        "reference_sha256": entry["reference_sha256"],
         "parent": parent,
         "classes": None,
         "taught": lesson,
@@ -72,7 +72,7 @@ def _row(export: Export, current: bool) -> dict[str, Any]:
         "version": spec.version,
         "sha256": read_json(export.folder / SPEC_NAME).get("sha256"),
         "reference_sha256": spec.reference_sha256,
-        "parent": spec.lineage[-1]["reference_sha256"] if spec.lineage else None,
+        "parent": recorded_name(spec.lineage[-1]) if spec.lineage else None,
         "classes": list(spec.classes),
         "taught": spec.taught,
         "time": spec.taught.get("time", when),

@@ -18,11 +18,12 @@ from ssod_edge.detect.fit import Labels
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.stored import StoredFeatures, load_features, save_features
 from ssod_edge.detect.sums import FittedScore, save_score
-from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft, Say, release
 from ssod_edge.export.staging import check_place
+from ssod_edge.export.versions import check_unchanged
 from ssod_edge.files import claim, sha256_file, write_atomic
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed
@@ -151,7 +152,12 @@ def teach(
     check_place(place)
     _check_data(options.data, export)
     with claim(place.with_name(f".{place.name}.teaching"), f"'{place}' is being taught"):
-        return _teach(Export.at(folder), place, options, say)  # as it is now that it is ours
+        export = Export.at(folder)  # as it is now that it is ours
+        try:
+            return _teach(export, place, options, say)
+        except ArtifactError:
+            check_unchanged(export.folder, export)  # files of two versions
+            raise
 
 
 def teach_open(

@@ -45,5 +45,9 @@ def light(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("light") / "export"
     shutil.copytree(exported, folder)
     spec = load_spec(folder)
-    save_spec(replace(spec, artifacts=(spec.artifact("onnx-fp32"),)), folder)
+    spec = replace(spec, artifacts=(spec.artifact("onnx-fp32"),))
+    save_spec(spec, folder)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if str(path.relative_to(folder)) not in (*spec.files, "ssod.json"):
+            path.unlink()
     return folder
