@@ -108,9 +108,7 @@ def test_a_lesson_that_is_killed_at_any_instant(door: Path, photos: Path, tmp_pa
     for options in ((), ("-o", str(out))):
         with start(door, photos, *options) as process:
             assert process.communicate() and process.returncode == 0
-        if not options:
-            assert assert_whole(door) == 2
-    assert_whole(out)
+    assert assert_whole(door) > 1 and assert_whole(out) > assert_whole(door)
     assert names(tmp_path) == ["door", "door.versions", "new"], "what the kills left is gone"
     assert names(versions_folder(door))[0].startswith("1-") and all("ssod-edge" not in n for n in names(tmp_path))
 

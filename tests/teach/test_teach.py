@@ -112,6 +112,84 @@ def test_one_photo_in_two_classes_is_refused(light, tmp_path):
     assert done.exit_code == 2 and "are the same photo. Remove one" in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [("Caf\u00e9", "Cafe\u0301"), ("a", "A"), ("a", "\uff41"), ("Cafe\u0301", "CAF\u00c9"), ("strasse", "STRASSE")],
+)
+def test_a_class_that_exists_under_another_spelling(light, tmp_path, known, given):
+    """In another Unicode form it is the same class; in another case, or another width, somebody has to say."""
+    model = tmp_path / "model"
+    shutil.copytree(light, model)
+    save_spec(replace(load_spec(model), classes=(known, *CLASSES[1:])), model)
+    photos = write_photos(tmp_path / "new", "f", 4, seed=8)
+    (photos / "f").rename(photos / given)
+    done = run("teach", model, photos, "-o", tmp_path / "taught", "--max-drop", 50)
+    if given == "Cafe\u0301":
+        assert done.exit_code == 0, done.output
+        assert load_spec(tmp_path / "taught").classes == (known, *CLASSES[1:])
+        return
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and f"the class '{given}'" in text and f"is spelled like '{known}'" in text
+    done = run("teach", model, photos, "-o", tmp_path / "taught", "--max-drop", 50, "--alike")
+    assert done.exit_code == 0 and load_spec(tmp_path / "taught").classes[-1] == given, done.output
+
+
+def test_two_new_classes_of_one_spelling_are_refused(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "fg", 3, seed=8)
+    (photos / "f").rename(photos / "Mug")
+    (photos / "g").rename(photos / "mug")
+    done = run("teach", light, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and re.search("'(Mug|mug)' of .* is spelled like '(Mug|mug)'", done.output)
+
+
+@pytest.mark.parametrize("name", ["a\tb", "a\x1b[31m", "\udcff", " "])
+def test_a_name_that_no_class_may_have(light, tmp_path, name):
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    (photos / "f").rename(photos / name)
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike")
+    assert done.exit_code == 2 and "cannot be the name of a class: it " in done.output, done.output
+    assert "\x1b" not in done.output
+
+
+def test_copies_of_a_photo_count_once(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    for number in range(4):
+        shutil.copy(photos / "f" / "000.png", photos / "f" / f"copy{number}.png")
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 20)
+    assert done.exit_code == 0 and "left out: 4 of 7 photos, which are copies of others" in done.output
+    assert load_spec(tmp_path / "taught").taught["photos"] == {"f": 3}
+
+
+def test_what_cannot_be_read_among_good_photos_is_named(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 4, seed=8)
+    (photos / "f" / "empty.jpg").touch()
+    (photos / "f" / "link.jpg").symlink_to("nowhere.jpg")
+    whole = (photos / "f" / "000.png").read_bytes()
+    (photos / "f" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "f" / "notes.txt").write_text("no picture")
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 20)
+    assert done.exit_code == 1, done.output
+    assert all(f"{name}'" in done.output for name in ("empty.jpg", "link.jpg", "cut.png"))
+    assert "left out: 1 file that is no image (.txt)" in done.output
+    assert load_spec(tmp_path / "taught").taught["photos"] == {"f": 4}
+
+
+@pytest.mark.parametrize("inner", ["", "export"])
+def test_the_model_is_no_photos(exported, tmp_path, inner):
+    done = run("teach", exported.parent, exported.parent / inner, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and "is the model, and no photos. Give DATA" in done.output
+
+
+def test_photos_that_are_nearly_all_of_a_known_class(light, tmp_path):
+    photos = write_photos(tmp_path / "like", "a", 17, seed=7)
+    write_photos(tmp_path / "other", "f", 3, seed=7)
+    (photos / "a").rename(photos / "tee")
+    for path in (tmp_path / "other" / "f").iterdir():
+        path.rename(photos / "tee" / f"other-{path.name}")
+    done = run("teach", light, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and re.search(r"1\d of 20 photos of 'tee' look like 'a'", done.output), done.output
+
+
 def test_the_export_itself_is_never_overwritten(light, tmp_path):
     photos = write_photos(tmp_path / "new", "f", 3, seed=8)
     done = run("teach", light, photos, "-o", light)
