@@ -54,8 +54,11 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """
     notes = _surroundings(old, new)
     same_images = {**old["data"], "reference": None} == {**new["data"], "reference": None}
+    lesson = _lesson(old["export"], new["export"])
+    notes += lesson
     if not same_images:
-        notes.append("the images differ, so accuracy is not compared")
+        more = ": name images of classes that both know with --id" if lesson else ""
+        notes.append(f"the images differ, so accuracy is not compared{more}")
     # Records of earlier releases name no reference: it was always the eager model.
     references = {record["data"].get("reference", EAGER) for record in (old, new)}
     same_reference = len(references) == 1
@@ -132,8 +135,32 @@ def _surroundings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = sorted({*one["packages"], *other["packages"]})
     pairs += [(name, one["packages"].get(name), other["packages"].get(name)) for name in names]
     notes += [f"{name}: {before} -> {after}" for name, before, after in pairs if before != after]
-    if old["export"] != new["export"]:
+    # Records of earlier releases lack some.
+    both = old["export"].keys() & new["export"].keys() - {"version", "model", "taught_from", "classes", "class_names"}
+    if any(old["export"][key] != new["export"][key] for key in both):
         notes.append(f"another export: {_export(old)} -> {_export(new)}")
+    return notes
+
+
+def _lesson(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Whether one of two exports was taught from the other, and which classes one of them alone has."""
+    if old.get("class_names") is None or new.get("class_names") is None:
+        counts = old.get("classes"), new.get("classes")
+        return [] if counts[0] == counts[1] else ["classes: {} -> {}".format(*counts)]
+    notes = []
+    if old["model"] in new["taught_from"]:
+        notes.append(
+            f"the new export (version {new['version']}) was taught from the old one (version {old['version']})"
+        )
+    elif new["model"] in old["taught_from"]:
+        notes.append(
+            f"the old export (version {old['version']}) was taught from the new one (version {new['version']})"
+        )
+    elif set(new["taught_from"]) & set(old["taught_from"]):
+        notes.append(f"both exports were taught from one (versions {old['version']} and {new['version']})")
+    for what, one, other in (("new", new, old), ("no longer there", old, new)):
+        if names := [name for name in one["class_names"] if name not in other["class_names"]]:
+            notes.append(f"classes that are {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     return notes
 
 

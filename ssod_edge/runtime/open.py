@@ -80,6 +80,7 @@ def open_runner(
             raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
         if not is_installed(engine):
             raise missing_extra("torch", "the eager engine")
+        _require_checkpoint(Path(folder))
         from ssod_edge.training.eager import EagerRunner
 
         return EagerRunner(Path(folder), device, threads, allow_untrained)
@@ -98,6 +99,21 @@ def open_runner(
                 raise
             mixed = error  # files of two versions: another one was swapped in meanwhile
     raise mixed
+
+
+def _require_checkpoint(folder: Path) -> None:
+    """Raises UsageError where the export of a run is a taught one: the run's checkpoint has not learnt that.
+
+    Args:
+        folder: what the eager engine takes: a run folder, its export folder, or a checkpoint in it.
+    """
+    for place in (folder.parent / "export",) if folder.is_file() else (folder, folder / "export"):
+        export = Export.in_place(place)
+        if export is not None and export.spec.taught:
+            raise UsageError(
+                f"the eager engine runs a checkpoint, and '{place}' was taught since (version {export.spec.version}): "
+                "use another engine, or go back with ssod-edge rollback --to 1"
+            )
 
 
 def _state(place: Path) -> tuple[int, int] | None:

@@ -47,6 +47,8 @@ from ssod_edge.teach.rows import Heads
 
 #: Precisions of the ONNX graphs that get other rows.
 PRECISIONS = ("fp32", "fp16")
+#: What a threshold was fitted on, as its record begins.
+FROM_FEATURES = "stored features"
 #: Images of a reference.
 REFERENCE_IMAGES = 256
 #: A class that was taught from fewer photos has its distances lessened (`FitData.few`).
@@ -204,7 +206,8 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
     few = _few(model.spec, photos)
     fitted = fit_lesson(Lesson(stored, heads, model.row, photos, model.spec.score_name, few))
     n = len(fitted.scores)
-    description = f"stored features of {n} images, out of fold, {len(photos.labels)} of them taught"
+    description = f"{FROM_FEATURES} of {n} images, out of fold, {len(photos.labels)} of them taught"
+    _say_replaced(model.spec, say)
     threshold = fitted.threshold(model.threshold.target_tpr, description)
     proof = _prove(model, stored, heads, fitted, photos, threshold, known_before, options.max_drop)
     for line in proof.lines():
@@ -215,6 +218,15 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
         _write(draft, model, fitted, photos, threshold, source, say)
         draft.prove(lambda runners: {}, together=False)
     return TaughtExport(place, draft.spec, photos.unreadable)
+
+
+def _say_replaced(spec: Spec, say: Say) -> None:
+    """Name the thresholds that were set on the user's images: the new ones come from features."""
+    run = str(spec.source.get("splits_hash"))[:12]
+    for artifact in spec.artifacts:
+        data = FROM_FEATURES if artifact.threshold is None else artifact.threshold.data
+        if not data.startswith(FROM_FEATURES) and run not in data:
+            say(f"{artifact.name}: its threshold from {data} is replaced; set it again with calibrate")
 
 
 def _check_data(data: Given | None, export: Export) -> None:
