@@ -53,7 +53,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     only where both ran on the same images, and agreement and flips where they are against the same backend.
     """
     notes = _surroundings(old, new)
-    same_images = {**old["data"], "reference": None} == {**new["data"], "reference": None}
+    same_images = _same_images(old["data"], new["data"])
     lesson = _lesson(old["export"], new["export"])
     notes += lesson
     if not same_images:
@@ -74,6 +74,19 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
             notes.append(f"{key[0]} was {one['status']} and is {other['status']}")
         changes += _row_changes(one, other, same_images, same_reference)
     return Comparison(tuple(notes), (*changes, *_cost_changes(old, new)))
+
+
+def _same_images(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether both ran on the same ones: of one data set, a model with other classes takes other images."""
+    sets = [entry for data in (old, new) for entry in (data["id"], *data["ood"].values()) if entry is not None]
+    recorded = all("chosen" in entry for entry in sets)  # not in records of earlier releases
+
+    def images(data: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: {**entry, "chosen": recorded and entry["chosen"]} for name, entry in data["ood"].items()}
+        known = data["id"] and {**data["id"], "chosen": recorded and data["id"]["chosen"]}
+        return {**data, "reference": None, "id": known, "ood": kept}
+
+    return images(old) == images(new)
 
 
 def _rows(record: dict[str, Any]) -> dict[tuple[str, int], Row]:

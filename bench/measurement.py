@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -212,6 +213,7 @@ class Measurement:
                 "data": images.data,
                 "fingerprint": images.source.fingerprint,
                 "n": len(found.rows),
+                "chosen": hashlib.sha256(images.indices.tobytes()).hexdigest(),
                 "unreadable": found.unreadable,
             }
         return {

@@ -247,7 +247,8 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
             )
         source = open_training_data(data, facts.get("val_data"), facts.get("val_fingerprint"))
         splits = read_splits(export.run_folder, source, str(splits_hash))
-        calib = splits.calib[model_labels(source.labels, source.classes, export.spec.classes)[splits.calib] >= 0]
+        known = model_labels(source.labels, source.classes, export.spec.classes) >= 0  # a class may have been forgotten
+        calib = splits.calib[known[splits.calib]] if known.any() else splits.calib
         description = f"'{data}', calib split {str(splits_hash)[:12]}"
         images = replace(images, source=source, indices=calib, description=description)
 

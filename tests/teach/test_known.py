@@ -11,6 +11,7 @@ from lesson import run, snapshot, write_photos
 
 import ssod_edge
 from ssod_edge.bench.compare import compare
+from ssod_edge.bench.latency import Plan
 from ssod_edge.bench.record import load_record
 from ssod_edge.errors import UsageError
 from ssod_edge.export.versions import roll_back
@@ -105,9 +106,7 @@ def measured(folder: Path, file: Path, data: Path | None = None) -> dict[str, An
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssod_edge.bench.latency import Plan
-
-    plan = Plan(warmup_s=0, warmup_queries=1, min_s=0.01, min_queries=3, max_queries=5, repeats=1, pair_s=0.01)
+    plan = Plan(0, 1, 0.01, 3, repeats=1, pair_s=0.01)
     monkeypatch.setattr("ssod_edge.bench.measurement.QUICK", plan)
 
 
