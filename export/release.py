@@ -18,7 +18,7 @@ from ssod_edge.errors import ArtifactError, UsageError, VerificationError
 from ssod_edge.export.engines.artifact import CPU_TARGETS, PRECISIONS, TARGETS
 from ssod_edge.export.engines.tensorrt import PlanOptions
 from ssod_edge.export.staging import staged
-from ssod_edge.export.versions import check_unchanged, keep
+from ssod_edge.export.versions import check_unchanged, keep, name_of
 from ssod_edge.files import exclusive
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner, why_not_here
@@ -164,6 +164,8 @@ def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
         and without_names(earlier.source) == without_names(spec.source)
         and _same_reference(found, new)
     )
+    if earlier.taught and not spec.taught and (kept := keep(place)):
+        say(f"the export that was taught is kept in '{kept}': ssod-edge rollback {place} --to {name_of(earlier)}")
     made = {artifact.name: artifact for artifact in spec.artifacts}
     for old in earlier.artifacts:
         if old.name in made:

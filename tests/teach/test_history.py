@@ -15,6 +15,7 @@ import pytest
 from lesson import CLASSES, run, snapshot, write_photos
 
 import ssod_edge
+from ssod_edge.export.release import release
 from ssod_edge.export.versions import kept_versions, name_of, roll_back, versions_folder
 from ssod_edge.files import sha256_file
 from ssod_edge.spec import load_spec, save_spec
@@ -217,6 +218,17 @@ def test_a_kept_version_takes_no_room_of_its_own_until_the_export_changes(door: 
     kept = next(export for export in kept_versions(door) if export.spec.version == 2)
     assert os.path.samefile(kept.folder / "features.npz", door / "features.npz")
     assert sha256_file(kept.folder / "ssod.json") == sha256_file(door / "ssod.json")
+
+
+def test_an_export_that_is_made_anew_keeps_the_lessons_of_before(door: Path, light: Path) -> None:
+    taught, lines = snapshot(door), []
+    with release(door, lines.append) as draft:
+        shutil.copytree(light, draft.folder, dirs_exist_ok=True)
+        draft.write(load_spec(light))
+    assert snapshot(door) == snapshot(light) and any("the export that was taught is kept in" in line for line in lines)
+    assert [(row["version"], row["current"]) for row in listed(door)] == [(3, False), (2, False), (1, True)]
+    assert run("rollback", door, "--to", 3).exit_code == 0
+    assert snapshot(door) == taught
 
 
 def test_the_version_in_a_run_folder(exported: Path, light: Path, tmp_path: Path) -> None:
