@@ -76,14 +76,7 @@ def open_runner(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     if engine == "eager":
-        if precision not in ("auto", "fp32") or artifact is not None:
-            raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
-        if not is_installed(engine):
-            raise missing_extra("torch", "the eager engine")
-        _require_checkpoint(Path(folder))
-        from ssod_edge.training.eager import EagerRunner
-
-        return EagerRunner(Path(folder), device, threads, allow_untrained)
+        return _open_eager(Path(folder), precision, artifact, device, threads, allow_untrained)
     place = Export.place(folder)
     for _ in range(ATTEMPTS):
         before = _state(place)
@@ -99,6 +92,20 @@ def open_runner(
                 raise
             mixed = error  # files of two versions: another one was swapped in meanwhile
     raise mixed
+
+
+def _open_eager(
+    folder: Path, precision: str, artifact: str | None, device: str, threads: int | None, allow_untrained: bool
+) -> Runner:
+    """The checkpoint in PyTorch; see `open_runner`."""
+    if precision not in ("auto", "fp32") or artifact is not None:
+        raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
+    if not is_installed("eager"):
+        raise missing_extra("torch", "the eager engine")
+    _require_checkpoint(folder)
+    from ssod_edge.training.eager import EagerRunner
+
+    return EagerRunner(folder, device, threads, allow_untrained)
 
 
 def _require_checkpoint(folder: Path) -> None:
