@@ -75,7 +75,7 @@ def _say_kept(place: Path, keep: int | None) -> None:
     if names := [name_of(export.spec) for export in others(place, None if current is None else current.spec)]:
         say(
             f"kept in '{versions_folder(place)}', {size_on_disk(place) / 1e6:.1f} MB: {', '.join(names)}. "
-            f"One comes back with: ssod-edge rollback {place}; --keep N keeps the newest N"
+            f"One comes back with: ssod-edge rollback {place}; history --keep N removes all but the newest N"
         )
 
 
@@ -84,7 +84,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     lesson = row["taught"]
     words = [f"{name} ({count} photos)" for name, count in lesson.get("photos", {}).items()]
     words += [f"without {name}" for name in lesson.get("forgotten", [])]
-    where = "in use" if row["current"] else row["folder"] or "not here"
+    where = "in use" if row["current"] else "/".join(Path(row["folder"]).parts[-2:]) if row["folder"] else "not here"
     return (row["name"], ", ".join(words) or "exported", _proof(lesson), row["time"] or "-", where)
 
 
