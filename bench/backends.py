@@ -70,7 +70,7 @@ class Backends(ExitStack):
         super().__init__()
         self._threads = threads
         fused = [_fused(export.folder, artifact) for artifact in export.spec.artifacts]
-        self.all = [*fused, *_bf16(fused), _eager(export.folder)]
+        self.all = [*fused, *_bf16(fused), _eager(export)]
         self.pairs = choose_pairs(export.spec)
         self.all += [_plain(export, pair, scratch / pair.plain) for pair in self.pairs]
 
@@ -139,9 +139,12 @@ def _open_bf16(folder: Path, threads: int | None) -> Runner:
     return OpenVinoRunner(export.spec, artifact, export.check(artifact), threads=threads, bf16=True)
 
 
-def _eager(export: Path) -> Backend:
-    run = export.resolve().parent
+def _eager(export: Export) -> Backend:
+    run = export.folder.resolve().parent
     checkpoint = run / CHECKPOINT
+    if export.spec.taught:
+        error = "the export was taught, and no checkpoint has learnt that"
+        return Backend(EAGER, EAGER, run, status="missing", error=error)
     if not checkpoint.is_file():
         # An export that was copied to a device, or one of untrained weights.
         error = f"there is no {CHECKPOINT} beside this export"

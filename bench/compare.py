@@ -53,9 +53,12 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     only where both ran on the same images, and agreement and flips where they are against the same backend.
     """
     notes = _surroundings(old, new)
-    same_images = {**old["data"], "reference": None} == {**new["data"], "reference": None}
+    same_images = _same_images(old["data"], new["data"])
+    lesson = _lesson(old["export"], new["export"])
+    notes += lesson
     if not same_images:
-        notes.append("the images differ, so accuracy is not compared")
+        more = ": name images of classes that both know with --id" if lesson else ""
+        notes.append(f"the images differ, so accuracy is not compared{more}")
     # Records of earlier releases name no reference: it was always the eager model.
     references = {record["data"].get("reference", EAGER) for record in (old, new)}
     same_reference = len(references) == 1
@@ -71,6 +74,19 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
             notes.append(f"{key[0]} was {one['status']} and is {other['status']}")
         changes += _row_changes(one, other, same_images, same_reference)
     return Comparison(tuple(notes), (*changes, *_cost_changes(old, new)))
+
+
+def _same_images(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether both ran on the same ones: of one data set, a model with other classes takes other images."""
+    sets = [entry for data in (old, new) for entry in (data["id"], *data["ood"].values()) if entry is not None]
+    recorded = all("chosen" in entry for entry in sets)  # not in records of earlier releases
+
+    def images(data: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: {**entry, "chosen": recorded and entry["chosen"]} for name, entry in data["ood"].items()}
+        known = data["id"] and {**data["id"], "chosen": recorded and data["id"]["chosen"]}
+        return {**data, "reference": None, "id": known, "ood": kept}
+
+    return images(old) == images(new)
 
 
 def _rows(record: dict[str, Any]) -> dict[tuple[str, int], Row]:
@@ -132,8 +148,32 @@ def _surroundings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = sorted({*one["packages"], *other["packages"]})
     pairs += [(name, one["packages"].get(name), other["packages"].get(name)) for name in names]
     notes += [f"{name}: {before} -> {after}" for name, before, after in pairs if before != after]
-    if old["export"] != new["export"]:
+    # Records of earlier releases lack some.
+    both = old["export"].keys() & new["export"].keys() - {"version", "model", "taught_from", "classes", "class_names"}
+    if any(old["export"][key] != new["export"][key] for key in both):
         notes.append(f"another export: {_export(old)} -> {_export(new)}")
+    return notes
+
+
+def _lesson(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Whether one of two exports was taught from the other, and which classes one of them alone has."""
+    if old.get("class_names") is None or new.get("class_names") is None:
+        counts = old.get("classes"), new.get("classes")
+        return [] if counts[0] == counts[1] else ["classes: {} -> {}".format(*counts)]
+    notes = []
+    if old["model"] in new["taught_from"]:
+        notes.append(
+            f"the new export (version {new['version']}) was taught from the old one (version {old['version']})"
+        )
+    elif new["model"] in old["taught_from"]:
+        notes.append(
+            f"the old export (version {old['version']}) was taught from the new one (version {new['version']})"
+        )
+    elif set(new["taught_from"]) & set(old["taught_from"]):
+        notes.append(f"both exports were taught from one (versions {old['version']} and {new['version']})")
+    for what, one, other in (("new", new, old), ("no longer there", old, new)):
+        if names := [name for name in one["class_names"] if name not in other["class_names"]]:
+            notes.append(f"classes that are {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     return notes
 
 

@@ -88,7 +88,9 @@ def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
         indices = read_splits(export.folder.resolve().parent, source, str(facts["splits_hash"])).val
     except (OSError, ValueError, KeyError, SsodEdgeError, ImportError) as error:
         return None, f"The run's validation images cannot be opened ({error})."
-    return ImageSet("id", f"{facts['data']} (val split)", source, indices, source.labels[indices]), None
+    labels = model_labels(source.labels[indices], source.classes, export.spec.classes)
+    kept = labels >= 0  # a class may have been forgotten since (`ssod-edge teach --forget`)
+    return ImageSet("id", f"{facts['data']} (val split)", source, indices[kept], labels[kept]), None
 
 
 def query_images(images: BenchImages, export: Export, count: int) -> tuple[list[Image.Image], str]:

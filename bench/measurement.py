@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -178,6 +179,10 @@ class Measurement:
                 "score": spec.score_name,
                 "trained": spec.trained,
                 "run": spec.source.get("run"),
+                "class_names": list(spec.classes),
+                "version": spec.version,
+                "model": spec.reference_sha256,
+                "taught_from": [entry["reference_sha256"] for entry in spec.lineage],
             },
             "data": self._data(),
             "cost_of_unknown": self.cost,
@@ -208,6 +213,7 @@ class Measurement:
                 "data": images.data,
                 "fingerprint": images.source.fingerprint,
                 "n": len(found.rows),
+                "chosen": hashlib.sha256(images.indices.tobytes()).hexdigest(),
                 "unreadable": found.unreadable,
             }
         return {

@@ -18,6 +18,7 @@ from ssod_edge.errors import ArtifactError, UsageError, VerificationError
 from ssod_edge.export.engines.artifact import CPU_TARGETS, PRECISIONS, TARGETS
 from ssod_edge.export.engines.tensorrt import PlanOptions
 from ssod_edge.export.staging import staged
+from ssod_edge.export.versions import check_unchanged, keep, name_of
 from ssod_edge.files import exclusive
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner, why_not_here
@@ -111,7 +112,7 @@ class Draft:
 
 
 @contextmanager
-def release(place: Path, say: Say) -> Iterator[Draft]:
+def release(place: Path, say: Say, replaces: Export | None = None) -> Iterator[Draft]:
     """Make an export; when the block ends without an error, it takes its place by one rename.
 
     Artifacts of an earlier export in that place that were not made again are kept, if they are of the same model.
@@ -119,9 +120,11 @@ def release(place: Path, say: Say) -> Iterator[Draft]:
     Args:
         place: the export folder.
         say: gets a line for each step.
+        replaces: the export in that place that this one is a new version of: it is kept whole as the version before
+            (`ssod_edge.export.versions`), and none of its artifacts in this one.
 
     Raises:
-        UsageError: `place` is a file, or holds something else than an export.
+        UsageError: `place` is a file, or holds something else than an export, or another one than `replaces`.
         OutputError: it cannot be written. In every case an earlier export is unchanged.
     """
     with ExitStack() as publishing, staged(place) as folder:
@@ -129,7 +132,12 @@ def release(place: Path, say: Say) -> Iterator[Draft]:
         yield draft
         # Another process may be exporting to the same place: what it has published by now is kept too.
         publishing.enter_context(exclusive(place.resolve().parent))
-        draft.write(_keep_earlier(place, Export(folder, draft.spec), say))
+        if replaces is None:
+            draft.write(_keep_earlier(place, Export(folder, draft.spec), say))
+        else:
+            check_unchanged(place, replaces)
+            draft.write(draft.spec)
+            keep(place)
 
 
 def without_names(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +164,8 @@ def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
         and without_names(earlier.source) == without_names(spec.source)
         and _same_reference(found, new)
     )
+    if earlier.taught and not spec.taught and (kept := keep(place)):
+        say(f"the export that was taught is kept in '{kept}': ssod-edge rollback {place} --to {name_of(earlier)}")
     made = {artifact.name: artifact for artifact in spec.artifacts}
     for old in earlier.artifacts:
         if old.name in made:

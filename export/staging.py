@@ -32,16 +32,12 @@ def staged(folder: Path) -> Iterator[Path]:
         OutputError: it cannot be written; what was there before is unchanged.
     """
     folder = folder.resolve()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"'{folder}' is a file; give a folder for the export")
-    if folder.is_dir() and not (folder / SPEC_NAME).exists() and any(folder.iterdir()):
-        raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
+    check_place(folder)
     make_directory(folder.parent)
     try:
         with exclusive(folder.parent):
-            prefix = f".{folder.name}.ssod-edge-"
-            _remove_left_over(folder.parent, prefix)
-            temporary = beside(folder, prefix)
+            temporary = beside(folder, _prefix(folder))
+            _remove_left_over(folder.parent, f"{escape(_prefix(folder))}*")
             temporary.mkdir()
             mark = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks
@@ -61,9 +57,34 @@ def staged(folder: Path) -> Iterator[Path]:
         os.close(mark)
 
 
-def _remove_left_over(place: Path, prefix: str) -> None:
+def check_place(folder: Path) -> None:
+    """Raises UsageError where no export can go: `folder` is a file, or holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"'{folder}' is a file; give a folder for the export")
+    if folder.is_dir() and not (folder / SPEC_NAME).exists() and any(folder.iterdir()):
+        raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
+
+
+def remove(folder: Path) -> None:
+    """Remove an export folder: no longer there, or there and whole; what a kill leaves `remove_all_left` removes."""
+    gone = beside(folder, _prefix(folder))
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_all_left(place: Path) -> None:
+    """Remove what was left in a folder of exports by processes that were killed."""
+    with exclusive(place):
+        _remove_left_over(place, ".*.ssod-edge-*")
+
+
+def _prefix(folder: Path) -> str:
+    return f".{folder.name}.ssod-edge-"
+
+
+def _remove_left_over(place: Path, pattern: str) -> None:
     """Remove temporary folders that no process holds; call it inside `exclusive`, where no new one appears."""
-    for left in place.glob(f"{escape(prefix)}*"):
+    for left in place.glob(pattern):
         with suppress(OSError):  # held, not a folder, or not ours
             mark = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -115,7 +136,6 @@ def _unlisted(folder: Path) -> list[str]:
     """Names in an export folder that its spec does not account for."""
     files: list[str] = []
     with suppress(Exception):  # a damaged spec lists nothing
-        spec = load_spec(folder)
-        files = [*spec.shared_files, *(name for artifact in spec.artifacts for name in artifact.files)]
+        files = [*load_spec(folder).files]
     listed = {Path(name).parts[0] for name in files}
     return [path.name for path in folder.iterdir() if path.name not in listed]

@@ -178,6 +178,29 @@ class Spec:
         return self.score["name"]
 
     @property
+    def version(self) -> int:
+        """1 as exported; a lesson makes the next one (`ssod-edge history`)."""
+        return int(self.source.get("version", 1))
+
+    @property
+    def taught(self) -> dict[str, Any]:
+        """The lesson that made this version (`ssod_edge.teach`); empty as exported."""
+        return dict(self.source.get("taught", {}))
+
+    @property
+    def lineage(self) -> tuple[dict[str, Any], ...]:
+        """The versions that this one comes from, the first one first: {"version", "sha256": of its spec,
+        "reference_sha256", "taught"}. `calibrate` changes the first hash and not the second.
+        """
+        return tuple(self.source.get("lineage", ()))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files that the spec accounts for, each once."""
+        listed = (*self.shared_files, *(name for artifact in self.artifacts for name in artifact.files))
+        return tuple(dict.fromkeys(listed))
+
+    @property
     def shared_files(self) -> dict[str, str]:
         """The files that belong to no artifact -> SHA-256."""
         others = {DETECTOR_NAME: self.detector, FEATURES_NAME: self.features}

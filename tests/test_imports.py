@@ -49,6 +49,7 @@ DOORS = {
     ("ssod_edge", "ssod_edge.evaluation.evaluate"),
     ("ssod_edge.export", "ssod_edge.export.graph.build"),
     ("ssod_edge.runtime.open", "ssod_edge.training.eager"),
+    ("ssod_edge.runtime.predict", "ssod_edge.teach.teach"),
 }
 #: Seconds. The product's limit is 0.3 on an idle pair of cores; a shared CI machine gets twice that,
 #: and the measured figure is printed.

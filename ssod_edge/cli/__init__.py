@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 for command in (  # in the order of work, which is that of `--help`
     train.train, train.study, train.reproduce, evaluate.eval, evaluate.explain, export.export, device.bench,
-    export.package, device.predict, device.monitor, device.review, device.teach, device.calibrate, device.doctor,
+    export.package, device.predict, device.monitor, device.review, device.teach, device.history,
+    device.rollback, device.calibrate, device.doctor,
 ):  # fmt: skip
     main.add_command(command)

@@ -39,11 +39,17 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
 @click.command()
 @click.argument("folder", metavar="EXPORT")
 @click.argument("data", metavar="[DATA]", required=False)
-@click.option("-o", "--out", type=click.Path(), required=True, help="The new export folder; EXPORT stays as it is.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    help="The new export folder; EXPORT stays as it is. Default: EXPORT itself, of which the version before is kept.",
+)
 @click.option("--forget", metavar="CLASS", multiple=True, help="Take this class out; may be given several times.")
 @click.option("--max-drop", type=float, default=1.0, help="Points of accuracy that the other classes may lose.")
-@click.option("--alike", is_flag=True, help="Teach a class although its photos look like a known one.")
-def teach(folder: str, out: str, **options: Any) -> int:
+@click.option("--alike", is_flag=True, help="Teach a class although its photos or name look like a known one's.")
+@click.option("--keep", type=click.IntRange(min=0), help="Earlier versions that stay. Default: all.")
+def teach(folder: str, out: str | None, keep: int | None, **options: Any) -> int:
     """Teach an export new classes from a few photos.
 
     DATA has CLASS/IMAGE folders of new classes or of known ones; no PyTorch is needed. EXPORT is an export folder, or
@@ -53,7 +59,35 @@ def teach(folder: str, out: str, **options: Any) -> int:
     from ssod_edge.teach.command import run_teach
     from ssod_edge.teach.teach import TeachOptions
 
-    return run_teach(folder, out, take(TeachOptions, options))
+    return run_teach(folder, out, take(TeachOptions, options), keep)
+
+
+@click.command()
+@click.argument("folder", metavar="EXPORT")
+@click.option("--keep", type=click.IntRange(min=0), help="Remove the oldest versions but for so many.")
+@as_json
+def history(folder: str, keep: int | None, as_json: bool) -> int:
+    """List the versions of an export that was taught.
+
+    EXPORT is an export folder, or the run folder that holds it. The newest comes first: what was taught or forgotten,
+    the proof, when, and where it is kept.
+    """
+    from ssod_edge.teach.command import run_history
+
+    return run_history(folder, keep, as_json)
+
+
+@click.command()
+@click.argument("folder", metavar="EXPORT")
+@click.option("--to", metavar="VERSION", help="Its number, or its name in history. Default: what it was taught from.")
+def rollback(folder: str, to: str | None) -> int:
+    """Swap an earlier version of an export in.
+
+    It is one rename; the version that was in use is kept, and comes back in the same way.
+    """
+    from ssod_edge.teach.command import run_rollback
+
+    return run_rollback(folder, to)
 
 
 @click.command()

@@ -131,6 +131,11 @@ def trained_part(data: str) -> UsageError:
     )
 
 
+def taught_with(data: str) -> UsageError:
+    """The error for photos of a lesson."""
+    return UsageError(f"the model was taught with the photos of '{data}', and a threshold needs new ones. Name others")
+
+
 def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | None = None) -> int:
     """Refit the threshold of one artifact, or of every artifact; returns the exit code.
 
@@ -205,10 +210,18 @@ def _trained_on(data: str, export: Export) -> bool:
         return False
 
 
+def _taught_with(data: str, spec: Spec) -> bool:
+    """Whether a data set is the photos of a lesson."""
+    lessons = (spec.taught, *(entry["taught"] for entry in spec.lineage))
+    return any(same_data(data, lesson.get("data")) for lesson in lessons)
+
+
 def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     """How to draw the images, and what they are, for the record."""
     if is_training_part(data, export.spec.source.get("data")):
         raise trained_part(data)
+    if _taught_with(data, export.spec):
+        raise taught_with(data)
     if Path(data).is_dir() and not _trained_on(data, export):
         paths = known_images(data, export.spec.classes, partial(click.echo, err=True))
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
@@ -230,13 +243,14 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
         if facts.get("pooled"):
             raise UsageError(
                 f"the thresholds of this export come from the images of '{data}' that it was trained on, out of fold: "
-                "export the run again for these, or name new images"
+                f"{'teach it' if export.spec.taught else 'export the run'} again for these, or name new images"
             )
         source = open_training_data(data, facts.get("val_data"), facts.get("val_fingerprint"))
         splits = read_splits(export.run_folder, source, str(splits_hash))
-        images = replace(
-            images, source=source, indices=splits.calib, description=f"'{data}', calib split {str(splits_hash)[:12]}"
-        )
+        known = model_labels(source.labels, source.classes, export.spec.classes) >= 0  # a class may have been forgotten
+        calib = splits.calib[known[splits.calib]] if known.any() else splits.calib
+        description = f"'{data}', calib split {str(splits_hash)[:12]}"
+        images = replace(images, source=source, indices=calib, description=description)
 
     def draw(failed: Callable[[str], Any]) -> Iterator[ImageLike]:
         for index in images.indices.tolist():

@@ -24,11 +24,15 @@ class Export:
     @classmethod
     def at(cls, folder: str | os.PathLike[str]) -> Export:
         """The export that is meant by its folder, or by the run folder that holds it; errors as `load_spec`."""
+        place = cls.place(folder)
+        return cls(place, load_spec(place))
+
+    @staticmethod
+    def place(folder: str | os.PathLike[str]) -> Path:
+        """The folder of the export that is meant by it, or by the run folder that holds it."""
         folder = Path(folder)
         inner = folder / "export"
-        if not (folder / SPEC_NAME).is_file() and (inner / SPEC_NAME).is_file():
-            folder = inner
-        return cls(folder, load_spec(folder))
+        return inner if not (folder / SPEC_NAME).is_file() and (inner / SPEC_NAME).is_file() else folder
 
     @classmethod
     def in_place(cls, folder: Path) -> Export | None:
@@ -69,6 +73,13 @@ class Export:
         path = check_files(self.folder, artifact)
         check_hash(self.folder / REFERENCE_NAME, self.spec.reference_sha256)
         return path
+
+    def check_all(self) -> None:
+        """Compare every file that the spec lists with its hash; errors as `check_files`."""
+        for name, expected in self.spec.shared_files.items():
+            check_hash(self.folder / name, expected)
+        for artifact in self.spec.artifacts:
+            check_files(self.folder, artifact)
 
     def reference(self) -> dict[str, Array]:
         """The arrays of `reference.npz`; see `load_reference`."""

@@ -32,6 +32,9 @@ AUTO_ENGINES = (*PLAN_ENGINES, "openvino", "onnxruntime")
 #: all that was exported.
 AUTO_PRECISIONS = ("fp32", "fp16", "int8")
 
+#: How often an export is opened anew that another one takes the place of meanwhile.
+ATTEMPTS = 10
+
 
 def open_runner(
     folder: str | os.PathLike[str],
@@ -73,19 +76,60 @@ def open_runner(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     if engine == "eager":
-        if precision not in ("auto", "fp32") or artifact is not None:
-            raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
-        if not is_installed(engine):
-            raise missing_extra("torch", "the eager engine")
-        from ssod_edge.training.eager import EagerRunner
+        return _open_eager(Path(folder), precision, artifact, device, threads, allow_untrained)
+    place = Export.place(folder)
+    for _ in range(ATTEMPTS):
+        before = _state(place)
+        try:
+            export = Export.at(place)
+            require_trained(export.spec, allow_untrained)
+            chosen = choose_artifact(export.spec, engine, precision, artifact)
+            runner = _open(export.spec, chosen, export.check(chosen), device, threads)
+            runner.folder = export.folder
+            return require_verified(runner, export.folder) if verify else runner
+        except ArtifactError as error:
+            if _state(place) == before:
+                raise
+            mixed = error  # files of two versions: another one was swapped in meanwhile
+    raise mixed
 
-        return EagerRunner(Path(folder), device, threads, allow_untrained)
-    export = Export.at(folder)
-    require_trained(export.spec, allow_untrained)
-    chosen = choose_artifact(export.spec, engine, precision, artifact)
-    runner = _open(export.spec, chosen, export.check(chosen), device, threads)
-    runner.folder = export.folder
-    return require_verified(runner, export.folder) if verify else runner
+
+def _open_eager(
+    folder: Path, precision: str, artifact: str | None, device: str, threads: int | None, allow_untrained: bool
+) -> Runner:
+    """The checkpoint in PyTorch; see `open_runner`."""
+    if precision not in ("auto", "fp32") or artifact is not None:
+        raise UsageError("the eager engine runs the checkpoint, in fp32: leave out precision and artifact")
+    if not is_installed("eager"):
+        raise missing_extra("torch", "the eager engine")
+    _require_checkpoint(folder)
+    from ssod_edge.training.eager import EagerRunner
+
+    return EagerRunner(folder, device, threads, allow_untrained)
+
+
+def _require_checkpoint(folder: Path) -> None:
+    """Raises UsageError where the export of a run is a taught one: the run's checkpoint has not learnt that.
+
+    Args:
+        folder: what the eager engine takes: a run folder, its export folder, or a checkpoint in it.
+    """
+    for place in (folder.parent / "export",) if folder.is_file() else (folder, folder / "export"):
+        export = Export.in_place(place)
+        if export is not None and export.spec.taught:
+            raise UsageError(
+                f"the eager engine runs a checkpoint, and '{place}' was taught since (version {export.spec.version}): "
+                "use another engine, or go back with ssod-edge rollback --to 1"
+            )
+
+
+def _state(place: Path) -> tuple[int, int] | None:
+    """What is another thing after a folder was swapped for another one, see `ssod_edge.export.staging`."""
+    try:
+        found = os.stat(place)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def require_trained(spec: Spec, allow_untrained: bool) -> None:

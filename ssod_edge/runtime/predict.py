@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, MissingExtraError, UsageError
 from ssod_edge.runtime.runner import Array, Runner
+
+if TYPE_CHECKING:
+    from ssod_edge.teach.record import TaughtExport
 
 Pixels = npt.NDArray[np.uint8]
 #: Why an image could not be read, and what is damaged in one that could.
@@ -117,6 +120,36 @@ class Predictor(AbstractContextManager["Predictor"]):
     def close(self) -> None:
         """Release the engine."""
         self.runner.__exit__(None, None, None)
+
+    def teach(
+        self,
+        new: str | Mapping[str, Iterable[ImageLike]],
+        images: Iterable[ImageLike] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> TaughtExport:
+        """Teach the export that this was opened from, as `ssod-edge teach`; what is open stays as it is::
+
+            new = model.teach("mug", ["1.jpg", frame], out="taught")
+            with ssod_edge.open(new) as taught: ...
+
+        Args:
+            new: a class, new or known; or several at once, class -> images.
+            images: of that class: what `predict` takes, and folders.
+            out: the new export folder. None teaches in place: what the folder holds now becomes the version before.
+            options: `forget`, `max_drop`, `alike` of `ssod_edge.teach.teach.TeachOptions`, and `say`, which gets a line
+                for each step.
+
+        Returns:
+            the new export: its `folder`, for which it stands as a path too, its `proof`, and what was `unreadable`.
+
+        Raises:
+            UsageError, MissingExtraError, ArtifactError, VerificationError, OutputError: see
+                `ssod_edge.teach.teach.teach`.
+        """
+        from ssod_edge.teach.teach import teach_open
+
+        return teach_open(self.runner.folder, new, images, out, **options)
 
     def predict(self, image: ImageLike) -> Verdict:
         """The verdict on one image.

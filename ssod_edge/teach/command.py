@@ -1,18 +1,98 @@
-"""The `teach` command: say what happens, and show what came out."""
+"""The commands `teach`, `history` and `rollback`: say what happens, and show what came out."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
-from ssod_edge.export.command import say, show
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
+from ssod_edge.export.command import WIDE, say, show
+from ssod_edge.export.versions import name_of, others, prune, roll_back, size_on_disk, versions_folder
+from ssod_edge.runtime.export import Export
+from ssod_edge.teach.history import history
 from ssod_edge.teach.teach import TeachOptions, teach
+from ssod_edge.terminal import printable
 
 
-def run_teach(folder: str, out: str, options: TeachOptions) -> int:
-    """Teach, and print a table of the new artifacts; returns the exit code: 1 if photos were left out."""
+def run_teach(folder: str, out: str | None, options: TeachOptions, keep: int | None = None) -> int:
+    """Teach, and print a table of the new artifacts; returns the exit code: 1 if photos were left out.
+
+    Args:
+        folder, out, options: see `ssod_edge.teach.teach.teach`.
+        keep: of a lesson in place, how many earlier versions stay; None keeps all.
+    """
+    if out is not None and keep is not None:
+        raise UsageError("--keep belongs to teaching in place: leave out -o, or --keep")
     started = time.monotonic()
-    spec, unreadable = teach(folder, out, options, say)
-    show(spec, Path(out), started)
-    return EXIT_SOME_FAILED if unreadable else EXIT_OK
+    done = teach(folder, out, options, say)
+    show(done.spec, done.folder, started)
+    if out is None:
+        say(f"this is version {done.spec.version}")
+        _say_kept(done.folder, keep)
+    return EXIT_SOME_FAILED if done.unreadable else EXIT_OK
+
+
+def run_rollback(folder: str, to: str | None = None) -> int:
+    """Swap an earlier version in; see `ssod_edge.export.versions.roll_back`."""
+    before, now = roll_back(folder, to)
+    was = "a damaged export, which is gone" if before is None else f"version {name_of(before)}, which is kept"
+    print(printable(f"version {name_of(now)} is in use: {', '.join(now.classes)}; before, {was}"))
+    return EXIT_OK
+
+
+def run_history(folder: str, keep: int | None = None, as_json: bool = False) -> int:
+    """Show the versions of an export, and remove the oldest beyond `keep`, the one in use not counted."""
+    place = Export.place(folder)
+    if keep is not None:
+        _say_kept(place, keep)
+    rows = history(folder)
+    if as_json:
+        print(json.dumps({"versions": rows, "bytes_beside": size_on_disk(place)}, indent=2))
+        return EXIT_OK
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("version", "what", "proof", "when (UTC)", "where"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(text)) for text in _cells(row)), style="bold" if row["current"] else None)
+    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+    if keep is None:
+        _say_kept(place, None)
+    return EXIT_OK
+
+
+def _say_kept(place: Path, keep: int | None) -> None:
+    """What is kept, after the oldest was removed."""
+    for name in prune(place, keep) if keep is not None else ():
+        say(f"removed version {name}")
+    current = Export.in_place(place)
+    if names := [name_of(export.spec) for export in others(place, None if current is None else current.spec)]:
+        say(
+            f"kept in '{versions_folder(place)}', {size_on_disk(place) / 1e6:.1f} MB: {', '.join(names)}. "
+            f"One comes back with: ssod-edge rollback {place}; history --keep N removes all but the newest N"
+        )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of `history` in words."""
+    lesson = row["taught"]
+    words = [f"{name} ({count} photos)" for name, count in lesson.get("photos", {}).items()]
+    words += [f"without {name}" for name in lesson.get("forgotten", [])]
+    where = "in use" if row["current"] else "/".join(Path(row["folder"]).parts[-2:]) if row["folder"] else "not here"
+    return (row["name"], ", ".join(words) or "exported", _proof(lesson), row["time"] or "-", where)
+
+
+def _proof(lesson: dict[str, Any]) -> str:
+    """The figures of a lesson in short."""
+    if not lesson:
+        return "-"
+    proof = lesson["proof"]
+    before, after = proof["accuracy"]
+    new = "".join(f", {name} {row['recall']:.0%}" for name, row in proof["new"].items())
+    return f"others {before:.1%} -> {after:.1%}{new}"

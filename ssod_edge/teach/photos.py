@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.disturbances import seeded_copy
-from ssod_edge.data.images import Subset, whole_dataset
+from ssod_edge.data.images import Subset
 from ssod_edge.data.layout import same_name
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import Labels
@@ -37,7 +37,8 @@ class Photos:
         classes: those of the model, and the new ones after them.
         shown: uint8 [r, 3, S, S], photos for the reference.
         places: int64 [r], which ones these are.
-        description: for the record.
+        added: how many of the classes are new.
+        data, fingerprint: where the photos came from, for the record.
         unreadable: messages of the photos that were left out.
     """
 
@@ -47,7 +48,9 @@ class Photos:
     classes: tuple[str, ...]
     shown: NDArray[np.uint8]
     places: Labels
-    description: str = ""
+    added: int = 0
+    data: str | None = None
+    fingerprint: str | None = None
     unreadable: tuple[str, ...] = ()
 
     @classmethod
@@ -58,26 +61,26 @@ class Photos:
         return cls(features, features, labels, classes, np.zeros((0, 3, size, size), np.uint8), labels)
 
 
-def read_photos(data: str, classes: tuple[str, ...], settings: Preprocess, trunk: Trunk, say: Say) -> Photos:
+def read_photos(images: Subset, classes: tuple[str, ...], settings: Preprocess, trunk: Trunk, say: Say) -> Photos:
     """Read all that can be read; what cannot is said.
 
     Args:
-        data: what `ssod_edge.data.sources.open_dataset` takes, with classes.
-        classes: of the model. A class of `data` with the name of one of them is that one.
+        images: with classes. One with the name of a class of the model is that one.
+        classes: of the model.
 
     Raises:
-        UsageError: no such data, one photo in two classes, or a new class with fewer than `LEAST_PHOTOS`.
+        UsageError: one photo in two classes, or a new class with fewer than `LEAST_PHOTOS`.
     """
-    images = whole_dataset(data, labelled=True)
+    data = images.source.name
     if images.source.left_out:
         say(images.source.left_out)
-    _check_contradictions(images)
+    images = _without_copies(images, say)
     known = {same_name(name): number for number, name in enumerate(classes)}
     added = [name for name in images.source.classes if same_name(name) not in known]
     numbers = known | {same_name(name): len(classes) + place for place, name in enumerate(added)}
     table = np.array([numbers[same_name(name)] for name in images.source.classes], np.int64)
     plain, disturbed, labels, shown, places = [], [], [], [], []
-    wanted = _for_reference(images.source.labels)
+    wanted = _for_reference(images.source.labels[images.indices])
     count = 0
     with image_bar("photos", len(images)) as advance:
         for start in range(0, len(images), 32):
@@ -98,8 +101,9 @@ def read_photos(data: str, classes: tuple[str, ...], settings: Preprocess, trunk
     found = np.concatenate(labels) if labels else np.zeros(0, np.int64)
     for number in table.tolist():
         if (readable := int((found == number).sum())) < (LEAST_PHOTOS if number >= len(classes) else 1):
+            why = f" (left out: {next(iter(images.unreadable))})" if images.unreadable else ""
             raise UsageError(
-                f"the class '{everything[number]}' of '{data}' has {readable} photos that can be read. It takes "
+                f"the class '{everything[number]}' of '{data}' has {readable} photos that can be read{why}. It takes "
                 f"{LEAST_PHOTOS} for a new class, one to learn from and one to prove it by, and 20 are better"
             )
     return Photos(
@@ -109,7 +113,9 @@ def read_photos(data: str, classes: tuple[str, ...], settings: Preprocess, trunk
         everything,
         np.stack(shown),
         np.array(places, np.int64),
-        f"'{data}', fingerprint {images.source.fingerprint[:12]}",
+        len(added),
+        data,
+        images.source.fingerprint,
         tuple(images.unreadable),
     )
 
@@ -143,22 +149,31 @@ def _for_reference(labels: Labels) -> set[int]:
     return set(np.argsort(ranks, kind="stable")[:REFERENCE_PHOTOS].tolist())
 
 
-def _check_contradictions(images: Subset) -> None:
-    """Raises UsageError where one file is in two classes."""
+def _without_copies(images: Subset, say: Say) -> Subset:
+    """Each photo once: a second one would be learnt from while the first one is left out to prove it.
+
+    Raises:
+        UsageError: one file is in two classes.
+    """
     found: dict[str, int] = {}
+    kept = []
     source = images.source
     for index in images.indices.tolist():
         try:
-            digest = source.picture(index).sha256
+            first = found.setdefault(source.picture(index).sha256, index)
         except ImageError:
-            continue  # named when it is read
-        first = found.setdefault(digest, index)
+            first = index  # named when it is read
         if source.labels[first] != source.labels[index]:
-            one, other = (images.source.classes[source.labels[place]] for place in (first, index))
+            one, other = (source.classes[source.labels[place]] for place in (first, index))
             raise UsageError(
                 f"'{source.source(first)}' of class '{one}' and '{source.source(index)}' of class '{other}' are the "
                 "same photo. Remove one"
             )
+        if first == index:
+            kept.append(index)
+    if copies := len(images) - len(kept):
+        say(f"left out: {copies} of {len(images)} photos, which are copies of others")
+    return replace(images, indices=np.array(kept, np.int64))
 
 
 def counts_of(labels: Sequence[int] | Labels, classes: tuple[str, ...]) -> dict[str, int]:

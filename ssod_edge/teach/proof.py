@@ -58,8 +58,8 @@ class Proof:
 
     @property
     def record(self) -> dict[str, Any]:
-        """For the spec."""
-        return asdict(self)
+        """For the spec, as JSON gives it back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def lines(self) -> list[str]:
         """The same in words."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.data.layout import same_name
+from ssod_edge.data.pixels import ImageLike
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import Labels
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.stored import StoredFeatures, load_features, save_features
 from ssod_edge.detect.sums import FittedScore, save_score
-from ssod_edge.errors import UsageError, VerificationError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError, VerificationError, missing_extra
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft, Say, release
-from ssod_edge.files import sha256_file, write_atomic
-from ssod_edge.json_reader import read_json
+from ssod_edge.export.staging import check_place
+from ssod_edge.export.versions import check_unchanged
+from ssod_edge.files import claim, sha256_file, write_atomic
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed
 from ssod_edge.runtime.verify import TOLERANCES
@@ -29,20 +32,23 @@ from ssod_edge.spec import (
     DETECTOR_NAME,
     FEATURES_NAME,
     REFERENCE_NAME,
-    SPEC_NAME,
     Artifact,
     Spec,
     Threshold,
     check_files,
 )
 from ssod_edge.teach.fitted import Fitted, Lesson, fit_lesson, outputs, without_classes
+from ssod_edge.teach.given import Given, check_names, open_photos
 from ssod_edge.teach.graph import End, Trunk, check_teachable, with_end
 from ssod_edge.teach.photos import Photos, check_new, counts_of, read_photos
 from ssod_edge.teach.proof import Answers, Proof, check, prove
+from ssod_edge.teach.record import TaughtExport, source_record
 from ssod_edge.teach.rows import Heads
 
 #: Precisions of the ONNX graphs that get other rows.
 PRECISIONS = ("fp32", "fp16")
+#: What a threshold was fitted on, as its record begins.
+FROM_FEATURES = "stored features"
 #: Images of a reference.
 REFERENCE_IMAGES = 256
 #: A class that was taught from fewer photos has its distances lessened (`FitData.few`).
@@ -54,13 +60,13 @@ class TeachOptions:
     """What to teach, and what it may cost.
 
     Attributes:
-        data: CLASS/IMAGE folders, or what else `open_dataset` takes; None teaches nothing.
+        data: CLASS/IMAGE folders, or what else `open_photos` takes; None teaches nothing.
         forget: names of classes to take out.
         max_drop: points of the other classes' accuracy that may be lost.
-        alike: teach a class although its photos look like a known one.
+        alike: teach a class although its photos or its name look like those of a known one.
     """
 
-    data: str | None = None
+    data: Given | None = None
     forget: tuple[str, ...] = ()
     max_drop: float = 1.0
     alike: bool = False
@@ -114,42 +120,83 @@ class Model:
 
 
 def teach(
-    folder: str | Path, out: str | Path, options: TeachOptions, say: Say = lambda line: None
-) -> tuple[Spec, tuple[str, ...]]:
-    """Make a new export; the old one is not changed.
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    options: TeachOptions,
+    say: Say = lambda line: None,
+) -> TaughtExport:
+    """Make a new version of an export.
 
     Args:
         folder: an export folder, or the run folder that holds it.
-        out: the new export folder.
+        out: the new export folder; the old one is not changed. None teaches in place: the new version takes the old
+            one's place by one rename, and the old one is kept beside it (`ssod_edge.export.versions`).
         options: what to teach.
         say: gets a line for each step.
 
-    Returns:
-        the spec that was written, and the messages of photos that could not be read.
-
     Raises:
-        UsageError: an export that cannot be taught, or photos that cannot teach it.
+        UsageError: an export that cannot be taught, or photos that cannot teach it; BusyError: one that is being
+            taught by another process.
         MissingExtraError: onnx, onnxruntime or scikit-learn is not installed.
         ArtifactError: a file of the export is damaged.
         VerificationError: more would be lost than may be, or an artifact drifted; nothing is released.
         OutputError: the new folder cannot be written. In every case the old export is unchanged.
     """
     _check_installed()
-    started = time.monotonic()
     export = Export.at(folder)
-    if Path(out).resolve() == export.folder.resolve():
+    place = (export.folder if out is None else Path(out)).resolve()
+    if out is not None and place == export.folder.resolve():
         raise UsageError(
-            f"'{out}' is the export that is taught: name another folder with -o, so that it stays as it is"
+            f"'{out}' is the export that is taught: leave out -o to teach in place, or name another folder"
         )
     if not export.spec.trained:
         raise UsageError("untrained weights cannot be taught: their features mean nothing")
+    check_place(place)
+    _check_data(options.data, export)
+    with claim(place.with_name(f".{place.name}.teaching"), f"'{place}' is being taught"):
+        export = Export.at(folder)  # as it is now that it is ours
+        try:
+            return _teach(export, place, options, say)
+        except ArtifactError:
+            check_unchanged(export.folder, export)  # files of two versions
+            raise
+
+
+def teach_open(
+    folder: Path | None,
+    new: str | Mapping[str, Iterable[ImageLike]],
+    images: Iterable[ImageLike] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    say: Say = lambda line: None,
+    forget: str | Sequence[str] = (),
+    **options: Any,
+) -> TaughtExport:
+    """`Predictor.teach`; see there. `folder` is the one that the model was opened from."""
+    if folder is None:
+        raise UsageError("a checkpoint cannot be taught: export it, and open the export")
+    if isinstance(new, str):
+        if images is None:
+            raise UsageError(f"give images of '{new}', or class -> images of several classes")
+        new = {new: images}
+    elif images is not None:
+        raise UsageError("give the images of several classes as class -> images, and nothing after it")
+    gone = (forget,) if isinstance(forget, str) else tuple(forget)
+    return teach(folder, out, TeachOptions(new or None, gone, **options), say)
+
+
+def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> TaughtExport:
+    """See `teach`; nobody else teaches into this place."""
+    started = time.monotonic()
+    in_place = place == export.folder.resolve()
     model = Model(export)
     gone = _forgotten(model.spec.classes, options.forget)
     stored, heads = without_classes(model.stored, model.heads, gone) if len(gone) else (model.stored, model.heads)
     classes = tuple(name for number, name in enumerate(model.spec.classes) if number not in gone)
     photos = Photos.none(classes, stored.plain.shape[1], model.spec.preprocess)
     if options.data is not None:
-        photos = read_photos(options.data, classes, model.spec.preprocess, model.trunk, say)
+        images = open_photos(options.data)
+        check_names(images.source, classes, options.alike)
+        photos = read_photos(images, classes, model.spec.preprocess, model.trunk, say)
         say(f"features of {len(photos.labels)} photos and a disturbed copy of each, {time.monotonic() - started:.1f} s")
     check_teachable(model.spec.score_name, len(model.spec.classes), len(photos.classes))
     logits, _, score = model.say_of(photos.plain)
@@ -159,16 +206,33 @@ def teach(
     few = _few(model.spec, photos)
     fitted = fit_lesson(Lesson(stored, heads, model.row, photos, model.spec.score_name, few))
     n = len(fitted.scores)
-    description = f"stored features of {n} images, out of fold, {len(photos.labels)} of them taught"
+    description = f"{FROM_FEATURES} of {n} images, out of fold, {len(photos.labels)} of them taught"
+    _say_replaced(model.spec, say)
     threshold = fitted.threshold(model.threshold.target_tpr, description)
     proof = _prove(model, stored, heads, fitted, photos, threshold, known_before, options.max_drop)
     for line in proof.lines():
         say(line)
     say(f"fitted and proved, {time.monotonic() - started:.1f} s")
-    with release(Path(out), say) as draft:
-        _write(draft, model, fitted, photos, threshold, _record(model.spec, options, photos, proof), say)
+    source = source_record(export, photos, options.forget, proof, in_place)
+    with release(place, say, export if in_place else None) as draft:
+        _write(draft, model, fitted, photos, threshold, source, say)
         draft.prove(lambda runners: {}, together=False)
-    return draft.spec, photos.unreadable
+    return TaughtExport(place, draft.spec, photos.unreadable)
+
+
+def _say_replaced(spec: Spec, say: Say) -> None:
+    """Name the thresholds that were set on the user's images: the new ones come from features."""
+    run = str(spec.source.get("splits_hash"))[:12]
+    for artifact in spec.artifacts:
+        data = FROM_FEATURES if artifact.threshold is None else artifact.threshold.data
+        if not data.startswith(FROM_FEATURES) and run not in data:
+            say(f"{artifact.name}: its threshold from {data} is replaced; set it again with calibrate")
+
+
+def _check_data(data: Given | None, export: Export) -> None:
+    """Raises UsageError where the photos are the export itself, or the run that it lies in."""
+    if isinstance(data, str) and Path(data).resolve() in (export.folder.resolve(), export.run_folder):
+        raise UsageError(f"'{data}' is the model, and no photos. Give DATA, CLASS/IMAGE folders of photos, after it")
 
 
 def _check_installed() -> None:
@@ -243,18 +307,6 @@ def _prove(
     return proof
 
 
-def _record(spec: Spec, options: TeachOptions, photos: Photos, proof: Proof) -> dict[str, Any]:
-    """The spec's `source` of the new export, but for its parent's hash."""
-    facts = {key: value for key, value in spec.source.items() if key not in ("checkpoint_sha256", "weights_sha256")}
-    lesson = {
-        "photos": counts_of(photos.labels, photos.classes),
-        "data": photos.description,
-        "forgotten": list(options.forget),
-        "proof": proof.record,
-    }
-    return {**facts, "taught": lesson}
-
-
 def _write(
     draft: Draft, model: Model, fitted: Fitted, photos: Photos, threshold: Threshold, source: dict[str, Any], say: Say
 ) -> None:
@@ -279,7 +331,7 @@ def _write(
         spec,
         classes=photos.classes,
         reference_sha256=sha256_file(reference),
-        source={**source, "parent_sha256": str(read_json(model.export.folder / SPEC_NAME).get("sha256"))},
+        source=source,
         detector=detector,
         choice={},
         expected={},

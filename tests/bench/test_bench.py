@@ -139,6 +139,8 @@ def test_the_record_has_the_golden_keys(damaged: tuple[Path, dict[str, Any]], go
         return tree
 
     ours = comparable(record)
+    for key in ("class_names", "version", "model", "taught_from"):  # which the record has had since then
+        del ours["export"][key]
     expected = comparable(golden)
     expected["rows"][0]["ood_sets"] = None
     assert ours == expected

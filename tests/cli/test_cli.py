@@ -56,6 +56,8 @@ def test_commands_are_listed_in_the_order_of_work() -> None:
         "monitor",
         "review",
         "teach",
+        "history",
+        "rollback",
         "calibrate",
         "doctor",
     ]

@@ -7,81 +7,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner, Result
-from PIL import Image
-from safetensors.torch import save_file
-from small import random_images
+from lesson import CLASSES, run, snapshot, write_photos
 
 import ssod_edge
-from ssod_edge.cli import main
-from ssod_edge.config import Preprocess
-from ssod_edge.files import sha256_file
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import load_spec, save_spec
-from ssod_edge.training.model import build_model
-
-CLASSES = ("a", "b", "c", "d", "e")
-SIZE = 64
-
-
-def write_photos(folder: Path, classes: str, each: int, seed: int) -> Path:
-    """Images of a colour and a pattern for each class."""
-    rng = np.random.default_rng(seed)
-    for name in classes:
-        colour = np.random.default_rng((5, ord(name))).integers(0, 256, 3)
-        for index, image in enumerate(random_images(each, seed=rng.integers(1 << 30)).numpy()):
-            mixed = 0.4 * image.transpose(1, 2, 0) + 0.6 * colour + rng.normal(0, 3, (SIZE, SIZE, 3))
-            path = folder / name / f"{index:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(path)
-    return folder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `train --tune head` on five classes."""
-    root = tmp_path_factory.mktemp("teach")
-    torch.manual_seed(3)
-    save_file(build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE)).backbone.state_dict(), root / "w")
-    (root / "w").rename(root / "w.safetensors")
-    photos = write_photos(root / "photos", "abcde", 30, seed=1)
-    backbone = ["--backbone", "test_efficientnet", "--size", SIZE, "--weights", root / "w.safetensors"]
-    done = run("train", photos, *backbone, "--workers", 0, "--tune", "head", "-o", root / "runs", "--name", "run")
-    assert done.exit_code == 0, done.output
-    return root / "runs" / "run"
-
-
-@pytest.fixture(scope="module")
-def exported(trained: Path) -> Path:
-    """Its export, on both engines in both precisions. Nobody changes it."""
-    done = run("export", trained, "--score", "gen+mahalanobispp")
-    assert done.exit_code == 0, done.output
-    assert "features.npz: " in done.output
-    return trained / "export"
-
-
-@pytest.fixture(scope="module")
-def light(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one artifact, which is quicker. Nobody changes it."""
-    folder = tmp_path_factory.mktemp("light") / "export"
-    shutil.copytree(exported, folder)
-    spec = load_spec(folder)
-    save_spec(replace(spec, artifacts=(spec.artifact("onnx-fp32"),)), folder)
-    return folder
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
@@ -178,10 +112,88 @@ def test_one_photo_in_two_classes_is_refused(light, tmp_path):
     assert done.exit_code == 2 and "are the same photo. Remove one" in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [("Caf\u00e9", "Cafe\u0301"), ("a", "A"), ("a", "\uff41"), ("Cafe\u0301", "CAF\u00c9"), ("strasse", "STRASSE")],
+)
+def test_a_class_that_exists_under_another_spelling(light, tmp_path, known, given):
+    """In another Unicode form it is the same class; in another case, or another width, somebody has to say."""
+    model = tmp_path / "model"
+    shutil.copytree(light, model)
+    save_spec(replace(load_spec(model), classes=(known, *CLASSES[1:])), model)
+    photos = write_photos(tmp_path / "new", "f", 4, seed=8)
+    (photos / "f").rename(photos / given)
+    done = run("teach", model, photos, "-o", tmp_path / "taught", "--max-drop", 50)
+    if given == "Cafe\u0301":
+        assert done.exit_code == 0, done.output
+        assert load_spec(tmp_path / "taught").classes == (known, *CLASSES[1:])
+        return
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and f"the class '{given}'" in text and f"is spelled like '{known}'" in text
+    done = run("teach", model, photos, "-o", tmp_path / "taught", "--max-drop", 50, "--alike")
+    assert done.exit_code == 0 and load_spec(tmp_path / "taught").classes[-1] == given, done.output
+
+
+def test_two_new_classes_of_one_spelling_are_refused(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "fg", 3, seed=8)
+    (photos / "f").rename(photos / "Mug")
+    (photos / "g").rename(photos / "mug")
+    done = run("teach", light, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and re.search("'(Mug|mug)' of .* is spelled like '(Mug|mug)'", done.output)
+
+
+@pytest.mark.parametrize("name", ["a\tb", "a\x1b[31m", "\udcff", " "])
+def test_a_name_that_no_class_may_have(light, tmp_path, name):
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    (photos / "f").rename(photos / name)
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike")
+    assert done.exit_code == 2 and "cannot be the name of a class: it " in done.output, done.output
+    assert "\x1b" not in done.output
+
+
+def test_copies_of_a_photo_count_once(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 3, seed=8)
+    for number in range(4):
+        shutil.copy(photos / "f" / "000.png", photos / "f" / f"copy{number}.png")
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 20)
+    assert done.exit_code == 0 and "left out: 4 of 7 photos, which are copies of others" in done.output
+    assert load_spec(tmp_path / "taught").taught["photos"] == {"f": 3}
+
+
+def test_what_cannot_be_read_among_good_photos_is_named(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 4, seed=8)
+    (photos / "f" / "empty.jpg").touch()
+    (photos / "f" / "link.jpg").symlink_to("nowhere.jpg")
+    whole = (photos / "f" / "000.png").read_bytes()
+    (photos / "f" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "f" / "notes.txt").write_text("no picture")
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 20)
+    assert done.exit_code == 1, done.output
+    assert all(f"{name}'" in done.output for name in ("empty.jpg", "link.jpg", "cut.png"))
+    assert "left out: 1 file that is no image (.txt)" in done.output
+    assert load_spec(tmp_path / "taught").taught["photos"] == {"f": 4}
+
+
+@pytest.mark.parametrize("inner", ["", "export"])
+def test_the_model_is_no_photos(exported, tmp_path, inner):
+    done = run("teach", exported.parent, exported.parent / inner, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and "is the model, and no photos. Give DATA" in done.output
+
+
+def test_photos_that_are_nearly_all_of_a_known_class(light, tmp_path):
+    photos = write_photos(tmp_path / "like", "a", 17, seed=7)
+    write_photos(tmp_path / "other", "f", 3, seed=7)
+    (photos / "a").rename(photos / "tee")
+    for path in (tmp_path / "other" / "f").iterdir():
+        path.rename(photos / "tee" / f"other-{path.name}")
+    done = run("teach", light, photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and re.search(r"1\d of 20 photos of 'tee' look like 'a'", done.output), done.output
+
+
 def test_the_export_itself_is_never_overwritten(light, tmp_path):
     photos = write_photos(tmp_path / "new", "f", 3, seed=8)
     done = run("teach", light, photos, "-o", light)
-    assert done.exit_code == 2 and "name another folder with -o" in done.output
+    assert done.exit_code == 2 and "leave out -o to teach in place" in done.output
 
 
 def test_an_export_without_features_says_what_it_cannot_do(light, tmp_path):

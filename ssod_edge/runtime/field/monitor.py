@@ -103,6 +103,10 @@ class Monitor(AbstractContextManager["Monitor"]):
             raise UsageError(f"'{path}' is no regular file, and a monitor file is read as well as written")
         self._empty = _new_record(model.runner.spec, model.runner.artifact)
         self._bins = reference(self._empty.threshold)
+        spec = model.runner.spec
+        self._version = ""
+        if spec.taught:
+            self._version = f" (it is version {spec.version} now, taught from {spec.lineage[-1]['version']})"
         self._say = say
         self._scores: list[float] = []
         self._failed = 0
@@ -160,8 +164,8 @@ class Monitor(AbstractContextManager["Monitor"]):
                     if record.identity != self._empty.identity:
                         raise UsageError(
                             f"'{self._path}' holds scores of another artifact ({record.artifact} of {record.backbone}, "
-                            f"score {record.score}), or of this one before it was exported or calibrated again. Give "
-                            "another name, or delete it to start over"
+                            f"score {record.score}), or of this one before it was exported, calibrated, taught or "
+                            f"rolled back{self._version}. Give another name, or delete it to start over"
                         )
                 record = _add(record, self._scores, self._failed, self._bins)
                 write_json(self._path, asdict(record))

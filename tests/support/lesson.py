@@ -1,0 +1,37 @@
+"""What tests of teaching share: photos of classes that a small network tells apart, and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner, Result
+from PIL import Image
+from small import random_images
+
+from ssod_edge.cli import main
+from ssod_edge.files import sha256_file
+
+CLASSES = ("a", "b", "c", "d", "e")
+SIZE = 64
+
+
+def write_photos(folder: Path, classes: str, each: int, seed: int) -> Path:
+    """Images of a colour and a pattern for each class."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        colour = np.random.default_rng((5, ord(name))).integers(0, 256, 3)
+        for index, image in enumerate(random_images(each, seed=rng.integers(1 << 30)).numpy()):
+            mixed = 0.4 * image.transpose(1, 2, 0) + 0.6 * colour + rng.normal(0, 3, (SIZE, SIZE, 3))
+            path = folder / name / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}

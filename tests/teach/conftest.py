@@ -1,0 +1,53 @@
+"""An export that can be taught, made once."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lesson import CLASSES, SIZE, run, write_photos
+from safetensors.torch import save_file
+
+from ssod_edge.config import Preprocess
+from ssod_edge.spec import load_spec, save_spec
+from ssod_edge.training.model import build_model
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `train --tune head` on five classes."""
+    root = tmp_path_factory.mktemp("teach")
+    torch.manual_seed(3)
+    save_file(build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE)).backbone.state_dict(), root / "w")
+    (root / "w").rename(root / "w.safetensors")
+    photos = write_photos(root / "photos", "abcde", 30, seed=1)
+    backbone = ["--backbone", "test_efficientnet", "--size", SIZE, "--weights", root / "w.safetensors"]
+    done = run("train", photos, *backbone, "--workers", 0, "--tune", "head", "-o", root / "runs", "--name", "run")
+    assert done.exit_code == 0, done.output
+    return root / "runs" / "run"
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Path) -> Path:
+    """Its export, on both engines in both precisions. Nobody changes it."""
+    done = run("export", trained, "--score", "gen+mahalanobispp")
+    assert done.exit_code == 0, done.output
+    assert "features.npz: " in done.output
+    return trained / "export"
+
+
+@pytest.fixture(scope="session")
+def light(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one artifact, which is quicker. Nobody changes it."""
+    folder = tmp_path_factory.mktemp("light") / "export"
+    shutil.copytree(exported, folder)
+    spec = load_spec(folder)
+    spec = replace(spec, artifacts=(spec.artifact("onnx-fp32"),))
+    save_spec(spec, folder)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if str(path.relative_to(folder)) not in (*spec.files, "ssod.json"):
+            path.unlink()
+    return folder
