@@ -27,6 +27,8 @@ LOGIT_OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
 VERDICT_OUTPUTS = ("p_known", "known")
 #: The inputs from which they are computed, see `ssod_edge.detect.confidence.verdict_inputs`.
 VERDICT_INPUTS = ("threshold", "p_scores", "p_levels")
+#: Of a taught export's `source`: hash of the run's checkpoint that its trunk still is, for `train --from`.
+TRUNK_SHA256 = "trunk_checkpoint_sha256"
 #: What can be asked for besides, by its output: the features that the last layer reads.
 FEATURE_OUTPUTS = {"pooled": "features_pooled"}
 

@@ -30,6 +30,7 @@ from ssod_edge.spec import (
     FEATURES_NAME,
     REFERENCE_NAME,
     SPEC_NAME,
+    TRUNK_SHA256,
     Artifact,
     Spec,
     Threshold,
@@ -252,6 +253,8 @@ def _record(spec: Spec, options: TeachOptions, photos: Photos, proof: Proof) -> 
         "forgotten": list(options.forget),
         "proof": proof.record,
     }
+    if trunk := spec.source.get(TRUNK_SHA256, spec.source.get("checkpoint_sha256")):
+        facts[TRUNK_SHA256] = trunk
     return {**facts, "taught": lesson}
 
 
