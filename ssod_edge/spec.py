@@ -131,8 +131,9 @@ class Spec:
         temperature: T of `probs` = softmax(logits / T); no score knows it.
         expected: what to expect of classes that were not taught, and of another light or camera, where training left
             features alone (`ssod_edge.evaluation.left_out.expectation`); empty otherwise.
-        features: where the export holds the features that it was fitted on, for `ssod-edge teach`: {"sha256": of
-            `FEATURES_NAME`, "images", "held_out": how many}; empty otherwise.
+        features: where the export holds features to fit it again with, for `ssod-edge teach`: {"sha256": of
+            `FEATURES_NAME`, "images", "held_out": how many}, and "tuned" ("upper", "all") where training changed them;
+            empty otherwise.
     """
 
     backbone: str
