@@ -14,12 +14,14 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import ssod_edge
 from ssod_edge.data.demo import DemoSet, digit_instances
+from ssod_edge.files import write_json
 
 DIGIT = "8"
 #: In "near" the eights stand at even places, and each of these has another handwriting.
@@ -28,6 +30,7 @@ EIGHTS = [2 * number for number in range(len(digit_instances("near", int(DIGIT))
 AT_THE_DESK = range(2000)
 #: What the camera meets; all others are there to judge by.
 MET, MET_KNOWN = EIGHTS[: len(EIGHTS) // 2], range(80)
+COLUMNS = ("before", "taught", "trained on")
 JUDGED = {
     "eights": ("near", EIGHTS[len(EIGHTS) // 2 :]),
     "digits 0 to 7": ("test", range(len(MET_KNOWN), 680)),
@@ -88,9 +91,12 @@ def _write(split: str, places: list[int] | range, folder: Path, by_class: bool) 
 
 
 def compare(*exports: Path) -> None:
-    """Print what an export, and what became of it by a lesson and by training, say of each set that is judged by."""
+    """Print what an export, and what became of it by a lesson and by training, say of each set that is judged by.
+
+    The figures are in `lesson.json` in the folder of the first, too.
+    """
     table = Table(title="Images that were not met before", title_justify="left")
-    for column in ("", "before", "taught", "trained on"):
+    for column in ("", *COLUMNS):
         table.add_column(column)
     said = [{name: _verdicts(folder, *where) for name, where in JUDGED.items()} for folder in exports]
     rows = {
@@ -101,9 +107,12 @@ def compare(*exports: Path) -> None:
         f"digits 0 to 7, known as {DIGIT}": ("digits 0 to 7", lambda truth, name: name == DIGIT),
         "nines, never taught: unknown": ("nines", lambda truth, name: name is None),
     }
+    record: dict[str, Any] = {"images": {name: len(places) for name, (_, places) in JUDGED.items()}}
     for title, (name, right) in rows.items():
         shares = [sum(right(*verdict) for verdict in sets[name]) / len(sets[name]) for sets in said]
+        record[title] = dict(zip(COLUMNS, shares, strict=True))
         table.add_row(title, *(f"{share:.1%}" for share in shares))
+    write_json(exports[0] / "lesson.json", record)
     console = Console(highlight=False)
     console.print()
     console.print(table)
