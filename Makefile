@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml setup.py scripts/venv.sh $(wildcard kernels/*)
 	@scripts/venv.sh $(VENV)
 	@touch $@
 
-demo: $(STAMP) ## train, evaluate, export, verify, bench and predict on the embedded data set
+demo: $(STAMP) ## train, evaluate, export, bench, predict and teach on the embedded data set
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 test: $(STAMP) ## run the tests that need no GPU

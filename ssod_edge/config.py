@@ -308,6 +308,8 @@ class TrainConfig:
             photos say that it pays.
         weights: what training starts from. `published`: timm's weights of the backbone; `none`: random ones; or a
             .safetensors or .pth file, or a run's checkpoint.
+        begun_from: the run or export that training goes on from, whose checkpoint `weights` names (`train --from`).
+        begun_sha256: of that run's checkpoint, or of a taught export's `ssod.json`.
         loss: what the network is taught.
         preprocess: the backbone's own, with --size, --fit and --roi.
     """
@@ -340,6 +342,8 @@ class TrainConfig:
     head: Head = "last"
     tune: Tune = "all"
     weights: str = NO_WEIGHTS
+    begun_from: str | None = dataclasses.field(default=None, metadata=NO_OPTION)
+    begun_sha256: str = dataclasses.field(default="", metadata=NO_OPTION)
     loss: LossConfig = dataclasses.field(default=LossConfig(), metadata=NO_OPTION)
     preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 

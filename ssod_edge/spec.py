@@ -27,6 +27,8 @@ LOGIT_OUTPUTS = ("logits", "probs", "id_logit", "ood_score")
 VERDICT_OUTPUTS = ("p_known", "known")
 #: The inputs from which they are computed, see `ssod_edge.detect.confidence.verdict_inputs`.
 VERDICT_INPUTS = ("threshold", "p_scores", "p_levels")
+#: Of a taught export's `source`: hash of the run's checkpoint that its trunk still is, for `train --from`.
+TRUNK_SHA256 = "trunk_checkpoint_sha256"
 #: What can be asked for besides, by its output: the features that the last layer reads.
 FEATURE_OUTPUTS = {"pooled": "features_pooled"}
 
@@ -129,8 +131,9 @@ class Spec:
         temperature: T of `probs` = softmax(logits / T); no score knows it.
         expected: what to expect of classes that were not taught, and of another light or camera, where training left
             features alone (`ssod_edge.evaluation.left_out.expectation`); empty otherwise.
-        features: where the export holds the features that it was fitted on, for `ssod-edge teach`: {"sha256": of
-            `FEATURES_NAME`, "images", "held_out": how many}; empty otherwise.
+        features: where the export holds features to fit it again with, for `ssod-edge teach`: {"sha256": of
+            `FEATURES_NAME`, "images", "held_out": how many}, and "tuned" ("upper", "all") where training changed them;
+            empty otherwise.
     """
 
     backbone: str

@@ -60,7 +60,7 @@ class ExportOptions(Targets):
         max_drop: points of top-1, and of AUROC, that int8 may cost on held-out images.
         features: of `ssod_edge.spec.FEATURE_OUTPUTS`: features that the graph gives besides; none takes those of an
             earlier export of the same weights in the same place.
-        stored: whether the export keeps the features of its images for `teach`, where training left features alone.
+        stored: whether the export keeps the features of its images for `teach`.
         others: see `Targets`.
     """
 

@@ -102,6 +102,8 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
         **{key: meta[key] for key in ("val_data", "val_fingerprint", *_OF_NEGATIVES) if key in meta},
         "id_accuracy_val": meta.get("val_accuracy"),
     }
+    if "from" in (started_from := meta.get("started_from") or {}):
+        facts["started_from"] = started_from
     if folds is not None:
         facts["pooled"] = len(folds.images)
     trained, tuned = meta.get("trained") is True, str(meta.get("tuned", ""))

@@ -29,6 +29,12 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 @shape
 @click.option("--name", help="Name of the run folder. Default: BACKBONE-DATA.")
 @click.option("-o", "--out", default="runs", help="Folder of runs.")
+@click.option(
+    "--from",
+    "begun_from",
+    metavar="EXPORT|RUN",
+    help="Begin with the trunk, the class rows and the settings of a trained run, or of an export that was taught.",
+)
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
 @train_options()
 def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
@@ -46,6 +52,8 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
         raise click.UsageError(
             f"{', '.join(others)} cannot be given with --resume: a run goes on with its own settings and folder"
         )
+    if options["begun_from"] is not None and "--backbone" not in given():
+        options["backbone"] = None
     from ssod_edge.training.loop import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))

@@ -72,7 +72,7 @@ def fit_head(
     accuracies: dict[float, float] = {}
     heads: dict[float, list[tuple[Array, Array]]] = {}
     left_out: dict[float, Array] = {}
-    parts = _folds(labels, classes, np.arange(len(labels)) if groups is None else groups)
+    parts = parts_by_class(labels, classes, np.arange(len(labels)) if groups is None else groups)
     for strength in STRENGTHS if parts else ():
         heads[strength] = []
         for inside, _ in parts:
@@ -102,7 +102,7 @@ def fit_head(
     return LinearHead(*head, strength, losses, accuracy, fold, fold_weight, fold_bias, left_out.get(strength))
 
 
-def _folds(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+def parts_by_class(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """(images that are fitted to, images that are left out) of each fold; none where a fit would lack a class."""
     from sklearn.model_selection import StratifiedGroupKFold
 

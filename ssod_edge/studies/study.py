@@ -35,7 +35,7 @@ STUDY, TABLE = "study.json", "study.md"
 #: In each run's folder: its evaluation, and what with.
 EVALUATION = "study-eval.json"
 #: Settings that are the study's own to make, or one value of which would not do.
-_FIXED = {"data", "name", "seed", "loss", "preprocess"}
+_FIXED = {"data", "name", "seed", "loss", "preprocess", "begun_from", "begun_sha256"}
 #: Settings that may differ between a run and the same run begun now: where it lies, and what it ran on.
 _OF_THE_MACHINE = {"name", "data", "workers", "kernel", "precision", "compile"}
 

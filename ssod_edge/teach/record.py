@@ -12,7 +12,7 @@ from typing import Any
 from ssod_edge.export.versions import next_number
 from ssod_edge.json_reader import read_json
 from ssod_edge.runtime.export import Export
-from ssod_edge.spec import SPEC_NAME, Spec
+from ssod_edge.spec import SPEC_NAME, TRUNK_SHA256, Spec
 from ssod_edge.teach.photos import Photos, counts_of
 from ssod_edge.teach.proof import Proof
 
@@ -46,6 +46,8 @@ def source_record(
     """The spec's `source` of the new version."""
     spec = parent.spec
     facts = {key: value for key, value in spec.source.items() if key not in ("checkpoint_sha256", "weights_sha256")}
+    if trunk := spec.source.get(TRUNK_SHA256, spec.source.get("checkpoint_sha256")):
+        facts[TRUNK_SHA256] = trunk
     sha256 = str(read_json(parent.folder / SPEC_NAME).get("sha256"))
     lesson = {
         "photos": counts_of(photos.labels, photos.classes),

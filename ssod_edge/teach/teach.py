@@ -89,8 +89,7 @@ class Model:
         if not self.spec.features:
             raise UsageError(
                 f"'{export.folder}' holds no features of the images that it was fitted on, so it cannot be taught: "
-                "it was exported with --no-features or by an earlier release, or training changed its features. "
-                "Export a run of `train --tune head`"
+                "it was exported with --no-features, with --id, or by an earlier release. Export its run again"
             )
         if "fp32" not in self.graphs or self.graphs["fp32"].threshold is None:
             raise UsageError(
@@ -189,6 +188,11 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
     started = time.monotonic()
     in_place = place == export.folder.resolve()
     model = Model(export)
+    if "tuned" in model.spec.features:
+        say(
+            "note: training tuned the features to the classes that it had. Another class may look more like these than "
+            "with features left alone (train --tune head); the figures below are of images that training has not seen"
+        )
     gone = _forgotten(model.spec.classes, options.forget)
     stored, heads = without_classes(model.stored, model.heads, gone) if len(gone) else (model.stored, model.heads)
     classes = tuple(name for number, name in enumerate(model.spec.classes) if number not in gone)
@@ -337,6 +341,7 @@ def _write(
         expected={},
         temperature=fitted.temperature,
         features={
+            **spec.features,
             "sha256": features,
             "images": len(fitted.stored.labels),
             "held_out": len(fitted.stored.held_out),

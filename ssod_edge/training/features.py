@@ -74,7 +74,12 @@ def fitting_data(model: SSODClassifier, features: NDArray[np.float32], labels: I
     with torch.inference_mode():
         z = torch.from_numpy(features).to(next(model.parameters()).device)
         logits, id_logit = (part.float().cpu().numpy() for part in model.head(z))
-    return FitData(features, labels, logits, weight, bias, id_logit, 0 if tuned == "upper" else model.last_width)
+    return FitData(features, labels, logits, weight, bias, id_logit, distance_features(model, tuned))
+
+
+def distance_features(model: SSODClassifier, tuned: str) -> int:
+    """How many features, the last ones, distances read; 0: all of them. See `fitting_data`."""
+    return 0 if tuned == "upper" else model.last_width
 
 
 def check_features(model: SSODClassifier, source: ImageSource) -> None:

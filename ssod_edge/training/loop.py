@@ -177,8 +177,8 @@ def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
 
 
 def start_run(data: str, out: str | Path, options: dict[str, Any]) -> Path:
-    """Begin a run from command-line options: `train_config`'s, and `size`; returns the run folder."""
-    return train(run_config(data, options), out)
+    """Begin a run from command-line options: those of `run_config`; returns the run folder."""
+    return train(run_config(data, options, out), out)
 
 
 def resume_run(run: str | Path) -> Path:

@@ -24,6 +24,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.terminal import image_bar
+from ssod_edge.training.begun import Begun
 from ssod_edge.training.checkpoint import (
     FOLDS,
     is_checkpoint,
@@ -97,6 +98,8 @@ class Session:
         self.model = self._make_model(restored)
         if not restored and config.weights != NO_WEIGHTS:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
+            if config.begun_from is not None:
+                self.started_from |= {"from": config.begun_from, "from_sha256": config.begun_sha256}
 
     def _exact_copies(self) -> Copies:
         if self.source.fixed_splits is not None:  # what is given is not divided
@@ -180,6 +183,8 @@ class Session:
         torch.manual_seed(config.seed)
         published = not restored and config.weights == PUBLISHED
         model = build_model(config.backbone, classes, config.preprocess, published, weights, config.head)
+        if not restored and config.begun_from is not None:
+            self._take_rows(model, same)
         if same and self._begun_pooled and config.tune == "all":
             say("the last layer begins anew: that of the run has learnt the images for thresholds too")
             model.classifier.reset_parameters()
@@ -188,6 +193,17 @@ class Session:
         if config.sync_bn and self.device.type == "cuda":
             model = cast(SSODClassifier, convert_sync_batchnorm(model))
         return model.to(self.device, memory_format=torch.channels_last)
+
+    def _take_rows(self, model: SSODClassifier, same: bool) -> None:
+        """Give a model the class rows of what the run begins from, and say what that means for held-out images."""
+        config = self.config
+        begun = Begun.at(str(config.begun_from), self.run.parent)
+        say(begun.give_rows(model))
+        if not same and (config.tune == "all" or not self.published):
+            say(
+                f"note: held-out images that '{begun.path}' was trained on flatter its figures here, and set "
+                "thresholds too low. Where there are some, name others with --val, and with: ssod-edge export --id"
+            )
 
     def begin_folder(self) -> None:
         """Write the settings and splits of a new run, and say what they leave out."""

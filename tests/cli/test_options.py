@@ -37,6 +37,7 @@ def value(recipe: str, setting: str, **more: Any) -> Any:
 
 def test_fields_that_are_no_options_say_so() -> None:
     own = {"backbone", "data", "name", "lr_warmup_fraction", "clip_grad", "loss", "preprocess"}
+    own |= {"begun_from", "begun_sha256"}
     assert set(FIELDS) - set(SETTINGS) == own
     assert len(SETTINGS) == 32
 
@@ -46,7 +47,7 @@ def test_a_command_has_every_setting_and_nothing_unknown_beside_them(command: st
     names = {str(param.name) for param in main.commands[command].params}
     assert set(SETTINGS) <= names
     beside = {
-        "train": {"data", "backbone", "size", "fit", "roi", "name", "out", "resume"},
+        "train": {"data", "backbone", "size", "fit", "roi", "name", "out", "resume", "begun_from"},
         "study": {"data", "backbone", "size", "out", "seeds", "vary", "score"},
         "reproduce": {"table", "backbone", "size", "out", "seeds", "vary", "root", "check", "folder", "images"},
     }[command]

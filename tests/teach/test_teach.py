@@ -7,15 +7,21 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from lesson import CLASSES, run, snapshot, write_photos
+import torch
+from lesson import CLASSES, SIZE, run, snapshot, write_photos
 
 import ssod_edge
+from ssod_edge.data.pixels import read_pixels
+from ssod_edge.detect.stored import load_features
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import load_spec, save_spec
+from ssod_edge.training.model import normalise
+from ssod_edge.training.run import Run
 
 
 def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
@@ -215,6 +221,64 @@ def test_features_that_were_changed_are_refused(light, tmp_path):
     photos = write_photos(tmp_path / "new", "f", 3, seed=8)
     done = run("teach", damaged, photos, "-o", tmp_path / "taught")
     assert done.exit_code == 4 and "features.npz' was changed or cut short" in done.output
+
+
+@pytest.fixture(scope="module", params=["all", "upper"])
+def tuned(request: pytest.FixtureRequest, trained: Path) -> Path:
+    """An export of a run that changed its features. Nobody changes it."""
+    root, name = trained.parent.parent, request.param
+    backbone = ["--backbone", "test_efficientnet", "--size", SIZE, "--weights", root / "w.safetensors"]
+    more = ["--epochs", 4, "--batch-size", 16] if name == "all" else []
+    out = ["-o", root / "runs", "--name", name]
+    done = run("train", root / "photos", *backbone, "--workers", 0, "--tune", name, "--val-fraction", 0.1, *more, *out)
+    assert done.exit_code == 0, done.output
+    done = run("export", root / "runs" / name, "--score", "gen+mahalanobispp", "--target", "onnx", "--fp32")
+    assert done.exit_code == 0 and "features.npz: " in done.output, done.output
+    return root / "runs" / name / "export"
+
+
+def test_features_of_a_network_that_was_trained_are_those_of_images_it_has_not_seen(tuned, exported):
+    spec, stored = load_spec(tuned), load_features(tuned, load_spec(tuned))
+    assert spec.features["tuned"] == tuned.parent.name and "tuned" not in load_spec(exported).features
+    source, splits = Run.at(tuned.parent).splits("")
+    rows = np.sort(np.concatenate([splits.calib, splits.val]))
+    assert spec.features["images"] == len(rows) and spec.features["held_out"] == len(splits.val)
+    assert np.array_equal(rows[stored.folds.images], splits.calib) and np.array_equal(rows[stored.held_out], splits.val)
+    assert np.array_equal(stored.labels, source.labels[rows])
+    model = Run.at(tuned.parent).model
+    weight, bias = (part[:5].detach().numpy() for part in model.head_weight())
+    assert all(np.array_equal(layer, weight) for layer in stored.folds.weight) and len(stored.folds.weight) > 1
+    assert all(np.array_equal(layer, bias) for layer in stored.folds.bias)
+    images = np.stack([read_pixels(source.picture(index), model.preprocess) for index in rows[:4].tolist()])
+    with torch.inference_mode():
+        features = model.features(normalise(torch.from_numpy(images), model.preprocess)).numpy()
+    np.testing.assert_allclose(stored.plain[:4].astype(np.float32), features, rtol=2e-3, atol=2e-3)
+    assert stored.last == (0 if spec.features["tuned"] == "upper" else model.last_width)
+
+
+def test_an_export_of_a_network_that_was_trained_is_taught_and_says_what_that_means(tuned, tmp_path):
+    photos = write_photos(tmp_path / "new", "i", 12, seed=2)
+    done = run("teach", tuned, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 10)
+    assert done.exit_code == 0, done.output
+    assert "note: training tuned the features to the classes that it had" in done.output
+    spec = load_spec(tmp_path / "taught")
+    assert spec.classes == (*CLASSES, "i") and spec.features["tuned"] == load_spec(tuned).features["tuned"]
+    assert all(artifact.verification["passed"] for artifact in spec.artifacts)
+    fresh = write_photos(tmp_path / "fresh", "abcdei", 10, seed=3)
+    with ssod_edge.open(tmp_path / "taught") as model:
+        right = {
+            name: np.mean([model.predict(path).class_name == name for path in (fresh / name).iterdir()])
+            for name in "abcdei"
+        }
+    assert right.pop("i") >= 0.3 and np.mean(list(right.values())) >= 0.8, right
+
+
+def test_images_for_thresholds_that_are_too_few_or_of_another_set_are_no_features(tuned, tmp_path):
+    photos = write_photos(tmp_path / "other", "abcde", 10, seed=12)
+    done = run("export", tuned.parent, "-o", tmp_path / "other-id", "--id", photos, "--target", "onnx", "--fp32")
+    assert done.exit_code == 0 and Export.at(tmp_path / "other-id").spec.features == {}, done.output
+    done = run("teach", tmp_path / "other-id", photos, "-o", tmp_path / "taught")
+    assert done.exit_code == 2 and "with --id" in done.output
 
 
 def test_no_features_leaves_them_out(trained, tmp_path):

@@ -82,7 +82,7 @@ def test_export_holds_every_artifact_verified_and_with_its_own_threshold(exporte
         assert artifact.verification["passed"] and artifact.verification["n"] == 42
         assert {"torch", "onnx", artifact.engine, "ssod-edge"} <= set(artifact.versions)
     listed = {name for artifact in spec.artifacts for name in artifact.files} | {"ssod.json", "reference.npz"}
-    assert set(snapshot(exported)) == listed
+    assert set(snapshot(exported)) == listed | {"features.npz"} and spec.features["tuned"] == "all"
 
 
 def test_fp32_drifts_by_rounding_alone_and_fp16_by_more(exported: Path) -> None:
@@ -175,7 +175,9 @@ def test_the_same_run_gives_the_same_bytes(small_run: Path, exported: Path, trac
 def test_choosing_precision_and_engine(small_run: Path, traced_once: None, tmp_path: Path) -> None:
     spec = export_run(small_run, tmp_path / "out", precisions=["fp16"], engines=["openvino"])
     assert [artifact.name for artifact in spec.artifacts] == ["openvino-fp16"]
-    assert {p.split("/")[0] for p in snapshot(tmp_path / "out")} == {"ssod.json", "reference.npz", "openvino-fp16"}
+    assert {p.split("/")[0] for p in snapshot(tmp_path / "out")} == {
+        *("ssod.json", "reference.npz", "features.npz", "openvino-fp16")
+    }
     for wrong in ({"precisions": ["int3"]}, {"engines": []}, {"target_tpr": 1.0}):
         with pytest.raises(UsageError):
             export_run(small_run, tmp_path / "out", **wrong)  # type: ignore[arg-type]
@@ -198,7 +200,8 @@ def test_artifacts_that_are_not_made_again_are_kept_with_their_thresholds(
     assert [a.name for a in spec.artifacts] == ["onnx-fp32", "onnx-fp16", "openvino-fp32"]
     assert [a.threshold == fitted for a in spec.artifacts] == [False, True, True]
     assert {name.split("/")[0] for name in snapshot(out)} == {
-        "model-fp32.onnx", "model-fp16.onnx", "openvino-fp32", "reference.npz", "ssod.json", "notes.txt",
+        "model-fp32.onnx", "model-fp16.onnx", "openvino-fp32", "reference.npz", "features.npz", "ssod.json",
+        "notes.txt",
     }  # fmt: skip
     assert sum(line.startswith("kept ") for line in lines) == 2
     assert any("onnx-fp32: its threshold from folder 'mine', 50 images is replaced" in line for line in lines)
@@ -228,7 +231,7 @@ def test_artifacts_of_another_score_are_removed_and_named(small_run: Path, expor
     options = ExportOptions(precisions=("fp32",), engines=("onnxruntime",), score="msp")
     spec = export_source(from_run(small_run), out, options, say=lines.append)
     assert [a.name for a in spec.artifacts] == ["onnx-fp32"]
-    assert set(snapshot(out)) == {"model-fp32.onnx", "reference.npz", "ssod.json"}
+    assert set(snapshot(out)) == {"model-fp32.onnx", "reference.npz", "features.npz", "ssod.json"}
     assert sum("is of another model, score" in line for line in lines) == 3
 
 
