@@ -54,7 +54,7 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     is_flag=True,
     flag_value=False,
     default=True,
-    help="Keep no features of the training images in the export: it cannot be taught.",
+    help="Keep no features of images in the export: it cannot be taught.",
 )
 @shape
 @click.option("--from", "bundle", metavar="BUNDLE", help="On a device: make the artifacts of what `package` wrote.")
