@@ -1,6 +1,6 @@
 """What `ssod-edge teach` makes of few photos: new classes, each by itself, from some photos of it, in several draws.
 
-Usage: python scripts/teaching.py EXPORT --new DATA --test DATA [--photos 5,10,20,50] [--draws 5] [--json FILE]
+Usage: python scripts/teaching.py EXPORT --new DATA --test DATA [--photos 5,10,20,50] [--draws 5] [--max-drop 1]
 
 EXPORT holds `features.npz`. NEW has classes that the model does not know; TEST has those and the known ones. Prints for
 each class and number of photos the share of its other photos (of NEW and of TEST) that are given the class, and the
@@ -20,7 +20,7 @@ from ssod_edge.data.sources import model_labels
 from ssod_edge.files import write_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.teach.rows import Taught, add_classes, spread
-from ssod_edge.teach.teach import Model
+from ssod_edge.teach.teach import SPENT, Model, TeachOptions
 
 
 def features(model: Model, data: str, copies: bool) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--photos", default="5,10,20,50")
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--max-drop", type=float, default=TeachOptions.max_drop)
     parser.add_argument("--json")
     options = parser.parse_args()
     model = Model(Export.at(options.export))
@@ -67,7 +68,7 @@ def main() -> None:
         np.concatenate([labels, *(np.full(len(draw[2]), m + place) for place, draw in enumerate(draws))]),
         np.concatenate([folds.fold, *(spread(len(draw[2]), heads.parts) for draw in draws)]),
     )
-    fitted = add_classes(heads, data, len(draws))
+    fitted = add_classes(heads, data, len(draws), SPENT * options.max_drop / 100)
     seconds = time.monotonic() - started
     before = float(((test @ heads.weight.T + heads.bias).argmax(axis=1) == known)[known >= 0].mean())
     rows: dict[str, dict[str, list[list[float]]]] = {}

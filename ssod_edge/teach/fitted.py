@@ -33,6 +33,7 @@ class Lesson:
         photos: to be taught, in the same numbering.
         score: the name of the shipped score.
         few: classes that were taught from few photos, by number.
+        most: share of the images of known classes that may change to new ones.
     """
 
     stored: StoredFeatures
@@ -41,6 +42,7 @@ class Lesson:
     photos: Photos
     score: str
     few: tuple[int, ...] = ()
+    most: float = 0.0075
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def fit_lesson(lesson: Lesson) -> Fitted:
     heads = lesson.heads
     if (photos.labels < m).any():
         heads = _regression(data, m, counts, folds.strength, k)
-    if len(photos.classes) > m:
-        heads = add_classes(heads, data, len(photos.classes) - m)
+    if added := len(photos.classes) - m:
+        heads = add_classes(heads, data, added, lesson.most / added)
     return _finish(lesson, data, heads, counts)
 
 

@@ -4,7 +4,8 @@ Classes share one covariance S, of features about their class means. The differe
 linear in the features x: a class's row is S^-1 m and its bias -m' S^-1 m / 2 (Fisher's discriminant). The classes that
 are known keep the rows that regression gave them. So the new row is brought to their scale: what it is above the mean
 of the known classes' distances, times one factor, is added to the mean of their logits. Its bias is then the highest
-at which at most `TAKEN` of the known images, by models that have not seen them, change to the new class.
+at which a small share of the known images, by models that have not seen them, change to the new class: one of `TAKEN`, the
+one with the best balanced accuracy, so that a class that looks like a known one is given more.
 
 A bias that comes from hundreds of known images, and not from five new ones, is what few photos need: the mean of five
 is uncertain, so that by distances alone most of a new class is missed, while no known image is near it.
@@ -24,8 +25,8 @@ from ssod_edge.detect.regression import LEAST_DEVIATION
 #: Share of the covariance that is replaced by a sphere of the same size. The classes' own directions of variation are
 #: known from few images, and with less of a sphere known images are lost that were not seen.
 SHRINKAGE = 0.8
-#: Share of known images, rightly classified out of fold, that may change to a new class.
-TAKEN = 0.003
+#: Shares of known images, rightly classified out of fold, that may change to a new class.
+TAKEN = (0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03)
 #: Images whose mean distance stands for the noise of a mean.
 NOISE_IMAGES = 64
 
@@ -75,31 +76,52 @@ class Heads:
         return (self.weight, self.bias) if k is None else (self.fold_weight[k], self.fold_bias[k])
 
 
-def add_classes(heads: Heads, data: Taught, count: int) -> Heads:
+def add_classes(heads: Heads, data: Taught, count: int, most: float) -> Heads:
     """The same rows, and those of `count` new classes after them.
 
     Args:
         heads: of M classes.
         data: of each new class, images in at least two folds.
+        most: share of the known images that may change to each new class, where that gains by it.
     """
     known = data.labels < heads.classes
     space = _Space(data, known)
     rows = [space.rows(k, heads.classes + count) for k in range(heads.parts)]
-    outside = [np.flatnonzero(known & (data.fold == k)) for k in range(heads.parts)]
-    scales, margins = [], []
-    for k, images in enumerate(outside):
-        if len(images):
-            scale, margin = _against(rows[k], heads.part(k), space, data, images)
-            scales.append(scale)
-            margins.append(margin)
-    scale = float(np.median(scales))
-    # Of each image: whether it is right, and for each new class how far its row, at no bias, is above the best.
-    right = np.concatenate([found[0] for found in margins])
-    above = np.concatenate([found[1] + scale * found[2] for found in margins])
-    offsets = -np.quantile(above[right], 1 - TAKEN, axis=0, method="higher")
+
+    def against(images: npt.NDArray[np.bool_]) -> list[_Margins]:
+        """Of the images of each part, by what has not seen it."""
+        parts = [np.flatnonzero(images & (data.fold == k)) for k in range(heads.parts)]
+        return [_against(rows[k], heads.part(k), space, data, part) for k, part in enumerate(parts) if len(part)]
+
+    old, new = against(known), against(~known)
+    scale = float(np.median([margins.scale for margins in old]))
+    above_old, above_new = (np.concatenate([margins.above(scale) for margins in both]) for both in (old, new))
+    right = np.concatenate([margins.right for margins in old])
+    labels = np.concatenate([margins.labels for margins in new]) - heads.classes
+    offsets = np.array(
+        [_offset(above_old[right, c], above_new[labels == c, c], heads.classes, most) for c in range(count)]
+    )
     fold_rows = [space.head(rows[k], heads.part(k), scale, offsets) for k in range(heads.parts)]
     weight, bias = space.head(space.rows(None, heads.classes + count), heads.part(None), scale, offsets)
     return Heads(weight, bias, np.stack([w for w, _ in fold_rows]), np.stack([b for _, b in fold_rows]))
+
+
+def _offset(old: Array, new: Array, classes: int, most: float) -> float:
+    """The bias of a new class with the best balanced accuracy, at one of the shares `TAKEN` up to `most`.
+
+    Args:
+        old: [n], how far the row at no bias is above the best known one on images of known classes.
+        new: [m], the same on its own images.
+        classes: M, how many are known.
+        most: share of known images that may change to it.
+    """
+    best, gain = 0.0, -np.inf
+    for taken in sorted({min(share, most) for share in TAKEN}):
+        offset = -float(np.quantile(old, 1 - taken, method="higher"))
+        found = float(np.mean(new + offset > 0)) - classes * taken
+        if found > gain:
+            best, gain = offset, found
+    return best
 
 
 @dataclass(frozen=True)
@@ -168,25 +190,43 @@ class _Space:
         )
 
 
+@dataclass(frozen=True)
+class _Margins:
+    """How the discriminants of M known and C new classes stand to the logits on n images that neither has seen.
+
+    Attributes:
+        scale: the factor that brings the one to the other.
+        labels: int64 [n], of the images.
+        right: bool [n], whether the known classes' logits give that class.
+        gap: float32 [n, 1], the mean logit less the largest.
+        lead: float32 [n, C], each new discriminant less the mean of the known ones.
+    """
+
+    scale: float
+    labels: Labels
+    right: npt.NDArray[np.bool_]
+    gap: Array
+    lead: Array
+
+    def above(self, scale: float) -> Array:
+        """How far each new row, at no bias, is above the best known one, [n, C]."""
+        value: Array = self.gap + scale * self.lead
+        return value
+
+
 def _against(
     rows: _Rows, head: tuple[Array, Array], space: _Space, data: Taught, images: npt.NDArray[np.intp]
-) -> tuple[float, tuple[npt.NDArray[np.bool_], Array, Array]]:
-    """How the discriminants stand to the logits on images that neither has seen.
-
-    Copies have no say: a class that differs by its colour is where a copy in other colours lies.
-
-    Returns:
-        the factor that brings the one to the other; and for each image whether its class is right, the mean logit less
-        the largest [n, 1], and each new discriminant less the mean of the known ones [n, C].
-    """
+) -> _Margins:
+    """Copies have no say: a class that differs by its colour is where a copy in other colours lies."""
     m = len(head[1])
     logits = data.plain[images] @ head[0].T + head[1]
     found = space.x[images] @ rows.weight.T + rows.bias
     middle = found[:, :m].mean(axis=1, keepdims=True)
     centred, spread = logits - logits.mean(axis=1, keepdims=True), found[:, :m] - middle
     scale = float((centred * spread).sum() / max(float(np.square(spread).sum()), 1e-12))
-    right = logits.argmax(axis=1) == data.labels[images]
-    return scale, (right, (logits.mean(axis=1) - logits.max(axis=1))[:, None], found[:, m:] - middle)
+    labels = data.labels[images]
+    gap = (logits.mean(axis=1) - logits.max(axis=1))[:, None]
+    return _Margins(scale, labels, logits.argmax(axis=1) == labels, gap, found[:, m:] - middle)
 
 
 def spread(count: int, folds: int, seed: int = 0) -> Labels:

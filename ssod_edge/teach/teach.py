@@ -51,6 +51,8 @@ PRECISIONS = ("fp32", "fp16")
 FROM_FEATURES = "stored features"
 #: Images of a reference.
 REFERENCE_IMAGES = 256
+#: Share of `max_drop` that a new class may take of the known ones, out of fold: held-out images may lose a little more.
+SPENT = 0.75
 #: A class that was taught from fewer photos has its distances lessened (`FitData.few`).
 FEW = 200
 
@@ -62,7 +64,8 @@ class TeachOptions:
     Attributes:
         data: CLASS/IMAGE folders, or what else `open_photos` takes; None teaches nothing.
         forget: names of classes to take out.
-        max_drop: points of the other classes' accuracy that may be lost.
+        max_drop: points of the other classes' accuracy that may be lost. Where a new class looks like a known one, up
+            to this much is given for it.
         alike: teach a class although its photos or its name look like those of a known one.
     """
 
@@ -208,7 +211,9 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
     if not options.alike and not len(gone):
         check_new(photos, len(classes), logits.argmax(axis=1), known_before)
     few = _few(model.spec, photos)
-    fitted = fit_lesson(Lesson(stored, heads, model.row, photos, model.spec.score_name, few))
+    fitted = fit_lesson(
+        Lesson(stored, heads, model.row, photos, model.spec.score_name, few, SPENT * options.max_drop / 100)
+    )
     n = len(fitted.scores)
     description = f"{FROM_FEATURES} of {n} images, out of fold, {len(photos.labels)} of them taught"
     _say_replaced(model.spec, say)

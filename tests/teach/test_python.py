@@ -81,7 +81,8 @@ def test_errors_are_those_of_the_command(light: Path, tmp_path: Path, monkeypatc
             model.teach("f", arrays(photos), out=out, most=3)
         done = model.teach("f", [*arrays(photos), wrong, tmp_path / "nowhere.jpg"], out=out, **FREELY)
         assert len(done.unreadable) == 2 and done.proof["new"]["f"]["photos"] == 4
-        monkeypatch.setattr("ssod_edge.teach.rows.TAKEN", 0.5)
+        monkeypatch.setattr("ssod_edge.teach.rows.TAKEN", (0.5,))
+        monkeypatch.setattr("ssod_edge.teach.teach.SPENT", 50)
         with pytest.raises(VerificationError, match="nothing is released"):
             model.teach("f", arrays(photos), out=tmp_path / "costly", alike=True)
     assert not (tmp_path / "costly").exists()

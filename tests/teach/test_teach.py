@@ -74,7 +74,8 @@ def test_a_taught_export_is_taught_again_and_forgets(light, tmp_path):
 
 
 def test_what_would_cost_too_much_is_not_released(light, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssod_edge.teach.rows.TAKEN", 0.5)
+    monkeypatch.setattr("ssod_edge.teach.rows.TAKEN", (0.5,))
+    monkeypatch.setattr("ssod_edge.teach.teach.SPENT", 50)
     before = snapshot(light)
     photos = write_photos(tmp_path / "new", "f", 5, seed=5)
     done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike")
