@@ -63,9 +63,17 @@ AUTO_SCORE = "auto"
 
 #: The score of a model whose images are not at hand.
 DEFAULT_SCORE: ScoreName = "energy"
-#: The score of a model whose images are at hand, until the evidence is for another: doubt between the classes, far from
-#: all of them, or outside of what all training images span.
-PRIOR_SCORE = "gen+mahalanobispp+residual"
+#: The score of a model whose images are at hand, until the evidence is for another: doubt between the classes, or far
+#: from all of them.
+PRIOR_SCORE = "gen+mahalanobispp"
+#: The same where training has left published features alone: or outside of what all training images span. Features that
+#: were tuned to the known classes span little else, and a class that looks like these lies in it (docs/detection.md).
+UNTOUCHED_SCORE = f"{PRIOR_SCORE}+residual"
+
+
+def prior_score(tuned: str) -> str:
+    """`UNTOUCHED_SCORE` or `PRIOR_SCORE`, by a run's `tuned`: "head" where training has left the features alone."""
+    return UNTOUCHED_SCORE if tuned == "head" else PRIOR_SCORE
 
 
 def resolve_backbone(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssod_edge.config import prior_score
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import Subset
 from ssod_edge.data.sources import model_labels
@@ -77,7 +78,9 @@ def choose(
         description = f"{shown.description}{OUT_OF_FOLD}"
     left_out = [] if source.folds is None else _left_out(singles, data, source.folds)
     known = choice.Known(logits, labels, plain, disturbed, left_out)
-    chosen = choice.choose(choice.Candidates(fitted, plain), known, made, multiply_adds(model))
+    chosen = choice.choose(
+        choice.Candidates(fitted, plain), known, made, multiply_adds(model), prior_score(source.tuned)
+    )
     for line in [choice_in_brief(chosen)] if brief else choice_table(chosen, len(known.labels), description):
         say(line)
     figures = {

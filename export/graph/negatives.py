@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.config import PRIOR_SCORE
+from ssod_edge.config import PRIOR_SCORE, UNTOUCHED_SCORE
 from ssod_edge.data.images import Subset
 from ssod_edge.detect.choice import LEAST_MISTAKES
 from ssod_edge.detect.detectors import Array
@@ -22,10 +22,14 @@ from ssod_edge.export.release import Say
 
 #: The kind of evidence, beside those that are made.
 KIND = "negatives"
-#: The default with the OOD row in it.
-ROW_SCORE = f"ssod+{PRIOR_SCORE}"
+_ROW = "ssod+"
 #: What an export ships that nobody asked for, and that is not chosen by "auto".
-DEFAULTS = (PRIOR_SCORE, ROW_SCORE)
+DEFAULTS = tuple(f"{row}{prior}" for row in ("", _ROW) for prior in (PRIOR_SCORE, UNTOUCHED_SCORE))
+
+
+def with_row(name: str) -> str:
+    """One of `DEFAULTS` with the OOD row in it."""
+    return _ROW + name.removeprefix(_ROW)
 
 
 def negative_kind(source: Source, say: Say) -> dict[str, Outputs]:
@@ -41,15 +45,16 @@ def negative_kind(source: Source, say: Say) -> dict[str, Outputs]:
 
 
 def fit_default(
-    source: Source, data: FitData, held_out: Outputs | Mapping[str, Array], say: Say
+    source: Source, name: str, data: FitData, held_out: Outputs | Mapping[str, Array], say: Say
 ) -> tuple[FittedScore, dict[str, Any]]:
-    """`PRIOR_SCORE`, or `ROW_SCORE` where the OOD row finds negatives that it was not taught.
+    """The prior, or the OOD row and the prior where the OOD row finds negatives that it was not taught.
 
     Each score rejects what lies above the threshold that keeps 95% of the held-out known images. The row joins where,
     of the negatives that only one of the two rejects, more are its own than chance gives, by two deviations (McNemar).
 
     Args:
         source: a model whose row may have been trained.
+        name: of `DEFAULTS`.
         data: what detectors are fitted on.
         held_out: of known images that no threshold is fitted to, or the scores of the parts of both, out of fold.
         say: gets a line with both figures.
@@ -60,16 +65,16 @@ def fit_default(
     Raises:
         UsageError: the distance cannot be fitted.
     """
-    prior = fit_score(PRIOR_SCORE, data, held_out)
+    prior = fit_score(name.removeprefix(_ROW), data, held_out)
     images = _to_choose_by(source, say) if source.model.ood.weight.any() else None
     unknown = None if images is None else eager_outputs(source.model, images, say)
     if images is None or unknown is None:
         return prior, {}
-    row = fit_score(ROW_SCORE, data, held_out)
+    row = fit_score(with_row(name), data, held_out)
     assert isinstance(prior, ScoreSum) and isinstance(row, ScoreSum)
-    without, with_row = (_rejected(score, held_out, unknown) for score in (prior, row))
-    taken: FittedScore = row if more_than_chance(with_row, without) else prior
-    shares = {score.name: float(found.mean()) for score, found in ((prior, without), (row, with_row))}
+    without, joined = (_rejected(score, held_out, unknown) for score in (prior, row))
+    taken: FittedScore = row if more_than_chance(joined, without) else prior
+    shares = {score.name: float(found.mean()) for score, found in ((prior, without), (row, joined))}
     figures = " and ".join(f"{name} {share:.1%}" for name, share in shares.items())
     why = "" if taken is row else ": no more than chance gives"
     say(f"of {len(without)} negatives to choose by, at 95% of known images, {figures} are rejected{why}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, PRIOR_SCORE, has_state, score_parts
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, prior_score, score_parts
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
@@ -23,7 +23,7 @@ from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score, hel
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.evaluation.left_out import expectation, expectation_lines
 from ssod_edge.export.graph.auto_score import OUT_OF_FOLD, choose
-from ssod_edge.export.graph.negatives import DEFAULTS, ROW_SCORE, fit_default
+from ssod_edge.export.graph.negatives import DEFAULTS, fit_default, with_row
 from ssod_edge.export.graph.reference import eager_outputs, run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
@@ -122,7 +122,7 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
     Args:
         source: what is exported.
         name: of `SHIPPED_SCORES`, a sum of some, or "auto". None takes that of `earlier`, else chooses as "auto" does
-            if the network was trained with made outliers and its images are at hand, else takes config's `PRIOR_SCORE`
+            if the network was trained with made outliers and its images are at hand, else takes config's `prior_score`
             if they are, perhaps with the OOD row (`fit_default`), and `DEFAULT_SCORE` if not.
         earlier: the export that this one goes beside.
         say: gets a line for each step.
@@ -136,17 +136,19 @@ def want_score(source: Source, name: str | None, earlier: Export | None, say: Sa
             return WantedScore(spec.score_name, DEFAULT_EVIDENCE, asked=False, kept=earlier)
         return WantedScore(AUTO_SCORE if spec.choice else spec.score_name, kept=earlier)
     if name is None:
-        counts = [0 if part is None else len(part) for part in (source.images.training, source.images.choices)]
-        default = unasked_score(source.outliers, *counts) if source.trained else DEFAULT_SCORE
+        training, choices = (
+            0 if part is None else len(part) for part in (source.images.training, source.images.choices)
+        )
+        default = unasked_score(source.outliers, training, choices, source.tuned) if source.trained else DEFAULT_SCORE
         if default != AUTO_SCORE and source.outliers:
             say(
                 f"the score is {default}: it takes {LEAST_UNASKED} training images and as many held-out ones to "
-                f"choose another, and there are {counts[0]} and {counts[1]}"
+                f"choose another, and there are {training} and {choices}"
             )
         elif default == DEFAULT_SCORE and source.tuned:
             say(
-                f"the score is {default}: {PRIOR_SCORE} is fitted on {LEAST_IMAGES} training images or more, and there "
-                f"are {counts[0]}"
+                f"the score is {default}: {prior_score(source.tuned)} is fitted on {LEAST_IMAGES} training images or "
+                f"more, and there are {training}"
             )
         return WantedScore(default, DEFAULT_EVIDENCE, asked=False)
     if name == AUTO_SCORE and not source.trained:
@@ -192,12 +194,14 @@ def _made(source: Source, wanted: WantedScore, folded: _Folded | None, say: Say)
     held_out: Outputs | dict[str, Array] | None = None
     by_default = not wanted.asked and wanted.name in DEFAULTS
     if folded is not None:
-        held_out = folded.parts(ROW_SCORE if by_default and source.model.ood.weight.any() else wanted.name)[0]
+        held_out = folded.parts(with_row(wanted.name) if by_default and source.model.ood.weight.any() else wanted.name)[
+            0
+        ]
     elif len(score_parts(wanted.name)) > 1:
         held_out = _held_out(source, say)
     by_negatives: dict[str, Any] = {}
     if by_default and held_out is not None:
-        detector, by_negatives = fit_default(source, data, held_out, say)
+        detector, by_negatives = fit_default(source, wanted.name, data, held_out, say)
     else:
         detector = fit_score(wanted.name, data, held_out)
     if not wanted.asked and held_out is not None:

@@ -37,7 +37,8 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     metavar="NAME|NAME+NAME...|auto",
     help=f'Which score says "unknown": {", ".join(SHIPPED_SCORES)}, or a sum of some; auto: the best on held-out '
     "images for at most 1% more multiply-adds. Default: that of the export that is there, else auto for a network "
-    f"that was trained with spoiled copies (--outliers), else {PRIOR_SCORE}, or energy without training images.",
+    f"that was trained with spoiled copies (--outliers), else {PRIOR_SCORE} (and residual, where training left "
+    "the features alone), or energy without training images.",
 )
 @tpr
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")

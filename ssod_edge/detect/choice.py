@@ -15,7 +15,9 @@ from ssod_edge.config import (
     NEED_OOD_ROW,
     PRIOR_SCORE,
     SCORES,
+    UNTOUCHED_SCORE,
     DetectorName,
+    prior_score,
     score_parts,
 )
 from ssod_edge.data.images import LEAST_IMAGES
@@ -43,7 +45,7 @@ DISTANCES = ("mahalanobispp", "rmdpp", "knn", "vim", "residual", "mahalanobis", 
 #: Candidates whose regret is this near to the least are level: of 2,000 images, a difference of a point is noise.
 LEVEL = 0.01
 #: Of n held-out images, half of which are made into each kind, a figure has a standard error of about 0.4 / sqrt(n).
-#: The worst of some ten regrets is off by more than twice that: `PRIOR_SCORE` gives way to a lead of this / sqrt(n).
+#: The worst of some ten regrets is off by more than twice that: the prior gives way to a lead of this / sqrt(n).
 LEAD = 1.0
 #: A score is chosen without being asked for from so many training images, and so many held-out ones, on: with fewer,
 #: chance chooses.
@@ -60,17 +62,18 @@ def chooses_unasked(outliers: Sequence[str], training: int, choices: int) -> boo
     return bool(outliers) and min(training, choices) >= LEAST_UNASKED
 
 
-def unasked_score(outliers: Sequence[str], training: int, choices: int) -> str:
+def unasked_score(outliers: Sequence[str], training: int, choices: int, tuned: str = "") -> str:
     """What an export ships that names no score and has none beside it: "auto", or a score by name.
 
     Args:
         outliers: kinds of made images that the network was trained to reject.
         training: how many training images are at hand.
         choices: how many held-out ones, apart from those of the thresholds.
+        tuned: of the run.
     """
     if chooses_unasked(outliers, training, choices):
         return AUTO_SCORE
-    return PRIOR_SCORE if training >= LEAST_IMAGES and choices else DEFAULT_SCORE
+    return prior_score(tuned) if training >= LEAST_IMAGES and choices else DEFAULT_SCORE
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Choice:
         rows: the figures of every candidate.
         kinds: that it was measured by.
         mistaken: held-out images that the network gets wrong.
-        lead: by how much less the regret of another has to be than that of `PRIOR_SCORE`.
+        lead: by how much less the regret of another has to be than that of `prior`.
+        prior: what ships without a lead.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Choice:
     kinds: tuple[str, ...]
     mistaken: int
     lead: float
+    prior: str
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ class Known:
     left_out: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]] = ()
 
 
-def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], network: int) -> Choice:
+def choose(
+    candidates: Candidates, known: Known, made: Mapping[str, Outputs], network: int, prior: str = PRIOR_SCORE
+) -> Choice:
     """The candidate that never does much worse than another, whatever kind of image is shown.
 
     A candidate's figure on a kind is the mean of its AUROC and the share of the kind that is rejected where 95% of the
@@ -123,7 +130,7 @@ def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], ne
     that is. A candidate's regret on a kind is the best figure of a candidate, less its own; the one with the least
     worst regret is taken. A mean over the kinds would let many easy ones outvote the one that goes wrong.
 
-    It is `PRIOR_SCORE` unless another's regret is less by more than chance makes it (`LEAD`), and then, of those that
+    It is the prior unless another's regret is less by more than chance makes it (`LEAD`), and then, of those that
     are level (`LEVEL`), the one of fewest parts. A candidate that adds more than `MOST_COST` to the network's
     multiply-adds is measured and not taken.
 
@@ -132,6 +139,7 @@ def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], ne
         known: what they are measured on.
         made: kind -> of images that no class describes.
         network: multiply-adds of the network, for one image.
+        prior: see `ssod_edge.config.prior_score`.
     """
     scores = candidates.with_sums(known.parts)
     pairs = {kind: [(scores, candidates.scores(*outputs))] for kind, outputs in made.items()}
@@ -150,8 +158,8 @@ def choose(candidates: Candidates, known: Known, made: Mapping[str, Outputs], ne
         state = states[name]
         row["cost"] = state.multiply_adds / network if state else 0.0
     lead = max(LEVEL, LEAD / float(np.sqrt(len(right))))
-    best = best_of(rows, lead)
-    return Choice(best, states[best], rows, (*pairs, DISTURBED), int(wrong.sum()), lead)
+    best = best_of(rows, lead, prior)
+    return Choice(best, states[best], rows, (*pairs, DISTURBED), int(wrong.sum()), lead, prior)
 
 
 def fit_all(data: FitData, fp32_holds: Callable[[Detector], bool], say: Callable[[str], None]) -> dict[str, Detector]:
@@ -195,7 +203,7 @@ def _measured(
     return {"figures": figures, **means, "auroc": auroc, "fpr": fpr, "accepted": accepted}
 
 
-def best_of(rows: dict[str, dict[str, Any]], lead: float) -> str:
+def best_of(rows: dict[str, dict[str, Any]], lead: float, prior: str = PRIOR_SCORE) -> str:
     """The candidate to take, by its `figures`, its `cost` and its name; every row gets its `regret`, the worst of all
     kinds, and `worst`, that kind.
     """
@@ -207,8 +215,8 @@ def best_of(rows: dict[str, dict[str, Any]], lead: float) -> str:
         row["worst"] = max(best, key=lambda kind: best[kind] - row["figures"][kind])
         row["regret"] = best[row["worst"]] - row["figures"][row["worst"]]
     least = min(row["regret"] for row in allowed.values())
-    if PRIOR_SCORE in allowed and allowed[PRIOR_SCORE]["regret"] <= least + lead:
-        return PRIOR_SCORE
+    if prior in allowed and allowed[prior]["regret"] <= least + lead:
+        return prior
     return min(
         (name for name, row in allowed.items() if row["regret"] <= least + LEVEL),
         key=lambda name: (name.count("+"), allowed[name]["regret"], allowed[name]["cost"]),
@@ -240,7 +248,7 @@ class Candidates:
         self.singles = tuple(known)
         self.standards = standards(known)
         pairs: list[tuple[str, ...]] = [(one, other) for one in LOGIT_PARTS for other in DISTANCES if one != other]
-        pairs.append(score_parts(PRIOR_SCORE))
+        pairs.append(score_parts(UNTOUCHED_SCORE))
         sums = [*pairs, *(("ssod", *rest) for rest in (*((distance,) for distance in DISTANCES), *pairs))]
         usable = {name for name in self.singles if self.standards[name][1] > 0}
         self.sums = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssod_edge.config import DEFAULT_SCORE, PRIOR_SCORE
+from ssod_edge.config import DEFAULT_SCORE
 from ssod_edge.detect.choice import LEVEL, MOST_COST, Choice
 
 #: Rows of the table that is printed; the spec has all of them.
@@ -52,7 +52,7 @@ def choice_table(choice: Choice, images: int, known: str) -> list[str]:
     if len(rows) > len(lines) - 2:
         lines.append(f"{len(rows) - len(lines) + 2} sums below these are in the spec")
     lines.append(
-        f"shipped: {PRIOR_SCORE}, unless the largest regret of another is {100 * choice.lead:.0f} points less; then, "
+        f"shipped: {choice.prior}, unless the largest regret of another is {100 * choice.lead:.0f} points less; then, "
         f"of those within {100 * LEVEL:.0f} point of the least, the one of fewest parts"
     )
     return lines

@@ -199,7 +199,7 @@ def _ships(run: Run, spec: Spec | None) -> str:
         _, splits = run.splits("")
     except UsageError:
         return DEFAULT_SCORE
-    return unasked_score(run.outliers, len(splits.train), len(splits.val))
+    return unasked_score(run.outliers, len(splits.train), len(splits.val), str(run.meta.get("tuned", "")))
 
 
 def _named(ships: str) -> str:

@@ -21,6 +21,9 @@ from ssod_edge.spec import Threshold
 from ssod_edge.teach.photos import Photos
 from ssod_edge.teach.rows import Heads, Taught, add_classes, spread
 
+#: Few photos of a class do not widen what all training images span, so that this part would go on calling it unknown.
+OUTSIDE = "residual"
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -139,8 +142,15 @@ def _finish(lesson: Lesson, data: Taught, heads: Heads, counts: Array) -> Fitted
     fit = FitData(
         features, np.tile(data.labels, 2), logits, heads.weight, heads.bias, id_logit, stored.last, lesson.few
     )
-    parts = out_of_fold_parts(score_parts(lesson.score), fit, taught)[0]
+    names = score_parts(lesson.score)
+    silent = len(names) > 1 and bool(lesson.few) and OUTSIDE in names
+    heard = [name for name in names if not (silent and name == OUTSIDE)]
+    parts = out_of_fold_parts(heard, fit, taught)[0]
+    if silent:
+        parts[OUTSIDE] = parts[heard[0]]  # only so that there is something to standardise by: the part is not heard
     state = fit_score(lesson.score, fit, parts) if has_state(lesson.score) else None
+    if isinstance(state, ScoreSum) and silent:
+        state = _without_a_say(state, OUTSIDE)
     scores = state.add(parts) if isinstance(state, ScoreSum) else parts[lesson.score]
     out_of_fold = taught.logits(data.plain)
     kept = StoredFeatures(
@@ -152,6 +162,12 @@ def _finish(lesson: Lesson, data: Taught, heads: Heads, counts: Array) -> Fitted
     )
     temperature = fit_temperature(out_of_fold, data.labels)
     return Fitted(heads, fit, taught, kept, state, scores, out_of_fold, temperature, lesson.row, lesson.score)
+
+
+def _without_a_say(total: ScoreSum, part: str) -> ScoreSum:
+    """A sum in which one part is the same for every image. The graph keeps its operations."""
+    scales, centers = total.scales | {part: 0.0}, total.centers | {part: 0.0}
+    return replace(total, scales=scales, centers=centers, settings={**total.settings, part: "has no say"})
 
 
 def without_classes(stored: StoredFeatures, heads: Heads, gone: Labels) -> tuple[StoredFeatures, Heads]:

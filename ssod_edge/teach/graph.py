@@ -163,8 +163,8 @@ def _tail(score: FittedScore | None) -> tuple[list[_Block], dict[str, Array]]:
     for place, detector in parts:
         name = f"fitted.parts.{place}.terms.0"
         if detector.name == "residual":
-            numbers[f"{name}.factors"] = residual_factors(detector, 1.0)
-            if detector.center.size:
+            if detector.center.size:  # else its squares are added up as they are
+                numbers[f"{name}.factors"] = residual_factors(detector, 1.0)
                 numbers[f"{name}.center"] = detector.center
             blocks.append(_Block(detector.weight, detector.bias))
             continue

@@ -4,8 +4,8 @@ Classes share one covariance S, of features about their class means. The differe
 linear in the features x: a class's row is S^-1 m and its bias -m' S^-1 m / 2 (Fisher's discriminant). The classes that
 are known keep the rows that regression gave them. So the new row is brought to their scale: what it is above the mean
 of the known classes' distances, times one factor, is added to the mean of their logits. Its bias is then the highest
-at which a small share of the known images, by models that have not seen them, change to the new class: one of `TAKEN`, the
-one with the best balanced accuracy, so that a class that looks like a known one is given more.
+at which a small share of the known images, by models that have not seen them, change to the new class. Of the shares
+`TAKEN` it is the one with the best balanced accuracy, so that a class that looks like a known one is given more.
 
 A bias that comes from hundreds of known images, and not from five new ones, is what few photos need: the mean of five
 is uncertain, so that by distances alone most of a new class is missed, while no known image is near it.
@@ -136,11 +136,12 @@ class _Space:
     """Standardised features, and covariances about the class means, of all known images but those of a part."""
 
     def __init__(self, data: Taught, known: npt.NDArray[np.bool_]):
-        both = np.concatenate([data.plain, data.disturbed])
+        self.x = np.concatenate([data.plain, data.disturbed])
         inside = np.tile(known, 2)
-        self.mean = both[inside].mean(axis=0)
-        self.deviation = np.maximum(both[inside].std(axis=0), LEAST_DEVIATION)
-        self.x = (both - self.mean) / self.deviation
+        rows = self.x[inside]
+        self.mean, self.deviation = rows.mean(axis=0), np.maximum(rows.std(axis=0), LEAST_DEVIATION)
+        self.x -= self.mean
+        self.x /= self.deviation
         self.labels, self.fold, self.known = np.tile(data.labels, 2), np.tile(data.fold, 2), inside
         rows = self.x[inside]
         self.products = rows.T @ rows

@@ -53,7 +53,11 @@ class Disturbed:
 
 
 def judge_disturbed(
-    model: SSODClassifier, known: Features, labels: Indices, training: FitData | None = None
+    model: SSODClassifier,
+    known: Features,
+    labels: Indices,
+    training: FitData | None = None,
+    prior: str = PRIOR_SCORE,
 ) -> Disturbed:
     """Judge by what an export would ship that chooses nothing.
 
@@ -63,12 +67,13 @@ def judge_disturbed(
         labels: int64 [n], of the same.
         training: images, and then a disturbed copy of each. None, too few of them, or such as no distance can be
             fitted on, make it the default score of the logits.
+        prior: see `ssod_edge.config.prior_score`.
     """
     plain, disturbed = (_outputs(model, z) for z in (known.plain, known.disturbed))
     state = None
     if training is not None and len(training.labels) >= 2 * LEAST_IMAGES:
         try:
-            state = fit_score(PRIOR_SCORE, training, plain)
+            state = fit_score(prior, training, plain)
         except UsageError:  # an export ships the default score then, too
             state = None
     scores = [_score(state, outputs) for outputs in (plain, disturbed)]

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssod_edge.config import prior_score
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.regression import LinearHead, fit_head
 from ssod_edge.errors import UsageError
@@ -126,7 +127,11 @@ def _say_disturbed(session: Session, taught: Taught, tuned: str) -> Disturbed:
     both = np.concatenate([features.plain[fitted], features.disturbed[fitted]])
     training = fitting_data(session.model, both, np.tile(labels[fitted], 2), tuned)
     found = judge_disturbed(
-        session.model, Features(features.plain[val], features.disturbed[val]), labels[val], training
+        session.model,
+        Features(features.plain[val], features.disturbed[val]),
+        labels[val],
+        training,
+        prior_score(tuned),
     )
     say(str(found))
     return found

@@ -137,7 +137,7 @@ def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     assert damaged["default_score"] == "energy" and "left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("outliers", "ships"), [(["zoom"], "auto"), ([], "gen+mahalanobispp+residual")])
+@pytest.mark.parametrize(("outliers", "ships"), [(["zoom"], "auto"), ([], "gen+mahalanobispp")])
 def test_before_an_export_a_report_says_what_an_export_would_take(
     place, tmp_path, monkeypatch, capsys, outliers, ships
 ):

@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported(trained: Path) -> Path:
     """Its export, on both engines in both precisions. Nobody changes it."""
-    done = run("export", trained, "--score", "gen+mahalanobispp")
+    done = run("export", trained, "--score", "gen+mahalanobispp+residual")
     assert done.exit_code == 0, done.output
     assert "features.npz: " in done.output
     return trained / "export"

@@ -33,17 +33,19 @@ def fit_data(model, seed: int, more: int) -> FitData:
 
 
 @pytest.mark.parametrize(
-    ("score", "temperature"),
+    ("score", "temperature", "cancellation"),
     [
-        ("energy", 1.0),
-        ("knn", 2.0),
-        ("gen+rmdpp", 1.0),
-        ("ssod+gen+mahalanobispp", 0.5),
-        ("residual", 1.0),
-        ("gen+mahalanobispp+residual", 2.0),
+        ("energy", 1.0, 0),
+        ("knn", 2.0, 0),
+        ("gen+rmdpp", 1.0, 0),
+        ("ssod+gen+mahalanobispp", 0.5, 0),
+        ("residual", 1.0, 0),  # its rows are what is left out,
+        ("gen+mahalanobispp+residual", 2.0, 1e9),  # or what is kept
     ],
 )
-def test_a_graph_with_another_class_gives_what_numpy_gives(small_model, score, temperature):
+def test_a_graph_with_another_class_gives_what_numpy_gives(small_model, score, temperature, cancellation, monkeypatch):
+    monkeypatch.setattr("ssod_edge.detect.fit.CANCELLATION", cancellation)
+    monkeypatch.setattr("ssod_edge.detect.fit.RANK", 8)
     before, after = fit_data(small_model, 0, 0), fit_data(small_model, 1, 1)
     state = fit_score(score, before) if has_state(score) else None
     graph = fused_graph(small_model, score, True, state, temperature)

@@ -17,11 +17,18 @@ from lesson import CLASSES, SIZE, run, snapshot, write_photos
 import ssod_edge
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.detect.stored import load_features
+from ssod_edge.detect.sums import ScoreSum, load_score
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import load_spec, save_spec
 from ssod_edge.training.model import normalise
 from ssod_edge.training.run import Run
+
+
+def weight_of_residual(export: Path) -> float:
+    score = load_score(export / "detector.npz")
+    assert isinstance(score, ScoreSum)
+    return score.scales["residual"]
 
 
 def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
@@ -32,6 +39,8 @@ def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
     assert snapshot(exported) == before
     spec, old = load_spec(tmp_path / "taught"), load_spec(exported)
     assert spec.classes == (*CLASSES, "f", "g")
+    # Ten photos do not widen what all images span: what lies outside has no say as long as they are so few.
+    assert weight_of_residual(exported) > 0 == weight_of_residual(tmp_path / "taught")
     assert [a.name for a in spec.artifacts] == [a.name for a in old.artifacts]
     assert all(a.verification["passed"] and a.threshold is not None for a in spec.artifacts)
     assert spec.source["taught"]["photos"] == {"f": 10, "g": 10}
@@ -54,6 +63,7 @@ def test_the_photos_of_a_known_class_that_are_taught_change_its_rows_and_no_name
     assert "left out: " in done.output and "broken.png" in done.output
     spec = load_spec(tmp_path / "taught")
     assert spec.classes == CLASSES and spec.source["taught"]["photos"] == {"b": 6}
+    assert weight_of_residual(tmp_path / "taught") > 0
     assert spec.features["images"] == load_spec(light).features["images"] + 6
 
 

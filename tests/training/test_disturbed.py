@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pictures import write_folder
 
-from ssod_edge.config import LossConfig, Preprocess, TrainConfig
+from ssod_edge.config import UNTOUCHED_SCORE, LossConfig, Preprocess, TrainConfig
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.errors import UsageError
 from ssod_edge.training import disturbed
@@ -37,7 +37,7 @@ def test_it_counts_the_copies_at_the_threshold_of_the_images(
     both = np.concatenate([taught.plain, taught.disturbed])
     training = fitting_data(small_model, both, np.tile(labels, 2), "head")
     known, truth = features_and_labels(small_model, 60, noise, seed=2)
-    found = judge_disturbed(small_model, known, truth, training)
+    found = judge_disturbed(small_model, known, truth, training, UNTOUCHED_SCORE)
     assert (found.images, found.score) == (60, "gen+mahalanobispp+residual") and least <= found.accepted <= most
     logits = known.disturbed @ training.weight.T + training.bias
     assert found.accuracy == (logits.argmax(axis=1) == truth).mean()

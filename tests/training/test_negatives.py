@@ -23,7 +23,7 @@ from ssod_edge.data.negatives import PARTS, Negatives
 from ssod_edge.detect.regression import fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
-from ssod_edge.export.graph.negatives import ROW_SCORE, fit_default
+from ssod_edge.export.graph.negatives import fit_default
 from ssod_edge.export.graph.score import fit_data, ship_score, want_score
 from ssod_edge.export.graph.source import Source, from_run
 from ssod_edge.training.features import CACHE, features_of
@@ -215,14 +215,16 @@ def test_batches_end_in_negatives_to_learn_from_in_an_order_that_resuming_repeat
     assert {len(batch) for batch in none._batches(1)} == {32}
 
 
+DEFAULT = "gen+mahalanobispp+residual"
+
+
 def quiet(line: str) -> None:
     pass
 
 
 def test_the_row_joins_the_default_where_it_finds_more_negatives(taught: Path, monkeypatch) -> None:
     # These negatives lie outside of what the known images span: the whole default finds them without the row.
-    monkeypatch.setattr("ssod_edge.export.graph.negatives.PRIOR_SCORE", "gen+mahalanobispp")
-    monkeypatch.setattr("ssod_edge.export.graph.negatives.ROW_SCORE", "ssod+gen+mahalanobispp")
+    monkeypatch.setattr("ssod_edge.detect.choice.prior_score", lambda tuned: "gen+mahalanobispp")
     source, said = from_run(taught), list[str]()
     wanted = want_score(source, None, None, quiet)
     shipped = ship_score(source, wanted, said.append)
@@ -255,11 +257,11 @@ def test_what_the_row_does_not_find_leaves_the_default_as_it_is(taught, monkeypa
     unknown = outputs(60, 2, row=row, distance=distance)
     monkeypatch.setattr("ssod_edge.export.graph.negatives.eager_outputs", lambda *_: unknown)
     said: list[str] = []
-    score, record = fit_default(from_run(taught), data, outputs(200, 1, row=4.0, distance=0), said.append)
-    assert score.name == (ROW_SCORE if joins else "gen+mahalanobispp+residual") and record["negatives"]["images"] == 60
+    score, record = fit_default(from_run(taught), DEFAULT, data, outputs(200, 1, row=4.0, distance=0), said.append)
+    assert score.name == (f"ssod+{DEFAULT}" if joins else DEFAULT) and record["negatives"]["images"] == 60
     assert ("no more than chance gives" in said[0]) is not joins
     untaught = replace(from_run(taught), run=None)
-    assert fit_default(untaught, data, outputs(200, 1, row=4.0, distance=0), quiet)[1] == {}
+    assert fit_default(untaught, DEFAULT, data, outputs(200, 1, row=4.0, distance=0), quiet)[1] == {}
 
 
 def test_negatives_are_a_kind_of_evidence_of_auto(taught: Path, monkeypatch) -> None:
@@ -318,8 +320,8 @@ def test_negatives_that_moved_have_no_say_and_are_not_evaluated(place, taught, t
     (tmp_path / "negatives").rename(tmp_path / "elsewhere")
     source: Source = from_run(tmp_path / "run")
     held_out, said = outputs_of_validation(source), list[str]()
-    score, record = fit_default(source, fit_data(source, quiet), held_out, said.append)
-    assert score.name == "gen+mahalanobispp+residual" and not record
+    score, record = fit_default(source, DEFAULT, fit_data(source, quiet), held_out, said.append)
+    assert score.name == DEFAULT and not record
     assert said[0].startswith("negatives have no say in the score: data set") and said[0].endswith("or put them back")
     report, _ = evaluate(tmp_path / "run", EvalOptions(bootstrap=0, shift_images=0), workers=0)
     assert not report["ood_data"] and "no figures of the held-out negatives: data set" in capsys.readouterr().err
