@@ -253,7 +253,7 @@ def test_sdist_leaves_the_records_out_and_is_small(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         inside = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
     assert not [path for path in inside if path.is_relative_to("bench/results")]
-    assert sdist.stat().st_size < 2_000_000  # the pictures of docs/ and tests/golden are 1.2 MB of it
+    assert sdist.stat().st_size < 2_200_000  # the pictures of docs/ and tests/golden are 1.2 MB of it
 
 
 def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:

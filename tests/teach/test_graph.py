@@ -37,7 +37,6 @@ def fit_data(model, seed: int, more: int) -> FitData:
     [
         ("energy", 1.0, 0),
         ("knn", 2.0, 0),
-        ("gen+rmdpp", 1.0, 0),
         ("ssod+gen+mahalanobispp", 0.5, 0),
         ("residual", 1.0, 0),  # its rows are what is left out,
         ("gen+mahalanobispp+residual", 2.0, 1e9),  # or what is kept

@@ -32,7 +32,7 @@ from ssod_edge.spec import load_spec
 from ssod_edge.teach import teach as module
 from ssod_edge.teach.teach import TeachOptions, teach
 
-KILLS = int(os.environ.get("SSOD_EDGE_KILLS", "6"))
+KILLS = int(os.environ.get("SSOD_EDGE_KILLS", "4"))
 FREELY = ("--alike", "--max-drop", "20")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -562,6 +562,7 @@ def test_two_exports_into_one_folder_at_once_keep_both(
     assert {path.name for path in out.iterdir()} == {
         "ssod.json",
         "reference.npz",
+        "features.npz",
         "model-fp32.onnx",
         "tensorrt-rtx-fp32",
     }
