@@ -73,7 +73,7 @@ class Judge:
     """What ships, in fp32, with another mean of the features and another threshold."""
 
     def __init__(self, source: Source):
-        shipped = ship_score(source, want_score(source, "gen+mahalanobispp+residual", None, print), print)
+        shipped = ship_score(source, want_score(source, "gen+mahalanobispp", None, print), print)
         data = fit_data(source, print)
         assert isinstance(shipped.detector, ScoreSum) and shipped.out_of_fold is not None and source.folds is not None
         self.score, self.weight, self.bias = shipped.detector, data.weight, data.bias
