@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import DETECTORS, DetectorName
+from ssod_edge.detect.covariance import largest_variances, shrinkage_of
 from ssod_edge.detect.detectors import TINY, Array, Detector, Wide
-from ssod_edge.errors import UsageError, missing_extra
+from ssod_edge.errors import UsageError
 
 Labels = npt.NDArray[np.int64]
 
@@ -148,7 +149,7 @@ def _residual(name: DetectorName, data: FitData, origin: Wide, spread: Wide) -> 
     width = data.features.shape[1]
     dimensions = max(1, min(width // 2, len(data.features) // IMAGES_A_DIRECTION, max(RANK, len(data.bias))))
     v = (data.features - _f(origin)) / _f(spread)
-    principal = _f(_largest(v.T @ v / np.float32(len(v)), dimensions)[1].T)
+    principal = _f(largest_variances(v.T @ v / np.float32(len(v)), dimensions)[1].T)
     moved = principal.T @ (principal @ v.mean(axis=0))
     v -= moved
     lengths = np.square(v).sum(axis=1, dtype=np.float64)
@@ -221,7 +222,7 @@ def fit_mahalanobispp(data: FitData) -> Detector:
     groups, covariance = _Groups.of_unit(data)
     width = len(covariance)
     rank = min(RANK, width // 2)
-    kept, directions = _largest(covariance, rank)
+    kept, directions = largest_variances(covariance, rank)
     rest = max((float(np.trace(covariance, dtype=np.float64)) - float(kept.sum())) / (width - rank), LEAST_VARIANCE)
     rows = np.sqrt(np.maximum(1 / rest - 1 / np.maximum(kept, LEAST_VARIANCE), 0))[:, None] * directions.T
     means = groups.mean + groups.offsets
@@ -356,7 +357,7 @@ class _Groups:
         """Of features at length 1, not whitened yet, and the covariance [D, D] within the classes, shrunk."""
         groups = cls(_unit(data.read), data.classes())
         covariance: Array = groups.within.T @ groups.within / np.float32(len(groups.within))
-        level, shrinkage = float(np.trace(covariance)) / len(covariance), _shrinkage(groups.within, covariance)
+        level, shrinkage = float(np.trace(covariance)) / len(covariance), shrinkage_of(groups.within, covariance)
         covariance *= np.float32(1 - shrinkage)
         covariance[np.diag_indices_from(covariance)] += np.float32(shrinkage * level)
         groups.settings["shrinkage"] = shrinkage
@@ -391,40 +392,6 @@ class _Groups:
         numbers: dict[str, float] = {"quadratic": len(quadratic)}
         settings = self.settings | (settings or {})
         return Detector(name, data.wide(weight), _f(bias), np.zeros(0, np.float32), numbers, settings, data.start)
-
-
-def _shrinkage(within: Array, covariance: Array) -> float:
-    """How much of a covariance a sphere of its size should replace (Ledoit and Wolf, 2004), in [0, 1].
-
-    scikit-learn's `ledoit_wolf` gives the same; it forms the products of all features once more.
-
-    Args:
-        within: [N, D], of mean 0.
-        covariance: [D, D], of them.
-    """
-    square = float(np.vdot(covariance, covariance))
-    level = float(np.trace(covariance)) / len(covariance)
-    fourth = float(np.square(np.square(within).sum(axis=1, dtype=np.float64)).mean())
-    error = (fourth - square) / len(within)
-    distance = square - len(covariance) * level**2
-    return min(max(error, 0.0), distance) / distance if distance > 0 else 0.0
-
-
-def _largest(covariance: npt.NDArray[np.floating[Any]], count: int) -> tuple[Wide, Wide]:
-    """The largest variances of a covariance [D, D], [count], and their directions [D, count], ascending.
-
-    Of many features by randomised iterations (Halko et al., 2011), in a tenth of the time; they find the space of the
-    directions as well as scores can tell.
-    """
-    if len(covariance) <= 4 * count:
-        values, vectors = np.linalg.eigh(covariance.astype(np.float64))
-        return values[len(values) - count :], vectors[:, len(values) - count :]
-    try:
-        from sklearn.utils.extmath import randomized_svd
-    except ImportError as error:
-        raise missing_extra("sklearn", "fitting a detector") from error
-    vectors, values, _ = randomized_svd(covariance, count, n_oversamples=count // 4, n_iter=6, random_state=0)
-    return values[::-1].astype(np.float64), vectors[:, ::-1].astype(np.float64)
 
 
 def _unit(vectors: Array) -> Array:

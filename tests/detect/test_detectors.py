@@ -9,13 +9,12 @@ import pytest
 from sklearn.covariance import ledoit_wolf
 
 from ssod_edge.config import DETECTORS, DetectorName
+from ssod_edge.detect.covariance import largest_variances, shrinkage_of
 from ssod_edge.detect.detectors import Detector, read_detector, write_detector
 from ssod_edge.detect.fit import (
     IMAGES_A_DIRECTION,
     RIDGE,
     FitData,
-    _largest,
-    _shrinkage,
     _spherical_kmeans,
     fit,
 )
@@ -378,7 +377,7 @@ def test_the_largest_variances_of_many_features_are_found_by_iterations() -> Non
     z = rng.normal(0, 1, (500, 200)).astype(np.float32) * np.geomspace(10, 0.01, 200).astype(np.float32)
     covariance = z.T @ z / 500
     values, vectors = np.linalg.eigh(covariance.astype(np.float64))
-    found, directions = _largest(covariance, 20)
+    found, directions = largest_variances(covariance, 20)
     np.testing.assert_allclose(found, values[-20:], rtol=0.02)
     left_out, exact = (np.linalg.norm(z - z @ space @ space.T, axis=1) for space in (directions, vectors[:, -20:]))
     np.testing.assert_allclose(left_out, exact, rtol=0.01)
@@ -388,6 +387,6 @@ def test_the_largest_variances_of_many_features_are_found_by_iterations() -> Non
 def test_the_covariance_is_shrunk_as_ledoit_and_wolf_say(count: int) -> None:
     z = np.random.default_rng(0).normal(0, np.geomspace(1, 0.3, 30), (count, 30))
     covariance = (z.T @ z / count).astype(np.float32)
-    assert _shrinkage(z.astype(np.float32), covariance) == pytest.approx(
+    assert shrinkage_of(z.astype(np.float32), covariance) == pytest.approx(
         ledoit_wolf(z, assume_centered=True)[1], rel=1e-3, abs=1e-5
     )
