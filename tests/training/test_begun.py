@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from PIL import Image
+from click.testing import Result
+from lesson import SIZE, run, write_class
 from safetensors.torch import save_file
-from small import random_images
 
-from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.files import sha256_file
@@ -27,7 +25,6 @@ from ssod_edge.training.features import CACHE
 from ssod_edge.training.model import build_model
 from ssod_edge.training.run import Run, load_config
 
-SIZE = 64
 #: "e" with an accent as one character, and as a letter and a mark.
 ONE, TWO = "\u00e9", "e\u0301"
 #: Almost no step at all: the weights stay what training began with.
@@ -35,21 +32,10 @@ STILL = ("--tune", "all", "--epochs", "1", "--batch-size", "16", "--lr", "1e-9")
 
 
 def write_photos(folder: Path, classes: tuple[str, ...], each: int, seed: int) -> Path:
-    """Images of a colour and a pattern for each class."""
+    """Those of a class are the same whichever others there are."""
     for name in classes:
-        key = [ord(letter) for letter in name]
-        colour = np.random.default_rng((5, *key)).integers(0, 256, 3)
-        rng = np.random.default_rng((seed, *key))
-        for index, image in enumerate(random_images(each, seed=rng.integers(1 << 30)).numpy()):
-            mixed = 0.4 * image.transpose(1, 2, 0) + 0.6 * colour + rng.normal(0, 3, (SIZE, SIZE, 3))
-            path = folder / name / f"{index:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(path)
+        write_class(folder / name, each, np.random.default_rng((seed, *map(ord, name))))
     return folder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
