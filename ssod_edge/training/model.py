@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssod_edge.config import ALIASES, Head, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.training.memory import keep_freed_memory
 from ssod_edge.training.published import packaged_weights, unavailable
 from ssod_edge.training.stages import Place, find_stages, pooled, stage_maps
 
@@ -222,6 +223,7 @@ def build_model(
     """
     if len(classes) < 2:
         raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}")
+    keep_freed_memory()
     name, cfg = _look_up(backbone)
     other_size = cfg.fixed_input_size and cfg.input_size[-1] != preprocess.input_size
     size = {"img_size": preprocess.input_size} if other_size else {}
