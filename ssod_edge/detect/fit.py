@@ -29,6 +29,9 @@ RANK = 64
 LEAST_DEVIATION = 0.1
 #: Training images for each direction that ViM and the residual keep, at least.
 IMAGES_A_DIRECTION = 4
+#: Share of the distance by which a class of few photos is off that is taken from it (docs/results.md). All of it would
+#: accept too much of what looks like the class.
+FEW_SHARE = 0.5
 #: Least variance of unit-length features in a direction: fp32 loses the distances of a smaller one.
 LEAST_VARIANCE = 1e-5
 #: Prototypes of a class, as long as all classes together have no more than so many. So many images are all prototypes.
@@ -237,8 +240,8 @@ def fit_mahalanobispp(data: FitData) -> Detector:
 def _less_for_few(data: FitData, distances: Wide) -> Wide:
     """What is taken off the distance to each class that has images, [C]; 0 but for `FitData.few`.
 
-    So much is a new image of the class expected to lie further from its mean than one of the others from theirs: the
-    mean is of n photos, and the class may vary more than the covariance that the others share.
+    A new image of the class is expected to lie further from its mean than one of the others from theirs: the mean is
+    of n photos, and the class may vary more than the covariance that the others share. `FEW_SHARE` of that is taken.
 
     Args:
         distances: [N], of each image to the mean of its class, which it is a part of.
@@ -250,7 +253,7 @@ def _less_for_few(data: FitData, distances: Wide) -> Wide:
         if label in data.few:
             own = distances[numbers == label]
             n = max(len(own) / 2, 2)  # images and their copies
-            less[place] = max(float(own.mean()) * n / (n - 1) * (1 + 1 / n) - expected, expected / n)
+            less[place] = FEW_SHARE * max(float(own.mean()) * n / (n - 1) * (1 + 1 / n) - expected, expected / n)
     return less
 
 
