@@ -54,7 +54,7 @@ class Fitted:
 
     Attributes:
         heads: of all classes.
-        data: what the score was fitted on: n images, those of `folds`, and a copy of each after them.
+        labels: int64 [n], of the images that the score was fitted on.
         folds: of these images, by their rows in `stored`.
         stored: what is stored of them, the held-out images among them.
         state: of the score, if it has one.
@@ -65,7 +65,7 @@ class Fitted:
     """
 
     heads: Heads
-    data: FitData
+    labels: Labels
     folds: Folds
     stored: StoredFeatures
     state: FittedScore | None
@@ -74,11 +74,6 @@ class Fitted:
     temperature: float
     row: Array
     name: str
-
-    @property
-    def labels(self) -> Labels:
-        """Of the n images."""
-        return self.data.labels[: len(self.scores)]
 
     def threshold(self, target_tpr: float, description: str) -> Threshold:
         """For every artifact: it is taken of features, and each is verified at it."""
@@ -114,9 +109,13 @@ def fit_lesson(lesson: Lesson) -> Fitted:
     order = np.argsort(photos.labels, kind="stable")
     new_fold = np.empty(len(order), np.int64)
     new_fold[order] = fold
+    # Once for all that follows: a copy takes 66 MB of 2,747 images, and a device has little memory.
+    features = np.concatenate([plain, photos.plain, disturbed, photos.disturbed])
+    del plain, disturbed
+    n = len(features) // 2
     data = Taught(
-        np.concatenate([plain, photos.plain]),
-        np.concatenate([disturbed, photos.disturbed]),
+        features[:n],
+        features[n:],
         np.concatenate([labels, photos.labels]),
         np.concatenate([folds.fold, new_fold]),
     )
@@ -126,18 +125,17 @@ def fit_lesson(lesson: Lesson) -> Fitted:
         heads = _regression(data, m, counts, folds.strength, k)
     if added := len(photos.classes) - m:
         heads = add_classes(heads, data, added, lesson.most / added)
-    return _finish(lesson, data, heads, counts)
+    return _finish(lesson, features, data, heads, counts)
 
 
-def _finish(lesson: Lesson, data: Taught, heads: Heads, counts: Array) -> Fitted:
-    """Score, temperature, and what is stored for the next lesson."""
+def _finish(lesson: Lesson, features: Array, data: Taught, heads: Heads, counts: Array) -> Fitted:
+    """Score, temperature, and what is stored for the next lesson; features [2 n, D] are of images, then of copies."""
     stored, photos, folds = lesson.stored, lesson.photos, lesson.stored.folds
     n = len(data.labels)
     new_rows = len(stored.labels) + np.arange(len(photos.labels))
     taught = Folds(
         np.arange(n), data.fold, heads.fold_weight, heads.fold_bias, counts, folds.strength, folds.row, folds.row_bias
     )
-    features = np.concatenate([data.plain, data.disturbed])
     logits, id_logit = features @ heads.weight.T + heads.bias, features @ lesson.row[:-1] + lesson.row[-1]
     fit = FitData(
         features, np.tile(data.labels, 2), logits, heads.weight, heads.bias, id_logit, stored.last, lesson.few
@@ -161,7 +159,7 @@ def _finish(lesson: Lesson, data: Taught, heads: Heads, counts: Array) -> Fitted
         stored.last,
     )
     temperature = fit_temperature(out_of_fold, data.labels)
-    return Fitted(heads, fit, taught, kept, state, scores, out_of_fold, temperature, lesson.row, lesson.score)
+    return Fitted(heads, data.labels, taught, kept, state, scores, out_of_fold, temperature, lesson.row, lesson.score)
 
 
 def _without_a_say(total: ScoreSum, part: str) -> ScoreSum:

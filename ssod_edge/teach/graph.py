@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Scores of which another number of classes changes numbers of the graph and none of its operations.
 TEACHABLE = ("ssod", "maxlogit", "energy", "gen", "posterior", "residual", *UNIT_LENGTH)
-BATCH = 32
+BATCH = 8
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ STRENGTH, LEARNT = 0.03, 2.0
 ITERATIONS = 100
 #: Images of known classes, and copies of them, that the regression sees: those that look most like the new class.
 RIVALS = 1000
+#: Images that are read at once where all would take another copy.
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,13 @@ class _Space:
     def __init__(self, data: Taught, known: npt.NDArray[np.bool_]):
         self.x = np.concatenate([data.plain, data.disturbed])
         inside = np.tile(known, 2)
-        rows = self.x[inside]
-        self.mean, self.deviation = rows.mean(axis=0), np.maximum(rows.std(axis=0), LEAST_DEVIATION)
+        self.mean, self.deviation = _moments(self.x, inside)
         self.x -= self.mean
         self.x /= self.deviation
         self.labels, self.fold, self.known = np.tile(data.labels, 2), np.tile(data.fold, 2), inside
-        rows = self.x[inside]
-        self.products = rows.T @ rows
+        new = self.x[~inside]
+        self.products = self.x.T @ self.x
+        self.products -= new.T @ new
 
     def rows(self, k: int | None, classes: int, head: tuple[Array, Array], near: _Rows | None = None) -> _Rows:
         """Rows by the images outside part k; None: by all.
@@ -217,19 +219,20 @@ class _Space:
             if len(chosen):
                 means[c] = chosen.mean(axis=0)
         m = int(self.labels[self.known].max()) + 1
-        products = self.products
-        if k is not None:
-            left = self.x[self.known & (self.fold == k)]
-            products = products - left.T @ left
+        left = self.x[self.known & (self.fold == k)] if k is not None else self.x[:0]
         weighted = means[:m] * np.sqrt(counts[:m])[:, None].astype(np.float32)
-        covariance = (products - weighted.T @ weighted) / np.float32(max(counts[:m].sum(), 1))
+        removed = np.concatenate([left, weighted])
+        covariance = removed.T @ removed
+        np.subtract(self.products, covariance, out=covariance)
+        covariance /= np.float32(max(counts[:m].sum(), 1))
         level = np.float32(max(float(np.trace(covariance)) / len(covariance), LEAST_DEVIATION))
         covariance *= np.float32(1 - SHRINKAGE)
         covariance[np.diag_indices_from(covariance)] += np.float32(SHRINKAGE) * level
         some = np.flatnonzero(seen & self.known)[:: max(1, int((seen & self.known).sum()) // NOISE_IMAGES)]
         residuals = self.x[some] - means[self.labels[some]]
         wanted = np.concatenate([means, residuals]).T
-        solved = solve(covariance, wanted, overwrite_a=True, check_finite=False, assume_a="pos").T
+        # It is symmetric, and solved in its place only by columns.
+        solved = solve(covariance.T, wanted, overwrite_a=True, check_finite=False, assume_a="pos").T
         weight = solved[:classes]
         bias = -0.5 * np.einsum("cd,cd->c", weight, means)
         noise = float(np.einsum("nd,nd->n", solved[classes:], residuals).mean())
@@ -247,6 +250,18 @@ class _Space:
         new = mix.share(distance.T, rows.learnt.T).T / self.deviation
         constant = mix.share(constant, rows.learnt_bias) - new @ self.mean + offsets
         return np.concatenate([weight, new]).astype(np.float32), np.concatenate([bias, constant]).astype(np.float32)
+
+
+def _moments(x: Array, chosen: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Mean and deviation [D] of some rows of x [n, D], without a copy of them: a device has little memory."""
+    count, width = int(chosen.sum()), x.shape[1]
+    mean, square = np.zeros(width), np.zeros(width)
+    for start in range(0, len(x), BLOCK):
+        mean += x[start : start + BLOCK][chosen[start : start + BLOCK]].sum(axis=0, dtype=np.float64) / count
+    for start in range(0, len(x), BLOCK):
+        rows = x[start : start + BLOCK][chosen[start : start + BLOCK]] - mean
+        square += np.square(rows).sum(axis=0) / count
+    return mean.astype(np.float32), np.maximum(np.sqrt(square), LEAST_DEVIATION).astype(np.float32)
 
 
 @dataclass(frozen=True)

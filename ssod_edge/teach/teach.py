@@ -25,6 +25,7 @@ from ssod_edge.export.release import Draft, Say, release
 from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
 from ssod_edge.files import claim, sha256_file, write_atomic
+from ssod_edge.memory import give_back_freed_memory
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed
 from ssod_edge.runtime.verify import TOLERANCES
@@ -222,11 +223,13 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
     for line in proof.lines():
         say(line)
     say(f"fitted and proved, {time.monotonic() - started:.1f} s")
-    source = source_record(export, photos, options.forget, proof, in_place)
+    source, unreadable = source_record(export, photos, options.forget, proof, in_place), photos.unreadable
     with release(place, say, export if in_place else None) as draft:
         _write(draft, model, fitted, photos, threshold, source, say)
+        del model, stored, heads, fitted, photos  # what is proved is in files, and engines take memory of their own
+        give_back_freed_memory()
         draft.prove(lambda runners: {}, together=False)
-    return TaughtExport(place, draft.spec, photos.unreadable)
+    return TaughtExport(place, draft.spec, unreadable)
 
 
 def _say_replaced(spec: Spec, say: Say) -> None:

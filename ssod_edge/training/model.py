@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssod_edge.config import ALIASES, Head, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.training.memory import keep_freed_memory
+from ssod_edge.memory import keep_freed_memory
 from ssod_edge.training.published import packaged_weights, unavailable
 from ssod_edge.training.stages import Place, find_stages, pooled, stage_maps
 
