@@ -19,7 +19,7 @@ from ssod_edge.files import exclusive
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_hash, load_spec, save_spec
 
-BATCH = 32
+BATCH = 8
 
 
 @dataclass(frozen=True)
