@@ -22,13 +22,17 @@ import click
 from ssod_edge.data.named import NamedData
 from ssod_edge.errors import EXIT_OK, UsageError
 from ssod_edge.evaluation.page_data import page_data
-from ssod_edge.evaluation.page_facts import drift, read_bench
+from ssod_edge.evaluation.page_facts import check_bench, check_monitor, read_bench
 from ssod_edge.evaluation.page_judged import Judged, judge
 from ssod_edge.evaluation.page_photos import Photos, take_photos
 from ssod_edge.files import check_output, write_atomic
+from ssod_edge.runtime.field.monitor import read_monitor
+from ssod_edge.runtime.field.summary import summary
 
 #: Bytes of a megabyte, as mail programs count.
 MB = 1_000_000
+#: Bytes that are kept for which photo is whose.
+MARGIN = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,34 +61,45 @@ def run_page(path: str, out: str, data: NamedData, options: PageOptions) -> int:
 
     Raises:
         UsageError, ArtifactError, EngineError, MissingExtraError, VerificationError: as
-            `ssod_edge.evaluation.page_judged.judge` and `build`.
+            `ssod_edge.evaluation.page_judged.judge` and `build`; a damaged bench or monitor file.
         OutputError: the page cannot be written.
     """
     check_output(out)
+    bench = read_bench(options.bench_file) if options.bench_file else None  # before the work, not after it
+    drift = summary(read_monitor(options.monitor_file)) if options.monitor_file else None
     judged = judge(path, data)
     for message in judged.left_out:
         click.echo(f"left out: {message}", err=True)
-    content = build(judged, options)
+    content = build(judged, options, bench, drift)
     write_atomic(out, lambda temporary: temporary.write_bytes(content))
     click.echo(f"written: {out} ({len(content) / MB:.1f} MB)")
     return EXIT_OK
 
 
-def build(judged: Judged, options: PageOptions) -> bytes:
+def build(
+    judged: Judged, options: PageOptions, bench: dict[str, Any] | None = None, drift: dict[str, Any] | None = None
+) -> bytes:
     """The page of images that are judged.
 
+    Args:
+        judged: the images.
+        options: what to show.
+        bench: of `ssod_edge.evaluation.page_facts.read_bench`.
+        drift: of `ssod_edge.runtime.field.summary.summary`.
+
     Raises:
-        UsageError: a bench or monitor file of another model; figures alone take more than `most_mb`.
-        ArtifactError: one that is damaged.
+        UsageError: `bench` or `drift` is of another model; the figures alone take more than `most_mb`.
     """
-    bench, drifted = read_bench(options.bench_file, judged.spec), drift(options.monitor_file, judged)
-    bare = page_data(judged, Photos(), bench, drifted)
-    room = int(options.most_mb * MB) - len(render(bare, [])) - 100 * 1024
-    if not options.images:
-        return render({**bare, "images": False}, [])
-    photos = take_photos(judged, max(room, 0))
-    content = render({**page_data(judged, photos, bench, drifted), "images": True}, photos.content)
-    if len(content) > options.most_mb * MB:
+    if bench is not None:
+        check_bench(bench, judged)
+    if drift is not None:
+        check_monitor(drift, judged)
+    most = options.most_mb * MB
+    content = render({**page_data(judged, Photos(), bench, drift), "images": False}, [])
+    if options.images:
+        photos = take_photos(judged, max(int(most) - len(content) - MARGIN, 0))
+        content = render({**page_data(judged, photos, bench, drift), "images": True}, photos.content)
+    if len(content) > most:
         raise UsageError(
             f"the figures of this page alone take {len(content) / MB:.1f} MB: give more with --most-mb, or fewer images"
         )
@@ -120,4 +135,3 @@ def _json(value: Any) -> str:
     """JSON that may stand in a script element: ASCII, and nothing that ends the element or begins a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-

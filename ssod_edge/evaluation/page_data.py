@@ -20,7 +20,7 @@ from ssod_edge.spec import Threshold
 #: The lowest share of known images that the slider goes to.
 LEAST_TPR = 0.5
 #: Pairs of classes that are listed.
-MOST_PAIRS = 12
+MOST_PAIRS = 8
 
 
 def page_data(judged: Judged, photos: Photos, bench: Mapping[str, Any] | None, drift: dict[str, Any] | None) -> dict:

@@ -12,34 +12,36 @@ from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.evaluation.page_judged import Judged
 from ssod_edge.json_reader import read_json
 from ssod_edge.runtime.export import Export
-from ssod_edge.runtime.field.monitor import read_monitor
-from ssod_edge.runtime.field.summary import summary
 from ssod_edge.spec import Artifact, Spec
 
 #: Rows of a table: a name, and what is so.
 Rows = list[tuple[str, str]]
 
 
-def read_bench(path: str | None, spec: Spec | None) -> dict[str, Any] | None:
-    """A record of `ssod-edge bench --json` of this export.
+def read_bench(path: str) -> dict[str, Any]:
+    """A record of `ssod-edge bench --json`: `model` (hash of its reference), `rows` by artifact, `environment`, `method`.
 
     Raises:
-        UsageError: there is none, or it is of another export.
+        UsageError: there is none.
         ArtifactError: it is damaged.
     """
-    if path is None:
-        return None
     try:
         record = read_json(path)
-        rows, model = record["rows"], record["export"]["model"]
-        named = {str(row["artifact"]): row for row in rows}
+        rows = {str(row["artifact"]): row for row in record["rows"]}
+        found = {"model": record["export"]["model"], "rows": rows}
     except FileNotFoundError:
-        raise UsageError(f"--bench '{path}' does not exist. Make it with: ssod-edge bench EXPORT --json {path}") from None
+        raise UsageError(
+            f"--bench '{path}' does not exist. Make it with: ssod-edge bench EXPORT --json {path}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"'{path}' is no record of ssod-edge bench ({error})") from error
-    if spec is None or model != spec.reference_sha256:
-        raise UsageError(f"--bench '{path}' is of another export. Run ssod-edge bench on this one")
-    return {"rows": named, "environment": record.get("environment", {}), "method": record.get("method", {})}
+    return {**found, "environment": record.get("environment", {}), "method": record.get("method", {})}
+
+
+def check_bench(bench: Mapping[str, Any], judged: Judged) -> None:
+    """Raises UsageError where a record is of another export."""
+    if judged.spec is None or bench["model"] != judged.spec.reference_sha256:
+        raise UsageError("the record of --bench is of another export. Run ssod-edge bench on this one")
 
 
 def artifact_rows(judged: Judged, bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -86,14 +88,10 @@ def expected(judged: Judged) -> dict[str, Any] | None:
     }
 
 
-def drift(path: str | None, judged: Judged) -> dict[str, Any] | None:
-    """What a monitor file says (`ssod_edge.runtime.field.summary`). Raises UsageError where it is of another score."""
-    if path is None:
-        return None
-    found = summary(read_monitor(path))
+def check_monitor(found: Mapping[str, Any], judged: Judged) -> None:
+    """Raises UsageError where the summary of a monitor file is of another model."""
     if (found["backbone"], found["score"]) != (judged.backbone, judged.score):
-        raise UsageError(f"--monitor '{path}' is of another model ({found['backbone']}, score {found['score']})")
-    return found
+        raise UsageError(f"the file of --monitor is of another model ({found['backbone']}, score {found['score']})")
 
 
 def model_card(judged: Judged) -> list[tuple[str, Rows]]:

@@ -260,4 +260,3 @@ def _judge_set(
 def names_of(images: JudgedSet) -> list[str]:
     """The file name of each image."""
     return [printable(images.source.source(int(index))) for index in images.indices]
-

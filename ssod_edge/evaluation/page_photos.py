@@ -207,4 +207,3 @@ def nearest(asked: NDArray[np.float32], features: NDArray[np.float32]) -> Indice
 def _parts(rows: NDArray[np.float32], size: int = 256) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
