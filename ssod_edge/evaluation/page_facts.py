@@ -19,7 +19,7 @@ Rows = list[tuple[str, str]]
 
 
 def read_bench(path: str) -> dict[str, Any]:
-    """A record of `ssod-edge bench --json`: `model` (hash of its reference), `rows` by artifact, `environment`, `method`.
+    """A record of `ssod-edge bench --json`: `model`, a hash; `rows` by artifact; `environment`; `method`.
 
     Raises:
         UsageError: there is none.

@@ -76,8 +76,8 @@ def _new(expected: dict[str, Any] | None) -> list[str]:
     rows = expected["classes"]
     mean, hardest = float(np.mean([row["accepted"] for row in rows])), rows[0]
     return [
-        "A new kind of thing that looks much like its classes is harder: each class left out of the training in turn, "
-        f"{percent(mean)} of its images were taken for another class. The hardest is {named(hardest['name'])}, which "
+        "A new kind of thing that looks much like its classes is harder: with each class left out of the training in "
+        f"turn, {percent(mean)} of its images were taken for one of the others. The hardest is {named(hardest['name'])}, which "
         f"is taken for {named(hardest['taken_for'])}."
     ]
 

@@ -296,5 +296,5 @@ def test_a_run_is_judged_as_eval_does(small_run: Path, tmp_path: Path) -> None:
     for row, near in zip(known["shown"], known["near"], strict=True):
         if known["file"][row] in names:
             assert page["near"]["file"][near] == known["file"][row], "nothing is nearer than the image itself"
-    settings = dict(dict((head, rows) for head, rows in page["card"])["All settings of the training"])
+    settings = dict(dict(page["card"])["All settings of the training"])
     assert settings["backbone"] == "mobilenetv3_small_050"

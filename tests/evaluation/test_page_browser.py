@@ -189,7 +189,8 @@ def test_a_cell_of_the_matrix_shows_its_images(page: Page, model: Judged) -> Non
     assert page.rows("#cell") == expected(label, guess)[:24]
     assert HOSTILE[label] in page.text("#cell h3") and HOSTILE[guess] in page.text("#cell h3")
     loaded = page.ask(
-        "return Promise.all([...document.querySelectorAll('#cell img')].map(one => one.decode().then(() => one.naturalWidth)))"
+        "return Promise.all([...document.querySelectorAll('#cell img')]"
+        ".map(one => one.decode().then(() => one.naturalWidth)))"
     )
     assert min(loaded) == 96
 
@@ -265,7 +266,8 @@ const behind = node => {
     const c = parse(getComputedStyle(one).backgroundColor);
     colour = over(c, colour, c[3]);
     const before = getComputedStyle(one, '::before');
-    if (one.closest('#matrix') && one.tagName === 'BUTTON') colour = over(parse(before.backgroundColor), colour, Number(before.opacity));
+    if (one.closest('#matrix') && one.tagName === 'BUTTON')
+      colour = over(parse(before.backgroundColor), colour, Number(before.opacity));
   }
   return colour;
 };
