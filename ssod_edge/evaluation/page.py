@@ -31,8 +31,8 @@ from ssod_edge.runtime.field.summary import summary
 
 #: Bytes of a megabyte, as mail programs count.
 MB = 1_000_000
-#: Bytes that are kept for which photo is whose.
-MARGIN = 100_000
+#: Bytes that are kept for what is not known before the photos are.
+MARGIN = 2_000
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.detect.classes import classification
+from ssod_edge.detect.classes import classification, tempered_classification
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.detect.metrics import detection_metrics, quantile_ranks, risk_coverage, threshold_rank, tpr_interval
 from ssod_edge.evaluation.page_facts import artifact_rows, expected, model_card
@@ -35,7 +35,7 @@ def page_data(judged: Judged, photos: Photos, bench: Mapping[str, Any] | None, d
     timed = [row for row in rows if row["p50"] is not None]
     fastest = min(timed, key=lambda row: float(row["p50"]), default=None)
     latency = None if fastest is None else (fastest["p50"], _where(fastest, bench))
-    figures = classification(judged.known.labels, judged.known.probs, judged.classes)
+    figures = _classification(judged)
     figures["mistakes"] = [row["index"] for row in figures["mistakes"]]
     figures["confused"] = figures["confused"][:MOST_PAIRS]
     curve = risk_coverage(judged.known.scores, judged.correct)
@@ -65,6 +65,15 @@ def page_data(judged: Judged, photos: Photos, bench: Mapping[str, Any] | None, d
         "drift": drift,
         "card": model_card(judged),
     }
+
+
+def _classification(judged: Judged) -> dict[str, Any]:
+    """What is measured of the classes, and what the temperature of an export changes (`temperature`)."""
+    known, temperature = judged.known, 1.0 if judged.spec is None else judged.spec.temperature
+    if temperature == 1:
+        return classification(known.labels, known.probs, judged.classes)
+    logits = temperature * np.log(np.maximum(known.probs.astype(np.float64), 1e-38))  # but for a constant a row
+    return tempered_classification(known.labels, logits, judged.classes, temperature)
 
 
 def stops(judged: Judged) -> list[dict[str, Any]]:

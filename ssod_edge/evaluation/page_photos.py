@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ OF_GALLERY, OF_CELL = 48, 12
 MOST = 1200
 #: Training photos that features are computed of where none are kept, drawn, seeded.
 MOST_TRAINING = 2000
+
+#: Bytes that say which photo is whose.
+BESIDE = 40
 
 #: Which photo: a set's name and a row of it.
 Place = tuple[str, int]
@@ -95,40 +99,40 @@ def take_photos(judged: Judged, room: int, workers: int = 1) -> Photos:
             advance(1)
             images = judged.sets[name]
             copy = copies.add(images.source, int(images.indices[row]))
-            if copies.full:
+            if copy is None:
                 break
             photos.shown.setdefault(name, {})[row] = copy
             if near is None:
                 continue
             index = near.found[name, row]
             if index not in seen:
-                copy = copies.add(near.source, index)
-                if copies.full:
+                name_there = printable(near.source.source(index))
+                copy = copies.add(near.source, index, name_there)
+                if copy is None:
                     break
                 seen[index] = len(photos.training)
-                photos.training.append((printable(near.source.source(index)), int(near.labels[index]), copy))
+                photos.training.append((name_there, int(near.labels[index]), copy))
             photos.near.setdefault(name, {})[row] = seen[index]
     return photos
 
 
 @dataclass
 class _Copies:
-    """Small copies, as long as there is room. Attributes: Base64 of each; bytes that are left; whether it is full."""
+    """Small copies, as long as there is room. Attributes: Base64 of each; bytes that are left."""
 
     content: list[str]
     room: int
-    full: bool = False
 
-    def add(self, source: ImageSource, index: int) -> int:
-        """Add one: its place; -1 of an image that cannot be read, and where there is no room."""
+    def add(self, source: ImageSource, index: int, name: str = "") -> int | None:
+        """Add one, and a name that goes with it: its place; -1 of an image that cannot be read; None without room."""
         try:
             text = small_copy(source, index)
         except ImageError:
             return -1
-        self.full = self.full or len(text) + 3 > self.room
-        if self.full:
-            return -1
-        self.room -= len(text) + 3
+        size = len(text) + BESIDE + len(json.dumps(name))
+        if size > self.room:
+            return None
+        self.room -= size
         self.content.append(text)
         return len(self.content) - 1
 

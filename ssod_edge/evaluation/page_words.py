@@ -74,11 +74,12 @@ def _new(expected: dict[str, Any] | None) -> list[str]:
     if not expected or not expected["classes"]:
         return []
     rows = expected["classes"]
-    mean, hardest = float(np.mean([row["accepted"] for row in rows])), rows[0]
+    mean = float(np.mean([row["accepted"] for row in rows]))
+    hardest, taken_for = named(rows[0]["name"]), named(rows[0]["taken_for"])
     return [
         "A new kind of thing that looks much like its classes is harder: with each class left out of the training in "
-        f"turn, {percent(mean)} of its images were taken for one of the others. The hardest is {named(hardest['name'])}, which "
-        f"is taken for {named(hardest['taken_for'])}."
+        f"turn, {percent(mean)} of its images were taken for one of the others. The hardest is {hardest}, which is "
+        f"taken for {taken_for}."
     ]
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ssod_edge.cli import main
 from ssod_edge.data.named import NamedData
+from ssod_edge.detect.classes import calibration
 from ssod_edge.detect.metrics import conformal_threshold, deployment_metrics
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.page import PageOptions, build, render
@@ -32,7 +33,7 @@ from ssod_edge.evaluation.page_judged import KNOWN, judge
 from ssod_edge.evaluation.page_photos import MOST, nearest, places
 from ssod_edge.evaluation.page_words import CLOSE, OPEN, first_screen
 from ssod_edge.files import write_json
-from ssod_edge.spec import load_spec
+from ssod_edge.spec import Spec, load_spec
 
 
 def data_of(page: bytes, part: str = "data") -> Any:
@@ -298,3 +299,19 @@ def test_a_run_is_judged_as_eval_does(small_run: Path, tmp_path: Path) -> None:
             assert page["near"]["file"][near] == known["file"][row], "nothing is nearer than the image itself"
     settings = dict(dict(page["card"])["All settings of the training"])
     assert settings["backbone"] == "mobilenetv3_small_050"
+
+
+def test_what_the_temperature_changes_is_said() -> None:
+    model = made(300)
+    assert "temperature" not in data_of(build(model, PageOptions(images=False)))["classification"]
+    tempered = replace(
+        model,
+        spec=Spec("made", HOSTILE, model.preprocess, {"name": "energy"}, True, "0" * 64, temperature=2.0),
+    )
+    page = data_of(build(tempered, PageOptions(images=False)))["classification"]
+    assert page["temperature"]["value"] == 2 and page["temperature"]["classes_changed"] == 0
+    known = model.known
+    assert page["calibration"]["ece"] == pytest.approx(calibration(known.labels, known.probs)["ece"], abs=1e-6)
+    sharper = known.probs.astype(float) ** 2
+    before = calibration(known.labels, sharper / sharper.sum(axis=1, keepdims=True))
+    assert page["temperature"]["before"]["ece"] == pytest.approx(before["ece"], abs=1e-6)
