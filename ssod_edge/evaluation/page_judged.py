@@ -128,6 +128,8 @@ def judge(path: str, data: NamedData, workers: int = 1) -> Judged:
         EngineError, MissingExtraError, VerificationError: as `open_runner`.
     """
     place = Path(path)
+    if not place.exists():
+        raise UsageError(f"'{path}' does not exist. Give a run folder, a checkpoint, or an export folder")
     if _is_run(place):
         if is_installed("eager"):
             return _judge_run(path, data, workers)
@@ -199,7 +201,7 @@ def _judge_export(path: str, data: NamedData) -> Judged:
         }
         artifact = runner.artifact
     return Judged(
-        name=export.folder.resolve().parent.name if export.run_folder else export.folder.resolve().name,
+        name=_name(export.folder),
         place=path,
         judge=f"its artifact {artifact.name}, images as they are",
         backbone=spec.backbone,
@@ -211,6 +213,12 @@ def _judge_export(path: str, data: NamedData) -> Judged:
         spec=spec,
         left_out=tuple(failed),
     )
+
+
+def _name(folder: Path) -> str:
+    """Of an export: its folder's, or that of the run around it."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "export" else folder.name
 
 
 def _judge_set(

@@ -271,6 +271,21 @@ def test_bench_and_monitor_files_are_of_this_model(
     assert "is of another model (colour" in report(*arguments, "--monitor", monitor).stderr
 
 
+def test_a_run_whose_export_was_taught_is_judged_by_that(colours: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    export, known, _ = colours
+    run = tmp_path / "lesson"
+    shutil.copytree(export, run / "export")
+    (run / "best.safetensors").write_bytes(b"the checkpoint has not learnt that")
+    edit_spec(run / "export", lambda spec: replace(spec, source={"taught": {"classes": ["blue"]}, "version": 2}))
+    for place in (run, run / "export"):
+        done = report(place, "--id", known, "-o", tmp_path / "page.html", "--no-images")
+        assert done.exit_code == 0, done.output
+        page = data_of((tmp_path / "page.html").read_bytes())
+        assert page["title"] == "lesson" and "its artifact" in page["judge"]
+        assert ["Version", "2"] in dict(page["card"])["Rejection"]
+    assert "does not exist. Give a run folder" in report(tmp_path / "nothing").stderr
+
+
 # ---- a run, in PyTorch
 
 
