@@ -215,13 +215,13 @@ class Found:
         outputs: "id" and each OOD set -> what the model says of its images.
         scores: likewise -> its scores.
         thresholds: score -> its threshold; empty without calibration images.
-        images: likewise -> which images these are.
+        sets: "id" and each OOD set -> its images, in the order of the outputs.
     """
 
     outputs: dict[str, Outputs]
     scores: dict[str, Scores]
     thresholds: dict[str, Threshold]
-    images: Mapping[str, ImageSet]
+    sets: Mapping[str, ImageSet]
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _judge_run(path: str, data: NamedData, workers: int) -> Judged:
         spec = None  # `evaluate` has said so
     temperature = 1.0 if spec is None else spec.temperature
     sets = {}
-    for name, (source, indices) in found.images.items():
+    for name, (source, indices) in found.sets.items():
         outputs = found.outputs[name]
         labels = outputs.labels if name == KNOWN else np.full(len(indices), -1)
         probs = probabilities(outputs.logits / np.float32(temperature))
