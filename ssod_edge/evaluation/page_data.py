@@ -68,12 +68,12 @@ def page_data(judged: Judged, photos: Photos, bench: Mapping[str, Any] | None, d
 
 
 def _classification(judged: Judged) -> dict[str, Any]:
-    """What is measured of the classes, and what the temperature of an export changes (`temperature`)."""
-    known, temperature = judged.known, 1.0 if judged.spec is None else judged.spec.temperature
-    if temperature == 1:
+    """What is measured of the classes, and what a temperature changes (`temperature`)."""
+    known = judged.known
+    if judged.temperature == 1:
         return classification(known.labels, known.probs, judged.classes)
-    logits = temperature * np.log(np.maximum(known.probs.astype(np.float64), 1e-38))  # but for a constant a row
-    return tempered_classification(known.labels, logits, judged.classes, temperature)
+    logits = judged.temperature * np.log(np.maximum(known.probs.astype(np.float64), 1e-38))  # but for a constant a row
+    return tempered_classification(known.labels, logits, judged.classes, judged.temperature)
 
 
 def stops(judged: Judged) -> list[dict[str, Any]]:

@@ -79,6 +79,7 @@ class Judged:
         score: the one that ships.
         threshold: of it; None without calibration images.
         sets: `KNOWN` and each OOD set.
+        temperature: of their probabilities.
         spec: of the export; None of a run without one.
         run: None of an export without its run, or without PyTorch.
         left_out: images that could not be read, as sentences.
@@ -93,6 +94,7 @@ class Judged:
     score: str
     threshold: Threshold | None
     sets: dict[str, JudgedSet]
+    temperature: float = 1.0
     spec: Spec | None = None
     run: Run | None = None
     left_out: tuple[str, ...] = ()
@@ -176,6 +178,7 @@ def _judge_run(path: str, data: NamedData, workers: int) -> Judged:
         score=score,
         threshold=found.thresholds.get(score),
         sets=sets,
+        temperature=temperature,
         spec=spec,
         run=run,
     )
@@ -210,6 +213,7 @@ def _judge_export(path: str, data: NamedData) -> Judged:
         score=spec.score_name,
         threshold=artifact.threshold,
         sets=sets,
+        temperature=spec.temperature,
         spec=spec,
         left_out=tuple(failed),
     )

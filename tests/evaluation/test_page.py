@@ -33,7 +33,7 @@ from ssod_edge.evaluation.page_judged import KNOWN, judge
 from ssod_edge.evaluation.page_photos import MOST, nearest, places
 from ssod_edge.evaluation.page_words import CLOSE, OPEN, first_screen
 from ssod_edge.files import write_json
-from ssod_edge.spec import Spec, load_spec
+from ssod_edge.spec import load_spec
 
 
 def data_of(page: bytes, part: str = "data") -> Any:
@@ -319,10 +319,7 @@ def test_a_run_is_judged_as_eval_does(small_run: Path, tmp_path: Path) -> None:
 def test_what_the_temperature_changes_is_said() -> None:
     model = made(300)
     assert "temperature" not in data_of(build(model, PageOptions(images=False)))["classification"]
-    tempered = replace(
-        model,
-        spec=Spec("made", HOSTILE, model.preprocess, {"name": "energy"}, True, "0" * 64, temperature=2.0),
-    )
+    tempered = replace(model, temperature=2.0)
     page = data_of(build(tempered, PageOptions(images=False)))["classification"]
     assert page["temperature"]["value"] == 2 and page["temperature"]["classes_changed"] == 0
     known = model.known
