@@ -51,6 +51,7 @@ def page_data(judged: Judged, photos: Photos, bench: Mapping[str, Any] | None, d
         "accuracy_ci": list(tpr_interval(int(judged.correct.sum()), len(judged.correct))),
         "threshold": _threshold(judged.threshold),
         "stops": stops(judged),
+        "own": own_stop(judged),
         "command": command(judged),
         "sets": [_set(judged, name, images, photos) for name, images in judged.sets.items()],
         "told_apart": [_told_apart(judged.known, name, images) for name, images in judged.unknown.items()],
@@ -86,7 +87,7 @@ def stops(judged: Judged) -> list[dict[str, Any]]:
         n = len(scores)
         table = {int(rank): float(scores[rank - 1]) for rank in quantile_ranks(n, min(100, n + 1))}
         if threshold is not None:
-            return [{"tpr": f"{threshold.target_tpr:.4g}", "value": threshold.value}]
+            return [{"tpr": repr(threshold.target_tpr), "value": threshold.value}]
     else:
         n = threshold.n
         ranks = quantile_ranks(n, len(threshold.id_quantiles) + 1).tolist()
@@ -96,10 +97,17 @@ def stops(judged: Judged) -> list[dict[str, Any]]:
         table[threshold_rank(n, threshold.target_tpr)] = threshold.value
     own = None if threshold is None else threshold_rank(n, threshold.target_tpr)
     return [
-        {"tpr": _tpr(rank, n) if rank != own or threshold is None else f"{threshold.target_tpr:.6g}", "value": value}
+        {"tpr": _tpr(rank, n) if rank != own or threshold is None else repr(threshold.target_tpr), "value": value}
         for rank, value in sorted(table.items())
         if rank / (n + 1) >= LEAST_TPR or rank == own
     ]
+
+
+def own_stop(judged: Judged) -> int:
+    """Which of the stops is the model's own threshold; -1 without one."""
+    if judged.threshold is None:
+        return -1
+    return [one["tpr"] for one in stops(judged)].index(repr(judged.threshold.target_tpr))
 
 
 def _tpr(rank: int, n: int) -> str:

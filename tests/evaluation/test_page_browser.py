@@ -16,8 +16,10 @@ import pytest
 from judged import HOSTILE, made
 
 from ssod_edge.detect.metrics import deployment_metrics
-from ssod_edge.evaluation.page import PageOptions, build
+from ssod_edge.evaluation.page import PageOptions, build, render
+from ssod_edge.evaluation.page_data import page_data
 from ssod_edge.evaluation.page_judged import KNOWN, Judged
+from ssod_edge.evaluation.page_photos import Photos, small_copy
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium; install the extra 'dev'")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -351,6 +353,62 @@ def test_without_photos_unknown_images_and_a_threshold(driver: Any, tmp_path: Pa
     assert "No unknown images were given" in page.text("#threshold") and "Photos were left out" in page.text("#images")
     page.driver.find_element("css selector", "#matrix button").send_keys(Keys.ENTER)
     assert page.rows("#cell") and page.ask("return sets.length") == 1 and KNOWN == "id"
+    check_quiet(driver)
+
+
+def test_little_and_even_images(driver: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    one = made(1, ("a", "b"), {"x": 1}, calib=19)
+    even = made(30, ("a", "b"), {"x": 3}, calib=40)
+    flat = {name: replace(images, scores=np.zeros_like(images.scores)) for name, images in even.sets.items()}
+    threshold = replace(even.threshold, value=0.0, id_quantiles=(0.0,) * 39, id_highest=0.0)  # type: ignore[type-var]
+    for model in (one, replace(even, sets=flat, threshold=threshold)):
+        path.write_bytes(build(model, PageOptions()))
+        page = Page(driver, path)
+        assert page.ask("return stops[own].tpr") == "0.95" and page.ask("return stop === own")
+        page.press(Keys.TAB, Keys.TAB)
+        check_quiet(driver)
+    assert page.ask("return figures(threshold()).counts") == [30, 3], "an image at the threshold is known"
+    assert page.rows("#rejected") == []
+
+
+def test_the_sections_that_not_every_model_has(driver: Any, model: Judged, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    data = page_data(model, Photos(), None, None)
+    copy = small_copy(model.known.source, 0)
+    (known, *_) = data["sets"]
+    row = data["classification"]["mistakes"][0]
+    known |= {"shown": [row], "photo": [0], "near": [0]}
+    proof = {"threshold": 1.5, "tpr": 0.95, "images": 300, "verified": True, "proved_on": 256, "flips": 1}
+    artifact = {"name": "<b>onnx</b>", "size": 15_200_000, **proof, "agreement": 0.996}
+    timed = {"p50": 4.35, "p90": 5.1, "top1": 0.875, "false_reject": 0.05, "device": "CPU", "false_accept": None}
+    lost = dict.fromkeys((*proof, *timed))
+    data |= {
+        "images": True,
+        "near": {"file": ["train/<i>.jpg"], "label": [1], "photo": [0]},
+        "expected": {
+            "classes": [{"name": HOSTILE[1], "images": 9, "auroc": 0.5, "accepted": 0.75, "taken_for": HOSTILE[3]}],
+            "disturbed": 0.93,
+        },
+        "artifacts": [{**artifact, **timed}, {**artifact, **lost, "name": "plan", "size": None, "agreement": None}],
+        "bench": {"environment": {"cpu": {"model": "A <CPU>"}}, "method": {"images": "64 images"}},
+        "drift": {
+            "images": 1000, "failed": 3, "unknown_rate": 0.2, "unknown_rate_ci": [0.18, 0.22],
+            "expected_unknown_rate": 0.05, "drifted": True, "alarms": 2, "alarm_at": 400, "evidence": 150.0,
+            "evidence_peak": 400.0, "evidence_limit": 100.0, "stability_index": 0.31, "quantiles": {"0.5": 2.5},
+            "id_quantiles": {"0.5": 1.5},
+        },
+    }  # fmt: skip
+    path.write_bytes(render(data, [copy]))
+    page = Page(driver, path)
+    near = page.ask("return [...document.querySelectorAll('#mistakes .pair')[0].children].map(one => one.alt)")
+    assert near == [known["file"][row], "nearest training image: train/<i>.jpg"]
+    assert HOSTILE[1] in page.text("#mistakes figure") and "75.0%" in page.text("#new")
+    assert HOSTILE[3] in page.text("#new") and "93.0% are still accepted" in page.text("#new")
+    shown = page.text("#artifacts")
+    assert all(text in shown for text in ("<b>onnx</b>", "15.2 MB", "256 images", "4.3 ms", "A <CPU>", "not yet"))
+    drift = page.text("#drift")
+    assert "The input has drifted. Alarms so far: 2, the last from image 400 on." in drift and "20.0% of them" in drift
     check_quiet(driver)
 
 
