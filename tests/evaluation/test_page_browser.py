@@ -202,6 +202,8 @@ def test_a_cell_of_the_matrix_shows_its_images(page: Page, model: Judged) -> Non
     assert page.ask("return document.activeElement.getAttribute('aria-pressed')") == "true"
     page.press(Keys.ARROW_UP, Keys.ARROW_UP)
     assert page.ask("return [...document.querySelectorAll('#matrix button')].indexOf(document.activeElement)") == 1
+    order = "return [...document.querySelectorAll('#matrix button')].map(one => one.tabIndex).join().split(',')"
+    assert [n for n, one in enumerate(page.ask(order)) if one == "0"] == [1], "Tab comes back to the same cell"
     page.driver.find_element("css selector", ".pairs button").click()
     assert page.rows("#cell") == expected(label, guess)[:24]
 
