@@ -12,8 +12,8 @@ from ssod_edge.cli.group import main
 __all__ = ["main"]
 
 for command in (  # in the order of work, which is that of `--help`
-    train.train, train.study, train.reproduce, evaluate.eval, evaluate.explain, export.export, device.bench,
-    export.package, device.predict, device.monitor, device.review, device.teach, device.history,
+    train.train, train.study, train.reproduce, evaluate.eval, evaluate.report, evaluate.explain, export.export,
+    device.bench, export.package, device.predict, device.monitor, device.review, device.teach, device.history,
     device.rollback, device.calibrate, device.doctor,
 ):  # fmt: skip
     main.add_command(command)

@@ -46,6 +46,28 @@ def eval(run: str | None, **options: Any) -> None:
 
 
 @click.command()
+@click.argument("path", metavar="RUN|EXPORT")
+@click.option("-o", "--out", default="report.html", type=click.Path(dir_okay=False), help="The page.")
+@named_data
+@click.option("--bench", "bench_file", type=click.Path(), metavar="FILE", help="Show latency: what bench --json wrote.")
+@click.option("--monitor", "monitor_file", type=click.Path(), metavar="FILE", help="Show drift: of predict --monitor.")
+@click.option("--no-images", "images", flag_value=False, default=True, show_default=False, help="Leave photos out.")
+@click.option("--most-mb", type=click.FloatRange(0, min_open=True), default=15.0, help="Megabytes of the page.")
+def report(path: str, out: str, **options: Any) -> int:
+    """Make a page of a model: one HTML file that shows what it does.
+
+    How good the classes are, what a threshold does to known and unknown images, the images that it gets wrong, its
+    artifacts and how it was made. The file needs no network and no other files, and can be mailed and printed. RUN is
+    a run folder or a checkpoint, judged as eval does; an EXPORT without its run is judged by its artifact, without
+    PyTorch, and needs --id.
+    """
+    from ssod_edge.data.named import NamedData
+    from ssod_edge.evaluation.page import PageOptions, run_page
+
+    return run_page(path, out, take(NamedData, options), PageOptions(**options))
+
+
+@click.command()
 @click.argument("arguments", metavar="[RUN] IMAGE...", nargs=-1, required=True)
 @newest("Without RUN: the newest run of this backbone.")
 @click.option("-o", "--out", type=click.Path(), help="A folder, or a .png for one image. Default: RUN/explain.")

@@ -104,6 +104,16 @@ def model_labels(labels: Indices, classes: Sequence[str], known: Sequence[str]) 
     return table[labels]
 
 
+def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
+    """Raises UsageError unless the model knows every class of the ID images; it may know more."""
+    known = set(map(same_name, classes))
+    if unknown := [name for name in found if same_name(name) not in known]:
+        raise UsageError(
+            f"the class '{unknown[0]}' of '{id_data}' is none of the model's ({', '.join(classes[:4])}, ...). Give "
+            "images of known classes; a list keeps some of a data set's (DATA@LIST)"
+        )
+
+
 def _split_list(name: str) -> tuple[str, str | None]:
     """DATA@LIST -> (DATA, LIST), and (name, None) without a list.
 

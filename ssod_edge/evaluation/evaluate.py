@@ -215,11 +215,13 @@ class Found:
         outputs: "id" and each OOD set -> what the model says of its images.
         scores: likewise -> its scores.
         thresholds: score -> its threshold; empty without calibration images.
+        sets: "id" and each OOD set -> its images, in the order of the outputs.
     """
 
     outputs: dict[str, Outputs]
     scores: dict[str, Scores]
     thresholds: dict[str, Threshold]
+    sets: Mapping[str, ImageSet]
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def _read(judge: _Judge, sets: Mapping[str, ImageSet], fit: ImageSet | None, cal
     outputs = {name: outputs for name, (outputs, _) in found.items()}
     labels = model_labels(outputs["id"].labels, sets["id"][0].classes, model.classes)
     outputs["id"] = replace(outputs["id"], labels=labels)
-    return Found(outputs, kept, thresholds)
+    return Found(outputs, kept, thresholds, sets)
 
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import click
 import numpy as np
 
-from ssod_edge.data.layout import is_training_part, same_name
+from ssod_edge.data.layout import is_training_part
 from ssod_edge.data.negatives import PARTS
-from ssod_edge.data.sources import ImageSource, open_dataset
+from ssod_edge.data.sources import ImageSource, check_classes, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import SsodEdgeError, UsageError
@@ -65,16 +65,6 @@ def id_images(run: Run, id_data: str | None) -> tuple[ImageSource, Indices]:
     source = open_dataset(id_data)
     check_classes(id_data, source.classes, run.model.classes)
     return source, np.arange(len(source))
-
-
-def check_classes(id_data: str, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
-    """Raises UsageError unless the model knows every class of the ID images; it may know more."""
-    known = set(map(same_name, classes))
-    if unknown := [name for name in found if same_name(name) not in known]:
-        raise UsageError(
-            f"the class '{unknown[0]}' of '{id_data}' is none of the model's ({', '.join(classes[:4])}, ...). Give "
-            "images of known classes; a list keeps some of a data set's (DATA@LIST)"
-        )
 
 
 def held_out_negatives(run: Run) -> tuple[ImageSource, Indices, dict[str, Any]] | None:

@@ -14,11 +14,11 @@ import click
 import torch
 
 from ssod_edge.config import AUTO_EPOCHS, AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types
-from ssod_edge.data.sources import open_dataset
+from ssod_edge.data.sources import check_classes, open_dataset
 from ssod_edge.errors import ArtifactError, BusyError, MissingExtraError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.evaluation.baselines import load_library
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
-from ssod_edge.evaluation.images import check_classes, check_fit_images
+from ssod_edge.evaluation.images import check_fit_images
 from ssod_edge.export.engines.artifact import check_engines
 from ssod_edge.export.graph.build import ExportOptions, export_run
 from ssod_edge.files import claim, exclusive, make_directory, write_atomic, write_json

@@ -48,6 +48,7 @@ def test_commands_are_listed_in_the_order_of_work() -> None:
         "study",
         "reproduce",
         "eval",
+        "report",
         "explain",
         "export",
         "bench",
