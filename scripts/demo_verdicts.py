@@ -1,6 +1,6 @@
 """What the model of `make demo` says to ten images of each set, evenly spread over it.
 
-python scripts/demo_verdicts.py runs/demo docs/images/demo-verdicts.png
+python scripts/demo_verdicts.py runs/demo docs/images/demo-verdicts.webp
 """
 
 from __future__ import annotations
