@@ -1,0 +1,171 @@
+"""How well known classes are told apart, and what the confidence is worth: plain records, ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssod_edge.errors import UsageError
+
+Floats = npt.NDArray[np.floating[Any]]
+Labels = npt.NDArray[np.int64]
+
+#: Bins of confidence, of equal width (Guo et al., "On calibration of modern neural networks", 2017).
+BINS = 15
+#: Classes up to which the confusion matrix is written out; of more, the pairs that were confused are enough.
+MOST_IN_MATRIX = 100
+
+
+def classification(labels: npt.ArrayLike, probs: npt.ArrayLike, classes: Sequence[str]) -> dict[str, Any]:
+    """What a classifier makes of images of known classes. The likeliest class is its answer.
+
+    Args:
+        labels: int [N], true classes, each from 0 to M - 1.
+        probs: [N, M], probabilities of the classes.
+        classes: the M names.
+
+    Returns:
+        - n; accuracy; balanced_accuracy: the mean recall, and macro_f1: the mean F1, of classes that have images.
+        - by_class: class -> {n (images of it), answered (images that got its name), precision, recall, f1}; None where
+          it would be a share of nothing: precision of a class that no image got, recall and F1 of one without images.
+        - confusion: [M][M] counts, a row for each true class, a column for each answer; None of more than
+          `MOST_IN_MATRIX` classes.
+        - confused: {label, class_name, n, share} of each pair that was confused, the most frequent first; `share` is
+          that of the images of the class `label`.
+        - calibration: of `calibration`.
+        - mistakes: {index (place in `labels`), label, class_name (the answer), confidence, label_confidence (what the
+          true class gets)} of each wrong answer, the most confident first.
+
+    Raises:
+        UsageError: shapes that do not fit, no image, a label outside the classes, or a probability that is not finite.
+    """
+    y, p = _checked(labels, probs)
+    if p.shape[1] != len(classes):
+        raise UsageError(f"probs must have a column for each of the {len(classes)} classes, got {p.shape[1]}")
+    answers = p.argmax(axis=1)
+    matrix = np.bincount(y * len(classes) + answers, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    n, answered, right = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, and becomes None
+        precision, recall, f1 = right / answered, right / n, np.where(n > 0, 2 * right / (n + answered), np.nan)
+    columns = (n.tolist(), answered.tolist(), _optional(precision), _optional(recall), _optional(f1))
+    keys = ("n", "answered", "precision", "recall", "f1")
+    return {
+        "n": len(y),
+        "accuracy": float((answers == y).mean()),
+        "balanced_accuracy": float(recall[n > 0].mean()),
+        "macro_f1": float(f1[n > 0].mean()),
+        "by_class": {name: dict(zip(keys, row, strict=True)) for name, *row in zip(classes, *columns, strict=True)},
+        "confusion": matrix.tolist() if len(classes) <= MOST_IN_MATRIX else None,
+        "confused": _confused(matrix, classes),
+        "calibration": calibration(y, p),
+        "mistakes": _mistakes(y, p, classes),
+    }
+
+
+def calibration(labels: npt.ArrayLike, probs: npt.ArrayLike) -> dict[str, Any]:
+    """Whether images of a confidence of 80% are right in 80 of 100 cases.
+
+    Args, and errors: as of `classification`.
+
+    Returns:
+        - ece: expected calibration error: how far confidence and accuracy lie apart in a bin, mean over the images.
+        - brier: mean over the images of the sum over the classes of (p - 1 if it is the true one else p)^2, in [0, 2].
+        - confidence, accuracy: means over all images.
+        - bins: {low, high, n, confidence, accuracy} of each of the `BINS` bins of confidence, (low, high]; means are
+          None where n is 0.
+    """
+    y, p = _checked(labels, probs)
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == y
+    edges = np.linspace(0, 1, BINS + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
+    n = np.bincount(place, minlength=BINS)
+    sums = [np.bincount(place, weights=values, minlength=BINS) for values in (confidence, right)]
+    with np.errstate(invalid="ignore"):
+        means = [_optional(total / n) for total in sums]
+    columns = (edges[:-1].tolist(), edges[1:].tolist(), n.tolist(), *means)
+    keys = ("low", "high", "n", "confidence", "accuracy")
+    return {
+        "ece": float(np.abs(sums[0] - sums[1]).sum() / len(y)),
+        "brier": float(((p - np.eye(p.shape[1])[y]) ** 2).sum(axis=1).mean()),
+        "confidence": float(confidence.mean()),
+        "accuracy": float(right.mean()),
+        "bins": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
+    }
+
+
+def tempered_classification(
+    labels: npt.ArrayLike, logits: npt.ArrayLike, classes: Sequence[str], temperature: float
+) -> dict[str, Any]:
+    """`classification` by probs = softmax(logits / temperature), and what the temperature does.
+
+    Args:
+        labels, classes: as of `classification`.
+        logits: [N, M].
+        temperature: above 0.
+
+    Returns:
+        What `classification` returns, and `temperature`: {value, before (`calibration` at a temperature of 1),
+        classes_changed (images that have another likeliest class than by their logits: 0, and a score never knows the
+        temperature)}.
+    """
+    x = np.asarray(logits, np.float64)
+    probs = _softmax(x / temperature)
+    return {
+        **classification(labels, probs, classes),
+        "temperature": {
+            "value": float(temperature),
+            "before": calibration(labels, _softmax(x)),
+            "classes_changed": int((probs.argmax(axis=1) != x.argmax(axis=1)).sum()),
+        },
+    }
+
+
+def _softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found: Floats = powers / powers.sum(axis=1, keepdims=True)
+    return found
+
+
+def _checked(labels: npt.ArrayLike, probs: npt.ArrayLike) -> tuple[Labels, Floats]:
+    y, p = np.asarray(labels), np.asarray(probs, np.float64)
+    if y.ndim != 1 or p.ndim != 2 or len(y) != len(p) or not p.size:
+        raise UsageError(f"expected labels [N] and probs [N, M], N and M above 0, got {list(y.shape)}, {list(p.shape)}")
+    if y.min() < 0 or y.max() >= p.shape[1]:
+        raise UsageError(f"labels must lie between 0 and {p.shape[1] - 1}, got {y.min()} to {y.max()}")
+    if not np.isfinite(p).all():
+        raise UsageError("probs holds NaN or infinity")
+    return y.astype(np.int64), p
+
+
+def _optional(values: Floats) -> list[float | None]:
+    """With None for NaN, which is a share of nothing."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def _confused(matrix: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
+    n, wrong = matrix.sum(axis=1), matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    rows, columns = np.nonzero(wrong)
+    order = np.argsort(-wrong[rows, columns], kind="stable")
+    return [
+        {"label": classes[i], "class_name": classes[j], "n": int(wrong[i, j]), "share": float(wrong[i, j] / n[i])}
+        for i, j in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+    ]
+
+
+def _mistakes(y: Labels, p: Floats, classes: Sequence[str]) -> list[dict[str, Any]]:
+    answers, confidence = p.argmax(axis=1), p.max(axis=1)
+    wrong = np.flatnonzero(answers != y)
+    return [
+        {
+            "index": index,
+            "label": classes[y[index]],
+            "class_name": classes[answers[index]],
+            "confidence": float(confidence[index]),
+            "label_confidence": float(p[index, y[index]]),
+        }
+        for index in wrong[np.argsort(-confidence[wrong], kind="stable")].tolist()
+    ]
