@@ -25,6 +25,7 @@ else:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "json_reader", "external_data", "terminal"),
+    ("csv_table",),
     ("config",),
     ("recipes", "spec"),
     ("data",),

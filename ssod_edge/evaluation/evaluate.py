@@ -35,6 +35,7 @@ from ssod_edge.evaluation.images import (
     warn_of_known_images,
     warn_of_used_images,
 )
+from ssod_edge.evaluation.known import judge_known, shipped_temperature
 from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
@@ -103,9 +104,10 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `negatives`
         (of a run that has any: how many were learnt from, chosen by, held out), `results` (a row for each OOD set and
         score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
-        `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (`shift_rows`),
-        with `leave_out` also that (`TaughtImages.expect`, and `other_photos`), with baselines also `baselines`
-        (detector -> its cost, or its error) and `baselines_setup`; and what was read.
+        `deployment_metrics` at the threshold of the run's calibration split; None without one), `classification` (of
+        the ID images, class by class: `judge_known`), `shift` (`shift_rows`), with `leave_out` also that
+        (`TaughtImages.expect`, and `other_photos`), with baselines also `baselines` (detector -> its cost, or its
+        error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline; classes
@@ -144,6 +146,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         **of_negatives,
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
+    report["classification"] = _known(found, report["default_score"], model.classes, spec)
     report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
     if expected is not None:
         report["leave_out"] = {**expected, "other_photos": other_photos(expected["score"], report)}
@@ -215,11 +218,15 @@ class Found:
         outputs: "id" and each OOD set -> what the model says of its images.
         scores: likewise -> its scores.
         thresholds: score -> its threshold; empty without calibration images.
+        sets: "id" and each OOD set -> its images, in the order of the outputs.
+        calibration: outputs of the calibration images, out of fold where they were trained on; None without any.
     """
 
     outputs: dict[str, Outputs]
     scores: dict[str, Scores]
     thresholds: dict[str, Threshold]
+    sets: Mapping[str, ImageSet]
+    calibration: Outputs | None
 
 
 @dataclass(frozen=True)
@@ -255,7 +262,7 @@ def _read(judge: _Judge, sets: Mapping[str, ImageSet], fit: ImageSet | None, cal
         if peers and fit:
             outputs = collect(model, *fit, **judge.reading, **options)
             peers.fit(outputs.features, outputs.logits, outputs.labels)
-        known = judge(calibration, trained=True, **options)[1] if calibration else {}
+        held_out, known = judge(calibration, trained=True, **options) if calibration else (None, {})
         found = {name: judge(images, **options) for name, images in sets.items()}
     failed = peers.failed if peers else set()
     kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, (_, scores) in found.items()}
@@ -264,7 +271,7 @@ def _read(judge: _Judge, sets: Mapping[str, ImageSet], fit: ImageSet | None, cal
     outputs = {name: outputs for name, (outputs, _) in found.items()}
     labels = model_labels(outputs["id"].labels, sets["id"][0].classes, model.classes)
     outputs["id"] = replace(outputs["id"], labels=labels)
-    return Found(outputs, kept, thresholds)
+    return Found(outputs, kept, thresholds, sets, held_out)
 
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -296,6 +303,13 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
         ood = {name: scores[score] for name, scores in unknown.items()}
         deployed[score] = deployment_metrics(known, ood, threshold, outputs.correct, outputs.labels, classes)
     return deployed
+
+
+def _known(found: Found, score: str, classes: tuple[str, ...], spec: Spec | None) -> dict[str, Any]:
+    """The known images class by class, by the score that ships."""
+    temperature = shipped_temperature(spec, found.calibration)
+    scores, threshold = found.scores["id"][score], found.thresholds.get(score)
+    return judge_known(found.outputs["id"], found.sets["id"], classes, temperature, scores, threshold)
 
 
 @dataclass(frozen=True)
