@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,3 +169,32 @@ def _mistakes(y: Labels, p: Floats, classes: Sequence[str]) -> list[dict[str, An
         }
         for index in wrong[np.argsort(-confidence[wrong], kind="stable")].tolist()
     ]
+
+
+def class_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `tempered_classification` found, in words: the weakest classes, the pairs, and the confidence."""
+    rows = {name: row for name, row in found["by_class"].items() if row["n"]}
+    weakest = sorted(rows, key=lambda name: rows[name]["recall"])[:3]
+    named = ", ".join(f"{name} ({100 * rows[name]['recall']:.0f} of 100 images are found)" for name in weakest)
+    balanced, f1 = found["balanced_accuracy"], found["macro_f1"]
+    lines = [f"classes: balanced accuracy {balanced:.1%}, mean F1 {f1:.1%}; weakest: {named}"]
+    if found["confused"]:
+        pairs = [
+            f"{pair['label']} for {pair['class_name']} ({pair['n']} of {rows[pair['label']]['n']})"
+            for pair in found["confused"][:3]
+        ]
+        lines.append(f"most often taken: {', '.join(pairs)}")
+    return [*lines, _confidence_line(found)]
+
+
+def _confidence_line(found: Mapping[str, Any]) -> str:
+    after, temperature = found["calibration"], found["temperature"]
+    gap = f"mean confidence {after['confidence']:.1%}, accuracy {after['accuracy']:.1%}"
+    if temperature["value"] == 1:
+        return f"confidence: calibration error (ECE) {after['ece']:.1%}, Brier score {after['brier']:.3f} ({gap})"
+    before, changed = temperature["before"], temperature["classes_changed"]
+    return (
+        f"confidence: calibration error (ECE) {before['ece']:.1%} -> {after['ece']:.1%}, Brier score "
+        f"{before['brier']:.3f} -> {after['brier']:.3f} by the temperature {temperature['value']:.2f}, which changes "
+        f"{changed or 'no'} verdict{'s' if changed > 1 else ''} ({gap})"
+    )

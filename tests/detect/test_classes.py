@@ -10,7 +10,14 @@ import pytest
 from numpy.typing import NDArray
 from sklearn import metrics
 
-from ssod_edge.detect.classes import BINS, MOST_IN_MATRIX, calibration, classification, tempered_classification
+from ssod_edge.detect.classes import (
+    BINS,
+    MOST_IN_MATRIX,
+    calibration,
+    class_lines,
+    classification,
+    tempered_classification,
+)
 from ssod_edge.errors import UsageError
 
 CLASSES = ("cat", "dog", "=cmd|' /C calc'!A0", "\u05d7\u05ea\u05d5\u05dc <b>")
@@ -119,6 +126,21 @@ def test_a_temperature_changes_confidence_and_no_class() -> None:
         assert found["temperature"]["before"][key] == pytest.approx(plain["calibration"][key])
     assert found["calibration"]["ece"] < found["temperature"]["before"]["ece"] / 2
     assert found["confusion"] == plain["confusion"] and found["by_class"] == plain["by_class"]
+
+
+def test_the_lines_say_what_the_record_says() -> None:
+    labels, logits = drawn(2000)
+    found = tempered_classification(labels, logits * 4, CLASSES, 4.0)
+    first, pairs, confidence = class_lines(found)
+    weakest = min(CLASSES, key=lambda name: found["by_class"][name]["recall"])
+    assert f"weakest: {weakest} ({100 * found['by_class'][weakest]['recall']:.0f} of 100" in first
+    pair = found["confused"][0]
+    assert f"{pair['label']} for {pair['class_name']} ({pair['n']} of" in pairs
+    before, after = found["temperature"]["before"]["ece"], found["calibration"]["ece"]
+    assert f"(ECE) {before:.1%} -> {after:.1%}" in confidence
+    assert "by the temperature 4.00, which changes no verdict (" in confidence
+    plain = class_lines(tempered_classification(labels, logits, CLASSES, 1.0))[-1]
+    assert "->" not in plain and "temperature" not in plain
 
 
 @pytest.mark.parametrize(
