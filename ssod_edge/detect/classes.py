@@ -15,6 +15,8 @@ Labels = npt.NDArray[np.int64]
 
 #: Bins of confidence, of equal width (Guo et al., "On calibration of modern neural networks", 2017).
 BINS = 15
+#: Of answers, to find the calibration error that comes of chance.
+DRAWS = 50
 #: Classes up to which the confusion matrix is written out; of more, the pairs that were confused are enough.
 MOST_IN_MATRIX = 100
 
@@ -72,6 +74,8 @@ def calibration(labels: npt.ArrayLike, probs: npt.ArrayLike) -> dict[str, Any]:
 
     Returns:
         - ece: expected calibration error: how far confidence and accuracy lie apart in a bin, mean over the images.
+        - ece_by_chance: what answers of exactly these confidences would show on so many images, mean of `DRAWS` draws:
+          an error of about that much is none.
         - brier: mean over the images of the sum over the classes of (p - 1 if it is the true one else p)^2, in [0, 2].
         - confidence, accuracy: means over all images.
         - bins: {low, high, n, confidence, accuracy} of each of the `BINS` bins of confidence, (low, high]; means are
@@ -82,13 +86,19 @@ def calibration(labels: npt.ArrayLike, probs: npt.ArrayLike) -> dict[str, Any]:
     edges = np.linspace(0, 1, BINS + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
     n = np.bincount(place, minlength=BINS)
+
+    def gap(right: npt.NDArray[np.bool_]) -> float:
+        return float(np.abs(np.bincount(place, weights=confidence - right, minlength=BINS)).sum() / len(y))
+
+    rng = np.random.default_rng(0)
     sums = [np.bincount(place, weights=values, minlength=BINS) for values in (confidence, right)]
     with np.errstate(invalid="ignore"):
         means = [_optional(total / n) for total in sums]
     columns = (edges[:-1].tolist(), edges[1:].tolist(), n.tolist(), *means)
     keys = ("low", "high", "n", "confidence", "accuracy")
     return {
-        "ece": float(np.abs(sums[0] - sums[1]).sum() / len(y)),
+        "ece": gap(right),
+        "ece_by_chance": float(np.mean([gap(rng.random(len(y)) < confidence) for _ in range(DRAWS)])),
         "brier": float(((p - np.eye(p.shape[1])[y]) ** 2).sum(axis=1).mean()),
         "confidence": float(confidence.mean()),
         "accuracy": float(right.mean()),
@@ -189,7 +199,10 @@ def class_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _confidence_line(found: Mapping[str, Any]) -> str:
     after, temperature = found["calibration"], found["temperature"]
-    gap = f"mean confidence {after['confidence']:.1%}, accuracy {after['accuracy']:.1%}"
+    gap = (
+        f"mean confidence {after['confidence']:.1%}, accuracy {after['accuracy']:.1%}; with {found['n']} images chance "
+        f"alone makes an ECE of {after['ece_by_chance']:.1%}"
+    )
     if temperature["value"] == 1:
         return f"confidence: calibration error (ECE) {after['ece']:.1%}, Brier score {after['brier']:.3f} ({gap})"
     before, changed = temperature["before"], temperature["classes_changed"]

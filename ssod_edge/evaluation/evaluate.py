@@ -36,6 +36,7 @@ from ssod_edge.evaluation.images import (
     warn_of_used_images,
 )
 from ssod_edge.evaluation.known import judge_known, shipped_temperature
+from ssod_edge.evaluation.mistakes import check_mistakes, save_mistakes
 from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
@@ -373,6 +374,7 @@ def run_eval(
     json_file: str | None = None,
     png_file: str | None = None,
     pictures: str | None = None,
+    mistakes: str | None = None,
 ) -> None:
     """The command `eval`: evaluate, print the table, write JSON and pictures.
 
@@ -380,6 +382,7 @@ def run_eval(
         run: run folder or checkpoint; None: the newest run under `runs`, of this backbone if one is given.
         json_file, png_file: of figures and histograms; None leaves them to the run's folder.
         pictures: folder of all pictures; None makes no others.
+        mistakes: new folder of copies of the images that got the wrong class; None makes none.
     """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
@@ -393,6 +396,8 @@ def run_eval(
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
     if pictures:
         check_output(Path(pictures) / "roc.png")
+    if mistakes:
+        check_mistakes(mistakes)
     report, found = evaluate(run or opened.folder, options)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
@@ -405,4 +410,6 @@ def run_eval(
     if pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
         written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures, report["equalised"])
+    if mistakes:
+        written.append(save_mistakes(mistakes, report["classification"]["mistakes"], found.sets["id"]))
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)

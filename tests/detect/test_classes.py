@@ -117,6 +117,16 @@ def test_ece_of_answers_drawn_from_their_own_probabilities_is_small() -> None:
     assert calibration(labels, softmax(np.log(probs) * 3))["ece"] > 0.05, "too sure"
 
 
+def test_the_error_of_chance_is_that_of_answers_drawn_from_their_own_probabilities() -> None:
+    rng = np.random.default_rng(1)
+    probs = softmax(rng.normal(size=(200, 3)) * 2)
+    drawn = [(probs.cumsum(axis=1) < rng.random((200, 1))).sum(axis=1).clip(max=2) for _ in range(40)]
+    found = [calibration(labels, probs) for labels in drawn]
+    chance = found[0]["ece_by_chance"]
+    assert chance == pytest.approx(np.mean([row["ece"] for row in found]), rel=0.15) and chance > 0.02
+    assert calibration(np.tile(drawn[0], 50), np.tile(probs, (50, 1)))["ece_by_chance"] < chance / 4
+
+
 def test_a_temperature_changes_confidence_and_no_class() -> None:
     labels, logits = drawn(2000)
     plain = classification(labels, softmax(logits * 4), CLASSES)
