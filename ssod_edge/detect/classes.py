@@ -48,8 +48,7 @@ def classification(labels: npt.ArrayLike, probs: npt.ArrayLike, classes: Sequenc
     if p.shape[1] != len(classes):
         raise UsageError(f"probs must have a column for each of the {len(classes)} classes, got {p.shape[1]}")
     answers = p.argmax(axis=1)
-    matrix = np.bincount(y * len(classes) + answers, minlength=len(classes) ** 2).reshape(len(classes), -1)
-    n, answered, right = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
+    n, answered, right = (np.bincount(part, minlength=len(classes)) for part in (y, answers, y[answers == y]))
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, and becomes None
         precision, recall, f1 = right / answered, right / n, np.where(n > 0, 2 * right / (n + answered), np.nan)
     columns = (n.tolist(), answered.tolist(), _optional(precision), _optional(recall), _optional(f1))
@@ -60,8 +59,8 @@ def classification(labels: npt.ArrayLike, probs: npt.ArrayLike, classes: Sequenc
         "balanced_accuracy": float(recall[n > 0].mean()),
         "macro_f1": float(f1[n > 0].mean()),
         "by_class": {name: dict(zip(keys, row, strict=True)) for name, *row in zip(classes, *columns, strict=True)},
-        "confusion": matrix.tolist() if len(classes) <= MOST_IN_MATRIX else None,
-        "confused": _confused(matrix, classes),
+        "confusion": _matrix(y, answers, len(classes)) if len(classes) <= MOST_IN_MATRIX else None,
+        "confused": _confused(y, answers, classes),
         "calibration": calibration(y, p),
         "mistakes": _mistakes(y, p, classes),
     }
@@ -99,7 +98,7 @@ def calibration(labels: npt.ArrayLike, probs: npt.ArrayLike) -> dict[str, Any]:
     return {
         "ece": gap(right),
         "ece_by_chance": float(np.mean([gap(rng.random(len(y)) < confidence) for _ in range(DRAWS)])),
-        "brier": float(((p - np.eye(p.shape[1])[y]) ** 2).sum(axis=1).mean()),
+        "brier": float((np.einsum("nm,nm->n", p, p) - 2 * p[np.arange(len(y)), y] + 1).mean()),
         "confidence": float(confidence.mean()),
         "accuracy": float(right.mean()),
         "bins": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
@@ -155,14 +154,20 @@ def _optional(values: Floats) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def _confused(matrix: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
-    n, wrong = matrix.sum(axis=1), matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    rows, columns = np.nonzero(wrong)
-    order = np.argsort(-wrong[rows, columns], kind="stable")
+def _matrix(y: Labels, answers: Labels, classes: int) -> list[list[int]]:
+    counts = np.bincount(y * classes + answers, minlength=classes**2)
+    found: list[list[int]] = counts.reshape(classes, classes).tolist()
+    return found
+
+
+def _confused(y: Labels, answers: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
+    wrong, of_class = answers != y, np.bincount(y)
+    pairs, counts = np.unique(y[wrong] * len(classes) + answers[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rows, columns = np.divmod(pairs[order], len(classes))
     return [
-        {"label": classes[i], "class_name": classes[j], "n": int(wrong[i, j]), "share": float(wrong[i, j] / n[i])}
-        for i, j in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+        {"label": classes[i], "class_name": classes[j], "n": n, "share": n / int(of_class[i])}
+        for i, j, n in zip(rows.tolist(), columns.tolist(), counts[order].tolist(), strict=True)
     ]
 
 

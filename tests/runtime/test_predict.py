@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from colour import BIAS, WEIGHT, edit_graph
+from colour import BIAS, COLOURS, WEIGHT, edit_graph, paint
 from PIL import Image
 
 import ssod_edge
@@ -30,13 +30,6 @@ KEYS = [
     "image", "class_index", "class_name", "confidence", "ood_score",
     "threshold", "known", "p_known", "engine", "precision", "image_warning", "error",
 ]  # fmt: skip
-COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
-
-
-def paint(path: Path, colour: str, size: tuple[int, int] = (40, 30)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, COLOURS[colour]).save(path)
-    return path
 
 
 @pytest.fixture

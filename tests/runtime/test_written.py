@@ -11,22 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from colour import edit_spec
-from PIL import Image
+from colour import COLOURS, edit_spec, paint
 
 import ssod_edge
 from ssod_edge.cli import main
 from ssod_edge.files import copy_into
 from ssod_edge.runtime.written import COLUMNS, file_part, folder_names
 
-COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
 HEBREW = "\u05d0\u05d3\u05d5\u05dd"
-
-
-def paint(path: Path, colour: str, size: tuple[int, int] = (40, 30)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, COLOURS[colour]).save(path)
-    return path
 
 
 @pytest.fixture
