@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -216,6 +217,45 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 def beside(path: Path, prefix: str, suffix: str = "") -> Path:
     """The path of a temporary file or folder, not there yet, in the same folder as `path`."""
     return path.with_name(f"{prefix}{secrets.token_hex(8)}{suffix}")
+
+
+def copy_into(source: Path, folder: Path) -> Path:
+    """Copy a file into a folder under its name, or where another file has that, under a name with more in it.
+
+    No file is overwritten, and one with the same bytes there is the copy already. What a kill leaves half done is
+    hidden.
+
+    Returns:
+        the copy.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    target = free_path(folder, source)
+    if target.exists():
+        return target
+    temporary = beside(target, ".copy.")
+    try:
+        shutil.copy2(source, temporary)
+        try:
+            os.link(temporary, target)  # a rename would replace what has come there since
+        except FileExistsError:
+            if target.exists():
+                return copy_into(source, folder)
+            raise  # a link that leads nowhere
+        except OSError:  # a file system without links
+            temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def free_path(folder: Path, source: Path) -> Path:
+    """Where a file goes in a folder: under its name, and with more in it where a file of other bytes has that."""
+    path = folder / source.name
+    if path.exists() and not os.path.samefile(path, source) and sha256_file(path) != sha256_file(source):
+        path = folder / f"{source.stem}-{sha256_file(source)[:16]}{source.suffix}"
+    return path
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

@@ -25,6 +25,7 @@ else:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "json_reader", "external_data", "memory", "terminal"),
+    ("csv_table",),
     ("config",),
     ("recipes", "spec"),
     ("data",),

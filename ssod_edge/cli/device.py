@@ -97,6 +97,15 @@ def rollback(folder: str, to: str | None) -> int:
 @click.option("--smooth", type=float, metavar="SECONDS", help="Of a video: judge the mean over about this time.")
 @click.option("--realtime", is_flag=True, help="Play a video file at its own speed, and drop frames rather than lag.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.option(
+    "--csv", metavar="FILE", type=click.Path(dir_okay=False), help="Write the verdicts to FILE too, as a table."
+)
+@click.option(
+    "--sort-into",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Copy each image into DIR/CLASS, or DIR/unknown. Nothing there is overwritten.",
+)
 @click.option("--monitor", metavar="FILE", type=click.Path(), help="Keep count of the scores, and tell of a drift.")
 @click.option(
     "--collect",
@@ -133,7 +142,7 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     if wanted.camera is not None or any(is_stream(image) for image in images):
-        for option in {"--batch", "--strict-images"} & set(given()):
+        for option in sorted({"--batch", "--strict-images", "--sort-into"} & set(given())):
             raise click.UsageError(f"{option} belongs to images: a video, a camera or a stream runs frame by frame")
         return run_stream(folder, images, wanted, **options)
     if wanted.smooth is not None or wanted.realtime:

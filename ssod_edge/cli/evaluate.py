@@ -33,12 +33,19 @@ from ssod_edge.cli.options import baselines, named_data, newest, take
 @click.option(
     "--pictures", type=click.Path(), metavar="DIR", help="Write histograms, ROC, risk-coverage and t-SNE as PNG."
 )
+@click.option(
+    "--mistakes",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Copy the images that got the wrong class into DIR, a new folder: the most confident first, named by both.",
+)
 def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
 
-    RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. Of a run with negatives (train --negatives)
-    those that were held out are an OOD set of that name. The PROTOCOL in file names is native, via32 with --via 32, or
-    via32-jpeg75 with --via 32,jpeg75: so that neither size nor codec tells the sets apart.
+    Of the known classes it shows precision, recall, F1, the confusion matrix, the calibration of the confidence and the
+    mistakes. RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. Of a run with negatives (train
+    --negatives) those that were held out are an OOD set of that name. The PROTOCOL in file names is native, via32 with
+    --via 32, or via32-jpeg75 with --via 32,jpeg75: so that neither size nor codec tells the sets apart.
     """
     from ssod_edge.evaluation.evaluate import EvalOptions, run_eval
 

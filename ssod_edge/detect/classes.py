@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ Labels = npt.NDArray[np.int64]
 
 #: Bins of confidence, of equal width (Guo et al., "On calibration of modern neural networks", 2017).
 BINS = 15
+#: Of answers, to find the calibration error that comes of chance.
+DRAWS = 50
 #: Classes up to which the confusion matrix is written out; of more, the pairs that were confused are enough.
 MOST_IN_MATRIX = 100
 
@@ -46,8 +48,7 @@ def classification(labels: npt.ArrayLike, probs: npt.ArrayLike, classes: Sequenc
     if p.shape[1] != len(classes):
         raise UsageError(f"probs must have a column for each of the {len(classes)} classes, got {p.shape[1]}")
     answers = p.argmax(axis=1)
-    matrix = np.bincount(y * len(classes) + answers, minlength=len(classes) ** 2).reshape(len(classes), -1)
-    n, answered, right = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
+    n, answered, right = (np.bincount(part, minlength=len(classes)) for part in (y, answers, y[answers == y]))
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, and becomes None
         precision, recall, f1 = right / answered, right / n, np.where(n > 0, 2 * right / (n + answered), np.nan)
     columns = (n.tolist(), answered.tolist(), _optional(precision), _optional(recall), _optional(f1))
@@ -58,8 +59,8 @@ def classification(labels: npt.ArrayLike, probs: npt.ArrayLike, classes: Sequenc
         "balanced_accuracy": float(recall[n > 0].mean()),
         "macro_f1": float(f1[n > 0].mean()),
         "by_class": {name: dict(zip(keys, row, strict=True)) for name, *row in zip(classes, *columns, strict=True)},
-        "confusion": matrix.tolist() if len(classes) <= MOST_IN_MATRIX else None,
-        "confused": _confused(matrix, classes),
+        "confusion": _matrix(y, answers, len(classes)) if len(classes) <= MOST_IN_MATRIX else None,
+        "confused": _confused(y, answers, classes),
         "calibration": calibration(y, p),
         "mistakes": _mistakes(y, p, classes),
     }
@@ -72,6 +73,8 @@ def calibration(labels: npt.ArrayLike, probs: npt.ArrayLike) -> dict[str, Any]:
 
     Returns:
         - ece: expected calibration error: how far confidence and accuracy lie apart in a bin, mean over the images.
+        - ece_by_chance: what answers of exactly these confidences would show on so many images, mean of `DRAWS` draws:
+          an error of about that much is none.
         - brier: mean over the images of the sum over the classes of (p - 1 if it is the true one else p)^2, in [0, 2].
         - confidence, accuracy: means over all images.
         - bins: {low, high, n, confidence, accuracy} of each of the `BINS` bins of confidence, (low, high]; means are
@@ -82,14 +85,20 @@ def calibration(labels: npt.ArrayLike, probs: npt.ArrayLike) -> dict[str, Any]:
     edges = np.linspace(0, 1, BINS + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
     n = np.bincount(place, minlength=BINS)
+
+    def gap(right: npt.NDArray[np.bool_]) -> float:
+        return float(np.abs(np.bincount(place, weights=confidence - right, minlength=BINS)).sum() / len(y))
+
+    rng = np.random.default_rng(0)
     sums = [np.bincount(place, weights=values, minlength=BINS) for values in (confidence, right)]
     with np.errstate(invalid="ignore"):
         means = [_optional(total / n) for total in sums]
     columns = (edges[:-1].tolist(), edges[1:].tolist(), n.tolist(), *means)
     keys = ("low", "high", "n", "confidence", "accuracy")
     return {
-        "ece": float(np.abs(sums[0] - sums[1]).sum() / len(y)),
-        "brier": float(((p - np.eye(p.shape[1])[y]) ** 2).sum(axis=1).mean()),
+        "ece": gap(right),
+        "ece_by_chance": float(np.mean([gap(rng.random(len(y)) < confidence) for _ in range(DRAWS)])),
+        "brier": float((np.einsum("nm,nm->n", p, p) - 2 * p[np.arange(len(y)), y] + 1).mean()),
         "confidence": float(confidence.mean()),
         "accuracy": float(right.mean()),
         "bins": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
@@ -145,14 +154,20 @@ def _optional(values: Floats) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def _confused(matrix: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
-    n, wrong = matrix.sum(axis=1), matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    rows, columns = np.nonzero(wrong)
-    order = np.argsort(-wrong[rows, columns], kind="stable")
+def _matrix(y: Labels, answers: Labels, classes: int) -> list[list[int]]:
+    counts = np.bincount(y * classes + answers, minlength=classes**2)
+    found: list[list[int]] = counts.reshape(classes, classes).tolist()
+    return found
+
+
+def _confused(y: Labels, answers: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
+    wrong, of_class = answers != y, np.bincount(y)
+    pairs, counts = np.unique(y[wrong] * len(classes) + answers[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rows, columns = np.divmod(pairs[order], len(classes))
     return [
-        {"label": classes[i], "class_name": classes[j], "n": int(wrong[i, j]), "share": float(wrong[i, j] / n[i])}
-        for i, j in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+        {"label": classes[i], "class_name": classes[j], "n": n, "share": n / int(of_class[i])}
+        for i, j, n in zip(rows.tolist(), columns.tolist(), counts[order].tolist(), strict=True)
     ]
 
 
@@ -169,3 +184,35 @@ def _mistakes(y: Labels, p: Floats, classes: Sequence[str]) -> list[dict[str, An
         }
         for index in wrong[np.argsort(-confidence[wrong], kind="stable")].tolist()
     ]
+
+
+def class_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `tempered_classification` found, in words: the weakest classes, the pairs, and the confidence."""
+    rows = {name: row for name, row in found["by_class"].items() if row["n"]}
+    weakest = sorted(rows, key=lambda name: rows[name]["recall"])[:3]
+    named = ", ".join(f"{name} ({100 * rows[name]['recall']:.0f} of 100 images are found)" for name in weakest)
+    balanced, f1 = found["balanced_accuracy"], found["macro_f1"]
+    lines = [f"classes: balanced accuracy {balanced:.1%}, mean F1 {f1:.1%}; weakest: {named}"]
+    if found["confused"]:
+        pairs = [
+            f"{pair['label']} for {pair['class_name']} ({pair['n']} of {rows[pair['label']]['n']})"
+            for pair in found["confused"][:3]
+        ]
+        lines.append(f"most often taken: {', '.join(pairs)}")
+    return [*lines, _confidence_line(found)]
+
+
+def _confidence_line(found: Mapping[str, Any]) -> str:
+    after, temperature = found["calibration"], found["temperature"]
+    gap = (
+        f"mean confidence {after['confidence']:.1%}, accuracy {after['accuracy']:.1%}; with {found['n']} images chance "
+        f"alone makes an ECE of {after['ece_by_chance']:.1%}"
+    )
+    if temperature["value"] == 1:
+        return f"confidence: calibration error (ECE) {after['ece']:.1%}, Brier score {after['brier']:.3f} ({gap})"
+    before, changed = temperature["before"], temperature["classes_changed"]
+    return (
+        f"confidence: calibration error (ECE) {before['ece']:.1%} -> {after['ece']:.1%}, Brier score "
+        f"{before['brier']:.3f} -> {after['brier']:.3f} by the temperature {temperature['value']:.2f}, which changes "
+        f"{changed or 'no'} verdict{'s' if changed > 1 else ''} ({gap})"
+    )

@@ -67,6 +67,14 @@ def p_known(scores: npt.ArrayLike, inputs: dict[str, Array]) -> Array:
     return found
 
 
+def explain_p_known(target_tpr: float) -> str:
+    """What `p_known` in percent means, in a line, at a threshold for this share of known images."""
+    return (
+        "p known: of 100 new images of known classes about so many have such an ood score or a higher one; up to "
+        f"{100 * (1 - target_tpr):.3g} it is UNKNOWN"
+    )
+
+
 def fit_temperature(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
     """T of probs = softmax(logits / T), by the likelihood of held-out labels (Guo et al., 2017, Sec. 4.2).
 

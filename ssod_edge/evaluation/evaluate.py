@@ -35,6 +35,8 @@ from ssod_edge.evaluation.images import (
     warn_of_known_images,
     warn_of_used_images,
 )
+from ssod_edge.evaluation.known import judge_known, shipped_temperature
+from ssod_edge.evaluation.mistakes import check_mistakes, save_mistakes
 from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
@@ -103,9 +105,10 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         but what an export would take where there is none: "auto" if it would choose), `ood_row_trained`, `negatives`
         (of a run that has any: how many were learnt from, chosen by, held out), `results` (a row for each OOD set and
         score), `mean` (AUROC and both FPRs of each score over the OOD sets), `deployment` (score ->
-        `deployment_metrics` at the threshold of the run's calibration split; None without one), `shift` (`shift_rows`),
-        with `leave_out` also that (`TaughtImages.expect`, and `other_photos`), with baselines also `baselines`
-        (detector -> its cost, or its error) and `baselines_setup`; and what was read.
+        `deployment_metrics` at the threshold of the run's calibration split; None without one), `classification` (of
+        the ID images, class by class: `judge_known`), `shift` (`shift_rows`), with `leave_out` also that
+        (`TaughtImages.expect`, and `other_photos`), with baselines also `baselines` (detector -> its cost, or its
+        error) and `baselines_setup`; and what was read.
 
     Raises:
         UsageError: data that cannot be opened, or has classes that the model does not know; no such baseline; classes
@@ -144,6 +147,7 @@ def evaluate(run: str | Path, options: EvalOptions | None = None, workers: int =
         **of_negatives,
         **_figures(found, options.protocol, options.bootstrap, model.classes),
     }
+    report["classification"] = _known(found, report["default_score"], model.classes, spec)
     report["shift"] = _shift(model, sets["id"], found, Shipped(report["default_score"], state), options, workers)
     if expected is not None:
         report["leave_out"] = {**expected, "other_photos": other_photos(expected["score"], report)}
@@ -216,12 +220,14 @@ class Found:
         scores: likewise -> its scores.
         thresholds: score -> its threshold; empty without calibration images.
         sets: "id" and each OOD set -> its images, in the order of the outputs.
+        calibration: outputs of the calibration images, out of fold where they were trained on; None without any.
     """
 
     outputs: dict[str, Outputs]
     scores: dict[str, Scores]
     thresholds: dict[str, Threshold]
     sets: Mapping[str, ImageSet]
+    calibration: Outputs | None
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ def _read(judge: _Judge, sets: Mapping[str, ImageSet], fit: ImageSet | None, cal
         if peers and fit:
             outputs = collect(model, *fit, **judge.reading, **options)
             peers.fit(outputs.features, outputs.logits, outputs.labels)
-        known = judge(calibration, trained=True, **options)[1] if calibration else {}
+        held_out, known = judge(calibration, trained=True, **options) if calibration else (None, {})
         found = {name: judge(images, **options) for name, images in sets.items()}
     failed = peers.failed if peers else set()
     kept = {name: {s: v for s, v in scores.items() if s not in failed} for name, (_, scores) in found.items()}
@@ -266,7 +272,7 @@ def _read(judge: _Judge, sets: Mapping[str, ImageSet], fit: ImageSet | None, cal
     outputs = {name: outputs for name, (outputs, _) in found.items()}
     labels = model_labels(outputs["id"].labels, sets["id"][0].classes, model.classes)
     outputs["id"] = replace(outputs["id"], labels=labels)
-    return Found(outputs, kept, thresholds, sets)
+    return Found(outputs, kept, thresholds, sets, held_out)
 
 
 def _figures(found: Found, protocol: str, bootstrap: int, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -298,6 +304,13 @@ def _deployment(found: Found, unknown: Mapping[str, Scores], classes: tuple[str,
         ood = {name: scores[score] for name, scores in unknown.items()}
         deployed[score] = deployment_metrics(known, ood, threshold, outputs.correct, outputs.labels, classes)
     return deployed
+
+
+def _known(found: Found, score: str, classes: tuple[str, ...], spec: Spec | None) -> dict[str, Any]:
+    """The known images class by class, by the score that ships."""
+    temperature = shipped_temperature(spec, found.calibration)
+    scores, threshold = found.scores["id"][score], found.thresholds.get(score)
+    return judge_known(found.outputs["id"], found.sets["id"], classes, temperature, scores, threshold)
 
 
 @dataclass(frozen=True)
@@ -361,6 +374,7 @@ def run_eval(
     json_file: str | None = None,
     png_file: str | None = None,
     pictures: str | None = None,
+    mistakes: str | None = None,
 ) -> None:
     """The command `eval`: evaluate, print the table, write JSON and pictures.
 
@@ -368,6 +382,7 @@ def run_eval(
         run: run folder or checkpoint; None: the newest run under `runs`, of this backbone if one is given.
         json_file, png_file: of figures and histograms; None leaves them to the run's folder.
         pictures: folder of all pictures; None makes no others.
+        mistakes: new folder of copies of the images that got the wrong class; None makes none.
     """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
@@ -381,6 +396,8 @@ def run_eval(
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
     if pictures:
         check_output(Path(pictures) / "roc.png")
+    if mistakes:
+        check_mistakes(mistakes)
     report, found = evaluate(run or opened.folder, options)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
     print_report(report)
@@ -393,4 +410,6 @@ def run_eval(
     if pictures:
         auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
         written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures, report["equalised"])
+    if mistakes:
+        written.append(save_mistakes(mistakes, report["classification"]["mistakes"], found.sets["id"]))
     click.echo("written: " + ", ".join(str(path) for path in written), err=True)

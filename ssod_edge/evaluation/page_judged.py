@@ -159,7 +159,7 @@ def _judge_run(path: str, data: NamedData, workers: int) -> Judged:
         spec = None if run.export is None else run.export.spec
     except ArtifactError:
         spec = None  # `evaluate` has said so
-    temperature = 1.0 if spec is None else spec.temperature
+    temperature = report["classification"]["temperature"]["value"]
     sets = {}
     for name, (source, indices) in found.sets.items():
         outputs = found.outputs[name]

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ssod_edge.data.disturbances import STRENGTHS
+from ssod_edge.evaluation.known_report import known_tables
 from ssod_edge.evaluation.left_out import expectation_lines
 
 Report = Mapping[str, Any]
@@ -29,6 +30,8 @@ def print_report(report: Report) -> None:
         f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
         f"of {escape(report['id_data'])}"
     )
+    for part in known_tables(report):
+        say(part) if isinstance(part, str) else console.print(part)
     names = sorted(report["mean"], key=lambda name: -report["mean"][name]["auroc"])
     if names:
         console.print(_detection(report, names))

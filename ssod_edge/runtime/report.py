@@ -13,12 +13,14 @@ import click
 
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import left_out
+from ssod_edge.detect.confidence import explain_p_known
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 from ssod_edge.runtime.field.collect import MEGABYTES, MOST, Collector
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.runner import Runner
+from ssod_edge.runtime.written import Sorter, VerdictTable
 from ssod_edge.terminal import bars, printable, standard_input
 
 
@@ -28,6 +30,8 @@ class PredictOptions:
 
     Attributes:
         as_json: one JSON object a line, as soon as it is known.
+        csv: a file of `ssod_edge.runtime.written.VerdictTable`.
+        sort_into: a folder of `ssod_edge.runtime.written.Sorter`, which gets copies of the images.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
         collect: a folder of `ssod_edge.runtime.field.collect.Collector`, which keeps what is unknown or nearly so.
         collect_most, collect_mb: its budget.
@@ -37,6 +41,8 @@ class PredictOptions:
     """
 
     as_json: bool = False
+    csv: str | None = None
+    sort_into: str | None = None
     monitor: str | None = None
     collect: str | None = None
     collect_most: int = MOST
@@ -65,6 +71,8 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
+        open_table(options.csv) as table,
+        open_sorter(options.sort_into, predictor) as sorter,
     ):
         if not predictor.runner.spec.trained:
             click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
@@ -76,9 +84,38 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
         if watch is not None:
             verdicts = map(watch.add, verdicts)
+        verdicts = _written(verdicts, table, sorter)
         failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)
     problems = any(one is not None and one.problem for one in (watch, collector))
+    problems = problems or (sorter is not None and sorter.failed > 0)
     return EXIT_SOME_FAILED if failed or problems else EXIT_OK
+
+
+def open_table(path: str | None, more: Sequence[str] = ()) -> AbstractContextManager[VerdictTable | None]:
+    """A table of verdicts, with more columns; none without a path."""
+    return nullcontext() if path is None else VerdictTable(path, more)
+
+
+@contextmanager
+def open_sorter(folder: str | None, predictor: Predictor) -> Iterator[Sorter | None]:
+    """A sorter that speaks on standard error, and says at the end what lies where; none without a folder."""
+    if folder is None:
+        yield None
+        return
+    sorter = Sorter(folder, predictor.runner.spec.classes, lambda line: click.echo(printable(line), err=True))
+    try:
+        yield sorter
+    finally:  # after Ctrl-C too
+        click.echo(printable(sorter.summary()), err=True)
+
+
+def _written(verdicts: Iterable[Verdict], table: VerdictTable | None, sorter: Sorter | None) -> Iterator[Verdict]:
+    for verdict in verdicts:
+        if table is not None:
+            table.add(verdict.to_dict())
+        if sorter is not None:
+            sorter.add(verdict)
+        yield verdict
 
 
 def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManager[Monitor | None]:
@@ -144,23 +181,26 @@ def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
     from rich.text import Text
 
     table = Table("image", "verdict", "class", box=None, pad_edge=False)
-    for heading in ("confidence", "ood score"):
+    for heading in ("confidence", "ood score", "p known"):
         table.add_column(heading, justify="right", no_wrap=True)
     for column in table.columns[:3]:
         column.overflow = "fold"
     for verdict in verdicts:
         name = Text(printable(verdict.image))
         if verdict.error is not None:
-            table.add_row(name, Text("ERROR", "red"), Text(printable(verdict.error)), "", "")
+            table.add_row(name, Text("ERROR", "red"), Text(printable(verdict.error)))
             continue
         text, style = WORDS[verdict.known]
-        shown = (f"{verdict.confidence:.1%}", f"{verdict.ood_score:.3f}")
+        p = "" if verdict.p_known is None else f"{verdict.p_known:.1%}"
+        shown = (f"{verdict.confidence:.1%}", f"{verdict.ood_score:.3f}", p)
         note = f" ({verdict.image_warning})" if verdict.image_warning else ""
         table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name) + note)), *shown)
     # Off a terminal a row is one line, however long its file name is.
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
     console.print(Text(_summary(verdicts, runner)), highlight=False)
+    if note := p_known_note(runner):
+        console.print(Text(note), highlight=False)
 
 
 WIDE = 100_000
@@ -175,6 +215,12 @@ def _summary(verdicts: Sequence[Verdict], runner: Runner) -> str:
         f"{len(verdicts)} image{'s' if len(verdicts) > 1 else ''}: {known} known, {unknown} unknown, {failed} failed"
     )
     return f"{counts}; {describe_run(runner)}"
+
+
+def p_known_note(runner: Runner) -> str:
+    """What `p known` in a table is; empty where the artifact gives none."""
+    threshold = runner.artifact.threshold
+    return "" if threshold is None or not threshold.id_quantiles else explain_p_known(threshold.target_tpr)
 
 
 def describe_run(runner: Runner) -> str:

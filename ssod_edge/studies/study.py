@@ -343,6 +343,7 @@ def _evaluated(run: Path, study: StudyOptions, export: Spec | None) -> dict[str,
         if stored == record:
             return report
     report, _ = evaluate(run, replace(study.evaluation, bootstrap=0, shift_images=0))
+    del report["classification"]["mistakes"]  # single images are no part of a study, and there may be very many
     if export is not None:
         if report["default_score"] != export.score_name:
             raise ArtifactError(f"the score '{export.score_name}' of the export of '{run}' could not be evaluated")

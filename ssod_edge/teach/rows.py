@@ -311,8 +311,7 @@ class _Mix:
 
     def share(self, distance: Array, learnt: Array) -> Array:
         """The weighted mean of what both give for the new classes, [..., C]."""
-        value: Array = (distance + self.learnt * learnt) / (1 + self.learnt)
-        return value
+        return np.asarray((distance + self.learnt * learnt) / (1 + self.learnt), np.float32)
 
 
 def _against(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ssod_edge.csv_table import path_cell, write_csv
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.regression import LinearHead
-from ssod_edge.files import write_atomic
 
 #: The table of them, in a run folder.
 LABELS = "labels.csv"
@@ -85,14 +83,11 @@ def write_labels(run: Path, source: ImageSource, probs: NDArray[np.float32]) -> 
     if not len(wrong):
         return ""
     others = _others(probs, source.labels)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(HEADER)
+    rows = []
     for index in wrong.tolist():
         likely = int(others[index].argmax())
         names = source.classes[source.labels[index]], source.classes[likely]
-        table.writerow([source.source(index), *names, f"{others[index, likely]:.3f}"])
-    content = text.getvalue().encode(errors="surrogateescape")
-    write_atomic(run / LABELS, lambda temporary: temporary.write_bytes(content))
+        rows.append((path_cell(source.source(index)), *names, f"{others[index, likely]:.3f}"))
+    write_csv(run / LABELS, HEADER, rows)
     look = "label looks wrong, or is" if len(wrong) == 1 else "labels look wrong, or are"
     return f"{len(wrong)} {look} hard to tell: see '{run / LABELS}', the surest first"

@@ -53,6 +53,7 @@ from ssod_edge.training.schedule import auto_epochs, learning_rate, make_optimiz
 from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.settings import default_name, run_config
 from ssod_edge.training.transfer import tune
+from ssod_edge.training.validated import read_logits, write_validation
 
 #: Validation images that are shown disturbed when training has ended.
 DISTURBED_IMAGES = 100
@@ -124,7 +125,7 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
                 say(f"the run '{run}' is finished already ({loop.progress.epoch} epochs)")
             else:
                 loop.run_epochs()
-                loop.say_disturbed()
+                loop.say_validation()
             _warn_of_untrained_row(loop.config, loop.model)
     except KeyboardInterrupt:
         if (run / LAST).exists():
@@ -397,14 +398,18 @@ class _Loop(Session):
             self._save(LAST, accuracy)
         bar.epoch_done(row)
 
-    def say_disturbed(self) -> None:
-        """Tell what becomes of some validation images, by the weights that are the run's."""
+    def say_validation(self) -> None:
+        """Tell what becomes of validation images, by the weights that are the run's: class by class, and disturbed."""
         if not is_main():
             return
-        load_state(self.model, load_checkpoint(self.run / BEST)[0], self.run / BEST)
-        val = some(self.splits.val, DISTURBED_IMAGES)
-        known = compute_features(self.model, self.source, val, self.config.workers)
-        say(str(judge_disturbed(self.model, known, self.source.labels[val])))
+        model, source, config, splits = self.model, self.source, self.config, self.splits
+        load_state(model, load_checkpoint(self.run / BEST)[0], self.run / BEST)
+        val, calib = (read_logits(model, source, part, config.workers) for part in (splits.val, splits.calib))
+        drawn = some(splits.val, DISTURBED_IMAGES)
+        known = compute_features(model, source, drawn, config.workers)
+        say(str(judge_disturbed(model, known, source.labels[drawn])))
+        for line in write_validation(self.run, source, splits.val, val, (calib, source.labels[splits.calib])):
+            say(line)
 
     def _validate(self) -> tuple[SSODClassifier, float, float]:
         """(model, accuracy, loss) on the validation images: of the model, or of the average where it is as accurate."""

@@ -15,6 +15,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
+from ssod_edge.csv_table import write_csv
 from ssod_edge.data.copies import Copies, exact_copies, near_copies
 from ssod_edge.data.division import divide, earlier_splits
 from ssod_edge.data.negatives import Negatives, open_negatives
@@ -253,14 +254,25 @@ class Session:
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it.
 
-    A line that is damaged is left out, and said so: it is not worth the epoch that was trained.
+    A line that is damaged is left out, and said so: it is not worth the epoch that was trained. A table
+    beside it has the numbers of all lines, for spreadsheets and plots.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = []
+    kept, rows = [], []
     for number, line in enumerate(lines, 1):
         try:
-            if from_json(int, parse_json(line).get("epoch"), "epoch") < row["epoch"]:
+            earlier = parse_json(line)
+            if from_json(int, earlier.get("epoch"), "epoch") < row["epoch"]:
                 kept.append(line)
+                rows.append(earlier)
         except UsageError as error:
             say(f"left out line {number} of '{path}', which is damaged ({error})")
     write_atomic(path, lambda temporary: temporary.write_bytes(b"\n".join([*kept, json.dumps(row).encode(), b""])))
+    _write_table(path.with_suffix(".csv"), [*rows, row])
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A row an epoch, a column for each number or word; what holds more than one stays in the lines."""
+    plain = [{key: value for key, value in row.items() if isinstance(value, (str, int, float))} for row in rows]
+    header = list(dict.fromkeys(key for row in plain for key in row))
+    write_csv(path, header, ([row.get(key) for key in header] for row in plain))

@@ -36,6 +36,7 @@ from ssod_edge.training.upper import (
     tune_upper,
     tuned_features,
 )
+from ssod_edge.training.validated import class_logits, write_validation
 
 
 def tune(session: Session) -> None:
@@ -74,6 +75,7 @@ def tune(session: Session) -> None:
     if rows is not None:
         facts["row"] = rows.facts
     facts["disturbed"] = asdict(_say_disturbed(session, taught, facts["tuned"]))
+    _say_classes(session, taught)
     folds = _folds(session, head, images, rows) if pooled else {}
     _write(session, taught.held_out.accuracy, time.monotonic() - started, facts, folds)
 
@@ -135,6 +137,18 @@ def _say_disturbed(session: Session, taught: Taught, tuned: str) -> Disturbed:
     )
     say(str(found))
     return found
+
+
+def _say_classes(session: Session, taught: Taught) -> None:
+    """Tell of the validation images class by class; thresholds' images that the last layer has learnt count as new."""
+    source, splits, features = session.source, session.splits, taught.features.plain
+    if len(taught.images) > len(splits.train) and taught.head.left_out is not None:
+        held_out = taught.head.left_out, source.labels[taught.images]
+    else:
+        held_out = class_logits(session.model, features[splits.calib]), source.labels[splits.calib]
+    logits = class_logits(session.model, features[splits.val])
+    for line in write_validation(session.run, source, splits.val, logits, held_out):
+        say(line)
 
 
 def _folds(session: Session, head: LinearHead, images: Indices, rows: FittedRow | None) -> dict[str, Tensor]:

@@ -10,7 +10,14 @@ import pytest
 from numpy.typing import NDArray
 from sklearn import metrics
 
-from ssod_edge.detect.classes import BINS, MOST_IN_MATRIX, calibration, classification, tempered_classification
+from ssod_edge.detect.classes import (
+    BINS,
+    MOST_IN_MATRIX,
+    calibration,
+    class_lines,
+    classification,
+    tempered_classification,
+)
 from ssod_edge.errors import UsageError
 
 CLASSES = ("cat", "dog", "=cmd|' /C calc'!A0", "\u05d7\u05ea\u05d5\u05dc <b>")
@@ -110,6 +117,16 @@ def test_ece_of_answers_drawn_from_their_own_probabilities_is_small() -> None:
     assert calibration(labels, softmax(np.log(probs) * 3))["ece"] > 0.05, "too sure"
 
 
+def test_the_error_of_chance_is_that_of_answers_drawn_from_their_own_probabilities() -> None:
+    rng = np.random.default_rng(1)
+    probs = softmax(rng.normal(size=(200, 3)) * 2)
+    drawn = [(probs.cumsum(axis=1) < rng.random((200, 1))).sum(axis=1).clip(max=2) for _ in range(40)]
+    found = [calibration(labels, probs) for labels in drawn]
+    chance = found[0]["ece_by_chance"]
+    assert chance == pytest.approx(np.mean([row["ece"] for row in found]), rel=0.15) and chance > 0.02
+    assert calibration(np.tile(drawn[0], 50), np.tile(probs, (50, 1)))["ece_by_chance"] < chance / 4
+
+
 def test_a_temperature_changes_confidence_and_no_class() -> None:
     labels, logits = drawn(2000)
     plain = classification(labels, softmax(logits * 4), CLASSES)
@@ -119,6 +136,21 @@ def test_a_temperature_changes_confidence_and_no_class() -> None:
         assert found["temperature"]["before"][key] == pytest.approx(plain["calibration"][key])
     assert found["calibration"]["ece"] < found["temperature"]["before"]["ece"] / 2
     assert found["confusion"] == plain["confusion"] and found["by_class"] == plain["by_class"]
+
+
+def test_the_lines_say_what_the_record_says() -> None:
+    labels, logits = drawn(2000)
+    found = tempered_classification(labels, logits * 4, CLASSES, 4.0)
+    first, pairs, confidence = class_lines(found)
+    weakest = min(CLASSES, key=lambda name: found["by_class"][name]["recall"])
+    assert f"weakest: {weakest} ({100 * found['by_class'][weakest]['recall']:.0f} of 100" in first
+    pair = found["confused"][0]
+    assert f"{pair['label']} for {pair['class_name']} ({pair['n']} of" in pairs
+    before, after = found["temperature"]["before"]["ece"], found["calibration"]["ece"]
+    assert f"(ECE) {before:.1%} -> {after:.1%}" in confidence
+    assert "by the temperature 4.00, which changes no verdict (" in confidence
+    plain = class_lines(tempered_classification(labels, logits, CLASSES, 1.0))[-1]
+    assert "->" not in plain and "temperature" not in plain
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from colour import BIAS, WEIGHT, edit_graph
+from colour import BIAS, COLOURS, WEIGHT, edit_graph, paint
 from PIL import Image
 
 import ssod_edge
@@ -30,13 +30,6 @@ KEYS = [
     "image", "class_index", "class_name", "confidence", "ood_score",
     "threshold", "known", "p_known", "engine", "precision", "image_warning", "error",
 ]  # fmt: skip
-COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
-
-
-def paint(path: Path, colour: str, size: tuple[int, int] = (40, 30)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, COLOURS[colour]).save(path)
-    return path
 
 
 @pytest.fixture
@@ -327,6 +320,10 @@ def test_table(export: Path, photos: Path) -> None:
     lines = out.splitlines()
     assert code == 0
     assert lines[1].split()[1:3] == ["KNOWN", "red"] and lines[3].split()[1:3] == ["UNKNOWN", "green"]
+    assert lines[0].split()[-2:] == ["p", "known"] and "p known: of 100 new images of known classes" in lines[5]
+    with ssod_edge.open(export) as model:
+        found = [model.predict(path).p_known for path in list_images([str(photos)])]
+    assert [line.split()[-1] for line in lines[1:4]] == [f"{p:.1%}" for p in found]
     assert "3 images: 2 known, 1 unknown, 0 failed; onnx-fp16 on onnxruntime in fp32 on CPU" in lines[4]
 
 
@@ -390,7 +387,7 @@ def test_control_characters_stay_in_their_row(export: Path, photos: Path) -> Non
     odd = paint(photos / "two\nlines\x1b[31m\u2028.png", "red")
     gone = photos / "gone\t.png"
     code, out, _ = run(export, odd, gone)
-    assert code == 1 and len(out.splitlines()) == 4
+    assert code == 1 and len(out.splitlines()) == 5, "a heading, two rows, the sum, and what p known is"
     assert r"two\nlines\x1b[31m\u2028.png" in out and r"gone\t.png': no such file" in out
     _, out, _ = run(export, odd, "--json")
     assert json.loads(out)["image"] == str(odd)

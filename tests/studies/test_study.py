@@ -130,6 +130,8 @@ def test_a_study_trains_evaluates_and_does_nothing_twice(data, tmp_path, monkeyp
     record = json.loads((out / STUDY).read_text())
     assert [row["settings"] for row in record["summary"]] == ["method=ce", "method=ssod"]
     assert (out / TABLE).read_text() in result.stdout
+    of_classes = record["runs"][0]["classification"]
+    assert of_classes["by_class"] and "mistakes" not in of_classes, "single images are no part of a study"
     config = json.loads((out / "method=ce-seed=0" / "config.json").read_text())
     assert (config["loss"]["method"], config["seed"], config["epochs"]) == ("ce", 0, 1)
 

@@ -20,6 +20,7 @@ from ssod_edge.spec import LOGIT_OUTPUTS, VERDICT_OUTPUTS, Artifact, Spec, Thres
 
 SIZE = 16
 CLASSES = ("red", "green", "blue")
+COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "grey": (60, 60, 60)}
 #: A colour classifier: features are the three channel means in [0, 1]; grey is what it does not know.
 WEIGHT = np.array([[8, -4, -4], [-4, 8, -4], [-4, -4, 8], [2, 1, 1]], np.float32)
 BIAS = np.array([0.0, 0.1, -0.1, -1.0], np.float32)
@@ -154,6 +155,13 @@ def edit_graph(folder: Path, artifact: str, **initializers: np.ndarray) -> None:
             tensor.CopyFrom(numpy_helper.from_array(initializers[tensor.name], tensor.name))
     onnx.save(model, path)
     edit_spec(folder, lambda spec: spec, rehash=True)
+
+
+def paint(path: Path, colour: str, size: tuple[int, int] = (40, 30)) -> Path:
+    """An image file of one of `COLOURS`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, COLOURS[colour]).save(path)
+    return path
 
 
 def write_colours(folder: Path, n: int = 4) -> Path:

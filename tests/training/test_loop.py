@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -545,6 +546,9 @@ def test_a_damaged_line_of_the_metrics_costs_no_epoch(config, tmp_path, capsys):
     (run / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
     train(config, tmp_path, resume=True)
     assert [row["epoch"] for row in rows(run)] == [1, 2] and (run / "metrics.jsonl").read_bytes().startswith(first)
+    table = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [float(row["val_loss"]) for row in table] == [row["val_loss"] for row in rows(run)]
+    assert [row["epoch"] for row in table] == ["1", "2"] and "started_from" not in table[0]
     said = capsys.readouterr().err
     for number in (1, 3, 4, 5, 6):
         assert f"left out line {number} of '{run / 'metrics.jsonl'}', which is damaged" in said

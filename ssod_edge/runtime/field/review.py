@@ -39,6 +39,7 @@ from ssod_edge.files import (
     beside,
     claim,
     exclusive,
+    free_path,
     make_directory,
     sha256_file,
     write_atomic,
@@ -264,7 +265,7 @@ def carry_out(
     for name, images in classes.items():
         target = _class_folder(out, name)
         for image in images:
-            _link(image, _free(target, image))
+            _link(image, free_path(target, image))
         _log(folder, [(image.name, target.name) for image in images], placed, lines, logged)
         counts[target.name] += len(images)
         _remove(folder, images)
@@ -328,14 +329,6 @@ def _class_folder(out: Path, name: str) -> Path:
     made = make_directory(out)
     same = [path for path in made.iterdir() if path.is_dir() and same_name(path.name) == same_name(name)]
     return same[0] if same else make_directory(made / same_name(name))
-
-
-def _free(target: Path, source: Path) -> Path:
-    """Where an image goes: under its name, and with more in it where another image has that."""
-    path = target / source.name
-    if path.exists() and not os.path.samefile(path, source) and sha256_file(path) != sha256_file(source):
-        path = target / f"{source.stem}-{sha256_file(source)[:16]}{source.suffix}"
-    return path
 
 
 def _logged(path: Path) -> set[tuple[str, str | None]]:

@@ -19,8 +19,17 @@ from ssod_edge.runtime.field.frames import FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
-from ssod_edge.runtime.report import WORDS, PredictOptions, describe_run, open_collector, open_monitor
+from ssod_edge.runtime.report import (
+    WORDS,
+    PredictOptions,
+    describe_run,
+    open_collector,
+    open_monitor,
+    open_table,
+    p_known_note,
+)
 from ssod_edge.runtime.runner import Array, Runner
+from ssod_edge.runtime.written import FRAME_COLUMNS
 from ssod_edge.terminal import printable
 
 #: Time over which the frame rate is measured.
@@ -146,6 +155,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         Predictor(open_runner(folder, **opening)) as predictor,
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
+        open_table(options.csv, FRAME_COLUMNS) as written,
         FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
@@ -156,9 +166,13 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         try:
             for verdict in predict_frames(predictor, frames, smoother, watch):
                 table.add(verdict)
+                if written is not None:
+                    written.add(verdict.to_dict())
                 click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
         finally:  # after Ctrl-C too
             click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
+            if not as_json and (note := p_known_note(predictor.runner)):
+                click.echo(note)
         if frames.problem is not None:
             click.echo(f"error: {printable(frames.problem)}", err=True)
     problems = any(one is not None and one.problem for one in (watch, collector))
@@ -181,7 +195,8 @@ class _Table:
 
     def head(self) -> str:
         name = f"{'class':{self._width}}"
-        return f"{'frame':>7} {'time':>9}  {'verdict':12}  {name} {'confidence':>10} {'ood score':>9} {'fps':>6}"
+        figures = f"{'confidence':>10} {'ood score':>9} {'p known':>7} {'fps':>6}"
+        return f"{'frame':>7} {'time':>9}  {'verdict':12}  {name} {figures}"
 
     def row(self, verdict: FrameVerdict) -> str:
         prediction = verdict.prediction
@@ -192,7 +207,9 @@ class _Table:
         word = click.style(f"{text:12}", dim=True) if style == "dim" else click.style(f"{text:12}", style)
         name = f"{printable(str(prediction.class_name)):{self._width}}"
         rate = "" if verdict.fps is None else f"{verdict.fps:.1f}"
-        return f"{start}{word}  {name} {prediction.confidence:10.1%} {prediction.ood_score:9.3f} {rate:>6}"
+        p = "" if prediction.p_known is None else f"{prediction.p_known:.1%}"
+        figures = f"{prediction.confidence:10.1%} {prediction.ood_score:9.3f} {p:>7} {rate:>6}"
+        return f"{start}{word}  {name} {figures}"
 
     def summary(self, frames: FrameReader, runner: Runner) -> str:
         took, counts, total = self._now - self._began, self.counts, self.counts.total()

@@ -16,7 +16,9 @@ from small import random_images, write_images, write_run
 from ssod_edge.cli import main
 from ssod_edge.detect import confidence
 from ssod_edge.detect.confidence import fit_temperature, p_known, verdict_inputs
+from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import probabilities
+from ssod_edge.export.graph.onnx import fused_graph
 from ssod_edge.export.graph.reference import run_eager
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.open import open_runner
@@ -90,6 +92,25 @@ def test_calibrate_changes_numbers_and_no_file(exported: Path) -> None:
             outputs = runner.infer({"image": images})
         np.testing.assert_array_equal(outputs["known"], outputs["ood_score"] <= new.threshold.value)
         np.testing.assert_array_equal(outputs["known"], outputs["p_known"] > 0.2 + 1e-6)
+
+
+def test_a_temperature_changes_probabilities_and_no_verdict(small_model: SSODClassifier) -> None:
+    given = {"image": random_images(60, seed=6).numpy()}
+    found = []
+    for temperature in (1.0, 2.5):
+        graph = fused_graph(small_model, "gen", trained=True, temperature=temperature).SerializeToString()
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        if not found:
+            (scores,) = session.run(["ood_score"], given)
+            given |= verdict_inputs(conformal_threshold(scores[:40]))
+        names = [output.name for output in session.get_outputs()]
+        found.append(dict(zip(names, session.run(names, given), strict=True)))
+    plain, tempered = found
+    assert 0 < plain["known"].sum() < 60
+    for name in set(plain) - {"probs"}:
+        np.testing.assert_array_equal(tempered[name], plain[name], err_msg=name)
+    np.testing.assert_array_equal(tempered["probs"].argmax(axis=1), plain["logits"].argmax(axis=1))
+    assert (tempered["probs"].max(axis=1) < plain["probs"].max(axis=1)).all(), "less sure"
 
 
 def test_a_program_of_its_own_gets_a_verdict_from_the_file_alone(exported: Path) -> None:

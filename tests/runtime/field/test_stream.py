@@ -332,9 +332,10 @@ def test_json_lines(export: Path, video: Path) -> None:
 
 def test_table(export: Path, tmp_path: Path) -> None:
     code, out, err = run(export, write_video(tmp_path / "a.avi", plain("red", "grey")), "--engine", "onnxruntime")
-    head, first, second, summary = out.splitlines()
+    head, first, second, summary, note = out.splitlines()
+    assert note.startswith("p known: of 100 new images of known classes")
     assert (code, err) == (0, "")
-    assert head.split() == ["frame", "time", "verdict", "class", "confidence", "ood", "score", "fps"]
+    assert head.split() == ["frame", "time", "verdict", "class", "confidence", "ood", "score", "p", "known", "fps"]
     assert first.split()[:4] == ["0", "0.00s", "KNOWN", "red"] and second.split()[:3] == ["1", "0.04s", "UNKNOWN"]
     assert "2 frames in" in summary and "1 known, 1 unknown, 0 failed, 0 dropped; onnx-fp32 on onnxruntime" in summary
 
