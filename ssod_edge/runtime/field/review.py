@@ -45,11 +45,12 @@ from ssod_edge.files import (
     write_json,
 )
 from ssod_edge.json_reader import parse_json, read_json
+from ssod_edge.runtime.field.decided import DECISIONS
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
 from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
 from ssod_edge.terminal import printable
 
-GROUPS, CLASSES, DECISIONS = "groups", "classes", "decisions.jsonl"
+GROUPS, CLASSES = "groups", "classes"
 #: What was decided on the page and is not carried out yet.
 DRAFT = "draft.jsonl"
 #: The list of what was put where, in `GROUPS`.
