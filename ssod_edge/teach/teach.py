@@ -40,6 +40,7 @@ from ssod_edge.spec import (
 from ssod_edge.teach.fitted import Fitted, Lesson, fit_lesson, outputs, without_classes
 from ssod_edge.teach.given import Given, check_names, open_photos
 from ssod_edge.teach.graph import End, Trunk, check_teachable, with_end
+from ssod_edge.teach.learnt import without_copies
 from ssod_edge.teach.photos import Photos, check_new, counts_of, read_photos
 from ssod_edge.teach.proof import Answers, Proof, check, prove
 from ssod_edge.teach.record import TaughtExport, source_record
@@ -204,6 +205,9 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
         images = open_photos(options.data)
         check_names(images.source, classes, options.alike)
         photos = read_photos(images, classes, model.spec.preprocess, model.trunk, say)
+        photos = without_copies(photos, stored, len(classes), options.alike, say)
+        if not len(photos.labels) and not len(gone):
+            raise UsageError(f"the model has learnt all photos of '{photos.data}' already. Add new ones")
         say(f"features of {len(photos.labels)} photos and a disturbed copy of each, {time.monotonic() - started:.1f} s")
     check_teachable(model.spec.score_name, len(model.spec.classes), len(photos.classes))
     logits, _, score = model.say_of(photos.plain)

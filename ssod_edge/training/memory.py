@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-#: Options of mallopt(3), and values that keep what is freed: blocks up to 1 GiB come from the heap, which never shrinks.
+#: Options of mallopt(3), and values that keep freed memory: blocks up to 1 GiB come from the heap, which never shrinks.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LARGEST_BLOCK, _NEVER = 2**30, -1
 
