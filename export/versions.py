@@ -143,6 +143,9 @@ def _choose(place: Path, current: Export | None, to: str | None) -> Export:
         what = f"version {to}"
         if not chosen and current is not None and to in (str(current.spec.version), name_of(current.spec)):
             raise UsageError(f"{what} is in use already; kept beside '{place}': {names}")
+    elif current is None and not found:
+        Export.at(place)  # says what is wrong
+        raise UsageError(f"'{place}' is no export")
     elif current is None:
         raise UsageError(f"'{place}' is damaged or not there: name a version with --to; kept beside it: {names}")
     elif not current.spec.lineage:

@@ -96,7 +96,8 @@ def read_photos(images: Subset, classes: tuple[str, ...], settings: Preprocess, 
     added = [name for name in images.source.classes if same_name(name) not in known]
     numbers = known | {same_name(name): len(classes) + place for place, name in enumerate(added)}
     table = np.array([numbers[same_name(name)] for name in images.source.classes], np.int64)
-    read, plain, disturbed, shown, places = [], [], [], [], []
+    read: list[int] = []
+    plain, disturbed, shown, places = [], [], [], []
     wanted = _for_reference(images.source.labels[images.indices])
     for indices, pixels in _batches(images, settings):
         plain.append(trunk.features(pixels))

@@ -398,11 +398,12 @@ def _write_reference(path: Path, model: Model, fitted: Fitted, photos: Photos) -
     old = model.export.reference()
     with np.load(model.export.folder / REFERENCE_NAME, allow_pickle=False) as file:
         labels = file["label"].astype(np.int64) if "label" in file else np.full(len(old["image"]), -1)
-    kept = max(1, min(len(old["image"]), REFERENCE_IMAGES - len(photos.shown)))
-    images = old["image"][:kept]
+    n = len(old["image"])
+    kept = np.linspace(0, n - 1, max(1, min(n, REFERENCE_IMAGES - len(photos.shown)))).astype(int)  # of every class
+    images = old["image"][kept]
     features = model.trunk.features(images)
     logits, id_logit, _ = model.say_of(features)
-    worst = max(np.abs(logits - old["logits"][:kept]).max(), np.abs(id_logit - old["id_logit"][:kept]).max())
+    worst = max(np.abs(logits - old["logits"][kept]).max(), np.abs(id_logit - old["id_logit"][kept]).max())
     allowed = TOLERANCES["fp32"].logit * (1 + np.abs(old["logits"]).max())
     if not worst <= allowed:
         raise VerificationError(
@@ -415,7 +416,7 @@ def _write_reference(path: Path, model: Model, fitted: Fitted, photos: Photos) -
     logits, id_logit, score = fitted.say_of(features)
     arrays: dict[str, Any] = {
         "image": np.concatenate([images, photos.shown]),
-        "label": np.concatenate([table[labels[:kept]], photos.labels[photos.places]]),
+        "label": np.concatenate([table[labels[kept]], photos.labels[photos.places]]),
         "logits": logits,
         "id_logit": id_logit,
     }

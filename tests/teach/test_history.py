@@ -161,7 +161,9 @@ def test_an_export_that_was_never_taught(light: Path) -> None:
     assert only["version"] == 1 and only["current"] and only["taught"] == {}
     done = run("rollback", light)
     assert done.exit_code == 2 and "was not taught" in done.output
-    assert run("history", light.parent / "nowhere").exit_code == 2
+    for command in ("history", "rollback"):
+        done = run(command, light.parent / "nowhere")
+        assert done.exit_code == 2 and "does not exist. Make an export with" in done.output
 
 
 def test_a_damaged_version_is_not_swapped_in(door: Path) -> None:

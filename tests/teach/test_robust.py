@@ -226,3 +226,13 @@ def test_a_target_that_holds_something_else_is_refused_before_the_work(
     (tmp_path / "mine" / "letter.txt").touch()
     done = run("teach", door, photos, "-o", tmp_path / "mine")
     assert done.exit_code == 2 and "holds other files than an export" in done.output and "features" not in done.output
+
+
+@pytest.mark.parametrize("out", [(), ("-o", "other"), ("-o", "deep/er/other")])
+def test_a_place_that_is_read_only_is_found_before_the_work(
+    door: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, out: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(door.parent)
+    monkeypatch.setattr("ssod_edge.export.staging.os.access", lambda path, mode: path != door.parent.resolve())
+    done = run("teach", door, photos, *out)
+    assert done.exit_code == 1 and done.output.startswith(f"error: cannot write into '{door.parent.resolve()}'")

@@ -32,7 +32,8 @@ def weight_of_residual(export: Path) -> float:
     return score.scales["residual"]
 
 
-def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
+def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssod_edge.teach.teach.REFERENCE_IMAGES", 50)
     before = snapshot(exported)
     photos = write_photos(tmp_path / "new", "fg", 10, seed=2)
     done = run("teach", exported, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 5)
@@ -46,6 +47,8 @@ def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
     assert all(a.verification["passed"] and a.threshold is not None for a in spec.artifacts)
     assert spec.source["taught"]["photos"] == {"f": 10, "g": 10}
     assert "checkpoint_sha256" not in spec.source and len(spec.source["parent_sha256"]) == 64
+    labels = np.load(tmp_path / "taught" / "reference.npz")["label"]
+    assert set(np.unique(labels)) == set(range(len(spec.classes)))  # the photos took room from every class
     fresh = write_photos(tmp_path / "fresh", "abcdefg", 10, seed=3)
     for artifact in spec.artifacts:
         with ssod_edge.open(tmp_path / "taught", artifact=artifact.name) as model:

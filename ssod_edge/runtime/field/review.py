@@ -88,11 +88,13 @@ def reviewing(folder: str) -> Iterator[Path]:
     Raises:
         UsageError: nothing was collected there.
         BusyError: another process is at it.
-        OutputError: a file cannot be written; an OSError of the block becomes one.
+        OutputError: the folder is read-only, or a file cannot be written; an OSError of the block becomes one.
     """
     place = Path(folder)
     if not place.is_dir():
         raise UsageError(f"'{folder}' is no folder. Make one with: ssod-edge predict ... --collect DIR")
+    if not os.access(place, os.W_OK):
+        raise OutputError(f"cannot write into '{folder}', where decisions are kept. Review a copy of it")
     try:
         with claim(place / ".review.lock", f"'{folder}' is being reviewed"):
             yield place
@@ -383,5 +385,6 @@ def _report(folder: Path, out: Path, counts: Counter[str], discarded: int, known
             report.append(printable(f"note: '{name}' is a new class beside '{alike[0]}', which the model knows"))
     shelf = Shelf(folder)
     left = len(shelf.lines) + len(shelf.loose)
-    report.append(f"{discarded} discarded, {left} undecided; log in '{folder / DECISIONS}'")
+    log = f"; log in '{folder / DECISIONS}'" if counts or discarded else ""
+    report.append(f"{discarded} discarded, {left} undecided{log}")
     return [*report, f"Classes are in '{out}'"] if counts else report
