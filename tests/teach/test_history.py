@@ -227,10 +227,20 @@ def test_an_export_that_is_made_anew_keeps_the_lessons_of_before(door: Path, lig
     with release(door, lines.append) as draft:
         shutil.copytree(light, draft.folder, dirs_exist_ok=True)
         draft.write(load_spec(light))
-    assert snapshot(door) == snapshot(light) and any("the export that was taught is kept in" in line for line in lines)
+    assert snapshot(door) == snapshot(light) and any("the export that was there is kept in" in line for line in lines)
     assert [(row["version"], row["current"]) for row in listed(door)] == [(3, False), (2, False), (1, True)]
     assert run("rollback", door, "--to", 3).exit_code == 0
     assert snapshot(door) == taught
+
+
+def test_a_lesson_that_goes_where_another_export_is_keeps_that_one(door: Path, light: Path, tmp_path: Path) -> None:
+    """`teach EXPORT more/ -o taught` once more, where `taught` was meant: the first lesson is not lost."""
+    taught = snapshot(door)
+    done = run("teach", light, write_photos(tmp_path / "h", "h", 3, seed=1), "-o", door, *FREELY)
+    assert done.exit_code == 0 and "the export that was there is kept in" in " ".join(done.output.split()), done.output
+    assert load_spec(door).classes[-1] == "h" and load_spec(light).version == 1
+    name = next(row["name"] for row in listed(door) if row["version"] == 3)
+    assert run("rollback", door, "--to", name).exit_code == 0 and snapshot(door) == taught
 
 
 def test_the_version_in_a_run_folder(exported: Path, light: Path, tmp_path: Path) -> None:
