@@ -110,7 +110,7 @@ def test_what_is_open_goes_on_while_versions_are_swapped(exported: Path, tmp_pat
         photos = write_photos(tmp_path / "f", "f", 3, seed=1)
         assert run("teach", door, photos, *FREELY, "--keep", 0).exit_code == 0
         assert [model.predict(photo) for model in models] == before
-    run("teach", door, photos, *FREELY)
+    assert run("teach", door, write_photos(tmp_path / "g", "g", 3, seed=2), *FREELY).exit_code == 0
     stop = threading.Event()
 
     def swap() -> None:
