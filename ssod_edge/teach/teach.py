@@ -26,6 +26,8 @@ from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
 from ssod_edge.files import claim, sha256_file, write_atomic
 from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.field.review import CLASSES, GROUP_LIST
+from ssod_edge.runtime.field.shelf import INDEX
 from ssod_edge.runtime.open import is_installed
 from ssod_edge.runtime.verify import TOLERANCES
 from ssod_edge.spec import (
@@ -243,9 +245,22 @@ def _say_replaced(spec: Spec, say: Say) -> None:
 
 
 def _check_data(data: Given | None, export: Export) -> None:
-    """Raises UsageError where the photos are the export itself, or the run that it lies in."""
-    if isinstance(data, str) and Path(data).resolve() in (export.folder.resolve(), export.run_folder):
+    """Raises UsageError where the photos are the export itself, the run that it lies in, or not yet reviewed."""
+    if not isinstance(data, str):
+        return
+    place = Path(data)
+    if place.resolve() in (export.folder.resolve(), export.run_folder):
         raise UsageError(f"'{data}' is the model, and no photos. Give DATA, CLASS/IMAGE folders of photos, after it")
+    if (place / INDEX).is_file():
+        raise UsageError(
+            f"'{data}' is what predict --collect kept, and has no classes. Sort it with: ssod-edge review {data}; and "
+            f"teach '{place / CLASSES}'"
+        )
+    if (place / GROUP_LIST).is_file():
+        raise UsageError(
+            f"'{data}' are groups that nobody has decided on. Rename them, then: ssod-edge review {place.parent} "
+            f"--folders --done; and teach '{place.parent / CLASSES}'"
+        )
 
 
 def _check_installed() -> None:

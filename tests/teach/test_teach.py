@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collected import write_collected
 from lesson import CLASSES, SIZE, run, snapshot, write_photos
 from PIL import Image
 
@@ -252,6 +253,17 @@ def test_what_cannot_be_read_among_good_photos_is_named(light, tmp_path):
 def test_the_model_is_no_photos(exported, tmp_path, inner):
     done = run("teach", exported.parent, exported.parent / inner, "-o", tmp_path / "taught")
     assert done.exit_code == 2 and "is the model, and no photos. Give DATA" in done.output
+
+
+def test_what_nobody_has_reviewed_is_no_lesson(light, tmp_path):
+    write_collected(tmp_path / "kept", {3: 2})
+    done = run("teach", light, tmp_path / "kept", "-o", tmp_path / "taught")
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and f"ssod-edge review {tmp_path / 'kept'}; and teach" in text, text
+    assert run("review", tmp_path / "kept", "--folders").exit_code == 0
+    done = run("teach", light, tmp_path / "kept" / "groups", "-o", tmp_path / "taught")
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and "--folders --done; and teach" in text and "kept/classes" in text, text
 
 
 def test_photos_that_are_nearly_all_of_a_known_class(light, tmp_path):

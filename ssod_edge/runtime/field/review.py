@@ -54,7 +54,7 @@ GROUPS, CLASSES = "groups", "classes"
 #: What was decided on the page and is not carried out yet.
 DRAFT = "draft.jsonl"
 #: The list of what was put where, in `GROUPS`.
-_LIST = "groups.json"
+GROUP_LIST = "groups.json"
 #: Names of folders: of images that are like no other, and of what nobody needs.
 SINGLES, DISCARD = "singles", "discard"
 #: Groups are joined while the mean cosine between their images is at least this.
@@ -144,7 +144,7 @@ def make_groups(folder: Path) -> None:
     for group, names in placed.items():
         for name in names:
             _link(folder / name, make_directory(made / group) / name)
-    write_json(made / _LIST, {name: group for group, names in placed.items() for name in names})
+    write_json(made / GROUP_LIST, {name: group for group, names in placed.items() for name in names})
     made.rename(target)
     for group, names in placed.items():
         click.echo(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
@@ -279,7 +279,7 @@ def carry_out(
 
 def _read_list(folder: Path) -> dict[str, str]:
     """Which image was put into which folder."""
-    path = folder / GROUPS / _LIST
+    path = folder / GROUPS / GROUP_LIST
     try:
         placed = read_json(path)
     except FileNotFoundError:
@@ -306,7 +306,7 @@ def _found(groups: Path, placed: dict[str, str]) -> dict[str, list[str]]:
                 wrong = [entry]
             found[entry.name] = [path.name for path in inside if is_shown(path.name) and is_image(path.name)]
         else:
-            wrong = [entry] if entry.name != _LIST and is_shown(entry.name) and is_image(entry.name) else []
+            wrong = [entry] if entry.name != GROUP_LIST and is_shown(entry.name) and is_image(entry.name) else []
         if wrong:
             raise UsageError(f"'{wrong[0]}' is not in its place: expected images in folders, one deep. Move it away")
     return found
