@@ -214,8 +214,10 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
     check_teachable(model.spec.score_name, len(model.spec.classes), len(photos.classes))
     logits, _, score = model.say_of(photos.plain)
     known_before = score <= model.threshold.value
-    if not options.alike and not len(gone):
-        check_new(photos, len(classes), logits.argmax(axis=1), known_before)
+    if not options.alike:
+        stay = np.setdiff1d(np.arange(len(model.spec.classes)), gone)
+        taken_for = np.where(np.isin(logits.argmax(axis=1), gone), -1, np.searchsorted(stay, logits.argmax(axis=1)))
+        check_new(photos, len(classes), taken_for, known_before & (taken_for >= 0))
     few = _few(model.spec, photos)
     fitted = fit_lesson(
         Lesson(stored, heads, model.row, photos, model.spec.score_name, few, SPENT * options.max_drop / 100)

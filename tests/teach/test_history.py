@@ -83,6 +83,14 @@ def test_history_of_a_copy_knows_what_is_not_there(two_lessons: Path, tmp_path: 
     assert done.exit_code == 2 and "version 2, which" in done.output and "is not kept beside" in done.output
 
 
+def test_what_is_kept_comes_back_as_history_says(door: Path) -> None:
+    """Also where the version that the current one was taught from is not among what is kept."""
+    assert run("rollback", door, "--to", 1).exit_code == 0
+    text = " ".join(run("history", door).output.split())
+    assert f"One comes back with: ssod-edge rollback {door} --to VERSION" in text, text
+    assert run("rollback", door, "--to", 3).exit_code == 0
+
+
 def test_rollback_goes_back_and_forth(door: Path) -> None:
     (door / "notes.txt").write_text("mine")
     newest = snapshot(door)
@@ -146,7 +154,7 @@ def test_what_was_calibrated_comes_back_calibrated(door: Path, tmp_path: Path) -
     ("to", "message"),
     [
         ("3", "version 3 is in use already"),
-        ("7", "version 7 is not kept beside '.*door'; kept: 1-.*, 2-"),
+        ("7", "version 7 is not kept beside '.*door'; kept: 1-.*, 2-.*. Name one with --to"),
     ],
 )
 def test_a_version_that_is_not_there(door: Path, to: str, message: str) -> None:
