@@ -164,8 +164,9 @@ def _keep_earlier(place: Path, new: Export, say: Say) -> Spec:
         and without_names(earlier.source) == without_names(spec.source)
         and _same_reference(found, new)
     )
-    if earlier.taught and not spec.taught and (kept := keep(place)):
-        say(f"the export that was taught is kept in '{kept}': ssod-edge rollback {place} --to {name_of(earlier)}")
+    # Of lessons nothing is lost: neither what one made, nor what another one replaces.
+    if (earlier.taught or spec.taught) and (kept := keep(place)):
+        say(f"the export that was there is kept in '{kept}': ssod-edge rollback {place} --to {name_of(earlier)}")
     made = {artifact.name: artifact for artifact in spec.artifacts}
     for old in earlier.artifacts:
         if old.name in made:

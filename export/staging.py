@@ -58,11 +58,19 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def check_place(folder: Path) -> None:
-    """Raises UsageError where no export can go: `folder` is a file, or holds something else."""
+    """Find out before the work whether an export can go there.
+
+    Raises:
+        UsageError: `folder` is a file, or holds something else.
+        OutputError: where it would lie is read-only.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"'{folder}' is a file; give a folder for the export")
     if folder.is_dir() and not (folder / SPEC_NAME).exists() and any(folder.iterdir()):
         raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write into '{above}': it is read-only. Choose another folder.")
 
 
 def remove(folder: Path) -> None:

@@ -143,6 +143,9 @@ def _choose(place: Path, current: Export | None, to: str | None) -> Export:
         what = f"version {to}"
         if not chosen and current is not None and to in (str(current.spec.version), name_of(current.spec)):
             raise UsageError(f"{what} is in use already; kept beside '{place}': {names}")
+    elif current is None and not found:
+        Export.at(place)  # says what is wrong
+        raise UsageError(f"'{place}' is no export")
     elif current is None:
         raise UsageError(f"'{place}' is damaged or not there: name a version with --to; kept beside it: {names}")
     elif not current.spec.lineage:
@@ -152,7 +155,8 @@ def _choose(place: Path, current: Export | None, to: str | None) -> Export:
         chosen = [export for export in found if name_of(export.spec) == recorded_name(parent)]
         what = f"version {parent['version']}, which '{place}' was taught from,"
     if not chosen:
-        raise UsageError(f"{what} is not kept beside '{place}'; kept: {names}. See: ssod-edge history {place}")
+        fix = "Name one with --to" if found else f"See: ssod-edge history {place}"
+        raise UsageError(f"{what} is not kept beside '{place}'; kept: {names}. {fix}")
     if len(chosen) > 1:
         raise UsageError(f"several versions are called {to}: {names}. Give the name of one, with its hash")
     return chosen[0]

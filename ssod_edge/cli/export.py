@@ -55,6 +55,7 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     is_flag=True,
     flag_value=False,
     default=True,
+    show_default=False,
     help="Keep no features of images in the export: it cannot be taught.",
 )
 @shape

@@ -75,7 +75,7 @@ def _say_kept(place: Path, keep: int | None) -> None:
     if names := [name_of(export.spec) for export in others(place, None if current is None else current.spec)]:
         say(
             f"kept in '{versions_folder(place)}', {size_on_disk(place) / 1e6:.1f} MB: {', '.join(names)}. "
-            f"One comes back with: ssod-edge rollback {place}; history --keep N removes all but the newest N"
+            f"One comes back with: ssod-edge rollback {place} --to VERSION; history --keep N leaves the newest N"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,8 @@ from ssod_edge.terminal import image_bar
 
 #: Photos of a class that a row can be made of and judged by: one is seen, another is left out.
 LEAST_PHOTOS = 2
+#: Photos that are read at a time.
+BATCH = 32
 #: Photos that join the reference.
 REFERENCE_PHOTOS = 64
 #: Share of a new class's photos, from which on they are taken for one class that is known.
@@ -37,6 +39,7 @@ class Photos:
         classes: those of the model, and the new ones after them.
         shown: uint8 [r, 3, S, S], photos for the reference.
         places: int64 [r], which ones these are.
+        sources: names of the photos, for messages.
         added: how many of the classes are new.
         data, fingerprint: where the photos came from, for the record.
         unreadable: messages of the photos that were left out.
@@ -48,6 +51,7 @@ class Photos:
     classes: tuple[str, ...]
     shown: NDArray[np.uint8]
     places: Labels
+    sources: tuple[str, ...] = ()
     added: int = 0
     data: str | None = None
     fingerprint: str | None = None
@@ -59,6 +63,19 @@ class Photos:
         features, size = np.zeros((0, width), np.float32), settings.input_size
         labels = np.zeros(0, np.int64)
         return cls(features, features, labels, classes, np.zeros((0, 3, size, size), np.uint8), labels)
+
+    def only(self, stay: NDArray[np.bool_]) -> Photos:
+        """Those of which `stay` [m] says so."""
+        shown, place = stay[self.places], np.cumsum(stay) - 1
+        return replace(
+            self,
+            plain=self.plain[stay],
+            disturbed=self.disturbed[stay],
+            labels=self.labels[stay],
+            shown=self.shown[shown],
+            places=place[self.places[shown]],
+            sources=tuple(np.array(self.sources, object)[stay].tolist()),
+        )
 
 
 def read_photos(images: Subset, classes: tuple[str, ...], settings: Preprocess, trunk: Trunk, say: Say) -> Photos:
@@ -79,33 +96,24 @@ def read_photos(images: Subset, classes: tuple[str, ...], settings: Preprocess, 
     added = [name for name in images.source.classes if same_name(name) not in known]
     numbers = known | {same_name(name): len(classes) + place for place, name in enumerate(added)}
     table = np.array([numbers[same_name(name)] for name in images.source.classes], np.int64)
-    plain, disturbed, labels, shown, places = [], [], [], [], []
+    read: list[int] = []
+    plain, disturbed, shown, places = [], [], [], []
     wanted = _for_reference(images.source.labels[images.indices])
-    count = 0
-    with image_bar("photos", len(images)) as advance:
-        for start in range(0, len(images), 32):
-            chosen = images.indices[start : start + 32]
-            for pixels, found in images.batches(settings, chosen):
-                plain.append(trunk.features(pixels))
-                disturbed.append(trunk.features(np.stack([*map(seeded_copy, pixels)])))
-                labels.append(table[found])
-                for place in range(len(pixels)):
-                    if count + place in wanted:
-                        shown.append(pixels[place])
-                        places.append(count + place)
-                count += len(pixels)
-            advance(len(chosen))
+    for indices, pixels in _batches(images, settings):
+        plain.append(trunk.features(pixels))
+        disturbed.append(trunk.features(np.stack([*map(seeded_copy, pixels)])))
+        for one, place in zip(pixels, range(len(read), len(read) + len(pixels)), strict=True):
+            if place in wanted:
+                shown.append(one)
+                places.append(place)
+        read += indices
     for message in images.unreadable:
         say(f"left out: {message}")
     everything = (*classes, *added)
-    found = np.concatenate(labels) if labels else np.zeros(0, np.int64)
+    found = table[images.source.labels[read]]
+    why = f" (left out: {next(iter(images.unreadable))})" if images.unreadable else ""
     for number in table.tolist():
-        if (readable := int((found == number).sum())) < (LEAST_PHOTOS if number >= len(classes) else 1):
-            why = f" (left out: {next(iter(images.unreadable))})" if images.unreadable else ""
-            raise UsageError(
-                f"the class '{everything[number]}' of '{data}' has {readable} photos that can be read{why}. It takes "
-                f"{LEAST_PHOTOS} for a new class, one to learn from and one to prove it by, and 20 are better"
-            )
+        check_count(everything[number], data, int((found == number).sum()), number >= len(classes), why)
     return Photos(
         np.concatenate(plain),
         np.concatenate(disturbed),
@@ -113,11 +121,33 @@ def read_photos(images: Subset, classes: tuple[str, ...], settings: Preprocess, 
         everything,
         np.stack(shown),
         np.array(places, np.int64),
+        tuple(images.source.source(index) for index in read),
         len(added),
         data,
         images.source.fingerprint,
         tuple(images.unreadable),
     )
+
+
+def _batches(images: Subset, settings: Preprocess) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
+    """What can be read, in batches: its places in the source, and uint8 [n, 3, S, S]."""
+    with image_bar("photos", len(images)) as advance:
+        for start in range(0, len(images), BATCH):
+            chosen = images.indices[start : start + BATCH]
+            read = [(int(index), one) for index in chosen for one, _ in images.batches(settings, index[None])]
+            if read:
+                yield [index for index, _ in read], np.concatenate([one for _, one in read])
+            advance(len(chosen))
+
+
+def check_count(name: str, data: str | None, count: int, new: bool, why: str = "") -> None:
+    """Raises UsageError where a class has too few photos; `why` says what was left out."""
+    if count < (LEAST_PHOTOS if new else 1):
+        photos = "1 photo" if count == 1 else f"{count} photos"
+        raise UsageError(
+            f"the class '{name}' of '{data}' has {photos} that can be read{why}. It takes {LEAST_PHOTOS} for a new "
+            "class, one to learn from and one to prove it by, and 20 are better"
+        )
 
 
 def check_new(photos: Photos, before: int, taken_for: Labels, known: NDArray[np.bool_]) -> None:

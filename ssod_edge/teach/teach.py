@@ -27,6 +27,8 @@ from ssod_edge.export.versions import check_unchanged
 from ssod_edge.files import claim, sha256_file, write_atomic
 from ssod_edge.memory import give_back_freed_memory
 from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.field.review import CLASSES, GROUP_LIST
+from ssod_edge.runtime.field.shelf import INDEX
 from ssod_edge.runtime.open import is_installed
 from ssod_edge.runtime.verify import TOLERANCES
 from ssod_edge.spec import (
@@ -41,6 +43,7 @@ from ssod_edge.spec import (
 from ssod_edge.teach.fitted import Fitted, Lesson, fit_lesson, outputs, without_classes
 from ssod_edge.teach.given import Given, check_names, open_photos
 from ssod_edge.teach.graph import End, Trunk, check_teachable, with_end
+from ssod_edge.teach.learnt import without_copies
 from ssod_edge.teach.photos import Photos, check_new, counts_of, read_photos
 from ssod_edge.teach.proof import Answers, Proof, check, prove
 from ssod_edge.teach.record import TaughtExport, source_record
@@ -205,12 +208,17 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
         images = open_photos(options.data)
         check_names(images.source, classes, options.alike)
         photos = read_photos(images, classes, model.spec.preprocess, model.trunk, say)
+        photos = without_copies(photos, stored, len(classes), options.alike, say)
+        if not len(photos.labels) and not len(gone):
+            raise UsageError(f"the model has learnt all photos of '{photos.data}' already. Add new ones")
         say(f"features of {len(photos.labels)} photos and a disturbed copy of each, {time.monotonic() - started:.1f} s")
     check_teachable(model.spec.score_name, len(model.spec.classes), len(photos.classes))
     logits, _, score = model.say_of(photos.plain)
     known_before = score <= model.threshold.value
-    if not options.alike and not len(gone):
-        check_new(photos, len(classes), logits.argmax(axis=1), known_before)
+    if not options.alike:
+        stay = np.setdiff1d(np.arange(len(model.spec.classes)), gone)
+        taken_for = np.where(np.isin(logits.argmax(axis=1), gone), -1, np.searchsorted(stay, logits.argmax(axis=1)))
+        check_new(photos, len(classes), taken_for, known_before & (taken_for >= 0))
     few = _few(model.spec, photos)
     fitted = fit_lesson(
         Lesson(stored, heads, model.row, photos, model.spec.score_name, few, SPENT * options.max_drop / 100)
@@ -242,9 +250,22 @@ def _say_replaced(spec: Spec, say: Say) -> None:
 
 
 def _check_data(data: Given | None, export: Export) -> None:
-    """Raises UsageError where the photos are the export itself, or the run that it lies in."""
-    if isinstance(data, str) and Path(data).resolve() in (export.folder.resolve(), export.run_folder):
+    """Raises UsageError where the photos are the export itself, the run that it lies in, or not yet reviewed."""
+    if not isinstance(data, str):
+        return
+    place = Path(data)
+    if place.resolve() in (export.folder.resolve(), export.run_folder):
         raise UsageError(f"'{data}' is the model, and no photos. Give DATA, CLASS/IMAGE folders of photos, after it")
+    if (place / INDEX).is_file():
+        raise UsageError(
+            f"'{data}' is what predict --collect kept, and has no classes. Sort it with: ssod-edge review {data}; and "
+            f"teach '{place / CLASSES}'"
+        )
+    if (place / GROUP_LIST).is_file():
+        raise UsageError(
+            f"'{data}' are groups that nobody has decided on. Rename them, then: ssod-edge review {place.parent} "
+            f"--folders --done; and teach '{place.parent / CLASSES}'"
+        )
 
 
 def _check_installed() -> None:
@@ -397,11 +418,12 @@ def _write_reference(path: Path, model: Model, fitted: Fitted, photos: Photos) -
     old = model.export.reference()
     with np.load(model.export.folder / REFERENCE_NAME, allow_pickle=False) as file:
         labels = file["label"].astype(np.int64) if "label" in file else np.full(len(old["image"]), -1)
-    kept = max(1, min(len(old["image"]), REFERENCE_IMAGES - len(photos.shown)))
-    images = old["image"][:kept]
+    n = len(old["image"])
+    kept = np.linspace(0, n - 1, max(1, min(n, REFERENCE_IMAGES - len(photos.shown)))).astype(int)  # of every class
+    images = old["image"][kept]
     features = model.trunk.features(images)
     logits, id_logit, _ = model.say_of(features)
-    worst = max(np.abs(logits - old["logits"][:kept]).max(), np.abs(id_logit - old["id_logit"][:kept]).max())
+    worst = max(np.abs(logits - old["logits"][kept]).max(), np.abs(id_logit - old["id_logit"][kept]).max())
     allowed = TOLERANCES["fp32"].logit * (1 + np.abs(old["logits"]).max())
     if not worst <= allowed:
         raise VerificationError(
@@ -414,7 +436,7 @@ def _write_reference(path: Path, model: Model, fitted: Fitted, photos: Photos) -
     logits, id_logit, score = fitted.say_of(features)
     arrays: dict[str, Any] = {
         "image": np.concatenate([images, photos.shown]),
-        "label": np.concatenate([table[labels[:kept]], photos.labels[photos.places]]),
+        "label": np.concatenate([table[labels[kept]], photos.labels[photos.places]]),
         "logits": logits,
         "id_logit": id_logit,
     }

@@ -83,6 +83,14 @@ def test_history_of_a_copy_knows_what_is_not_there(two_lessons: Path, tmp_path: 
     assert done.exit_code == 2 and "version 2, which" in done.output and "is not kept beside" in done.output
 
 
+def test_what_is_kept_comes_back_as_history_says(door: Path) -> None:
+    """Also where the version that the current one was taught from is not among what is kept."""
+    assert run("rollback", door, "--to", 1).exit_code == 0
+    text = " ".join(run("history", door).output.split())
+    assert f"One comes back with: ssod-edge rollback {door} --to VERSION" in text, text
+    assert run("rollback", door, "--to", 3).exit_code == 0
+
+
 def test_rollback_goes_back_and_forth(door: Path) -> None:
     (door / "notes.txt").write_text("mine")
     newest = snapshot(door)
@@ -110,7 +118,7 @@ def test_what_is_open_goes_on_while_versions_are_swapped(exported: Path, tmp_pat
         photos = write_photos(tmp_path / "f", "f", 3, seed=1)
         assert run("teach", door, photos, *FREELY, "--keep", 0).exit_code == 0
         assert [model.predict(photo) for model in models] == before
-    run("teach", door, photos, *FREELY)
+    assert run("teach", door, write_photos(tmp_path / "g", "g", 3, seed=2), *FREELY).exit_code == 0
     stop = threading.Event()
 
     def swap() -> None:
@@ -146,7 +154,7 @@ def test_what_was_calibrated_comes_back_calibrated(door: Path, tmp_path: Path) -
     ("to", "message"),
     [
         ("3", "version 3 is in use already"),
-        ("7", "version 7 is not kept beside '.*door'; kept: 1-.*, 2-"),
+        ("7", "version 7 is not kept beside '.*door'; kept: 1-.*, 2-.*. Name one with --to"),
     ],
 )
 def test_a_version_that_is_not_there(door: Path, to: str, message: str) -> None:
@@ -161,7 +169,9 @@ def test_an_export_that_was_never_taught(light: Path) -> None:
     assert only["version"] == 1 and only["current"] and only["taught"] == {}
     done = run("rollback", light)
     assert done.exit_code == 2 and "was not taught" in done.output
-    assert run("history", light.parent / "nowhere").exit_code == 2
+    for command in ("history", "rollback"):
+        done = run(command, light.parent / "nowhere")
+        assert done.exit_code == 2 and "does not exist. Make an export with" in done.output
 
 
 def test_a_damaged_version_is_not_swapped_in(door: Path) -> None:
@@ -225,10 +235,20 @@ def test_an_export_that_is_made_anew_keeps_the_lessons_of_before(door: Path, lig
     with release(door, lines.append) as draft:
         shutil.copytree(light, draft.folder, dirs_exist_ok=True)
         draft.write(load_spec(light))
-    assert snapshot(door) == snapshot(light) and any("the export that was taught is kept in" in line for line in lines)
+    assert snapshot(door) == snapshot(light) and any("the export that was there is kept in" in line for line in lines)
     assert [(row["version"], row["current"]) for row in listed(door)] == [(3, False), (2, False), (1, True)]
     assert run("rollback", door, "--to", 3).exit_code == 0
     assert snapshot(door) == taught
+
+
+def test_a_lesson_that_goes_where_another_export_is_keeps_that_one(door: Path, light: Path, tmp_path: Path) -> None:
+    """`teach EXPORT more/ -o taught` once more, where `taught` was meant: the first lesson is not lost."""
+    taught = snapshot(door)
+    done = run("teach", light, write_photos(tmp_path / "h", "h", 3, seed=1), "-o", door, *FREELY)
+    assert done.exit_code == 0 and "the export that was there is kept in" in " ".join(done.output.split()), done.output
+    assert load_spec(door).classes[-1] == "h" and load_spec(light).version == 1
+    name = next(row["name"] for row in listed(door) if row["version"] == 3)
+    assert run("rollback", door, "--to", name).exit_code == 0 and snapshot(door) == taught
 
 
 def test_the_version_in_a_run_folder(exported: Path, light: Path, tmp_path: Path) -> None:

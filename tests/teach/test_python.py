@@ -71,8 +71,8 @@ def test_errors_are_those_of_the_command(light: Path, tmp_path: Path, monkeypatc
             (("f\n", arrays(photos)), "control characters"),
             (("B", arrays(photos)), "is spelled like 'b'"),
             (("f", [wrong, wrong]), "has 0 photos that can be read .left out: 'image 1 of 2': .*float32"),
-            (("f", arrays(photos)[:1]), "has 1 photos that can be read. It takes 2"),
-            (("f", [*arrays(photos)[:1]] * 3), "has 1 photos that can be read. It takes 2"),
+            (("f", arrays(photos)[:1]), "has 1 photo that can be read. It takes 2"),
+            (("f", [*arrays(photos)[:1]] * 3), "has 1 photo that can be read. It takes 2"),
             (("f", [tmp_path / "nowhere.jpg"] * 3), "nowhere.jpg': No such file"),
         ):
             with pytest.raises(UsageError, match=message):

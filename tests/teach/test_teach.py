@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collected import write_collected
 from lesson import CLASSES, SIZE, run, snapshot, write_photos
+from PIL import Image
 
 import ssod_edge
 from ssod_edge.data.pixels import read_pixels
@@ -31,7 +33,8 @@ def weight_of_residual(export: Path) -> float:
     return score.scales["residual"]
 
 
-def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
+def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssod_edge.teach.teach.REFERENCE_IMAGES", 50)
     before = snapshot(exported)
     photos = write_photos(tmp_path / "new", "fg", 20, seed=2)
     done = run("teach", exported, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 5)
@@ -45,6 +48,8 @@ def test_a_new_class_is_known_afterwards_on_every_engine(exported, tmp_path):
     assert all(a.verification["passed"] and a.threshold is not None for a in spec.artifacts)
     assert spec.source["taught"]["photos"] == {"f": 20, "g": 20}
     assert "checkpoint_sha256" not in spec.source and len(spec.source["parent_sha256"]) == 64
+    labels = np.load(tmp_path / "taught" / "reference.npz")["label"]
+    assert set(np.unique(labels)) == set(range(len(spec.classes)))  # the photos took room from every class
     fresh = write_photos(tmp_path / "fresh", "abcdefg", 10, seed=3)
     for artifact in spec.artifacts:
         with ssod_edge.open(tmp_path / "taught", artifact=artifact.name) as model:
@@ -100,7 +105,7 @@ def test_what_would_cost_too_much_is_not_released(light, tmp_path, monkeypatch):
     ("photos", "options", "message"),
     [
         ({"new": ("a", 10)}, (), r"of 10 photos of 'new' look like 'a': the model knows them as that"),
-        ({"new": ("f", 1)}, (), "the class 'new' of '.*' has 1 photos that can be read. It takes 2"),
+        ({"new": ("f", 1)}, (), "the class 'new' of '.*' has 1 photo that can be read. It takes 2"),
         ({"new": ("f", 5), "empty": ("f", 0)}, (), "class folder 'empty' of '.*' holds no images"),
         ({"new": ("f", 5)}, ("--forget", "x"), "--forget 'x': the model has no such class"),
         (
@@ -177,6 +182,59 @@ def test_copies_of_a_photo_count_once(light, tmp_path):
     assert load_spec(tmp_path / "taught").taught["photos"] == {"f": 3}
 
 
+def test_photos_that_were_taught_before_are_not_taught_again(light, tmp_path):
+    """`review` adds to the folder that was taught: what is new there is learnt, and the rest is not counted twice."""
+    model, photos = tmp_path / "model", write_photos(tmp_path / "new", "f", 6, seed=5)
+    assert run("teach", light, photos, "-o", model, "--alike", "--max-drop", 10).exit_code == 0
+    done = run("teach", model, photos, "--max-drop", 10)
+    assert done.exit_code == 2 and "the model has learnt all photos of" in done.output, done.output
+    for path in write_photos(tmp_path / "more", "f", 3, seed=6).glob("*/*"):
+        path.rename(photos / "f" / f"more-{path.name}")
+    done = run("teach", model, photos, "--max-drop", 10)
+    assert done.exit_code == 0, done.output
+    assert "left out: 6 of 9 photos, which the model has learnt already" in done.output
+    spec = load_spec(model)
+    assert spec.taught["photos"] == {"f": 3} and spec.features["taught"] == {"f": 9}
+    assert spec.features["images"] == load_spec(light).features["images"] + 9
+
+
+def test_a_photo_that_the_model_has_learnt_as_another_class_is_refused(light, trained, tmp_path):
+    """Given as a new class or as another known one, until that class is forgotten or somebody says that it is right."""
+    learnt = trained.parent.parent / "photos" / "a" / "003.png"
+    for name in ("f", "b"):
+        photos = write_photos(tmp_path / name, name, 5, seed=5)
+        shutil.copy(learnt, photos / name / "odd.png")
+        done = run("teach", light, photos, "-o", tmp_path / "taught", "--max-drop", 20)
+        text = " ".join(done.output.split())
+        assert done.exit_code == 2 and f"'{name}/odd.png' of class '{name}' is a photo that the model has" in text, text
+        assert "learnt as 'a'. Remove it" in text
+    for number, option in enumerate((("--alike",), ("--forget", "a"))):
+        out = tmp_path / f"taught{number}"
+        assert run("teach", light, tmp_path / "f", "-o", out, "--max-drop", 20, *option).exit_code == 0
+        assert load_spec(out).taught["photos"] == {"f": 6}
+
+
+def test_a_photo_that_was_saved_again_counts_once_and_contradicts(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "fg", 3, seed=8)
+    Image.open(photos / "f" / "001.png").save(photos / "f" / "again.jpg", quality=98, subsampling=0)
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike", "--max-drop", 50)
+    assert done.exit_code == 0 and "left out: 1 of 7 photos, which are copies of others" in done.output, done.output
+    assert load_spec(tmp_path / "taught").taught["photos"] == {"f": 3, "g": 3}
+    (photos / "f" / "again.jpg").rename(photos / "g" / "again.jpg")
+    done = run("teach", light, photos, "-o", tmp_path / "other", "--max-drop", 50)
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and "are the same photo, saved again. Remove one" in text, text
+    assert "'f/001.png' of class 'f' and 'g/again.jpg' of class 'g'" in text
+
+
+def test_a_new_class_of_one_photo_and_its_copy_is_one_photo(light, tmp_path):
+    photos = write_photos(tmp_path / "new", "f", 1, seed=8)
+    Image.open(photos / "f" / "000.png").save(photos / "f" / "again.jpg", quality=98, subsampling=0)
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--alike")
+    assert done.exit_code == 2, done.output
+    assert "has 1 photo that can be read (left out: 1 copies). It takes 2" in done.output
+
+
 def test_what_cannot_be_read_among_good_photos_is_named(light, tmp_path):
     photos = write_photos(tmp_path / "new", "f", 4, seed=8)
     (photos / "f" / "empty.jpg").touch()
@@ -197,14 +255,29 @@ def test_the_model_is_no_photos(exported, tmp_path, inner):
     assert done.exit_code == 2 and "is the model, and no photos. Give DATA" in done.output
 
 
-def test_photos_that_are_nearly_all_of_a_known_class(light, tmp_path):
+def test_what_nobody_has_reviewed_is_no_lesson(light, tmp_path):
+    write_collected(tmp_path / "kept", {3: 2})
+    done = run("teach", light, tmp_path / "kept", "-o", tmp_path / "taught")
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and f"ssod-edge review {tmp_path / 'kept'}; and teach" in text, text
+    assert run("review", tmp_path / "kept", "--folders").exit_code == 0
+    done = run("teach", light, tmp_path / "kept" / "groups", "-o", tmp_path / "taught")
+    text = " ".join(done.output.split())
+    assert done.exit_code == 2 and "--folders --done; and teach" in text and "kept/classes" in text, text
+
+
+@pytest.mark.parametrize("forget", [(), ("--forget", "e"), ("--forget", "a")])
+def test_photos_that_are_nearly_all_of_a_known_class(light, tmp_path, forget):
     photos = write_photos(tmp_path / "like", "a", 17, seed=7)
     write_photos(tmp_path / "other", "f", 3, seed=7)
     (photos / "a").rename(photos / "tee")
     for path in (tmp_path / "other" / "f").iterdir():
         path.rename(photos / "tee" / f"other-{path.name}")
-    done = run("teach", light, photos, "-o", tmp_path / "taught")
-    assert done.exit_code == 2 and re.search(r"1\d of 20 photos of 'tee' look like 'a'", done.output), done.output
+    done = run("teach", light, photos, "-o", tmp_path / "taught", "--max-drop", 50, *forget)
+    if "a" in forget:  # then it is what that class is called now
+        assert done.exit_code == 0, done.output
+    else:
+        assert done.exit_code == 2 and re.search(r"1\d of 20 photos of 'tee' look like 'a'", done.output), done.output
 
 
 def test_the_export_itself_is_never_overwritten(light, tmp_path):

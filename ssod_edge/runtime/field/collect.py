@@ -10,6 +10,9 @@ The weight is 1 for an unknown image, and for a known one falls from 1 at the th
 by `p_known`: equal steps are equal shares of known images, whatever the score. So a folder fills with different things
 rather than with many pictures of one, and of two that look alike the less certain one stays.
 
+What a reviewer of this folder gave to a class or discarded does not come back, nor what looks like it
+(`ssod_edge.runtime.field.decided`).
+
 The similarity is the cosine of descriptors (`ssod_edge.runtime.field.descriptors`): of the graph's pooled features
 where it gives them (`export --features pooled`), else of 16 x 16 grey pixels of what the graph saw.
 
@@ -36,6 +39,7 @@ from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.data.pixels import ImageLike, load_image, read_pixels
 from ssod_edge.errors import ImageError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.files import append_lines, exclusive, make_directory, write_atomic
+from ssod_edge.runtime.field.decided import DECISIONS, Decided, hash_of
 from ssod_edge.runtime.field.descriptors import Describer, Descriptor, to_base64, unit
 from ssod_edge.runtime.field.shelf import INDEX, Collected, Shelf, remove_remains, to_text, write_index
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
@@ -71,7 +75,8 @@ class Collector(AbstractContextManager["Collector"]):
             nothing, and raises.
 
     Attributes:
-        looked_at, kept, near_duplicates: images so far that were unknown or uncertain, and what became of them.
+        looked_at, kept, near_duplicates, decided: images so far that were unknown or uncertain, and what became of
+            them; `decided` are those that are or look like one that a reviewer decided on.
         problem: the error that `say` was told of; None while all is well.
 
     Raises:
@@ -100,7 +105,8 @@ class Collector(AbstractContextManager["Collector"]):
         self._most, self._room = most, int(megabytes * 1e6)
         self._folder = make_directory(folder)
         self._mutex, self._last = threading.Lock(), -np.inf
-        self.looked_at = self.kept = self.near_duplicates = 0
+        self._decided_at: tuple[int, ...] | None = None
+        self.looked_at = self.kept = self.near_duplicates = self.decided = 0
         self.problem: SsodEdgeError | None = None
         hashes = "".join(sorted(artifact.files.values()))
         self._facts: dict[str, Any] = {
@@ -141,9 +147,10 @@ class Collector(AbstractContextManager["Collector"]):
     def summary(self) -> str:
         """What became of the images, in one line."""
         total, size = len(self._shelf.lines) + len(self._shelf.loose), self._shelf.sizes.sum() / 1e6
+        decided = f", and {self.decided} like those that a review decided on" if self.decided else ""
         return (
             f"collected: {self.kept} of {self.looked_at} images that were unknown or nearly so, "
-            f"{self.near_duplicates} near-duplicates left out; '{self._folder}' holds {total} images "
+            f"{self.near_duplicates} near-duplicates left out{decided}; '{self._folder}' holds {total} images "
             f"({size + sum(self._shelf.loose.values()) / 1e6:.1f} MB)"
         )
 
@@ -155,13 +162,16 @@ class Collector(AbstractContextManager["Collector"]):
         if (found := self._content(seen)) is None:
             return False
         content, suffix = found
+        if self._decided.holds(content):
+            self.decided += 1
+            return False
         with exclusive(self._folder):
             if self._mark() != self._read_at:  # another process was here
                 self._read()
                 if self._is_there(descriptor):
                     return False
             now = datetime.now(timezone.utc)
-            name = f"{now:%Y%m%dT%H%M%SZ}-{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+            name = f"{now:%Y%m%dT%H%M%SZ}-{hash_of(content)}{suffix}"
             line = self._line(seen, name, now, weight, descriptor)
             return self._put(line, content)
 
@@ -186,20 +196,21 @@ class Collector(AbstractContextManager["Collector"]):
         return True
 
     def _is_there(self, descriptor: Descriptor) -> bool:
-        found = bool(self._shelf.similar(unit(descriptor), self._describer.kind).max(initial=0) >= ALIKE)
+        vector, kind = unit(descriptor), self._describer.kind
+        found = bool(self._shelf.similar(vector, kind).max(initial=0) >= ALIKE)
+        decided = not found and self._decided.likeness(vector, kind) >= ALIKE
         self.near_duplicates += found
-        return found
+        self.decided += decided
+        return found or decided
 
     def _read(self) -> None:
         self._shelf, self._read_at = Shelf(self._folder), self._mark()
+        if (now := _stamp(self._folder / DECISIONS)) != self._decided_at:
+            self._decided, self._decided_at = Decided(self._folder), now
 
     def _mark(self) -> tuple[int, ...]:
-        """What changes whenever a process has kept an image."""
-        try:
-            found = os.stat(self._folder / INDEX)
-        except FileNotFoundError:
-            return ()
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        """What changes whenever a process has kept an image, or a review has ended."""
+        return _stamp(self._folder / INDEX)
 
     def _content(self, seen: Seen) -> tuple[bytes, str] | None:
         """The image as a file, and its suffix; None where the file is another one by now."""
@@ -255,6 +266,15 @@ def weigh(verdict: Verdict, threshold: Threshold) -> float:
     if verdict.p_known is None:  # of an early release
         return 0.0
     return min(1.0, max(0.0, 1 - (verdict.p_known - (1 - threshold.target_tpr)) / UNSURE))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file is written."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _suffix(content: bytes) -> str | None:

@@ -38,7 +38,8 @@ class Describer:
         runner: it runs `USUAL` images once, where features count.
 
     Attributes:
-        kind: "pixels", or "features:" and the start of the hash of the export's reference. Descriptors of different
+        kind: "pixels", or "features:" and the start of the hash of the export's reference; of a taught export, of the
+            reference of its first version: the features are the same, and the mean nearly is. Descriptors of different
             kinds must not be compared.
     """
 
@@ -53,7 +54,9 @@ class Describer:
         self._mean = features.mean(axis=0)
         # RandomState draws the same numbers in every release of NumPy.
         self._mixing = np.random.RandomState(0).standard_normal((features.shape[1], WIDTH)).astype(np.float32)
-        self.kind = f"features:{runner.spec.reference_sha256[:12]}"
+        spec = runner.spec
+        first = spec.lineage[0]["reference_sha256"] if spec.lineage else spec.reference_sha256
+        self.kind = f"features:{first[:12]}"
 
     def describe(self, pixels: Pixels, outputs: dict[str, Any]) -> Descriptor:
         """int8 [WIDTH] of one image: pixels uint8 [3, S, S], and the outputs of the graph for it."""

@@ -22,7 +22,7 @@ from ssod_edge.runtime.runner import import_failed
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
 _URL = re.compile(r"(rtsps?|rtmp|https?|udp|tcp)://", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/]*@")
+_USER = re.compile(r"(?<=://)[^/\s]*@")
 
 #: Frames of a file that are decoded ahead of the engine.
 AHEAD = 2
@@ -68,14 +68,14 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         realtime: play a file at its own speed, as if it were live.
 
     Attributes:
-        name: what to call the source; the user and password of an address are left out.
+        name: what to call the source; the user and password of an address are left out, also within a pipeline.
         live: whether frames are dropped rather than late.
         dropped: how many have been so far.
         problem: why the source ended early; None while it goes on, and at the end of a whole file.
 
     Raises:
         MissingExtraError: OpenCV is not installed.
-        UsageError: there is no such file or camera.
+        UsageError: there is no such file or camera, or the camera is an address.
         ImageError: it cannot be read as a video, or the address gives none; while iterating, a frame is unreadable.
             Whatever else goes wrong while reading (such as a MemoryError) is raised while iterating, as it is.
     """
@@ -85,10 +85,10 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         if (source is None) == (camera is None):
             raise UsageError("give either a video or a camera")
         if camera is not None:
-            self.name = f"camera {camera}"
+            self.name = f"camera {without_user(camera)}"
             self._capture = _open_camera(self._cv2, camera)
         else:
-            self.name = _USER.sub("", str(source))
+            self.name = without_user(str(source))
             self._capture = _open_source(self._cv2, str(source), self.name)
         self._announced = int(max(0, self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)))
         # An address may also be that of a whole file, which does not run away.
@@ -182,6 +182,11 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         return None
 
 
+def without_user(address: str) -> str:
+    """For the terminal and the verdicts: an address, or a pipeline that holds one, without user and password."""
+    return _USER.sub("", address)
+
+
 def _opencv() -> Any:
     # What goes wrong is said here, once; OpenCV and FFmpeg would say it in ten lines.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -194,6 +199,10 @@ def _opencv() -> Any:
 
 
 def _open_camera(cv2: Any, camera: str) -> Any:
+    if _URL.match(camera):
+        raise UsageError(
+            f"'{without_user(camera)}' is an address and no camera: give it in the place of IMAGE, without --camera"
+        )
     if "!" in camera:
         capture = cv2.VideoCapture(camera, cv2.CAP_GSTREAMER)
         fix = "this OpenCV has no GStreamer (that of pip has none, that of JetPack has), or the pipeline is wrong"
@@ -205,7 +214,7 @@ def _open_camera(cv2: Any, camera: str) -> Any:
         if os.path.exists(device):
             fix = f"'{device}' is in use, is no camera, or your user is not in the group 'video'"
     if not capture.isOpened():
-        raise UsageError(f"camera '{camera}' cannot be opened: {fix}")
+        raise UsageError(f"camera '{without_user(camera)}' cannot be opened: {fix}")
     capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver can: the newest frame is the one that counts
     return capture
 

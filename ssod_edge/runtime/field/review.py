@@ -46,15 +46,16 @@ from ssod_edge.files import (
     write_json,
 )
 from ssod_edge.json_reader import parse_json, read_json
+from ssod_edge.runtime.field.decided import DECISIONS
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
 from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
 from ssod_edge.terminal import printable
 
-GROUPS, CLASSES, DECISIONS = "groups", "classes", "decisions.jsonl"
+GROUPS, CLASSES = "groups", "classes"
 #: What was decided on the page and is not carried out yet.
 DRAFT = "draft.jsonl"
 #: The list of what was put where, in `GROUPS`.
-_LIST = "groups.json"
+GROUP_LIST = "groups.json"
 #: Names of folders: of images that are like no other, and of what nobody needs.
 SINGLES, DISCARD = "singles", "discard"
 #: Groups are joined while the mean cosine between their images is at least this.
@@ -88,11 +89,13 @@ def reviewing(folder: str) -> Iterator[Path]:
     Raises:
         UsageError: nothing was collected there.
         BusyError: another process is at it.
-        OutputError: a file cannot be written; an OSError of the block becomes one.
+        OutputError: the folder is read-only, or a file cannot be written; an OSError of the block becomes one.
     """
     place = Path(folder)
     if not place.is_dir():
         raise UsageError(f"'{folder}' is no folder. Make one with: ssod-edge predict ... --collect DIR")
+    if not os.access(place, os.W_OK):
+        raise OutputError(f"cannot write into '{folder}', where decisions are kept. Review a copy of it")
     try:
         with claim(place / ".review.lock", f"'{folder}' is being reviewed"):
             yield place
@@ -142,7 +145,7 @@ def make_groups(folder: Path) -> None:
     for group, names in placed.items():
         for name in names:
             _link(folder / name, make_directory(made / group) / name)
-    write_json(made / _LIST, {name: group for group, names in placed.items() for name in names})
+    write_json(made / GROUP_LIST, {name: group for group, names in placed.items() for name in names})
     made.rename(target)
     for group, names in placed.items():
         click.echo(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
@@ -277,7 +280,7 @@ def carry_out(
 
 def _read_list(folder: Path) -> dict[str, str]:
     """Which image was put into which folder."""
-    path = folder / GROUPS / _LIST
+    path = folder / GROUPS / GROUP_LIST
     try:
         placed = read_json(path)
     except FileNotFoundError:
@@ -304,7 +307,7 @@ def _found(groups: Path, placed: dict[str, str]) -> dict[str, list[str]]:
                 wrong = [entry]
             found[entry.name] = [path.name for path in inside if is_shown(path.name) and is_image(path.name)]
         else:
-            wrong = [entry] if entry.name != _LIST and is_shown(entry.name) and is_image(entry.name) else []
+            wrong = [entry] if entry.name != GROUP_LIST and is_shown(entry.name) and is_image(entry.name) else []
         if wrong:
             raise UsageError(f"'{wrong[0]}' is not in its place: expected images in folders, one deep. Move it away")
     return found
@@ -375,5 +378,6 @@ def _report(folder: Path, out: Path, counts: Counter[str], discarded: int, known
             report.append(printable(f"note: '{name}' is a new class beside '{alike[0]}', which the model knows"))
     shelf = Shelf(folder)
     left = len(shelf.lines) + len(shelf.loose)
-    report.append(f"{discarded} discarded, {left} undecided; log in '{folder / DECISIONS}'")
+    log = f"; log in '{folder / DECISIONS}'" if counts or discarded else ""
+    report.append(f"{discarded} discarded, {left} undecided{log}")
     return [*report, f"Classes are in '{out}'"] if counts else report

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,13 +28,14 @@ from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import append_lines
+from ssod_edge.files import append_lines, sha256_file
 from ssod_edge.runtime.field import collect as module
 from ssod_edge.runtime.field.collect import weigh, without_secrets
 from ssod_edge.runtime.field.descriptors import WIDTH, from_base64, of_pixels, to_base64, unit
+from ssod_edge.runtime.field.review import carry_out, run_review
 from ssod_edge.runtime.field.shelf import INDEX, Collected, Shelf
 from ssod_edge.runtime.predict import Predictor, Verdict
-from ssod_edge.spec import Threshold
+from ssod_edge.spec import Spec, Threshold
 
 #: The colour classifier's threshold is -2: grey is unknown to it, a strong colour known.
 THRESHOLD = Threshold(0.0, 0.95, 100, "calib", 0.95)
@@ -150,6 +152,20 @@ def give_features(export: Path) -> None:
     edit_spec(export, lambda spec: replace(spec, outputs=(*spec.outputs, "features_pooled")), rehash=True)
 
 
+def with_another(export: Path) -> str:
+    """Put an image that was taught into the reference; returns its hash."""
+    path = export / "reference.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{name: np.concatenate([values[:-1], values[:1]]) for name, values in arrays.items()})
+    return sha256_file(path)
+
+
+def entry(spec: Spec) -> dict[str, Any]:
+    """A version in the lineage of a later one."""
+    return {"version": 1, "sha256": "0" * 64, "reference_sha256": spec.reference_sha256, "taught": {}}
+
+
 def test_features_of_the_graph_say_what_is_alike_where_it_has_them(export: Path, tmp_path: Path) -> None:
     """The features are the mean colours: a pattern of another kind is the same to them."""
     give_features(export)
@@ -159,6 +175,66 @@ def test_features_of_the_graph_say_what_is_alike_where_it_has_them(export: Path,
         assert collector.near_duplicates == 1
         kind = f"features:{model.runner.spec.reference_sha256[:12]}"
     assert {row["described_by"] for row in lines(tmp_path / "kept")} == {kind}
+
+
+def test_descriptors_outlive_a_lesson(export: Path, tmp_path: Path) -> None:
+    """A lesson changes the reference and not the features: what was collected before it is not collected again."""
+    give_features(export)
+    with open_model(export) as model, Collector(tmp_path / "kept", model) as collector:
+        model.predict(picture(1))
+        first = model.runner.spec.reference_sha256
+    edit_spec(
+        export,
+        lambda spec: replace(
+            spec, source={**spec.source, "version": 2, "lineage": [entry(spec)]}, reference_sha256=with_another(export)
+        ),
+        rehash=True,
+    )
+    with open_model(export) as model, Collector(tmp_path / "kept", model) as collector:
+        assert model.runner.spec.reference_sha256 != first
+        model.predict(picture(1))
+        assert (collector.kept, collector.near_duplicates) == (0, 1)
+
+
+def test_what_a_review_decided_on_does_not_come_back(export: Path, tmp_path: Path) -> None:
+    out, photos = tmp_path / "kept", grey(tmp_path / "photos", 4)
+    predict(export, *photos[:3], "--collect", out)
+    of = {row["source"]: row["file"] for row in lines(out)}
+    run_review(str(out), done=False, out=None)
+    for photo, name in zip(photos[:2], ("discard", "cup"), strict=True):
+        (out / "groups" / name).mkdir()
+        (found,) = (out / "groups").rglob(of[str(photo)])
+        found.rename(out / "groups" / name / found.name)
+    run_review(str(out), done=True, out=None)
+    assert images(out) == {of[str(photos[2])]}
+    noisy = np.clip(np.array(Image.open(photos[0])) + np.random.default_rng(0).normal(0, 3, (48, 48, 3)), 0, 255)
+    Image.fromarray(noisy.astype(np.uint8)).save(tmp_path / "photos" / "noisy.png")
+    done = predict(export, tmp_path / "photos", "--collect", out)
+    assert "collected: 1 of 5 images" in done.stderr and "1 near-duplicates left out, and 3 like those" in done.stderr
+    assert images(out) == {row["file"] for row in lines(out) if row["source"] in map(str, photos[2:])}
+    (out / "decisions.jsonl").unlink()
+    assert "collected: 2 of 5 images" in predict(export, tmp_path / "photos", "--collect", out).stderr
+
+
+def test_the_file_of_a_decision_is_known_to_every_model(export: Path, tmp_path: Path) -> None:
+    """Also where the descriptors of the two models must not be compared."""
+    out, (photo,) = tmp_path / "kept", grey(tmp_path / "photos", 1)
+    predict(export, photo, "--collect", out)
+    (line,) = lines(out)
+    (out / line["file"]).unlink()
+    decision = {"file": line["file"], "decision": "discarded", "collected": {**line, "described_by": "features:0"}}
+    append_lines(out / "decisions.jsonl", [json.dumps(decision), "{cut short"])
+    assert "0 near-duplicates left out, and 1 like those" in predict(export, photo, "--collect", out).stderr
+    assert images(out) == set()
+
+
+def test_a_review_that_ends_meanwhile_is_heard(export: Path, tmp_path: Path) -> None:
+    out, photos = tmp_path / "kept", grey(tmp_path / "photos", 2)
+    with open_model(export) as model, Collector(out, model) as collector:
+        model.predict(photos[0])
+        carry_out(out, out / "classes", {}, [out / lines(out)[0]["file"]], {})
+        list(model.predict_many([photos[1], photos[0]]))
+        assert (collector.kept, collector.decided, collector.near_duplicates) == (2, 1, 0)
 
 
 def test_arrays_bytes_and_pictures_are_kept_as_files(export: Path, tmp_path: Path) -> None:

@@ -237,6 +237,13 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collected: Path
     assert "--done belongs to --folders" in review(collected, "--done").stderr
     assert "--port belongs to the page" in review(collected, "--folders", "--port", "8000").stderr
     assert review(collected, "--folders", "-o", tmp_path).exit_code == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("ssod_edge.runtime.field.review.os.access", lambda path, mode: False)
+        for arguments in (["--folders"], ["--no-browser"]):
+            done = review(collected, *arguments)
+            assert done.exit_code == 1 and "cannot write into" in done.stderr and not done.stdout
+    groups = sort(collected)
+    assert review(collected, "--folders", "--done").stdout.splitlines()[-1] == "0 discarded, 11 undecided"
     groups = sort(collected)
     (groups / "groups.json").write_text("{")
     assert review(collected, "--folders", "--done").exit_code == 4
