@@ -198,9 +198,9 @@ def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
     # Off a terminal a row is one line, however long its file name is.
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
-    console.print(Text(_summary(verdicts, runner)), highlight=False)
     if note := p_known_note(runner):
         console.print(Text(note), highlight=False)
+    console.print(Text(_summary(verdicts, runner)), highlight=False)
 
 
 WIDE = 100_000

@@ -320,11 +320,11 @@ def test_table(export: Path, photos: Path) -> None:
     lines = out.splitlines()
     assert code == 0
     assert lines[1].split()[1:3] == ["KNOWN", "red"] and lines[3].split()[1:3] == ["UNKNOWN", "green"]
-    assert lines[0].split()[-2:] == ["p", "known"] and "p known: of 100 new images of known classes" in lines[5]
+    assert lines[0].split()[-2:] == ["p", "known"] and "p known: of 100 new images of known classes" in lines[4]
     with ssod_edge.open(export) as model:
         found = [model.predict(path).p_known for path in list_images([str(photos)])]
     assert [line.split()[-1] for line in lines[1:4]] == [f"{p:.1%}" for p in found]
-    assert "3 images: 2 known, 1 unknown, 0 failed; onnx-fp16 on onnxruntime in fp32 on CPU" in lines[4]
+    assert "3 images: 2 known, 1 unknown, 0 failed; onnx-fp16 on onnxruntime in fp32 on CPU" in lines[5]
 
 
 def test_one_bad_image_does_not_stop_the_others(export: Path, photos: Path) -> None:
@@ -387,7 +387,7 @@ def test_control_characters_stay_in_their_row(export: Path, photos: Path) -> Non
     odd = paint(photos / "two\nlines\x1b[31m\u2028.png", "red")
     gone = photos / "gone\t.png"
     code, out, _ = run(export, odd, gone)
-    assert code == 1 and len(out.splitlines()) == 5, "a heading, two rows, the sum, and what p known is"
+    assert code == 1 and len(out.splitlines()) == 5, "a heading, two rows, what p known is, and the sum"
     assert r"two\nlines\x1b[31m\u2028.png" in out and r"gone\t.png': no such file" in out
     _, out, _ = run(export, odd, "--json")
     assert json.loads(out)["image"] == str(odd)

@@ -171,9 +171,9 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
                     written.add(verdict.to_dict())
                 click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
         finally:  # after Ctrl-C too
-            click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
             if not as_json and (note := p_known_note(predictor.runner)):
                 click.echo(note)
+            click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
         if frames.problem is not None:
             click.echo(f"error: {printable(frames.problem)}", err=True)
     problems = any(one is not None and one.problem for one in (watch, collector))

@@ -332,7 +332,7 @@ def test_json_lines(export: Path, video: Path) -> None:
 
 def test_table(export: Path, tmp_path: Path) -> None:
     code, out, err = run(export, write_video(tmp_path / "a.avi", plain("red", "grey")), "--engine", "onnxruntime")
-    head, first, second, summary, note = out.splitlines()
+    head, first, second, note, summary = out.splitlines()
     assert note.startswith("p known: of 100 new images of known classes")
     assert (code, err) == (0, "")
     assert head.split() == ["frame", "time", "verdict", "class", "confidence", "ood", "score", "p", "known", "fps"]
