@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -24,7 +24,7 @@ from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner, why_not_here
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import Verification, check_passed, verify_runner
-from ssod_edge.spec import SPEC_NAME, Spec, check_files, save_spec
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec, check_files, save_spec
 
 #: Of the range of a reference's logits and scores: a tenth of what verification lets an fp32 artifact differ by.
 REFERENCE_NOISE = 1e-4
@@ -73,7 +73,7 @@ class Draft:
         self.spec = spec
         save_spec(spec, self.folder)
 
-    def prove(self, fit: Fit, together: bool) -> None:
+    def prove(self, fit: Fit, together: bool, optional: Collection[str] = ()) -> None:
         """Fit each artifact's threshold on its own scores, verify it at that threshold, and write both down.
 
         Artifacts that were built for another machine are named and left as they are.
@@ -82,6 +82,7 @@ class Draft:
             fit: see `Fit`.
             together: open all artifacts at once, so that `fit` reads its images once; else one at a time, because a
                 device may have room for no more.
+            optional: precisions whose artifacts are left out, with a line, where they drifted.
 
         Raises:
             VerificationError: an artifact drifted beyond its tolerance.
@@ -106,9 +107,22 @@ class Draft:
                     try:
                         check_passed(runner.artifact, done)
                     except VerificationError as error:
-                        failures.append(str(error))
+                        if runner.artifact.precision in optional:
+                            self._leave_out(runner.artifact, error)
+                        else:
+                            failures.append(str(error))
         if failures:
             raise VerificationError("nothing is released: " + "\n".join(failures))
+
+    def _leave_out(self, artifact: Artifact, error: VerificationError) -> None:
+        """Take an artifact and the files that it alone has out of the draft, and say so."""
+        self._say(f"left out: {error}")
+        self.spec = replace(self.spec, artifacts=tuple(a for a in self.spec.artifacts if a.name != artifact.name))
+        kept = {name for other in self.spec.artifacts for name in other.files}
+        for path in (self.folder / name for name in artifact.files.keys() - kept):
+            path.unlink()
+            if path.parent != self.folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 @contextmanager

@@ -75,6 +75,11 @@ class Fitted:
     row: Array
     name: str
 
+    @property
+    def rows(self) -> int:
+        """Rows of the graph's final Gemm that the score reads."""
+        return 0 if self.state is None else self.state.rows
+
     def threshold(self, target_tpr: float, description: str) -> Threshold:
         """For every artifact: it is taken of features, and each is verified at it."""
         return conformal_threshold(self.scores, target_tpr, description)

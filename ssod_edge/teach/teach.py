@@ -19,8 +19,6 @@ from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.stored import StoredFeatures, load_features, save_features
 from ssod_edge.detect.sums import FittedScore, save_score
 from ssod_edge.errors import ArtifactError, UsageError, VerificationError, missing_extra
-from ssod_edge.export.engines.artifact import make_artifact
-from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft, Say, release
 from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
@@ -29,28 +27,25 @@ from ssod_edge.memory import give_back_freed_memory
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.field.review import CLASSES, GROUP_LIST
 from ssod_edge.runtime.field.shelf import INDEX
-from ssod_edge.runtime.open import is_installed
 from ssod_edge.runtime.verify import TOLERANCES
 from ssod_edge.spec import (
     DETECTOR_NAME,
     FEATURES_NAME,
     REFERENCE_NAME,
-    Artifact,
     Spec,
     Threshold,
     check_files,
 )
+from ssod_edge.teach.artifacts import QUANTISED, make_artifacts
 from ssod_edge.teach.fitted import Fitted, Lesson, fit_lesson, outputs, without_classes
 from ssod_edge.teach.given import Given, check_names, open_photos
-from ssod_edge.teach.graph import End, Trunk, check_teachable, with_end
+from ssod_edge.teach.graph import Trunk, check_teachable
 from ssod_edge.teach.learnt import without_copies
 from ssod_edge.teach.photos import Photos, check_new, counts_of, read_photos
 from ssod_edge.teach.proof import Answers, Proof, check, prove
 from ssod_edge.teach.record import TaughtExport, source_record
 from ssod_edge.teach.rows import Heads
 
-#: Precisions of the ONNX graphs that get other rows.
-PRECISIONS = ("fp32", "fp16")
 #: What a threshold was fitted on, as its record begins.
 FROM_FEATURES = "stored features"
 #: Images of a reference.
@@ -236,7 +231,7 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
         _write(draft, model, fitted, photos, threshold, source, say)
         del model, stored, heads, fitted, photos  # what is proved is in files, and engines take memory of their own
         give_back_freed_memory()
-        draft.prove(lambda runners: {}, together=False)
+        draft.prove(lambda runners: {}, together=False, optional=(QUANTISED,))
     return TaughtExport(place, draft.spec, unreadable)
 
 
@@ -378,35 +373,7 @@ def _write(
         },
         artifacts=(),
     )
-    draft.write(replace(new, artifacts=tuple(_artifacts(folder, model, fitted, photos.classes, threshold, say))))
-
-
-def _artifacts(
-    folder: Path, model: Model, fitted: Fitted, classes: tuple[str, ...], threshold: Threshold, say: Say
-) -> list[Artifact]:
-    """The artifacts that the old export has and that can be made here, each with the threshold."""
-    import onnx
-
-    spec = model.spec
-    weight = np.concatenate([fitted.heads.weight, model.row[None, :-1]])
-    end = End(weight, np.append(fitted.heads.bias, model.row[-1]), classes, fitted.state, fitted.temperature)
-    made: dict[str, Artifact] = {}
-    for precision in PRECISIONS:
-        graph = model.graphs.get(precision)
-        if graph is None:
-            continue
-        parent = onnx.load(check_files(model.export.folder, graph))
-        path = save_onnx(with_end(parent, model.rows, end), folder / f"model-{precision}.onnx")
-        for old in spec.artifacts:
-            if old.precision == precision and old.engine in ("onnxruntime", "openvino") and is_installed(old.engine):
-                new = make_artifact(old.engine, precision, path, folder, ("onnx",))
-                build = {**graph.build, **new.build}
-                versions = {**graph.versions, **new.versions}
-                made[old.name] = replace(new, versions=versions, build=build, threshold=threshold)
-    for old in spec.artifacts:
-        if old.name not in made:
-            say(f"left out: {old.name}, which teach does not make. Export the run with the new photos for it")
-    return [made[old.name] for old in spec.artifacts if old.name in made]
+    draft.write(replace(new, artifacts=tuple(make_artifacts(folder, model, fitted, photos.classes, threshold, say))))
 
 
 def _write_reference(path: Path, model: Model, fitted: Fitted, photos: Photos) -> Path:
