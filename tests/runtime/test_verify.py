@@ -199,7 +199,7 @@ def test_both_one_image_and_batches_are_run(export: Path) -> None:
     with open_runner(export, artifact="onnx-fp32") as runner:
         altered = Altered(runner)
         verify_runner(altered, export)
-    assert altered.batches == [1, 32, 7]
+    assert altered.batches == [1, 8, 8, 8, 8, 7]
 
 
 def test_one_reference_image_is_enough(export: Path) -> None:
