@@ -16,6 +16,7 @@ from ssod_edge.cli import main
 from ssod_edge.data.disturbances import SHIFTS, STRENGTHS, shift
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.data.sources import open_dataset
+from ssod_edge.detect.classes import tempered_classification
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions
 from ssod_edge.evaluation.report import print_report
@@ -103,8 +104,10 @@ def test_eval_reports_the_shifts_of_what_ships_at_the_same_threshold(small_run, 
 def test_without_a_threshold_the_report_has_accuracy_alone(capsys):
     row = {"n": 3, "accepted": None, "accepted_ci": None, "accuracy": 0.5, "accuracy_ci": [0, 1], "accuracy_drop": 0.25}
     rows = [{"kind": kind, "strength": strength, **row} for kind, strength in (("none", "none"), *CASES)]
+    known = tempered_classification([0, 1], np.eye(2), ("a", "b"), 1.0) | {"mistakes": []}
     print_report(
-        {"run": "r", "backbone": "b", "input_size": 8, "protocol": "native", "equalised": "", "id_accuracy": 0.5,
+        {"classification": known,
+         "run": "r", "backbone": "b", "input_size": 8, "protocol": "native", "equalised": "", "id_accuracy": 0.5,
          "n_id": 3, "id_data": "d", "mean": {}, "deployment": None, "shift": rows, "default_score": "energy",
          "ships": "energy", "ood_row_trained": True}
     )  # fmt: skip
