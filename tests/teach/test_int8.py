@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import openvino
 import pytest
 from lesson import SIZE, run, write_photos
 
@@ -12,6 +11,7 @@ from ssod_edge.detect.sums import load_score
 from ssod_edge.errors import VerificationError
 from ssod_edge.export import release
 from ssod_edge.export.engines.openvino import save_ir
+from ssod_edge.runtime.engines.openvino import shared_core
 from ssod_edge.spec import VERDICT_INPUTS, load_spec
 from ssod_edge.teach.grafted import grafted
 
@@ -32,7 +32,7 @@ def test_the_trunk_of_an_ir_gets_the_end_of_another_graph(exported, tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (3, 3, SIZE, SIZE), dtype=np.uint8)
     outputs = []
     for place in (path, tmp_path / "taught" / "openvino-fp32" / "model.xml"):
-        compiled = openvino.Core().compile_model(str(place), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = shared_core().compile_model(str(place), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         found = compiled({"image": image, **verdict_inputs(None)})
         outputs.append({port.get_any_name(): value for port, value in found.items()})
         assert {port.get_any_name() for port in compiled.inputs} == {"image", *VERDICT_INPUTS}
