@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import ActionChains, Keys, browser
 from judged import HOSTILE, made
 
 from ssod_edge.detect.metrics import deployment_metrics
@@ -21,34 +22,13 @@ from ssod_edge.evaluation.page_data import page_data
 from ssod_edge.evaluation.page_judged import KNOWN, Judged
 from ssod_edge.evaluation.page_photos import Photos, small_copy
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium; install the extra 'dev'")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-if not (BROWSER and DRIVER):
-    pytest.skip(
-        "needs Chromium and its driver (on Debian: apt install chromium chromium-driver)", allow_module_level=True
-    )
-
-Keys = webdriver.Keys
 #: Seconds that a page of 10,000 images may take to open.
 OPEN_LIMIT_S = 2
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    # A container gives a browser neither a sandbox for root nor much shared memory.
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1440,900",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER))) as found:
+    with browser(1440, 900, "browser", "performance") as found:
         yield found
 
 
@@ -66,7 +46,7 @@ class Page:
 
     def press(self, *keys: str) -> None:
         for key in keys:
-            webdriver.ActionChains(self.driver, duration=0).send_keys(key).perform()
+            ActionChains(self.driver, duration=0).send_keys(key).perform()
 
     def text(self, place: str) -> str:
         return str(self.ask("return document.querySelector(arguments[0]).textContent", place))

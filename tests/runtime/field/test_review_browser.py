@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import ActionChains, Keys, browser
 from collected import write_collected
 
 pytest.importorskip("sklearn", reason="needs the extra 'teach'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium; install the extra 'dev'")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-if not (BROWSER and DRIVER):
-    pytest.skip(
-        "needs Chromium and its driver (on Debian: apt install chromium chromium-driver)", allow_module_level=True
-    )
-
-Keys = webdriver.Keys
 #: Kind -> how many: nine groups, and three that are like no other.
 KINDS = {2: 90, 3: 80, 4: 70, 5: 60, 6: 50, 7: 50, 8: 40, 9: 30, 10: 27, 11: 1, 12: 1, 13: 1}
 KNOWN = ["cup", "fork", "plate"]
@@ -43,20 +35,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    # A container gives a browser neither a sandbox for root nor much shared memory.
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1280,800",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER))) as made:
-        yield made
+    with browser(1280, 800, "browser") as found:
+        yield found
 
 
 class Page:
@@ -89,7 +69,7 @@ class Page:
     def press(self, *keys: str) -> None:
         """Press keys one after another, and wait for the answer to each."""
         for key in keys:
-            webdriver.ActionChains(self.driver, duration=0).send_keys(key).perform()
+            ActionChains(self.driver, duration=0).send_keys(key).perform()
             self.until(lambda: not self.ask("return busy"))
 
     def piles(self) -> dict[str, list[str]]:
@@ -163,9 +143,7 @@ def test_keys_lead_to_folders(page: Page) -> None:
     page.press(Keys.ENTER, *"spoon", Keys.ENTER)
     page.press(Keys.PAGE_UP, Keys.HOME)
     assert page.here == of(5)[1]
-    webdriver.ActionChains(page.driver).key_down(Keys.SHIFT).send_keys(Keys.ARROW_RIGHT * 3).key_up(
-        Keys.SHIFT
-    ).perform()
+    ActionChains(page.driver).key_down(Keys.SHIFT).send_keys(Keys.ARROW_RIGHT * 3).key_up(Keys.SHIFT).perform()
     assert page.marked == [of(5)[1], *of(5)[3:6]]
     page.press("m", *"05", Keys.ENTER)  # into another group
     assert page.piles()["group-05"] == sorted([*of(6), of(5)[1], *of(5)[3:6]])
