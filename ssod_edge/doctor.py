@@ -168,35 +168,36 @@ def run_doctor(as_json: bool) -> int:
 
 def show(report: Report) -> None:
     """Print the report as tables."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]ssod-edge {report.ssod_edge}[/], Python {escape(report.python)}")
-    console.print(report.platform, markup=False)
+    from ssod_edge.terminal import Screen, printable
+
+    console = Screen(soft_wrap=True)
+    console.print(Text.assemble((f"ssod-edge {report.ssod_edge}", "bold"), printable(f", Python {report.python}")))
+    console.print(report.platform)
     memory = "" if report.memory_mb is None else f", {report.memory_mb / 1000:.1f} GB memory"
-    console.print(f"{report.cpu['model']}, {report.cpu['usable_cores']} cores{memory}", markup=False)
-    console.print(f"CPU features: {' '.join(report.cpu['flags']) or 'unknown'}", markup=False)
+    console.print(f"{report.cpu['model']}, {report.cpu['usable_cores']} cores{memory}")
+    console.print(f"CPU features: {' '.join(report.cpu['flags']) or 'unknown'}")
     for gpu in report.gpus:
-        console.print(f"GPU: {gpu}", markup=False)
+        console.print(f"GPU: {gpu}")
     console.print()
 
     table = Table("engine", "device", "status", "detail", title="Engines, each tried", title_justify="left")
     colour = {"ok": "green", "failed": "red", "missing": "yellow"}
     for engine in report.engines:
-        status = f"[{colour[engine.status]}]{engine.status}[/]"
-        table.add_row(engine.engine, engine.device, status, escape(engine.detail))
+        status = Text(engine.status, colour[engine.status])
+        table.add_row(engine.engine, engine.device, status, engine.detail)
     console.print(table, soft_wrap=False)
 
     table = Table("package", "version", "needed for", title="Packages", title_justify="left")
     for entry in report.packages:
         purpose = PURPOSES[entry.extra] if entry.extra else "everything"
-        table.add_row(entry.name, entry.version or "[yellow]missing[/]", purpose)
+        table.add_row(entry.name, entry.version or Text("missing", "yellow"), purpose)
     console.print(table, soft_wrap=False)
 
     for line in advice(report):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def advice(report: Report) -> list[str]:

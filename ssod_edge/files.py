@@ -27,6 +27,14 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path behind links, as far as it exists; of links that go round in a circle, the path itself.
+
+    `Path.resolve` raises a RuntimeError of these.
+    """
+    return Path(os.path.realpath(path))
+
+
 def make_directory(path: str | os.PathLike[str]) -> Path:
     """Create a folder and its parents.
 
@@ -79,7 +87,7 @@ def claim(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         BusyError: another process, or an outer block of this one, holds it.
         OutputError: the folder cannot be made.
     """
-    path = path.resolve()
+    path = real_path(path)
     if path in _claimed:
         raise BusyError(f"{what} by this process already")
     handle = _lock(path, what, wait)
@@ -254,4 +262,4 @@ def append_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
 
 def same_data(data: str, recorded: object) -> bool:
     """Whether a data set that a user names is the one of a record: by its name, or as the same folder or file."""
-    return isinstance(recorded, str) and (data == recorded or Path(data).resolve() == Path(recorded).resolve())
+    return isinstance(recorded, str) and (data == recorded or real_path(data) == real_path(recorded))

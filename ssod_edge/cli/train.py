@@ -57,7 +57,9 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
     from ssod_edge.training.loop import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))
-    click.echo(run)
+    from ssod_edge.terminal import tell
+
+    tell(str(run))
 
 
 @click.command()

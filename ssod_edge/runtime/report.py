@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-
-import click
 
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import left_out
@@ -19,7 +16,7 @@ from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.runner import Runner
-from ssod_edge.terminal import bars, printable, standard_input
+from ssod_edge.terminal import WIDE, Screen, bars, printable, standard_input, tell
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,17 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
     others: set[str] = set()
     paths = list_images(images, standard_input(), no_images, others)
     if note := left_out(others):
-        click.echo(note, err=True)
+        tell(note, err=True)
     with (
         Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
     ):
         if not predictor.runner.spec.trained:
-            click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
+            tell("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
             fix = "Fit one with: ssod-edge calibrate DIR --id DATA"
-            click.echo(
+            tell(
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
         verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
@@ -85,7 +82,7 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     """A monitor that speaks on standard error; none without a path."""
     if path is None:
         return nullcontext()
-    return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
+    return Monitor(path, predictor, say=lambda line: tell(line, err=True))
 
 
 @contextmanager
@@ -96,7 +93,7 @@ def open_collector(options: PredictOptions, predictor: Predictor) -> Iterator[Co
         return
 
     def say(line: str) -> None:
-        click.echo(printable(line), err=True)
+        tell(line, err=True)
 
     with Collector(options.collect, predictor, options.collect_most, options.collect_mb, say) as collector:
         try:
@@ -117,7 +114,7 @@ def _print_json(verdicts: Iterable[Verdict]) -> int:
     failed = 0
     for verdict in verdicts:
         failed += verdict.error is not None
-        print(json.dumps(verdict.to_dict(), allow_nan=False), flush=True)
+        tell(json.dumps(verdict.to_dict(), allow_nan=False))
     return failed
 
 
@@ -139,7 +136,6 @@ def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]
 
 
 def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -158,12 +154,11 @@ def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
         note = f" ({verdict.image_warning})" if verdict.image_warning else ""
         table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name) + note)), *shown)
     # Off a terminal a row is one line, however long its file name is.
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = Screen(wide=WIDE)
     console.print(table)
-    console.print(Text(_summary(verdicts, runner)), highlight=False)
+    console.print(_summary(verdicts, runner))
 
 
-WIDE = 100_000
 WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
 
 

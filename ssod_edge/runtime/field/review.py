@@ -26,7 +26,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 
@@ -47,7 +46,7 @@ from ssod_edge.files import (
 from ssod_edge.json_reader import parse_json, read_json
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
 from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import printable, tell
 
 GROUPS, CLASSES, DECISIONS = "groups", "classes", "decisions.jsonl"
 #: What was decided on the page and is not carried out yet.
@@ -144,13 +143,13 @@ def make_groups(folder: Path) -> None:
     write_json(made / _LIST, {name: group for group, names in placed.items() for name in names})
     made.rename(target)
     for group, names in placed.items():
-        click.echo(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
-    click.echo(
+        tell(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
+    tell(
         f"Sorted by {' and '.join(kinds)} in '{target}'. Rename folders to classes or to '{DISCARD}', move images as "
         f"you like, then: ssod-edge review {folder} --folders --done"
     )
     if "pixels" in kinds:
-        click.echo(f"note: {BY_PIXELS}")
+        tell(f"note: {BY_PIXELS}")
 
 
 def find_groups(folder: Path, shelf: Shelf, but: Collection[str] = frozenset()) -> tuple[list[list[str]], list[str]]:
@@ -238,7 +237,7 @@ def decide(folder: Path, out: Path) -> None:
     groups.rename(ending)
     shutil.rmtree(ending)
     for line in report:
-        click.echo(line)
+        tell(line)
 
 
 def carry_out(

@@ -21,7 +21,7 @@ from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
 from ssod_edge.runtime.report import WORDS, PredictOptions, describe_run, open_collector, open_monitor
 from ssod_edge.runtime.runner import Array, Runner
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import printable, tell
 
 #: Time over which the frame rate is measured.
 RATE_WINDOW_S = 1.0
@@ -149,18 +149,21 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
-            click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
+            tell("warning: untrained weights; these verdicts mean nothing", err=True)
         table = _Table(predictor.runner.spec.classes)
         if not as_json:
-            click.echo(table.head())
+            tell(table.head())
         try:
             for verdict in predict_frames(predictor, frames, smoother, watch):
                 table.add(verdict)
-                click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
+                if as_json:
+                    tell(json.dumps(verdict.to_dict(), allow_nan=False))
+                else:
+                    click.echo(table.row(verdict))  # with colours; what is from outside is printable
         finally:  # after Ctrl-C too
-            click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
+            tell(table.summary(frames, predictor.runner), err=as_json)
         if frames.problem is not None:
-            click.echo(f"error: {printable(frames.problem)}", err=True)
+            tell(f"error: {printable(frames.problem)}", err=True)
     problems = any(one is not None and one.problem for one in (watch, collector))
     failed = frames.problem is not None or table.counts["failed"] or problems
     return EXIT_SOME_FAILED if failed else EXIT_OK
