@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import beside, exclusive, make_directory
+from ssod_edge.files import beside, exclusive, make_directory, real_path
 from ssod_edge.spec import SPEC_NAME, load_spec
 
 #: Of Linux's fcntl.h and fs.h.
@@ -31,7 +31,7 @@ def staged(folder: Path) -> Iterator[Path]:
         UsageError: `folder` is a file, or holds something else than an export.
         OutputError: it cannot be written; what was there before is unchanged.
     """
-    folder = folder.resolve()
+    folder = real_path(folder)
     check_place(folder)
     make_directory(folder.parent)
     try:

@@ -11,10 +11,13 @@ import sys
 import threading
 
 import pytest
+from click.testing import CliRunner
+from house import MODULES
 from locks import holding
 
+from ssod_edge.cli import main
 from ssod_edge.errors import BusyError, OutputError, UsageError
-from ssod_edge.files import claim, make_directory, sha256_file, write_atomic, write_json
+from ssod_edge.files import claim, make_directory, real_path, sha256_file, write_atomic, write_json
 
 
 def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_path):
@@ -178,3 +181,20 @@ def test_where_there_are_no_locks_work_is_not_held_up(tmp_path, monkeypatch):
     with claim(tmp_path / "new" / ".lock", "the work is being done"):
         assert (tmp_path / "new").is_dir()
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_links_that_go_round_in_a_circle(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert real_path(loop) == loop and real_path(loop / "a") == loop / "a"
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert real_path(tmp_path / "link" / "a") == tmp_path / "there" / "a"
+    for arguments in (["history", loop], ["rollback", loop], ["train", tmp_path, "--out", loop, "--weights", "none"]):
+        result = CliRunner().invoke(main, [*map(str, arguments)])
+        assert result.exit_code in (1, 2, 4), arguments
+        assert "should not happen" not in result.stderr and "loop" in result.stderr, (arguments, result.stderr)
+
+
+def test_no_module_resolves_a_path_another_way():
+    found = [name for name, path in MODULES.items() if ".resolve()" in path.read_text(encoding="utf-8")]
+    assert [name for name in found if ".tools." not in name] == []

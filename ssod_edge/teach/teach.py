@@ -24,7 +24,7 @@ from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft, Say, release
 from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
-from ssod_edge.files import claim, sha256_file, write_atomic
+from ssod_edge.files import claim, real_path, sha256_file, write_atomic
 from ssod_edge.memory import give_back_freed_memory
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed
@@ -147,8 +147,8 @@ def teach(
     """
     _check_installed()
     export = Export.at(folder)
-    place = (export.folder if out is None else Path(out)).resolve()
-    if out is not None and place == export.folder.resolve():
+    place = real_path(export.folder if out is None else out)
+    if out is not None and place == real_path(export.folder):
         raise UsageError(
             f"'{out}' is the export that is taught: leave out -o to teach in place, or name another folder"
         )
@@ -190,7 +190,7 @@ def teach_open(
 def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> TaughtExport:
     """See `teach`; nobody else teaches into this place."""
     started = time.monotonic()
-    in_place = place == export.folder.resolve()
+    in_place = place == real_path(export.folder)
     model = Model(export)
     if "tuned" in model.spec.features:
         say(
@@ -243,7 +243,7 @@ def _say_replaced(spec: Spec, say: Say) -> None:
 
 def _check_data(data: Given | None, export: Export) -> None:
     """Raises UsageError where the photos are the export itself, or the run that it lies in."""
-    if isinstance(data, str) and Path(data).resolve() in (export.folder.resolve(), export.run_folder):
+    if isinstance(data, str) and real_path(data) in (real_path(export.folder), export.run_folder):
         raise UsageError(f"'{data}' is the model, and no photos. Give DATA, CLASS/IMAGE folders of photos, after it")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssod_edge.config import resolve_backbone
 from ssod_edge.data.layout import same_name
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
-from ssod_edge.files import sha256_file
+from ssod_edge.files import real_path, sha256_file
 from ssod_edge.json_reader import read_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME, TRUNK_SHA256
@@ -67,7 +67,7 @@ class Begun:
     def _of_export(cls, path: str, export: Export, runs: Path) -> Begun:
         source, taught = export.spec.source, "taught" in export.spec.source
         digest, name = source.get(TRUNK_SHA256 if taught else "checkpoint_sha256"), str(source.get("run", ""))
-        around = export.folder.resolve().parent
+        around = real_path(export.folder).parent
         for checkpoint in _checkpoints((around, around.parent, runs), name):
             if digest and sha256_file(checkpoint) == digest:
                 return cls(path, Run.at(checkpoint), export if taught else None)

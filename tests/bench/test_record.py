@@ -143,6 +143,11 @@ def test_a_record_of_an_earlier_release_is_read(golden: dict[str, Any], tmp_path
         (lambda r: r["method"].update(quick=float("nan")), "method.quick must be a finite number, got NaN"),
         (lambda r: r.update(data=[]), "data must be an object"),
         (lambda r: r.update(schema_version=True), "schema version True"),
+        (lambda r: r["environment"].pop("cpu"), "damaged .KeyError: 'cpu'"),
+        (lambda r: r["environment"].update(packages=[]), "environment.packages must be an object"),
+        (lambda r: r["rows"][0].update(repeats_ms={}), "damaged .KeyError: 'p50'"),
+        (lambda r: r["data"].update(ood=[]), "damaged .AttributeError"),
+        (lambda r: r["data"].update(reference=[]), "damaged .TypeError"),
     ],
 )
 def test_records_that_cannot_be_used(golden: dict[str, Any], tmp_path: Path, edit: Any, message: str) -> None:
