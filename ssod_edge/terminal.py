@@ -150,10 +150,19 @@ class PhaseBars:
 
 
 def standard_input() -> Iterator[str]:
-    """The lines of standard input, which is not touched before the first is drawn."""
+    """The lines of standard input, which is not touched before the first is drawn.
+
+    Raises:
+        UsageError: it is closed, or holds no lines of text.
+    """
     if sys.stdin is None:
         raise UsageError("'-' was given, and standard input is closed")
     for line in sys.stdin.buffer:
+        if b"\0" in line:
+            raise UsageError(
+                "'-' stands for a list of names, one a line, and standard input holds a picture or other bytes. Name "
+                "the file instead; a list in UTF-16, or of find -print0, is none either"
+            )
         yield os.fsdecode(line)
 
 

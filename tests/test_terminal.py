@@ -104,3 +104,14 @@ def test_errors_cannot_steer_a_terminal() -> None:
         assert result.exit_code == 2
         assert "[/x][red]" in result.stderr and not any(c in result.stderr for c in "\x1b\x9b\x07\u202e"), arguments
     assert describe(ValueError("a\nb"))[0].startswith("error: ValueError: a\nb")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\xff\xd8\xff\xe0\0\x10JFIF", "a.jpg\n".encode("utf-16"), b"a.jpg\0b.jpg\0"],
+    ids=["PNG", "JPEG", "UTF-16", "print0"],
+)
+@pytest.mark.parametrize("arguments", [["predict", "RUN", "-"], ["predict", "RUN", "a.png", "-", "--json"]])
+def test_a_picture_on_standard_input_is_no_list(export: Path, content: bytes, arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, [str(export) if a == "RUN" else a for a in arguments], input=content)
+    assert result.exit_code == 2 and "holds a picture or other bytes" in result.stderr and not result.stdout

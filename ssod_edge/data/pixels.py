@@ -299,6 +299,8 @@ def _decode(
 ) -> Image.Image:
     """RGB, upright, and the region of the settings; `jpeg`: its file, where it is one."""
     width, height = image.size
+    if not width * height:
+        raise ImageError(f"it has no pixels ({width} x {height})")
     if width * height > MAX_PIXELS:
         raise ImageError(f"too many pixels ({width} x {height}, the limit is {MAX_PIXELS}); reduce it first")
     if max(width, height) > MAX_SIDE:

@@ -83,12 +83,13 @@ class EagerRunner(Runner):
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
-        if self._model is None:
+        model = self._model  # another thread may close it meanwhile
+        if model is None:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
         with torch.inference_mode():
-            features = self._model.features(normalise(torch.from_numpy(images), self._model.preprocess))
-            logits, id_logit = (output.float().numpy() for output in self._model.head(features))
+            features = model.features(normalise(torch.from_numpy(images), model.preprocess))
+            logits, id_logit = (output.float().numpy() for output in model.head(features))
         if self._detector is not None:
             score = self._detector.score(features.float().numpy(), logits, id_logit)
         else:
