@@ -12,7 +12,7 @@ from typing import Any
 
 from ssod_edge.errors import ArtifactError, missing_extra
 from ssod_edge.export.engines.openvino import save_ir
-from ssod_edge.files import sha256_file
+from ssod_edge.files import sha256_file, unicode_path
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, Spec, check_files, load_spec, save_spec
@@ -71,7 +71,8 @@ def export_plain(export: Export, pair: Pair, folder: Path) -> Artifact:
     import onnx
 
     source = export.spec.artifact(pair.source)
-    graph = onnx.load(check_files(export.folder, source))
+    with unicode_path(check_files(export.folder, source)) as name:
+        graph = onnx.load(name)
     cut_plain(graph, len(export.spec.classes))
     onnx.save(graph, folder / "plain.onnx")
     files = ["plain.onnx"]

@@ -7,15 +7,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import BusyError, OutputError, UsageError
+from ssod_edge.json_reader import is_unicode
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -33,6 +35,36 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     `Path.resolve` raises a RuntimeError of these.
     """
     return Path(os.path.realpath(path))
+
+
+@contextmanager
+def unicode_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A path for a library in C++: where its name has bytes that are not UTF-8, by a link to its folder, which is gone
+    after the block; of a file with such a name itself, by a link to it with the same suffix.
+
+    Raises:
+        UsageError: there is no place for the link.
+    """
+    path = os.path.abspath(path)
+    if is_unicode(path):
+        yield path
+        return
+    around, name = os.path.split(path)
+    with ExitStack() as stack:
+        try:
+            link = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssod-edge-")), "link")
+            if is_unicode(name):
+                os.symlink(around, link)
+                link = os.path.join(link, name)
+            else:
+                suffix = os.path.splitext(name)[1]
+                link += suffix if is_unicode(suffix) else ""
+                os.symlink(path, link)
+        except OSError as error:
+            raise UsageError(
+                f"the name of '{path}' is not UTF-8, and no link to it can be made ({error}). Rename it"
+            ) from error
+        yield link
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
@@ -228,8 +260,17 @@ def beside(path: Path, prefix: str, suffix: str = "") -> Path:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a JSON document atomically, with a final newline. NaN and infinity are refused."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = json_text(value, indent=2) + "\n"
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A JSON document that `ssod_edge.json_reader` takes: of a name that is not UTF-8 it holds what can be shown."""
+    text = json.dumps(value, indent=indent, allow_nan=False)
+    if "\\ud" not in text:
+        return text
+    found = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", "\ufffd", found) if not is_unicode(found) else text
 
 
 def append_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:

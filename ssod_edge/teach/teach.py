@@ -24,7 +24,7 @@ from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft, Say, release
 from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
-from ssod_edge.files import claim, real_path, sha256_file, write_atomic
+from ssod_edge.files import claim, real_path, sha256_file, unicode_path, write_atomic
 from ssod_edge.memory import give_back_freed_memory
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed
@@ -104,7 +104,8 @@ class Model:
         width = self.stored.plain.shape[1]
         self.state: FittedScore | None = export.score_state(width)
         self.rows = len(self.spec.classes) + 1 + (0 if self.state is None else self.state.rows)
-        self.trunk = Trunk(onnx.load(check_files(export.folder, self.graphs["fp32"])), self.rows)
+        with unicode_path(check_files(export.folder, self.graphs["fp32"])) as name:
+            self.trunk = Trunk(onnx.load(name), self.rows)
         m, folds = len(self.spec.classes), self.stored.folds
         weight, bias = self.trunk.weight, self.trunk.bias
         self.heads = Heads(weight[:m], bias[:m], folds.weight, folds.bias)
@@ -374,7 +375,8 @@ def _artifacts(
         graph = model.graphs.get(precision)
         if graph is None:
             continue
-        parent = onnx.load(check_files(model.export.folder, graph))
+        with unicode_path(check_files(model.export.folder, graph)) as name:
+            parent = onnx.load(name)
         path = save_onnx(with_end(parent, model.rows, end), folder / f"model-{precision}.onnx")
         for old in spec.artifacts:
             if old.precision == precision and old.engine in ("onnxruntime", "openvino") and is_installed(old.engine):

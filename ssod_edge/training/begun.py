@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssod_edge.config import resolve_backbone
 from ssod_edge.data.layout import same_name
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
-from ssod_edge.files import real_path, sha256_file
+from ssod_edge.files import real_path, sha256_file, unicode_path
 from ssod_edge.json_reader import read_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME, TRUNK_SHA256
@@ -177,7 +177,8 @@ def _rows_of(export: Export) -> tuple[Tensor, Tensor]:
     graphs = [a for a in export.spec.artifacts if (a.engine, a.precision) == ("onnxruntime", "fp32")]
     if not graphs:
         raise ArtifactError(f"'{export.folder}' holds no ONNX graph in fp32. Teach it again")
-    graph = onnx.load(export.check(graphs[0])).graph
+    with unicode_path(export.check(graphs[0])) as name:
+        graph = onnx.load(name).graph
     producer = {output: node for node in graph.node for output in node.output}
     arrays = {tensor.name: tensor for tensor in graph.initializer}
     node = producer["logits"]

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import EngineError
+from ssod_edge.errors import EngineError, UsageError
+from ssod_edge.files import unicode_path
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
@@ -94,7 +95,10 @@ def _open_session(
         options.enable_profiling = True
         options.profile_file_prefix = profile
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with unicode_path(path) as name:
+            session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+    except UsageError:
+        raise
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {error}") from error
     shapes = {value.name: value.shape for value in session.get_inputs() + session.get_outputs()}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
+from ssod_edge.files import unicode_path
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
 from ssod_edge.spec import Artifact, Spec
 
@@ -65,7 +66,8 @@ class OpenVinoRunner(Runner):
         precision = "bf16" if bf16 else artifact.precision
         config = request_config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
-            compiled = core.compile_model(str(path), device, config)
+            with unicode_path(path) as name:
+                compiled = core.compile_model(name, device, config)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
         check_graph(path, spec, outputs, _shapes(compiled))

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.files import unicode_path
+from ssod_edge.json_reader import is_unicode
 from ssod_edge.runtime.runner import import_failed
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
@@ -194,6 +196,8 @@ def _opencv() -> Any:
 
 
 def _open_camera(cv2: Any, camera: str) -> Any:
+    if not is_unicode(camera):
+        raise UsageError(f"camera '{camera}' is no number, device file or pipeline: its name is not UTF-8")
     if "!" in camera:
         capture = cv2.VideoCapture(camera, cv2.CAP_GSTREAMER)
         fix = "this OpenCV has no GStreamer (that of pip has none, that of JetPack has), or the pipeline is wrong"
@@ -212,6 +216,8 @@ def _open_camera(cv2: Any, camera: str) -> Any:
 
 def _open_source(cv2: Any, source: str, name: str) -> Any:
     if _URL.match(source):
+        if not is_unicode(source):
+            raise UsageError(f"the address '{name}' is not UTF-8. Write other characters as %XX")
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
         capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)
         if not capture.isOpened():
@@ -223,7 +229,8 @@ def _open_source(cv2: Any, source: str, name: str) -> Any:
     if not os.path.isfile(source):
         what = "is not a file" if os.path.lexists(source) else "does not exist"
         raise UsageError(f"the video '{source}' {what}")
-    capture = cv2.VideoCapture(source)
+    with unicode_path(source) as path:
+        capture = cv2.VideoCapture(path)
     if not capture.isOpened():
         raise ImageError(
             f"'{source}' cannot be read as a video: it is empty, cut short, or in a format unknown to OpenCV"
