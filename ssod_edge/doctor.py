@@ -9,12 +9,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from ssod_edge import __version__
 from ssod_edge.bench.environment import describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
+from ssod_edge.optional import is_there
 from ssod_edge.probe import BUILDER, PROBES
 from ssod_edge.runtime.open import PLAN_ENGINES
 
@@ -123,7 +123,7 @@ def package(module: str) -> Package:
         version: str | None = metadata.version(name)
     except metadata.PackageNotFoundError:
         # The module may come in a package of another name (onnxruntime-gpu, a vendor's wheel).
-        version = "unknown" if find_spec(module) else None
+        version = "unknown" if is_there(module) else None
     install = None if version else install_command(module)
     return Package(name=name, version=version, extra=extra, install=install)
 
@@ -137,7 +137,7 @@ def install_command(module: str) -> str:
 
 def try_engine(name: str) -> list[Engine]:
     """Run one engine's probe (`ssod_edge.probe`) in a new process and read its outcomes."""
-    if find_spec(name) is None:
+    if not is_there(name):
         return [Engine(name, "", "missing", "not installed", install_command(name))]
     # The child searches for modules where this process does: not in the folder the user happens to be in.
     code = f"import sys; sys.path[:] = {sys.path!r}; from ssod_edge.probe import main; main({name!r})"

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.errors import OutputError, UsageError, VerificationError, missing_extra
+from ssod_edge.errors import OutputError, UsageError, VerificationError
 from ssod_edge.files import unicode_path
+from ssod_edge.optional import load
 from ssod_edge.spec import VERDICT_INPUTS
 
 
@@ -25,10 +26,7 @@ def save_ir(onnx_path: Path, folder: Path, model: Any = None) -> tuple[Path, Pat
         VerificationError: OpenVINO cannot read the graph.
         OutputError: the IR cannot be written.
     """
-    try:
-        import openvino
-    except ModuleNotFoundError:
-        raise missing_extra("openvino", "making an OpenVINO IR") from None
+    openvino = load("openvino", "making an OpenVINO IR")
     try:
         if model is None:
             with unicode_path(onnx_path) as name:

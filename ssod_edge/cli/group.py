@@ -69,7 +69,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     """What the user reads for an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in EXTRAS:
+    if isinstance(error, ImportError) and error.name and error.name.split(".")[0] in EXTRAS:
         error = missing_extra(error.name.split(".")[0], "this command")
     if isinstance(error, SsodEdgeError):
         return f"error: {error}", error.exit_code

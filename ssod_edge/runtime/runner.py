@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.detect.confidence import verdict_inputs
-from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 
 Array = npt.NDArray[Any]
@@ -107,13 +107,6 @@ def check_graph(path: Path, spec: Spec, outputs: Sequence[str], shapes: Mapping[
                 f"'{path}' is not the graph that {SPEC_NAME} describes, with input_size {size} and "
                 f"{len(spec.classes)} classes: {what}. Copy the folder again, or export the run again."
             )
-
-
-def import_failed(module: str, error: ImportError) -> MissingExtraError | EngineError:
-    """The error for an engine's module that is not there, or is there and can't be loaded (a system library lacks)."""
-    if isinstance(error, ModuleNotFoundError) and error.name == module:
-        return missing_extra(module, f"the {module} engine")
-    return EngineError(f"'{module}' is installed and cannot be loaded: {error}. Install it again.")
 
 
 def closed_error() -> UsageError:

@@ -18,7 +18,7 @@ from ssod_edge.detect.fit import Labels
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.stored import StoredFeatures, load_features, save_features
 from ssod_edge.detect.sums import FittedScore, save_score
-from ssod_edge.errors import ArtifactError, UsageError, VerificationError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError, VerificationError
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Draft, Say, release
@@ -26,6 +26,7 @@ from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
 from ssod_edge.files import claim, real_path, sha256_file, unicode_path, write_atomic
 from ssod_edge.memory import give_back_freed_memory
+from ssod_edge.optional import load
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed
 from ssod_edge.runtime.verify import TOLERANCES
@@ -249,11 +250,8 @@ def _check_data(data: Given | None, export: Export) -> None:
 
 
 def _check_installed() -> None:
-    import importlib.util
-
     for module in ("onnx", "onnxruntime", "sklearn"):
-        if importlib.util.find_spec(module) is None:
-            raise missing_extra(module, "teaching an export", "teach")
+        load(module, "teaching an export", "teach")
 
 
 def _forgotten(classes: tuple[str, ...], names: Sequence[str]) -> Labels:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ssod_edge.config import resolve_backbone
 from ssod_edge.data.layout import same_name
-from ssod_edge.errors import ArtifactError, UsageError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import real_path, sha256_file, unicode_path
 from ssod_edge.json_reader import read_json
+from ssod_edge.optional import load
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME, TRUNK_SHA256
 from ssod_edge.training.checkpoint import BEST, is_checkpoint
@@ -170,10 +171,7 @@ def _checkpoints(roots: tuple[Path, ...], name: str) -> Iterator[Path]:
 
 def _rows_of(export: Export) -> tuple[Tensor, Tensor]:
     """Rows of the classes of an export, from the last Gemm of its fp32 graph."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing_extra("onnx", "reading a taught export", "teach") from error
+    onnx = load("onnx", "reading a taught export", "teach")
     graphs = [a for a in export.spec.artifacts if (a.engine, a.precision) == ("onnxruntime", "fp32")]
     if not graphs:
         raise ArtifactError(f"'{export.folder}' holds no ONNX graph in fp32. Teach it again")

@@ -12,7 +12,8 @@ import numpy as np
 
 from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.files import unicode_path
-from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
+from ssod_edge.optional import load
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
@@ -86,10 +87,7 @@ def session_options(threads: int | None = None) -> Any:
 def _open_session(
     path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
 ) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise import_failed("onnxruntime", error) from error
+    onnxruntime = load("onnxruntime")
     options = session_options(threads)
     if profile is not None:
         options.enable_profiling = True

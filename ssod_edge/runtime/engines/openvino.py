@@ -12,7 +12,8 @@ import numpy as np
 
 from ssod_edge.errors import EngineError
 from ssod_edge.files import unicode_path
-from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
+from ssod_edge.optional import load
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error
 from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
@@ -52,10 +53,7 @@ class OpenVinoRunner(Runner):
         outputs: tuple[str, ...] | None = None,
         bf16: bool = False,
     ) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise import_failed("openvino", error) from error
+        openvino = load("openvino")
         device = "CPU" if device == "auto" else device
         core = shared_core()
         if device not in core.available_devices:
@@ -133,9 +131,7 @@ def shared_core() -> Any:
     found. Of two Cores that go in the order they came, the second puts back the first one's, which is no longer mapped,
     and the next signal (a Ctrl-C, the end of a child process) is a segmentation fault.
     """
-    import openvino
-
-    return openvino.Core()
+    return load("openvino").Core()
 
 
 def cpu_capabilities() -> list[str]:

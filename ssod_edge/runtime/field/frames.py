@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.files import unicode_path
 from ssod_edge.json_reader import is_unicode
-from ssod_edge.runtime.runner import import_failed
+from ssod_edge.optional import load
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
 _URL = re.compile(r"(rtsps?|rtmp|https?|udp|tcp)://", re.IGNORECASE)
@@ -188,11 +188,7 @@ def _opencv() -> Any:
     # What goes wrong is said here, once; OpenCV and FFmpeg would say it in ten lines.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    try:
-        import cv2
-    except ImportError as error:
-        raise import_failed("cv2", error) from error
-    return cv2
+    return load("cv2")
 
 
 def _open_camera(cv2: Any, camera: str) -> Any:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from ssod_edge.config import Preprocess
 from ssod_edge.data.layout import is_image, is_other, is_shown, same_name
 from ssod_edge.data.pixels import read_pixels
-from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError, missing_extra
+from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError
 from ssod_edge.files import (
     append_lines,
     beside,
@@ -44,6 +44,7 @@ from ssod_edge.files import (
     write_json,
 )
 from ssod_edge.json_reader import parse_json, read_json
+from ssod_edge.optional import load
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
 from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
 from ssod_edge.terminal import printable, tell
@@ -184,10 +185,7 @@ def name_groups(groups: Sequence[Sequence[str]], first: int = 1) -> dict[str, li
 
 def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
     """Groups of names whose vectors look alike; every name is in one."""
-    try:
-        from sklearn.cluster import AgglomerativeClustering
-    except ImportError as error:
-        raise missing_extra("sklearn", "sorting images", "teach") from error
+    clusters = load("sklearn.cluster", "sorting images", "teach")
     names = list(vectors)
     if len(names) == 1:
         return [names]
@@ -196,7 +194,7 @@ def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
     distances = np.clip(1 - points @ points.T, 0, 2)
     np.fill_diagonal(distances, 0)
     limit = 1 - TOGETHER[kind.split(":")[0]]
-    model = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=limit)
+    model = clusters.AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=limit)
     found: npt.NDArray[Any] = model.fit_predict(distances)
     return [[name for name, own in zip(names, found, strict=True) if own == group] for group in np.unique(found)]
 
