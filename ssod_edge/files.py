@@ -11,6 +11,7 @@ import re
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -239,6 +240,7 @@ def _send(path: Path, write: Callable[[Path], Any]) -> None:
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and rename it over `path`."""
     make_directory(path.parent)
+    _remove_left_over(path)
     temporary = beside(path, f".{path.name}.", path.suffix)
     mode = _mode(path)
     try:
@@ -251,6 +253,24 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+#: Seconds after which a temporary file that nobody writes to is what a kill left.
+_LEFT_OVER_S = 3600
+#: Files of which this process has looked for such, which takes a look at the whole folder.
+_looked_for: set[Path] = set()
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what writes of this file left that were killed."""
+    if path in _looked_for:
+        return
+    _looked_for.add(path)
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}{re.escape(path.suffix)}")
+    with suppress(OSError):
+        for found in os.scandir(path.parent):
+            if ours.fullmatch(found.name) and time.time() - found.stat(follow_symlinks=False).st_mtime > _LEFT_OVER_S:
+                os.unlink(found.path)
 
 
 def beside(path: Path, prefix: str, suffix: str = "") -> Path:

@@ -198,3 +198,22 @@ def test_links_that_go_round_in_a_circle(tmp_path):
 def test_no_module_resolves_a_path_another_way():
     found = [name for name, path in MODULES.items() if ".resolve()" in path.read_text(encoding="utf-8")]
     assert [name for name in found if ".tools." not in name] == []
+
+
+def test_what_a_kill_in_a_write_left_is_removed_by_a_later_one(tmp_path):
+    code = """
+import os, signal, sys
+from ssod_edge.files import write_atomic
+write_atomic(sys.argv[1], lambda path: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL)))
+"""
+    place = tmp_path / "a+b.json"
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    old, new = sorted(tmp_path.iterdir())
+    others = [tmp_path / name for name in (".a+b.json.mine.json", ".a+c.json.0123456789abcdef.json", "a+b.json.bak")]
+    for path in others:
+        path.touch()
+    for path in (old, *others):
+        os.utime(path, (0, 0))
+    write_json(place, 1)
+    assert sorted(tmp_path.iterdir()) == sorted([new, place, *others])
