@@ -22,7 +22,8 @@ from ssod_edge.export.deploy import deploy
 from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, TARGETS, check_engines
 from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.export.release import Targets
-from ssod_edge.runtime.open import PLAN_ENGINES, is_installed
+from ssod_edge.optional import require
+from ssod_edge.runtime.open import ENGINES, PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
 from ssod_edge.terminal import Screen, printable_lines
 
@@ -119,12 +120,14 @@ def run_export(
         score, max_drop, features, stored: see `ExportOptions`.
         calib: in-distribution images to quantise with; None takes those of the thresholds.
     """
+    asked = target.targets()
+    precisions = asked.precisions or DEFAULT_PRECISIONS
+    engines = (ENGINES[engine] for engine in asked.engines if engine in CPU_TARGETS)
+    require(["torch", "onnx", "onnxscript", *engines, *(["nncf"] if "int8" in precisions else [])], "export")
     from ssod_edge.data.images import whole_dataset
     from ssod_edge.export.graph.build import ExportOptions, export_source
 
     started = time.monotonic()
-    asked = target.targets()
-    precisions = asked.precisions or DEFAULT_PRECISIONS
     chosen = tuple(dict.fromkeys(features))
     options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, chosen, stored)
     if calib is not None and "int8" not in precisions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, missing_extra
@@ -13,6 +14,23 @@ def is_there(module: str) -> bool:
     """Whether a top-level module is installed, which is not imported; empty folders of a removed package are none."""
     spec = importlib.util.find_spec(module)
     return spec is not None and (spec.origin is not None or spec.submodule_search_locations is None)
+
+
+def require(modules: Sequence[str], purpose: str) -> None:
+    """Find out before the work what is missing of several optional modules.
+
+    Raises:
+        MissingExtraError: with all that are missing, and the one command that installs them.
+    """
+    missing = [module for module in dict.fromkeys(modules) if not is_there(module)]
+    if len(missing) == 1:
+        raise missing_extra(missing[0], purpose)
+    if missing:
+        names, extras = ", ".join(f"'{name}'" for name in missing), ",".join(sorted({EXTRAS[name] for name in missing}))
+        raise MissingExtraError(
+            f"{purpose} needs the packages {names}, which are not installed. Install them with: "
+            f"pip install 'ssod-edge[{extras}]'"
+        )
 
 
 def load(module: str, purpose: str = "", extra: str | None = None) -> Any:

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from house import MODULES
 
+from ssod_edge.cli import main
 from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, SsodEdgeError
-from ssod_edge.optional import is_there, load
+from ssod_edge.optional import is_there, load, require
 from ssod_edge.runtime.open import open_runner
 
 AGAIN = "Install it again: pip install --force-reinstall 'ssod-edge["
@@ -96,3 +98,16 @@ def test_no_module_handles_a_failed_import_by_itself() -> None:
                 found.add(name)
     assert found <= OWN_WAY, found - OWN_WAY
     assert issubclass(MissingExtraError, SsodEdgeError)
+
+
+def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("onnx", "nncf", "openvino"):
+        monkeypatch.setitem(sys.modules, module, None)
+    require(["numpy", "torch"], "export")
+    with pytest.raises(MissingExtraError, match=r"export needs the package 'nncf'.*ssod-edge\[int8\]"):
+        require(["numpy", "nncf", "nncf"], "export")
+    with pytest.raises(MissingExtraError, match=r"'onnx', 'nncf', which are not installed.*'ssod-edge\[int8,onnx\]'"):
+        require(["onnx", "nncf"], "export")
+    result = CliRunner().invoke(main, ["export", "--int8", "--target", "openvino"])
+    assert result.exit_code == 3
+    assert "'onnx', 'openvino', 'nncf'" in result.stderr and "'ssod-edge[int8,onnx,openvino]'" in result.stderr

@@ -53,6 +53,7 @@ def summary(record: Record) -> dict[str, Any]:
         "evidence": math.exp(log_evidence(state)),
         "evidence_peak": math.exp(state.peak),
         "evidence_limit": 1 / FALSE_ALARM_RATE,
+        "evidence_images": state.images,
     }
 
 
@@ -99,6 +100,8 @@ def _drift_line(figures: dict[str, Any]) -> str:
     times = f"{figures['alarms']} time{'s' if figures['alarms'] > 1 else ''}"
     alarms = f"; so far {times}, last from image {figures['alarm_at']:,} on" if figures["alarms"] else ""
     evidence = f"evidence {figures['evidence']:.3g}, at most {figures['evidence_peak']:.3g}"
+    if figures["alarms"]:
+        evidence += f", of the {figures['evidence_images']:,} images since it last reached its limit and began anew"
     rate = 1 / figures["evidence_limit"]
     return (
         f"{word}{alarms}; {evidence}, an alarm is raised at {figures['evidence_limit']:g}: that ever happens to "
