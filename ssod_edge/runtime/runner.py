@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.detect.confidence import verdict_inputs
-from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 
 Array = npt.NDArray[Any]
@@ -107,6 +108,22 @@ def check_graph(path: Path, spec: Spec, outputs: Sequence[str], shapes: Mapping[
                 f"'{path}' is not the graph that {SPEC_NAME} describes, with input_size {size} and "
                 f"{len(spec.classes)} classes: {what}. Copy the folder again, or export the run again."
             )
+
+
+def check_process(opened_in: int, what: str = "this runner") -> None:
+    """Raises EngineError in a process that was forked from the one in which an engine was opened.
+
+    The engine's threads are not there, and it would wait for them for ever.
+
+    Args:
+        opened_in: the process's id at that time.
+        what: was opened.
+    """
+    if opened_in != os.getpid():
+        raise EngineError(
+            f"{what} was opened in process {opened_in}, and this one ({os.getpid()}) was forked from it, without the "
+            "engine's threads. Open the model after the fork only, or start processes with the method 'spawn'"
+        )
 
 
 def closed_error() -> UsageError:

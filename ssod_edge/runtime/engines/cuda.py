@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from ssod_edge.errors import EngineError, SsodEdgeError, UsageError, missing_extra
 from ssod_edge.optional import is_there, load
-from ssod_edge.runtime.runner import Array
+from ssod_edge.runtime.runner import Array, check_process
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,12 @@ def open_gpu(device: str = "auto", extra: str | None = None) -> Gpu:
         raise UsageError(f"TensorRT runs on a GPU: device must be auto or cuda:N, got '{device}'")
     if not is_there("pycuda"):
         raise missing_extra("pycuda", "running on a GPU", extra)
+    check_process(_opened_in.setdefault(0, os.getpid()), "CUDA")
     return _open_gpu(int(text[5:]))
+
+
+#: The process whose context it is.
+_opened_in: dict[int, int] = {}
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.files import unicode_path
 from ssod_edge.optional import load
-from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
@@ -46,7 +47,7 @@ class OnnxRunner(Runner):
     ) -> None:
         if device not in ("auto", "CPU"):
             raise EngineError(f"onnxruntime runs on 'CPU' here, got device '{device}'")
-        self.spec = spec
+        self.spec, self._opened_in = spec, os.getpid()
         self.artifact = artifact
         self._outputs = outputs = outputs or spec.outputs
         self._session: Any
@@ -61,6 +62,7 @@ class OnnxRunner(Runner):
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
+        check_process(self._opened_in)
         session = self._session  # another thread may close it meanwhile
         if session is None:
             raise closed_error()
