@@ -15,7 +15,7 @@ import numpy as np
 
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.runtime.field.frames import FrameReader
+from ssod_edge.runtime.field.frames import FrameReader, without_secrets
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
@@ -139,7 +139,8 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
     """
     camera, as_json = options.camera, options.as_json
     if len(sources) + (camera is not None) != 1:
-        given = ", ".join([f"'{source}'" for source in sources] + ([f"--camera {camera}"] if camera else []))
+        named = [f"'{without_secrets(source)}'" for source in sources]
+        given = ", ".join(named + ([f"--camera {without_secrets(camera)}"] if camera else []))
         raise UsageError(f"a video, camera or stream is taken alone, got {given}. Run predict once for each")
     smoother = None if options.smooth is None else Smoother(options.smooth)
     with (
