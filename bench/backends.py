@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssod_edge.bench.plain import PREFIX, Pair, choose_pairs, export_plain, open_plain
 from ssod_edge.errors import MissingExtraError, SsodEdgeError
-from ssod_edge.files import sha256_file
+from ssod_edge.files import real_path, sha256_file
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed, open_runner
 from ssod_edge.runtime.runner import Runner
@@ -140,7 +140,7 @@ def _open_bf16(folder: Path, threads: int | None) -> Runner:
 
 
 def _eager(export: Export) -> Backend:
-    run = export.folder.resolve().parent
+    run = real_path(export.folder).parent
     checkpoint = run / CHECKPOINT
     if export.spec.taught:
         error = "the export was taught, and no checkpoint has learnt that"

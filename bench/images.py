@@ -15,6 +15,7 @@ from ssod_edge.data.pixels import equalise, load_image
 from ssod_edge.data.sources import model_labels, open_dataset, open_training_data
 from ssod_edge.data.splits import read_splits
 from ssod_edge.errors import ArtifactError, ImageError, SsodEdgeError, UsageError
+from ssod_edge.files import real_path
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 
@@ -85,7 +86,7 @@ def recorded_split(export: Export) -> tuple[ImageSet | None, str | None]:
         source = open_training_data(str(facts["data"]), facts.get("val_data"), facts.get("val_fingerprint"))
         if source.fingerprint != facts["data_fingerprint"]:
             return None, f"The data '{facts['data']}' changed since the run."
-        indices = read_splits(export.folder.resolve().parent, source, str(facts["splits_hash"])).val
+        indices = read_splits(real_path(export.folder).parent, source, str(facts["splits_hash"])).val
     except (OSError, ValueError, KeyError, SsodEdgeError, ImportError) as error:
         return None, f"The run's validation images cannot be opened ({error})."
     labels = model_labels(source.labels[indices], source.classes, export.spec.classes)

@@ -5,14 +5,14 @@ It is cut out of an ONNX artifact, so that trunk and weights are the same to the
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.errors import ArtifactError, missing_extra
+from ssod_edge.errors import ArtifactError
 from ssod_edge.export.engines.openvino import save_ir
-from ssod_edge.files import sha256_file
+from ssod_edge.files import sha256_file, unicode_path
+from ssod_edge.optional import load
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, Spec, check_files, load_spec, save_spec
@@ -66,12 +66,11 @@ def export_plain(export: Export, pair: Pair, folder: Path) -> Artifact:
         MissingExtraError: onnx (or openvino, for its engine) is not installed.
         UsageError, ArtifactError: the export lacks the pair's source, its file was changed, or it is not a fused graph.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise missing_extra("onnx", "making the plain classifier")
-    import onnx
+    onnx = load("onnx", "making the plain classifier")
 
     source = export.spec.artifact(pair.source)
-    graph = onnx.load(check_files(export.folder, source))
+    with unicode_path(check_files(export.folder, source)) as name:
+        graph = onnx.load(name)
     cut_plain(graph, len(export.spec.classes))
     onnx.save(graph, folder / "plain.onnx")
     files = ["plain.onnx"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ssod_edge.bench.compare import compare
 from ssod_edge.bench.latency import Samples, summarise_stages
 from ssod_edge.errors import UsageError
 from ssod_edge.json_reader import from_json, read_json
@@ -92,9 +93,16 @@ def load_record(path: str | Path) -> dict[str, Any]:
     try:
         for key in ("environment", "method", "export", "data", "cost_of_unknown"):
             from_json(dict[str, Any], record[key], key)
+        from_json(dict[str, Any], record["environment"].get("packages"), "environment.packages")
         for number, row in enumerate(record["rows"]):
             for key, kind in ROW_TYPES.items():
                 from_json(kind, row[key], f"rows[{number}].{key}")
     except UsageError as error:
         raise UsageError(f"'{path}' is damaged ({error}). Make it again with: ssod-edge bench --json FILE") from error
+    try:  # what nothing above has looked into
+        compare(record, record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"'{path}' is damaged ({type(error).__name__}: {error}). Make it again with: ssod-edge bench --json FILE"
+        ) from error
     return record

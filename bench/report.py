@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ssod_edge.bench.compare import Comparison
 from ssod_edge.bench.environment import busy_warning
 from ssod_edge.bench.latency import STAGES
+from ssod_edge.terminal import Screen, printable
 
 Row = dict[str, Any]
 DASH = "-"
@@ -95,7 +94,7 @@ def notes(record: dict[str, Any]) -> list[str]:
     return [*lines, warning] if warning else lines
 
 
-def print_record(record: dict[str, Any], console: Console) -> None:
+def print_record(record: dict[str, Any], console: Screen) -> None:
     """The table, the stages and the notes."""
     rows = record["rows"]
     console.print(_table(title(record), columns(rows), rows))
@@ -104,7 +103,7 @@ def print_record(record: dict[str, Any], console: Console) -> None:
     if deployed := [row for row in rows if row["deployment"]]:
         console.print(_table(DEPLOYMENT, deployment_columns(deployed), deployed))
     for line in notes(record):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -113,22 +112,22 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [f"**{title(record)}**", "", *_markdown_table(columns(rows), rows), ""]
     if deployed := [row for row in rows if row["deployment"]]:
         lines += [f"{DEPLOYMENT}:", "", *_markdown_table(deployment_columns(deployed), deployed), ""]
-    lines += [*(f"- {_cell(line)}" for line in notes(record)), f"- `{record['command']}`"]
+    lines += [*(f"- {_cell(line)}" for line in notes(record)), f"- `{printable(record['command'])}`"]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(used: list[Column], rows: list[Row]) -> list[str]:
     return [
-        "| " + " | ".join(column.title for column in used) + " |",
+        "| " + " | ".join(_cell(column.title) for column in used) + " |",
         "|" + "|".join("---" if column.left else "---:" for column in used) + "|",
         *("| " + " | ".join(_cell(column.text(row)) for column in used) + " |" for row in rows),
     ]
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
+def print_comparison(comparison: Comparison, console: Screen) -> None:
     """What moved, or that nothing did."""
     for note in comparison.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
     if not comparison.changes:
         console.print("Nothing moved beyond the noise.")
         return
@@ -139,7 +138,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         share = f"{change.new / change.old - 1:+.1%}" if change.old else DASH
         values = (f"{value:.4g}" for value in (change.old, change.new))
         noise = f"{change.noise:.2g}" if change.noise > 1e-6 else "0"
-        table.add_row(escape(change.artifact), change.figure, *values, share, noise)
+        table.add_row(change.artifact, change.figure, *values, share, noise)
     console.print(table)
 
 
@@ -150,7 +149,7 @@ def _table(title: str, used: list[Column], rows: list[Row]) -> Table:
         table.add_column(heading, justify="left" if column.left else "right", no_wrap=column.left)
     for row in rows:
         style = None if row["status"] == "ok" else "red" if row["status"] == "failed" else "dim"
-        table.add_row(*(escape(column.text(row)) for column in used), style=style)
+        table.add_row(*(column.text(row) for column in used), style=style)
     return table
 
 
@@ -160,7 +159,7 @@ def _stages(rows: list[Row]) -> Table:
     for name in (*STAGES, "end_to_end"):
         table.add_column(name.replace("_", " "), justify="right")
     for row in (row for row in rows if row["stages_ms"]):
-        table.add_row(escape(row["artifact"]), *(_stage(row, name) for name in (*STAGES, "end_to_end")))
+        table.add_row(row["artifact"], *(_stage(row, name) for name in (*STAGES, "end_to_end")))
     return table
 
 
@@ -211,4 +210,4 @@ def _percent(value: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return printable(text.replace("\n", " ")).replace("|", "\\|")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import click
-from rich.console import Console
 
 from ssod_edge.bench.backends import Backends
 from ssod_edge.bench.compare import compare
@@ -25,12 +21,13 @@ from ssod_edge.bench.report import markdown, print_comparison, print_record
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, UsageError
 from ssod_edge.files import check_output, write_json
 from ssod_edge.runtime.export import Export
+from ssod_edge.terminal import Screen, tell
 
 Report = Callable[[dict[str, Any]], None]
 
 
 def bench(
-    folder: str | Path, options: BenchOptions, console: Console | None = None, unfinished: Report | None = None
+    folder: str | Path, options: BenchOptions, console: Screen | None = None, unfinished: Report | None = None
 ) -> dict[str, Any]:
     """Measure an export.
 
@@ -109,12 +106,12 @@ def run_bench(
     old = None if output.compare_file is None else load_record(output.compare_file)
     if output.json_file is not None:
         check_output(output.json_file)
-    errors = Console(stderr=True)
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    errors = Screen(err=True)
+    console = Screen(wide=132)
 
     def show(record: dict[str, Any]) -> None:
         if output.as_markdown:
-            click.echo(markdown(record), nl=False)
+            tell(markdown(record).rstrip())
         else:
             print_record(record, console)
 
@@ -123,9 +120,9 @@ def run_bench(
         show(record)
 
     record = bench(Export.newest(runs, backbone).folder if folder is None else folder, options, errors, show_unfinished)
+    if output.json_file is not None:  # before anything is printed: what was measured is not lost by it
+        write_json(output.json_file, record)
     show(record)
     if old is not None:
         print_comparison(compare(old, record), console)
-    if output.json_file is not None:
-        write_json(output.json_file, record)
     return exit_code(record)

@@ -18,6 +18,7 @@ from ssod_edge.files import check_output, sha256_file, write_atomic
 from ssod_edge.json_reader import parse_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec, spec_values
+from ssod_edge.terminal import printable
 
 README_NAME = "README.md"
 #: The hash of every other file, in the format of `sha256sum --check`.
@@ -72,7 +73,7 @@ def write_bundle(
         contents[BENCH_NAME] = record
     contents |= {name: folder / name for name in spec.shared_files}
     contents[SPEC_NAME] = (json.dumps(spec_values(packed), indent=2, allow_nan=False) + "\n").encode()
-    contents[README_NAME] = _readme(packed, record, Path(path).name).encode()
+    contents[README_NAME] = _readme(packed, record, printable(Path(path).name)).encode()
     for name in contents:
         _check_name(name, Path(path))
     contents[SUMS_NAME] = "".join(f"{_hash(contents[name])}  {name}\n" for name in sorted(contents)).encode()

@@ -5,7 +5,6 @@ PyTorch is imported where a model is exported from a run, and nowhere else: a de
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,8 +22,10 @@ from ssod_edge.export.deploy import deploy
 from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, TARGETS, check_engines
 from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.export.release import Targets
-from ssod_edge.runtime.open import PLAN_ENGINES, is_installed
+from ssod_edge.optional import require
+from ssod_edge.runtime.open import ENGINES, PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
+from ssod_edge.terminal import Screen, printable_lines
 
 if TYPE_CHECKING:
     from ssod_edge.export.graph.source import Source
@@ -38,8 +38,6 @@ NO_IMAGES_NOTE = (
     "note: without images there is no threshold, so nothing can be told known from unknown. "
     "Add --id DATA, or fit one later with: ssod-edge calibrate"
 )
-
-WIDE = 200
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,14 @@ def run_export(
         score, max_drop, features, stored: see `ExportOptions`.
         calib: in-distribution images to quantise with; None takes those of the thresholds.
     """
+    asked = target.targets()
+    precisions = asked.precisions or DEFAULT_PRECISIONS
+    engines = (ENGINES[engine] for engine in asked.engines if engine in CPU_TARGETS)
+    require(["torch", "onnx", "onnxscript", *engines, *(["nncf"] if "int8" in precisions else [])], "export")
     from ssod_edge.data.images import whole_dataset
     from ssod_edge.export.graph.build import ExportOptions, export_source
 
     started = time.monotonic()
-    asked = target.targets()
-    precisions = asked.precisions or DEFAULT_PRECISIONS
     chosen = tuple(dict.fromkeys(features))
     options = ExportOptions(precisions, asked.engines, asked.target_tpr, asked.plans, score, max_drop, chosen, stored)
     if calib is not None and "int8" not in precisions:
@@ -217,7 +217,7 @@ def choose_source(options: SourceOptions) -> Source:
 
 
 def say(line: str, style: str = "") -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style))
+    Screen(err=True, soft_wrap=True).print(Text(printable_lines(line), style))
 
 
 def show(spec: Spec, folder: Path, started: float) -> None:
@@ -229,7 +229,7 @@ def show(spec: Spec, folder: Path, started: float) -> None:
     for artifact in spec.artifacts:
         table.add_row(*_row(artifact, folder))
     # Off a terminal a row is one line.
-    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+    Screen(wide=200).print(table)
     say(f"exported to {folder} in {time.monotonic() - started:.0f} s")
 
 

@@ -14,7 +14,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.export.bundle import BENCH_NAME, check_bundle, unpack
 from ssod_edge.export.engines.artifact import PRECISIONS, check_engines, make_artifact
 from ssod_edge.export.release import Say, Targets, release
-from ssod_edge.files import same_data
+from ssod_edge.files import real_path, same_data
 from ssod_edge.runtime.calibrate import fit_threshold, trained_on
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
@@ -78,7 +78,7 @@ def deploy(
             if images is None:
                 return _take_over(runner, Export(draft.folder, bundled), say)
             say(f"{runner.artifact.name}: fitting its threshold on {len(images)} images")
-            description = f"folder '{Path(str(data)).resolve().name}', {len(images)} images"
+            description = f"folder '{real_path(str(data)).name}', {len(images)} images"
             threshold = fit_threshold(runner, images, targets.target_tpr, description, unreadable)
             runner.artifact = replace(runner.artifact, threshold=threshold)
             return {}

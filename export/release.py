@@ -19,7 +19,7 @@ from ssod_edge.export.engines.artifact import CPU_TARGETS, PRECISIONS, TARGETS
 from ssod_edge.export.engines.tensorrt import PlanOptions
 from ssod_edge.export.staging import staged
 from ssod_edge.export.versions import check_unchanged, keep, name_of
-from ssod_edge.files import exclusive
+from ssod_edge.files import exclusive, real_path
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner, why_not_here
 from ssod_edge.runtime.runner import Runner
@@ -145,7 +145,7 @@ def release(place: Path, say: Say, replaces: Export | None = None) -> Iterator[D
         draft = Draft(folder, say)
         yield draft
         # Another process may be exporting to the same place: what it has published by now is kept too.
-        publishing.enter_context(exclusive(place.resolve().parent))
+        publishing.enter_context(exclusive(real_path(place).parent))
         if replaces is None:
             draft.write(_keep_earlier(place, Export(folder, draft.spec), say))
         else:

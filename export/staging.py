@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import beside, exclusive, make_directory
+from ssod_edge.files import beside, exclusive, make_directory, real_path
 from ssod_edge.spec import SPEC_NAME, load_spec
 
 #: Of Linux's fcntl.h and fs.h.
@@ -31,11 +31,12 @@ def staged(folder: Path) -> Iterator[Path]:
         UsageError: `folder` is a file, or holds something else than an export.
         OutputError: it cannot be written; what was there before is unchanged.
     """
-    folder = folder.resolve()
+    folder = real_path(folder)
     check_place(folder)
     make_directory(folder.parent)
     try:
         with exclusive(folder.parent):
+            _put_back(folder)
             temporary = beside(folder, _prefix(folder))
             _remove_left_over(folder.parent, f"{escape(_prefix(folder))}*")
             temporary.mkdir()
@@ -86,6 +87,22 @@ def remove_all_left(place: Path) -> None:
         _remove_left_over(place, ".*.ssod-edge-*")
 
 
+def _old_prefix(folder: Path) -> str:
+    return f".{folder.name}.old."
+
+
+def _put_back(folder: Path) -> None:
+    """Where two folders cannot be swapped, a kill between two renames leaves an export under another name only."""
+    left = sorted(folder.parent.glob(f"{escape(_old_prefix(folder))}*"), key=lambda path: path.stat().st_mtime)
+    if left and not folder.exists():
+        left.pop().rename(folder)
+    for old in left:
+        for name in _unlisted(old):
+            if not os.path.lexists(folder / name):
+                (old / name).rename(folder / name)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _prefix(folder: Path) -> str:
     return f".{folder.name}.ssod-edge-"
 
@@ -113,19 +130,36 @@ def _publish(temporary: Path, folder: Path) -> None:
         temporary.rename(folder)
         return
     temporary.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
+    for name in _unlisted(folder):  # before the swap: a kill at any instant leaves them in the folder's place
+        if not os.path.lexists(temporary / name):
+            _link(folder / name, temporary / name)
     old = temporary
     if not _exchange(temporary, folder):
-        old = beside(folder, f".{folder.name}.old.")
+        old = beside(folder, _old_prefix(folder))
         folder.rename(old)
         try:
             temporary.rename(folder)
         except BaseException:
             old.rename(folder)
             raise
-    for name in _unlisted(old):
-        if not (folder / name).exists():
+    for name in _unlisted(old):  # what came meanwhile
+        if not os.path.lexists(folder / name):
             (old / name).rename(folder / name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file, or a folder of files, one more name; a copy where the file system has no links."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for path in source.iterdir():
+            _link(path, target / path.name)
+        shutil.copystat(source, target)
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _exchange(one: Path, other: Path) -> bool:

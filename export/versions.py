@@ -16,14 +16,14 @@ from typing import Any
 
 from ssod_edge.errors import BusyError, UsageError
 from ssod_edge.export.staging import remove, remove_all_left, staged
-from ssod_edge.files import exclusive
+from ssod_edge.files import exclusive, real_path
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME, Spec
 
 
 def versions_folder(place: Path) -> Path:
     """Where the versions of an export are kept."""
-    place = place.resolve()
+    place = real_path(place)
     return place.with_name(f"{place.name}.versions")
 
 
@@ -58,12 +58,12 @@ def next_number(export: Export) -> int:
 def size_on_disk(place: Path) -> int:
     """Bytes that kept versions take beside what the export itself takes: a file with several names counts once."""
     inodes: dict[tuple[int, int], int] = {}
-    for folder in (versions_folder(place), place.resolve()):
+    for folder in (versions_folder(place), real_path(place)):
         for path in folder.rglob("*"):
             with suppress(OSError):  # it went this instant
                 found = path.stat()
                 if path.is_file():
-                    inodes[found.st_dev, found.st_ino] = found.st_size if folder != place.resolve() else 0
+                    inodes[found.st_dev, found.st_ino] = found.st_size if folder != real_path(place) else 0
     return sum(inodes.values())
 
 
@@ -108,7 +108,7 @@ def roll_back(folder: str | os.PathLike[str], to: str | None = None) -> tuple[Sp
         ArtifactError: a file of it is damaged.
         OutputError: it cannot be written. In every case the export is unchanged.
     """
-    place = Export.place(folder).resolve()
+    place = real_path(Export.place(folder))
     before = Export.in_place(place)
     chosen = _choose(place, before, to)
     chosen.check_all()

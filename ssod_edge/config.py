@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ssod_edge.errors import UsageError
-from ssod_edge.json_reader import from_json
+from ssod_edge.json_reader import from_json, is_unicode
 
 #: The paper's backbones (Table 6) and the timm models they stand for.
 ALIASES = {
@@ -356,6 +356,9 @@ class TrainConfig:
     preprocess: Preprocess = dataclasses.field(default=Preprocess(), metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
+        for name in ("data", "val", "negatives", "weights", "begun_from", "group", "name"):
+            # It goes into records, which are text.
+            check(self, name, is_unicode(getattr(self, name) or ""), "text in UTF-8; rename the file or folder")
         auto = self.epochs == AUTO_EPOCHS
         check(self, "epochs", self.epochs >= 1 or auto, "at least 1")
         if auto and self.weights == NO_WEIGHTS:

@@ -9,12 +9,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from ssod_edge import __version__
 from ssod_edge.bench.environment import describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
+from ssod_edge.optional import is_there
 from ssod_edge.probe import BUILDER, PROBES
 from ssod_edge.runtime.open import PLAN_ENGINES
 
@@ -123,7 +123,7 @@ def package(module: str) -> Package:
         version: str | None = metadata.version(name)
     except metadata.PackageNotFoundError:
         # The module may come in a package of another name (onnxruntime-gpu, a vendor's wheel).
-        version = "unknown" if find_spec(module) else None
+        version = "unknown" if is_there(module) else None
     install = None if version else install_command(module)
     return Package(name=name, version=version, extra=extra, install=install)
 
@@ -137,7 +137,7 @@ def install_command(module: str) -> str:
 
 def try_engine(name: str) -> list[Engine]:
     """Run one engine's probe (`ssod_edge.probe`) in a new process and read its outcomes."""
-    if find_spec(name) is None:
+    if not is_there(name):
         return [Engine(name, "", "missing", "not installed", install_command(name))]
     # The child searches for modules where this process does: not in the folder the user happens to be in.
     code = f"import sys; sys.path[:] = {sys.path!r}; from ssod_edge.probe import main; main({name!r})"
@@ -168,35 +168,36 @@ def run_doctor(as_json: bool) -> int:
 
 def show(report: Report) -> None:
     """Print the report as tables."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]ssod-edge {report.ssod_edge}[/], Python {escape(report.python)}")
-    console.print(report.platform, markup=False)
+    from ssod_edge.terminal import Screen, printable
+
+    console = Screen(soft_wrap=True)
+    console.print(Text.assemble((f"ssod-edge {report.ssod_edge}", "bold"), printable(f", Python {report.python}")))
+    console.print(report.platform)
     memory = "" if report.memory_mb is None else f", {report.memory_mb / 1000:.1f} GB memory"
-    console.print(f"{report.cpu['model']}, {report.cpu['usable_cores']} cores{memory}", markup=False)
-    console.print(f"CPU features: {' '.join(report.cpu['flags']) or 'unknown'}", markup=False)
+    console.print(f"{report.cpu['model']}, {report.cpu['usable_cores']} cores{memory}")
+    console.print(f"CPU features: {' '.join(report.cpu['flags']) or 'unknown'}")
     for gpu in report.gpus:
-        console.print(f"GPU: {gpu}", markup=False)
+        console.print(f"GPU: {gpu}")
     console.print()
 
     table = Table("engine", "device", "status", "detail", title="Engines, each tried", title_justify="left")
     colour = {"ok": "green", "failed": "red", "missing": "yellow"}
     for engine in report.engines:
-        status = f"[{colour[engine.status]}]{engine.status}[/]"
-        table.add_row(engine.engine, engine.device, status, escape(engine.detail))
+        status = Text(engine.status, colour[engine.status])
+        table.add_row(engine.engine, engine.device, status, engine.detail)
     console.print(table, soft_wrap=False)
 
     table = Table("package", "version", "needed for", title="Packages", title_justify="left")
     for entry in report.packages:
         purpose = PURPOSES[entry.extra] if entry.extra else "everything"
-        table.add_row(entry.name, entry.version or "[yellow]missing[/]", purpose)
+        table.add_row(entry.name, entry.version or Text("missing", "yellow"), purpose)
     console.print(table, soft_wrap=False)
 
     for line in advice(report):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def advice(report: Report) -> list[str]:

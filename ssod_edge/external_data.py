@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssod_edge.errors import ArtifactError
+from ssod_edge.files import real_path
 
 #: Message of onnx.proto -> field number -> message in it. Only where tensors may stand.
 _PARTS = {
@@ -39,10 +40,10 @@ def external_files(onnx_path: Path) -> tuple[Path, ...]:
         names = sorted(set(_locations(content)))
     except (IndexError, ValueError) as error:
         raise ArtifactError(f"'{onnx_path}' is no ONNX file, or was cut short. Export the run again.") from error
-    folder = onnx_path.parent.resolve()
+    folder = real_path(onnx_path.parent)
     found = []
     for name in names:
-        path = (folder / name).resolve() if "\0" not in name else folder
+        path = real_path(folder / name) if "\0" not in name else folder
         if Path(name).is_absolute() or not path.is_relative_to(folder) or path == folder:
             raise ArtifactError(
                 f"'{onnx_path.name}' keeps weights in '{name}', which is outside its folder, and is not opened. "

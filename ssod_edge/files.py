@@ -7,16 +7,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import BusyError, OutputError, UsageError
+from ssod_edge.json_reader import is_unicode
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -26,6 +29,44 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path behind links, as far as it exists; of links that go round in a circle, the path itself.
+
+    `Path.resolve` raises a RuntimeError of these.
+    """
+    return Path(os.path.realpath(path))
+
+
+@contextmanager
+def unicode_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A path for a library in C++: where its name has bytes that are not UTF-8, by a link to its folder, which is gone
+    after the block; of a file with such a name itself, by a link to it with the same suffix.
+
+    Raises:
+        UsageError: there is no place for the link.
+    """
+    path = os.path.abspath(path)
+    if is_unicode(path):
+        yield path
+        return
+    around, name = os.path.split(path)
+    with ExitStack() as stack:
+        try:
+            link = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssod-edge-")), "link")
+            if is_unicode(name):
+                os.symlink(around, link)
+                link = os.path.join(link, name)
+            else:
+                suffix = os.path.splitext(name)[1]
+                link += suffix if is_unicode(suffix) else ""
+                os.symlink(path, link)
+        except OSError as error:
+            raise UsageError(
+                f"the name of '{path}' is not UTF-8, and no link to it can be made ({error}). Rename it"
+            ) from error
+        yield link
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
@@ -80,7 +121,7 @@ def claim(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         BusyError: another process, or an outer block of this one, holds it.
         OutputError: the folder cannot be made.
     """
-    path = path.resolve()
+    path = real_path(path)
     if path in _claimed:
         raise BusyError(f"{what} by this process already")
     handle = _lock(path, what, wait)
@@ -200,6 +241,7 @@ def _send(path: Path, write: Callable[[Path], Any]) -> None:
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and rename it over `path`."""
     make_directory(path.parent)
+    _remove_left_over(path)
     temporary = beside(path, f".{path.name}.", path.suffix)
     mode = _mode(path)
     try:
@@ -212,6 +254,24 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+#: Seconds after which a temporary file that nobody writes to is what a kill left.
+_LEFT_OVER_S = 3600
+#: Files of which this process has looked for such, which takes a look at the whole folder.
+_looked_for: set[Path] = set()
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what writes of this file left that were killed."""
+    if path in _looked_for:
+        return
+    _looked_for.add(path)
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}{re.escape(path.suffix)}")
+    with suppress(OSError):
+        for found in os.scandir(path.parent):
+            if ours.fullmatch(found.name) and time.time() - found.stat(follow_symlinks=False).st_mtime > _LEFT_OVER_S:
+                os.unlink(found.path)
 
 
 def beside(path: Path, prefix: str, suffix: str = "") -> Path:
@@ -260,8 +320,17 @@ def free_path(folder: Path, source: Path) -> Path:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a JSON document atomically, with a final newline. NaN and infinity are refused."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = json_text(value, indent=2) + "\n"
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A JSON document that `ssod_edge.json_reader` takes: of a name that is not UTF-8 it holds what can be shown."""
+    text = json.dumps(value, indent=indent, allow_nan=False)
+    if "\\ud" not in text:
+        return text
+    found = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", "\ufffd", found) if not is_unicode(found) else text
 
 
 def append_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
@@ -294,4 +363,4 @@ def append_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
 
 def same_data(data: str, recorded: object) -> bool:
     """Whether a data set that a user names is the one of a record: by its name, or as the same folder or file."""
-    return isinstance(recorded, str) and (data == recorded or Path(data).resolve() == Path(recorded).resolve())
+    return isinstance(recorded, str) and (data == recorded or real_path(data) == real_path(recorded))

@@ -92,8 +92,13 @@ def _check(value: Any, name: str, depth: int) -> None:
             _check(item, inner, depth + 1)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it is text; a name with bytes that are not UTF-8 holds surrogates, which libraries in C++ crash at."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _check_text(text: str, name: str) -> None:
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_unicode(text):
         raise UsageError(f"{name} must be text of valid Unicode, got {_shown(text)}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ssod_edge.config import Preprocess, has_state
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.external_data import external_files
-from ssod_edge.files import sha256_file, write_json
+from ssod_edge.files import real_path, sha256_file, write_json
 from ssod_edge.json_reader import from_json, read_json
 
 SCHEMA_VERSION = 4
@@ -169,6 +169,9 @@ class Spec:
             raise UsageError(f"temperature must be above 0, got {self.temperature}")
         if len({artifact.name for artifact in self.artifacts}) < len(self.artifacts):
             raise UsageError("two artifacts have the same name")
+        if self.features:
+            from_json(str, self.features.get("sha256"), "features.sha256")
+        _check_source(self.source)
 
     @staticmethod
     def complete(values: dict[str, Any]) -> dict[str, Any]:
@@ -225,6 +228,36 @@ class Spec:
         """A copy in which `artifact` is added, or replaces the one of the same name."""
         named = {a.name: a for a in (*self.artifacts, artifact)}  # a name keeps its place
         return replace(self, artifacts=tuple(named.values()))
+
+
+#: What is read of a lesson, and of a version in the record of a later one.
+_LESSON = {"photos": dict[str, int], "new": tuple[str, ...], "forgotten": tuple[str, ...], "time": str | None}
+_LESSON |= {"data": str | None, "proof": dict[str, Any]}
+_VERSION = {"version": int, "sha256": str, "reference_sha256": str, "taught": dict[str, Any]}
+
+
+def _check_source(source: dict[str, Any]) -> None:
+    """Raises UsageError where what a lesson wrote is not what it writes."""
+    if from_json(int, source.get("version", 1), "source.version") < 1:
+        raise UsageError(f"source.version must be at least 1, got {source['version']}")
+    lineage = from_json(tuple[dict[str, Any], ...], source.get("lineage", ()), "source.lineage")
+    for number, entry in enumerate(lineage):
+        _check_keys(_VERSION, entry, f"source.lineage[{number}]")
+    taught = from_json(dict[str, Any], source.get("taught", {}), "source.taught")
+    if taught and not lineage:
+        raise UsageError("source.taught is a lesson, and source.lineage names no version that it was given to")
+    for name, lesson in [("source.taught", taught), *(("source.lineage", entry["taught"]) for entry in lineage)]:
+        if lesson:
+            _check_keys(_LESSON, lesson, name)
+            proof = {"accuracy": tuple[float, float], "new": dict[str, dict[str, float]]}
+            _check_keys(proof, lesson["proof"], f"{name}.proof")
+            for row in lesson["proof"]["new"].values():
+                _check_keys({"recall": float}, row, f"{name}.proof.new")
+
+
+def _check_keys(kinds: dict[str, Any], values: dict[str, Any], name: str) -> None:
+    for key, kind in kinds.items():
+        from_json(kind, values.get(key), f"{name}.{key}")
 
 
 def save_spec(spec: Spec, folder: str | Path) -> Path:
@@ -295,11 +328,11 @@ def check_files(folder: str | Path, artifact: Artifact) -> Path:
     folder = Path(folder)
     for name, expected in artifact.files.items():
         path = folder / name
-        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or not real_path(path).is_relative_to(real_path(folder)):
             raise ArtifactError(f"artifact '{artifact.name}' names a file outside its folder: '{name}'")
         check_hash(path, expected)
         for other in external_files(path) if path.suffix == ".onnx" else ():
-            if other.relative_to(folder.resolve()).as_posix() not in artifact.files:
+            if other.relative_to(real_path(folder)).as_posix() not in artifact.files:
                 raise ArtifactError(
                     f"'{path}' keeps weights in '{other.name}', which {SPEC_NAME} has no hash of. Export the run again."
                 )

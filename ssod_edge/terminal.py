@@ -10,22 +10,51 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ssod_edge.errors import UsageError
+
+#: Columns of what is printed where no terminal says how many: one line stays one.
+WIDE = 100_000
+
+
+class Screen(Console):
+    """rich's console, for which text is what it says: names from outside are neither markup nor control characters.
+
+    Style goes in as a `Text`, whose words went through `printable`.
+
+    Args:
+        err: standard error.
+        wide: columns where standard output is no terminal; None is 80, or what COLUMNS says.
+    """
+
+    def __init__(self, err: bool = False, wide: int | None = None, **options: Any) -> None:
+        if wide is not None and not sys.stdout.isatty():
+            options["width"] = wide
+        super().__init__(stderr=err, markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable_lines(text), **options)
+
+
+def tell(text: str, err: bool = False) -> None:
+    """Print a line, or several, without characters that a terminal would obey."""
+    click.echo(printable_lines(text), err=err)
 
 
 def bars(*columns: str, shown: bool = True, transient: bool = True) -> Progress:
     """rich's bars on standard error, with further text columns; off a terminal, or if not `shown`, nothing."""
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        *map(TextColumn, columns),
-        console=Console(stderr=True, soft_wrap=True),
+        *(TextColumn(column, markup=False) for column in columns),
+        console=Screen(err=True, soft_wrap=True),
         transient=transient,
         disable=not (shown and on_terminal),
     )
@@ -35,7 +64,7 @@ def bars(*columns: str, shown: bool = True, transient: bool = True) -> Progress:
 def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over images; the value is a function that advances it."""
     with bars() as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(printable(what), total=total)
         yield lambda n: progress.advance(task, n)
 
 
@@ -75,8 +104,7 @@ class TrainingBar:
         if self.enabled:
             self.console.print(
                 f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.3f}  acc {row['accuracy']:.1%}  "
-                f"val {row['val_accuracy']:.1%}  {_unknowns(row)}  {row['images_per_second']:.0f} images/s",
-                highlight=False,
+                f"val {row['val_accuracy']:.1%}  {_unknowns(row)}  {row['images_per_second']:.0f} images/s"
             )
 
 
@@ -122,10 +150,19 @@ class PhaseBars:
 
 
 def standard_input() -> Iterator[str]:
-    """The lines of standard input, which is not touched before the first is drawn."""
+    """The lines of standard input, which is not touched before the first is drawn.
+
+    Raises:
+        UsageError: it is closed, or holds no lines of text.
+    """
     if sys.stdin is None:
         raise UsageError("'-' was given, and standard input is closed")
     for line in sys.stdin.buffer:
+        if b"\0" in line:
+            raise UsageError(
+                "'-' stands for a list of names, one a line, and standard input holds a picture or other bytes. Name "
+                "the file instead; a list in UTF-16, or of find -print0, is none either"
+            )
         yield os.fsdecode(line)
 
 
@@ -134,8 +171,19 @@ def printable(text: str) -> str:
     return "".join(_printable_character(character) for character in text)
 
 
+def printable_lines(text: str) -> str:
+    """`printable`, of text whose line ends are meant."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+#: They turn the order of what stands around them, so that a name reads as another.
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
 def _printable_character(character: str) -> str:
     kind = unicodedata.category(character)
     if kind == "Cs":  # a surrogate stands for a byte that is not UTF-8
         return "\ufffd"
-    return character.encode("unicode_escape").decode() if kind in ("Cc", "Zl", "Zp") else character
+    return (
+        character.encode("unicode_escape").decode() if kind in ("Cc", "Zl", "Zp") or character in _TURNS else character
+    )

@@ -100,7 +100,7 @@ def test_engine_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_missing_engine_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "is_there", lambda name: False)
     (engine,) = doctor.try_engine("openvino")
     assert (engine.status, engine.install) == ("missing", "pip install 'ssod-edge[openvino]'")
     (engine,) = doctor.try_engine("tensorrt_rtx")

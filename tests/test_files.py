@@ -11,10 +11,13 @@ import sys
 import threading
 
 import pytest
+from click.testing import CliRunner
+from house import MODULES
 from locks import holding
 
+from ssod_edge.cli import main
 from ssod_edge.errors import BusyError, OutputError, UsageError
-from ssod_edge.files import claim, make_directory, sha256_file, write_atomic, write_json
+from ssod_edge.files import claim, make_directory, real_path, sha256_file, write_atomic, write_json
 
 
 def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_path):
@@ -178,3 +181,39 @@ def test_where_there_are_no_locks_work_is_not_held_up(tmp_path, monkeypatch):
     with claim(tmp_path / "new" / ".lock", "the work is being done"):
         assert (tmp_path / "new").is_dir()
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_links_that_go_round_in_a_circle(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert real_path(loop) == loop and real_path(loop / "a") == loop / "a"
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert real_path(tmp_path / "link" / "a") == tmp_path / "there" / "a"
+    for arguments in (["history", loop], ["rollback", loop], ["train", tmp_path, "--out", loop, "--weights", "none"]):
+        result = CliRunner().invoke(main, [*map(str, arguments)])
+        assert result.exit_code in (1, 2, 4), arguments
+        assert "should not happen" not in result.stderr and "loop" in result.stderr, (arguments, result.stderr)
+
+
+def test_no_module_resolves_a_path_another_way():
+    found = [name for name, path in MODULES.items() if ".resolve()" in path.read_text(encoding="utf-8")]
+    assert [name for name in found if ".tools." not in name] == []
+
+
+def test_what_a_kill_in_a_write_left_is_removed_by_a_later_one(tmp_path):
+    code = """
+import os, signal, sys
+from ssod_edge.files import write_atomic
+write_atomic(sys.argv[1], lambda path: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL)))
+"""
+    place = tmp_path / "a+b.json"
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    old, new = sorted(tmp_path.iterdir())
+    others = [tmp_path / name for name in (".a+b.json.mine.json", ".a+c.json.0123456789abcdef.json", "a+b.json.bak")]
+    for path in others:
+        path.touch()
+    for path in (old, *others):
+        os.utime(path, (0, 0))
+    write_json(place, 1)
+    assert sorted(tmp_path.iterdir()) == sorted([new, place, *others])

@@ -93,6 +93,22 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         spec.artifact("int8")
 
 
+FIRST = {"version": 1, "sha256": "0" * 64, "reference_sha256": "0" * 64, "taught": {}}
+LESSON = {
+    "photos": {"mug": 5}, "new": ["mug"], "forgotten": [], "time": None, "data": None,
+    "proof": {"accuracy": [0.9, 0.9], "new": {"mug": {"recall": 0.5}}},
+}  # fmt: skip
+
+
+def taught(values, **lesson):
+    values["source"].update(version=2, lineage=[FIRST], taught={**LESSON, **lesson})
+
+
+def test_a_spec_of_a_taught_export_is_read(folder):
+    edit_spec(folder, taught)
+    assert load_spec(folder).taught == LESSON and load_spec(folder).version == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -152,6 +168,18 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
         (lambda v: v["artifacts"][0]["verification"].update(a=[float("-inf")]), r"verification.a\[0\] .*got -Infinity"),
         (lambda v: v.update(classes=["cat", "\ud800"]), r"classes\[1\] must be text of valid Unicode, .*ud800"),
         (lambda v: v["source"].update({"\ud800": 1}), "a key of source must be text of valid Unicode"),
+        (lambda v: v["source"].update(version=[]), "source.version must be an integer"),
+        (lambda v: v["source"].update(version=0), "source.version must be at least 1"),
+        (lambda v: v["source"].update(taught=[1]), "source.taught must be an object"),
+        (lambda v: v["source"].update(taught=LESSON), "names no version that it was given to"),
+        (lambda v: v["source"].update(lineage=3), "source.lineage must be a list"),
+        (lambda v: v["source"].update(lineage=[3]), r"source.lineage\[0\] must be an object"),
+        (lambda v: v["source"].update(lineage=[{**FIRST, "sha256": []}]), r"source.lineage\[0\].sha256 must be text"),
+        (lambda v: taught(v, proof={}), "source.taught.proof.accuracy must be a list"),
+        (lambda v: taught(v, proof={"accuracy": [1, 1], "new": {"a": {}}}), "source.taught.proof.new.recall"),
+        (lambda v: taught(v, photos={"a": "b"}), "source.taught.photos.a must be an integer"),
+        (lambda v: v.update(features={"sha256": []}), "features.sha256 must be text"),
+        (lambda v: v.update(features={"images": 3}), "features.sha256 must be text"),
     ],
 )
 def test_a_spec_that_is_newer_or_damaged_is_refused(folder, change, message):

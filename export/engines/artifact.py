@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge import __version__
-from ssod_edge.errors import missing_extra
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.export.engines.tensorrt import PlanOptions, check_builder, save_plan
 from ssod_edge.files import sha256_file
+from ssod_edge.optional import require
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import ENGINES, PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact
@@ -32,9 +32,9 @@ def check_engines(engines: Sequence[str]) -> None:
         MissingExtraError: an engine is not installed.
         EngineError: TensorRT is too old, or has no GPU to build for.
     """
+    absent = [engine for engine in engines if not is_installed(engine)]
+    require([ENGINES[engine] for engine in absent], f"exporting for {', '.join(absent)}")
     for engine in engines:
-        if not is_installed(engine):
-            raise missing_extra(ENGINES[engine], f"exporting for {engine}")
         if engine in PLAN_ENGINES:
             check_builder(engine)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.errors import OutputError, VerificationError, missing_extra
+from ssod_edge.errors import OutputError, UsageError, VerificationError
+from ssod_edge.files import unicode_path
+from ssod_edge.optional import load
 from ssod_edge.spec import VERDICT_INPUTS
 
 
@@ -23,19 +26,21 @@ def save_ir(onnx_path: Path, folder: Path, model: Any = None) -> tuple[Path, Pat
         VerificationError: OpenVINO cannot read the graph.
         OutputError: the IR cannot be written.
     """
+    openvino = load("openvino", "making an OpenVINO IR")
     try:
-        import openvino
-    except ModuleNotFoundError:
-        raise missing_extra("openvino", "making an OpenVINO IR") from None
-    try:
-        model = openvino.convert_model(str(onnx_path)) if model is None else model
+        if model is None:
+            with unicode_path(onnx_path) as name:
+                model = openvino.convert_model(name)
+    except UsageError:
+        raise
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its frontends
         raise VerificationError(f"OpenVINO {openvino.__version__} cannot read '{onnx_path.name}': {error}") from error
     open_inputs(model)
     path = folder / "model.xml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        openvino.save_model(model, str(path), compress_to_fp16=False)
+        with unicode_path(folder) as name:
+            openvino.save_model(model, os.path.join(name, path.name), compress_to_fp16=False)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"cannot write '{path}': {error}. Free some space or choose another folder.") from error
     return path, path.with_suffix(".bin")

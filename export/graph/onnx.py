@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from ssod_edge.errors import UsageError, missing_extra
 from ssod_edge.export.engines.artifact import OPSET
 from ssod_edge.export.graph.fused import FusedClassifier
 from ssod_edge.export.onnx_file import check_fused, save_onnx
+from ssod_edge.optional import is_there
 from ssod_edge.spec import FEATURE_OUTPUTS, LOGIT_OUTPUTS, SCHEMA_VERSION, VERDICT_OUTPUTS, Artifact
 from ssod_edge.training.model import SSODClassifier
 
@@ -101,7 +101,7 @@ def make_from(
 
 
 def _export(module: nn.Module, size: int, outputs: Sequence[str]) -> onnx.ModelProto:
-    if importlib.util.find_spec("onnxscript") is None:
+    if not is_there("onnxscript"):
         raise missing_extra("onnxscript", "exporting to ONNX")
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     defaults = verdict_inputs(None)

@@ -28,6 +28,7 @@ from ssod_edge.export.graph.reference import eager_outputs, run_eager
 from ssod_edge.export.graph.score_graph import MOST_ROUNDING, lost_to_rounding
 from ssod_edge.export.graph.source import Source, check_score
 from ssod_edge.export.release import Say, without_names
+from ssod_edge.files import real_path
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Spec
 from ssod_edge.terminal import image_bar
@@ -370,7 +371,7 @@ def _read_features(source: Source, training: Subset, chosen: Indices, advance: A
 
 def _kept_features(source: Source, training: Subset, chosen: Indices, advance: Advance) -> tuple[Array, Indices]:
     """The same from where `train --tune` keeps them, if it does."""
-    both = kept_features(source.model, training.source, source.folder.resolve().parent)
+    both = kept_features(source.model, training.source, real_path(source.folder).parent)
     if both is None:
         return _read_features(source, training, chosen, advance)
     advance(len(chosen))

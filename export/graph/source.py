@@ -16,7 +16,7 @@ from ssod_edge.data.images import Images, whole_dataset
 from ssod_edge.data.layout import is_training_part
 from ssod_edge.detect.folds import Folds
 from ssod_edge.errors import UsageError
-from ssod_edge.files import same_data, sha256_file
+from ssod_edge.files import real_path, same_data, sha256_file
 from ssod_edge.runtime.calibrate import trained_part
 from ssod_edge.training.checkpoint import BEST, is_checkpoint, model_meta, model_tensors, save_checkpoint
 from ssod_edge.training.model import SSODClassifier, backbone_preprocess, build_model, load_weights
@@ -96,7 +96,7 @@ def from_run(path: str | Path, data: str | None = None) -> Source:
     if not (recorded or moved):
         images, folds = replace(images, thresholds=named), None
     facts: dict[str, Any] = {
-        "run": run.folder.resolve().name,
+        "run": real_path(run.folder).name,
         "checkpoint_sha256": run.checkpoint_sha256,
         **{key: meta.get(key) for key in ("data", "data_fingerprint", "splits_hash", "epoch")},
         **{key: meta[key] for key in ("val_data", "val_fingerprint", *_OF_NEGATIVES) if key in meta},

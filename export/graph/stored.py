@@ -16,7 +16,7 @@ from ssod_edge.detect.stored import StoredFeatures, half, save_features
 from ssod_edge.errors import ImageError
 from ssod_edge.export.graph.source import Source
 from ssod_edge.export.release import Say
-from ssod_edge.files import sha256_file
+from ssod_edge.files import real_path, sha256_file
 from ssod_edge.spec import FEATURES_NAME
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.disturbed import some
@@ -93,7 +93,7 @@ def _folds(source: Source, images: Indices, labels: Indices) -> Folds | None:
 
 def _features(source: Source, images: ImageSource, rows: Indices) -> Features:
     """Of some images of the training data; raises ImageError where one cannot be read."""
-    runs = source.folder.resolve().parent
+    runs = real_path(source.folder).parent
     if source.folds is not None:
         with image_bar("features", len(images)) as advance:
             found: Features | None = features_of(source.model, images, runs, advance=advance)

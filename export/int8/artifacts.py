@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ssod_edge.export.graph.source import Source
 from ssod_edge.export.int8.accuracy_control import AccuracyControl, check_count, draw_images, quantize_controlled
 from ssod_edge.export.int8.quantize import OnnxQuantizer, OpenVinoQuantizer, Quantizer, infer_onnx, layer_names
 from ssod_edge.export.release import Say
+from ssod_edge.optional import is_there
 from ssod_edge.spec import Artifact
 
 
@@ -28,7 +28,7 @@ def check_int8(source: Source) -> None:
         MissingExtraError: NNCF is not installed.
         UsageError: trained weights without images, or with too few; how many can be read shows later.
     """
-    if find_spec("nncf") is None:
+    if not is_there("nncf"):
         raise missing_extra("nncf", "exporting int8")
     if not source.trained:
         return

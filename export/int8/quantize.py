@@ -17,7 +17,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from ssod_edge.errors import VerificationError, missing_extra
 from ssod_edge.export.graph.fp16 import kept_values
 from ssod_edge.export.int8.bias_correction import correct_biases
 from ssod_edge.export.onnx_file import check_fused, open_session
+from ssod_edge.optional import is_there, load
 
 #: Operators with weights: what is meant by a layer.
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -290,14 +290,14 @@ def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[
 
 def _import_nncf() -> Any:
     """NNCF, which would otherwise report its use to its maker over the network, and change logging for everybody."""
-    if find_spec("nncf") is None:
+    if not is_there("nncf"):
         raise missing_extra("nncf", "int8")
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"
     logger_class = logging.getLoggerClass()
     try:
         with _silent():
-            import nncf
+            nncf = load("nncf", "int8")
     finally:
         logging.setLoggerClass(logger_class)
         if before is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import baselines, named_data, newest, take
+from ssod_edge.cli.options import baselines, check_paths, named_data, newest, take
 
 
 @click.command()
@@ -47,6 +47,7 @@ def eval(run: str | None, **options: Any) -> None:
     --negatives) those that were held out are an OOD set of that name. The PROTOCOL in file names is native, via32 with
     --via 32, or via32-jpeg75 with --via 32,jpeg75: so that neither size nor codec tells the sets apart.
     """
+    check_paths(run, id_data=options["id_data"], ood_data=options["ood_data"])
     from ssod_edge.evaluation.evaluate import EvalOptions, run_eval
 
     run_eval(run, take(EvalOptions, options), **options)

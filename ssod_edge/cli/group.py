@@ -32,7 +32,12 @@ class Commands(click.Group):
                     sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code is set
             if code:
                 ctx.exit(code)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.ClickException as error:
+            from ssod_edge.terminal import printable_lines
+
+            error.message = printable_lines(error.message)  # type: ignore[misc]  # it quotes the arguments
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
             # The reader (head, less) has gone: point stdout elsewhere, or the flush at exit complains.
@@ -40,9 +45,9 @@ class Commands(click.Group):
             ctx.exit(EXIT_SOME_FAILED)
         except (KeyboardInterrupt, Exception) as error:
             if ctx.params.get("debug"):
-                traceback.print_exc()
+                _say(traceback.format_exc().rstrip())
             message, code = describe(error)
-            click.echo(message, err=True)
+            _say(message)
             ctx.exit(code)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,15 +55,21 @@ class Commands(click.Group):
             return super().main(*args, **kwargs)
         except OSError as error:  # `--help` itself could not be written
             message, code = describe(error)
-            click.echo(message, err=True)
+            _say(message)
             sys.exit(code)
+
+
+def _say(text: str) -> None:
+    from ssod_edge.terminal import tell  # rich takes a while, and most calls need none of it
+
+    tell(text, err=True)
 
 
 def describe(error: BaseException) -> tuple[str, int]:
     """What the user reads for an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in EXTRAS:
+    if isinstance(error, ImportError) and error.name and error.name.split(".")[0] in EXTRAS:
         error = missing_extra(error.name.split(".")[0], "this command")
     if isinstance(error, SsodEdgeError):
         return f"error: {error}", error.exit_code

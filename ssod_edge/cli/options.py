@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -27,6 +28,31 @@ def together(*options: Decorator) -> Decorator:
         return command
 
     return decorate
+
+
+def check_paths(run: str | None = None, weights: str | None = None, **data: Any) -> None:
+    """Find out before the seconds that importing torch takes whether the paths that are named are there.
+
+    Args:
+        run: a run folder or a checkpoint.
+        weights: of `train`.
+        data: data sets by option; None, one, or several by name.
+
+    Raises:
+        UsageError: one is not there.
+    """
+    from ssod_edge.config import NO_WEIGHTS, PUBLISHED
+    from ssod_edge.data.sources import check_there
+    from ssod_edge.errors import UsageError
+
+    if run is not None and not os.path.exists(run):
+        raise UsageError(f"checkpoint '{run}' does not exist. Train one with: ssod-edge train DATA")
+    for given in data.values():
+        for name in given.values() if isinstance(given, dict) else [given]:
+            if name is not None:
+                check_there(name)
+    if weights not in (None, "", PUBLISHED, NO_WEIGHTS) and not os.path.exists(str(weights)):
+        raise UsageError(f"weights file '{weights}' does not exist")
 
 
 def take(cls: type[T], options: dict[str, Any]) -> T:

@@ -10,6 +10,7 @@ from ssod_edge.cli.options import (
     COUNT,
     backbone,
     baselines,
+    check_paths,
     given,
     named_data,
     shape,
@@ -54,10 +55,14 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
         )
     if options["begun_from"] is not None and "--backbone" not in given():
         options["backbone"] = None
+    named = {name: options.get(name) for name in ("val", "negatives", "weights")}
+    check_paths(data=data, **named)
     from ssod_edge.training.loop import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))
-    click.echo(run)
+    from ssod_edge.terminal import tell
+
+    tell(str(run))
 
 
 @click.command()

@@ -12,7 +12,6 @@ that no other split has.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from ssod_edge.errors import UsageError, missing_extra
+from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
+from ssod_edge.optional import load
 
 #: Height and width of every image in pixels.
 IMAGE_SIZE = 64
@@ -206,10 +206,7 @@ def photo_tiles(split: str) -> tuple[Tile, ...]:
 
 
 def _sklearn_datasets() -> Any:
-    try:
-        return importlib.import_module("sklearn.datasets")
-    except ImportError as error:
-        raise missing_extra("sklearn", "the demo data set") from error
+    return load("sklearn.datasets", "the demo data set")
 
 
 @cache

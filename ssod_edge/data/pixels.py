@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from ssod_edge.config import Preprocess
 from ssod_edge.data.jpeg import decode_jpeg
 from ssod_edge.data.named import Via
-from ssod_edge.errors import ImageError, UsageError, missing_extra
+from ssod_edge.errors import EngineError, ImageError, MissingExtraError, UsageError
+from ssod_edge.optional import load
 
 #: Largest width * height that is decoded: Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
@@ -259,9 +260,9 @@ def _identify(file: BinaryIO) -> Image.Image:
         if file.read(8) not in _HEIF:
             raise
     try:
-        import pillow_heif
-    except ImportError as error:
-        raise ImageError(str(missing_extra("pillow_heif", "a HEIC picture"))) from error
+        pillow_heif = load("pillow_heif", "a HEIC picture")
+    except (MissingExtraError, EngineError) as error:
+        raise ImageError(str(error)) from error
     pillow_heif.register_heif_opener()
     return Image.open(file, formats=("HEIF",))
 
@@ -299,6 +300,8 @@ def _decode(
 ) -> Image.Image:
     """RGB, upright, and the region of the settings; `jpeg`: its file, where it is one."""
     width, height = image.size
+    if not width * height:
+        raise ImageError(f"it has no pixels ({width} x {height})")
     if width * height > MAX_PIXELS:
         raise ImageError(f"too many pixels ({width} x {height}, the limit is {MAX_PIXELS}); reduce it first")
     if max(width, height) > MAX_SIDE:

@@ -29,6 +29,7 @@ from ssod_edge.data.pixels import MAX_BYTES, Picture, load_image
 from ssod_edge.data.splits import Indices, Splits
 from ssod_edge.data.tables import TableReader
 from ssod_edge.errors import ImageError, UsageError
+from ssod_edge.json_reader import is_unicode
 
 
 class Pictures:
@@ -238,6 +239,8 @@ def check_labels(source: ReaderImages) -> None:
             f"'{source.name}' has two classes whose names look alike ('{same_name(twice)}'): an accented letter is one "
             "character in one, and a letter and a mark in the other. Move their images into one folder"
         )
+    if odd := [name for name in source.classes if not is_unicode(name)]:
+        raise UsageError(f"the class '{odd[0]}' of '{source.name}' has a name that is not UTF-8. Rename its folder")
     if isinstance(source._reader, (HubReader, TableReader)):
         if not source.classes:
             raise UsageError(

@@ -77,6 +77,13 @@ def open_dataset(name: str, labelled: bool = True) -> ImageSource:
     return ListedClasses(source, read_class_list(chosen, source.classes), f"{name}@{chosen}")
 
 
+def check_there(name: str) -> None:
+    """Raises UsageError where `open_dataset` would look for a path that is not there; it costs next to nothing."""
+    data = "" if name == "demo" or name.startswith("demo:") else _split_list(name)[0]
+    if not _is_there(data):
+        raise UsageError(f"data set '{data}' does not exist. {EXPECTED}")
+
+
 def open_training_data(name: str, val: str | None = None, val_fingerprint: str | None = None) -> ImageSource:
     """The images of a training run, with the validation images of another data set where there is one.
 

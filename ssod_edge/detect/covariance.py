@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.detect.detectors import Array, Wide
-from ssod_edge.errors import missing_extra
+from ssod_edge.optional import load
 
 
 def shrinkage_of(within: Array, covariance: Array) -> float:
@@ -37,9 +37,6 @@ def largest_variances(covariance: npt.NDArray[np.floating[Any]], count: int) -> 
     if len(covariance) <= 4 * count:
         values, vectors = np.linalg.eigh(covariance.astype(np.float64))
         return values[len(values) - count :], vectors[:, len(values) - count :]
-    try:
-        from sklearn.utils.extmath import randomized_svd
-    except ImportError as error:
-        raise missing_extra("sklearn", "fitting a detector") from error
-    vectors, values, _ = randomized_svd(covariance, count, n_oversamples=count // 4, n_iter=6, random_state=0)
+    extmath = load("sklearn.utils.extmath", "fitting a detector")
+    vectors, values, _ = extmath.randomized_svd(covariance, count, n_oversamples=count // 4, n_iter=6, random_state=0)
     return values[::-1].astype(np.float64), vectors[:, ::-1].astype(np.float64)

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssod_edge.errors import missing_extra
 from ssod_edge.evaluation.baseline_recipes import BASELINES, FEATURES, IMAGES, LOGITS, MAPS, UNSUITED, Network, Recipe
+from ssod_edge.optional import load
 from ssod_edge.training.model import SSODClassifier
 
 Floats = NDArray[np.floating[Any]]
@@ -248,8 +248,5 @@ def _arrays(value: Any, seen: set[int]) -> Iterator[tuple[int, int]]:
 
 def load_library() -> ModuleType:
     """pytorch-ood's module of detectors. Raises MissingExtraError if it is not installed."""
-    try:
-        from pytorch_ood import detector
-    except ImportError:
-        raise missing_extra("pytorch_ood", "eval --baselines") from None
-    return detector
+    module: ModuleType = load("pytorch_ood.detector", "eval --baselines")
+    return module

@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -40,9 +39,9 @@ from ssod_edge.evaluation.mistakes import check_mistakes, save_mistakes
 from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
 from ssod_edge.evaluation.report import print_report
 from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
-from ssod_edge.files import check_output, write_json
+from ssod_edge.files import check_output, real_path, write_json
 from ssod_edge.spec import Spec, Threshold
-from ssod_edge.terminal import image_bar, printable
+from ssod_edge.terminal import image_bar, printable, tell
 from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.outputs import Outputs, collect
 from ssod_edge.training.run import Run
@@ -168,7 +167,7 @@ def _open_ood(
     warn_of_known_images(ood_data, ood, known, meta)
     for images in (known, *ood.values()):
         if images.left_out:
-            click.echo(f"'{printable(images.name)}': {images.left_out}", err=True)
+            tell(f"'{printable(images.name)}': {images.left_out}", err=True)
     return ood, ood_data
 
 
@@ -392,7 +391,7 @@ def run_eval(
     # Files that cannot be written are found before hours of evaluation and not after.
     check_output(report_file)
     check_output(png)
-    if report_file.resolve() == png.resolve() and not png.is_char_device():  # /dev/null takes both
+    if real_path(report_file) == real_path(png) and not png.is_char_device():  # /dev/null takes both
         raise UsageError(f"--json and --png name the same file, '{png}'; give each its own")
     if pictures:
         check_output(Path(pictures) / "roc.png")
@@ -400,16 +399,18 @@ def run_eval(
         check_mistakes(mistakes)
     report, found = evaluate(run or opened.folder, options)
     written = [write_json(report_file, report)]  # before anything is printed: a closed pipe ends the command there
-    print_report(report)
     try:
         written.append(save_histograms(found.scores, report["default_score"], png, report["equalised"]))
+        if pictures:
+            auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
+            kind = report["equalised"]
+            written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures, kind)
     except MissingExtraError as error:
-        if png_file:
+        if png_file or pictures:
             raise
-        click.echo(f"no histograms: {error}", err=True)
-    if pictures:
-        auroc = {(row["ood"], row["score"]): row["auroc"] for row in report["results"]}
-        written += save_evaluation(found.scores, auroc, found.outputs, report["classes"], pictures, report["equalised"])
+        tell(f"no histograms: {error}", err=True)
+    finally:
+        print_report(report)
     if mistakes:
         written.append(save_mistakes(mistakes, report["classification"]["mistakes"], found.sets["id"]))
-    click.echo("written: " + ", ".join(str(path) for path in written), err=True)
+    tell("written: " + ", ".join(str(path) for path in written), err=True)

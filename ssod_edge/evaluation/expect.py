@@ -16,6 +16,7 @@ from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.regression import fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.left_out import MOST_CLASSES, expectation
+from ssod_edge.files import real_path
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.features import compute_features, fitting_data, kept_features
 from ssod_edge.training.run import Run
@@ -96,7 +97,7 @@ class TaughtImages:
     def fitted_on(self, workers: int = 1) -> tuple[FitData, Folds]:
         """The features of the images and of a disturbed copy of each, and the parts that are left out of a fit."""
         run, images = self.run, self.images
-        kept = kept_features(run.model, self.source, run.folder.resolve().parent)
+        kept = kept_features(run.model, self.source, real_path(run.folder).parent)
         if kept is not None:
             plain, disturbed = kept.plain[images], kept.disturbed[images]
         else:

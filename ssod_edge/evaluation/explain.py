@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from ssod_edge.evaluation.pictures import PatchMap, save_patches, shorten
 from ssod_edge.files import check_output
 from ssod_edge.json_reader import read_json
 from ssod_edge.ops import patch_sample
-from ssod_edge.terminal import printable, standard_input
+from ssod_edge.terminal import printable, standard_input, tell
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.run import Run
 
@@ -150,10 +149,10 @@ def run_explain(
             explanation = explain(model, image, gamma, class_name, threshold.state if threshold else None)
         except ImageError as error:
             failed = True
-            click.echo(f"error: {printable(str(error))}", err=True)
+            tell(f"error: {printable(str(error))}", err=True)
             continue
         title = _title(Path(image).name, explanation, threshold)
-        click.echo(save_patches(explanation.patches, title, target))
+        tell(str(save_patches(explanation.patches, title, target)))
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
 from ssod_edge.data.layout import is_training_part
@@ -15,9 +13,9 @@ from ssod_edge.data.sources import ImageSource, check_classes, open_dataset
 from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.detect.sums import FittedScore
 from ssod_edge.errors import SsodEdgeError, UsageError
-from ssod_edge.files import same_data
+from ssod_edge.files import real_path, same_data
 from ssod_edge.spec import Spec
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import printable, tell
 from ssod_edge.training.run import Run
 
 
@@ -36,7 +34,7 @@ def calibration_images(run: Run) -> tuple[ImageSource, Indices] | None:
                 "Train with a larger --calib-fraction"
             )
     except UsageError as error:
-        click.echo(f"no figures at a threshold: {error}", err=True)
+        tell(f"no figures at a threshold: {error}", err=True)
         return None
     return source, calib
 
@@ -47,7 +45,7 @@ def shipped_score(run: Run, failed: str) -> tuple[Spec | None, FittedScore | Non
         export = run.export
         return (None, None) if export is None else (export.spec, export.score_state(run.model.classifier.in_features))
     except SsodEdgeError as error:
-        click.echo(f"{failed}: {printable(str(error))}", err=True)
+        tell(f"{failed}: {printable(str(error))}", err=True)
         return None, None
 
 
@@ -75,7 +73,7 @@ def held_out_negatives(run: Run) -> tuple[ImageSource, Indices, dict[str, Any]] 
     try:
         found = run.negatives("put them back")
     except UsageError as error:
-        click.echo(f"no figures of the held-out negatives: {error}", err=True)
+        tell(f"no figures of the held-out negatives: {error}", err=True)
         return None
     if found is None:
         return None
@@ -92,14 +90,14 @@ def warn_of_known_images(
     for name, data in ood_data.items():
         taught = meta.get("negatives")
         if taught and (ood_sources[name].fingerprint == meta.get("negatives_fingerprint") or _overlap(data, taught)):
-            click.echo(
+            tell(
                 f"warning: the OOD set '{name}' ({data}) holds negatives that the network learnt from, so that its "
                 "figures flatter; those of the held-out ones are in the table too",
                 err=True,
             )
         for id_data, fingerprint in known.items():
             if ood_sources[name].fingerprint == fingerprint or _overlap(data, id_data):
-                click.echo(
+                tell(
                     f"warning: the OOD set '{name}' ({data}) holds images of the in-distribution data '{id_data}'; "
                     "its figures mean nothing. Name images of other things",
                     err=True,
@@ -136,12 +134,12 @@ def warn_of_used_images(source: ImageSource, id_data: str | None, meta: Mapping[
         message = f"warning: '{spec.score_name}' was fitted to or chosen by a part of '{id_data}'; name other images"
     else:
         return
-    click.echo(message, err=True)
+    tell(message, err=True)
 
 
 def _overlap(one: str, other: str) -> bool:
     """Whether two folders are the same, or one lies in the other."""
-    a, b = Path(one).resolve(), Path(other).resolve()
+    a, b = real_path(one), real_path(other)
     return a.is_dir() and b.is_dir() and (a.is_relative_to(b) or b.is_relative_to(a))
 
 

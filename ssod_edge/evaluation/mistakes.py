@@ -16,7 +16,7 @@ from ssod_edge.data.pixels import load_image
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import beside, make_directory
+from ssod_edge.files import beside, make_directory, real_path
 from ssod_edge.runtime.written import file_part
 
 #: The table beside the copies, and its columns.
@@ -34,7 +34,7 @@ def check_mistakes(folder: str | Path) -> Path:
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"'{path}' is not empty, and mistakes of two evaluations must not mix. Give a new folder")
-    parent = make_directory(path.resolve().parent)
+    parent = make_directory(real_path(path).parent)
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot make '{path}': '{parent}' is read-only. Choose another place")
     return path
@@ -60,7 +60,7 @@ def save_mistakes(
     path = check_mistakes(folder)
     source, indices = images
     width = max(4, len(str(len(mistakes))))
-    making = beside(path.resolve(), f".{path.name}.")
+    making = beside(real_path(path), f".{path.name}.")
     try:
         making.mkdir()
         rows = []
@@ -76,7 +76,7 @@ def save_mistakes(
         write_csv(making / TABLE, COLUMNS, rows)
         if path.is_dir():
             path.rmdir()  # it is empty
-        making.rename(path.resolve())
+        making.rename(real_path(path))
     except OSError as error:
         raise OutputError(f"cannot write '{path}': {error.strerror or error}. Choose another place") from error
     finally:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import click
-
 from ssod_edge.data.named import NamedData
 from ssod_edge.errors import EXIT_OK, UsageError
 from ssod_edge.evaluation.page_data import page_data
@@ -28,6 +26,7 @@ from ssod_edge.evaluation.page_photos import Photos, take_photos
 from ssod_edge.files import check_output, write_atomic
 from ssod_edge.runtime.field.monitor import read_monitor
 from ssod_edge.runtime.field.summary import summary
+from ssod_edge.terminal import tell
 
 #: Bytes of a megabyte, as mail programs count.
 MB = 1_000_000
@@ -69,10 +68,10 @@ def run_page(path: str, out: str, data: NamedData, options: PageOptions) -> int:
     drift = summary(read_monitor(options.monitor_file)) if options.monitor_file else None
     judged = judge(path, data)
     for message in judged.left_out:
-        click.echo(f"left out: {message}", err=True)
+        tell(f"left out: {message}", err=True)
     content = build(judged, options, bench, drift)
     write_atomic(out, lambda temporary: temporary.write_bytes(content))
-    click.echo(f"written: {out} ({len(content) / MB:.1f} MB)")
+    tell(f"written: {out} ({len(content) / MB:.1f} MB)")
     return EXIT_OK
 
 

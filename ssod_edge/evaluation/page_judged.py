@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,11 +17,12 @@ from ssod_edge.data.sources import ImageSource, check_classes, model_labels, ope
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.scores import probabilities
 from ssod_edge.errors import ArtifactError, ImageError, UsageError
+from ssod_edge.files import real_path
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import is_installed, open_runner
 from ssod_edge.runtime.predict import Predictor, Seen
 from ssod_edge.spec import Spec, Threshold
-from ssod_edge.terminal import image_bar, printable
+from ssod_edge.terminal import image_bar, printable, tell
 
 if TYPE_CHECKING:
     from ssod_edge.training.run import Run
@@ -135,7 +135,7 @@ def judge(path: str, data: NamedData, workers: int = 1) -> Judged:
     if _is_run(place):
         if is_installed("eager"):
             return _judge_run(path, data, workers)
-        click.echo("PyTorch is not installed: the run is judged by its export, whose images --id names", err=True)
+        tell("PyTorch is not installed: the run is judged by its export, whose images --id names", err=True)
     return _judge_export(path, data)
 
 
@@ -144,7 +144,7 @@ def _is_run(place: Path) -> bool:
     if place.is_file():
         return True
     export = Export.in_place(Export.place(place))
-    folder = place if (place / WEIGHTS).is_file() else place.resolve().parent
+    folder = place if (place / WEIGHTS).is_file() else real_path(place).parent
     return (folder / WEIGHTS).is_file() and not (export is not None and export.spec.taught)
 
 
@@ -169,7 +169,7 @@ def _judge_run(path: str, data: NamedData, workers: int) -> Judged:
         sets[name] = JudgedSet(named, source, indices, labels, probs, found.scores[name][score], outputs.features)
     model = run.model
     return Judged(
-        name=run.folder.resolve().name,
+        name=real_path(run.folder).name,
         place=path,
         judge=f"the checkpoint in PyTorch, {report['equalised']}",
         backbone=model.backbone_name,
@@ -221,7 +221,7 @@ def _judge_export(path: str, data: NamedData) -> Judged:
 
 def _name(folder: Path) -> str:
     """Of an export: its folder's, or that of the run around it."""
-    folder = folder.resolve()
+    folder = real_path(folder)
     return folder.parent.name if folder.name == "export" else folder.name
 
 

@@ -18,6 +18,7 @@ from ssod_edge.data.sources import ImageSource, model_labels
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.evaluation.page_judged import KNOWN, Judged
+from ssod_edge.files import real_path
 from ssod_edge.terminal import image_bar, printable
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _training_features(
     from ssod_edge.training.features import kept_features
     from ssod_edge.training.outputs import collect
 
-    kept = kept_features(run.model, source, run.folder.resolve().parent)
+    kept = kept_features(run.model, source, real_path(run.folder).parent)
     if kept is not None:
         return indices, kept.plain[indices]
     chosen = np.sort(np.random.default_rng(0).permutation(indices)[:MOST_TRAINING])

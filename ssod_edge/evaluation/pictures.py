@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.detect.metrics import risk_coverage
-from ssod_edge.errors import missing_extra
 from ssod_edge.files import write_atomic
+from ssod_edge.optional import load
 from ssod_edge.terminal import printable
 from ssod_edge.training.outputs import Outputs
 
@@ -38,11 +38,7 @@ _MOST_LINES = 8
 
 def _figure(width: float, height: float, what: str) -> Any:
     """Raises MissingExtraError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", what) from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return load("matplotlib.figure", what).Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: str | Path, caption: str = "") -> Path:
@@ -250,17 +246,14 @@ def save_features(
 
 def _tsne(features: Floats) -> Floats:
     """[n, D] -> [n, 2], the same for the same features."""
-    try:
-        from sklearn.decomposition import PCA
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise missing_extra("sklearn", "the picture of the features") from None
+    what = "the picture of the features"
+    decomposition, manifold = load("sklearn.decomposition", what), load("sklearn.manifold", what)
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2))  # all alike: neighbours of distance 0 crash scikit-learn
     dimensions = min(50, *features.shape)
-    reduced = PCA(dimensions, svd_solver="full").fit_transform(features)
+    reduced = decomposition.PCA(dimensions, svd_solver="full").fit_transform(features)
     perplexity = min(30.0, max(1.0, (len(features) - 1) / 3))
-    embedded: Floats = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
+    embedded: Floats = manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
     return embedded
 
 

@@ -6,29 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ssod_edge.data.disturbances import STRENGTHS
 from ssod_edge.evaluation.known_report import known_tables
 from ssod_edge.evaluation.left_out import expectation_lines
+from ssod_edge.terminal import Screen, printable
 
 Report = Mapping[str, Any]
 
 
 def print_report(report: Report) -> None:
     """The report of `ssod_edge.evaluation.evaluate.evaluate` as tables; figures in percent, the best score first."""
-    console = Console(highlight=False)
+    console = Screen()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     console.print(
-        f"{escape(report['run'])}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']}: "
-        f"{report['equalised']})\n"
-        f"ID accuracy [bold]{100 * report['id_accuracy']:.2f}%[/bold] on {report['n_id']} images "
-        f"of {escape(report['id_data'])}"
+        f"{report['run']}  ({report['backbone']}, {report['input_size']} px, protocol {report['protocol']}: "
+        f"{report['equalised']})"
+    )
+    accuracy = (f"{100 * report['id_accuracy']:.2f}%", "bold")
+    console.print(
+        Text.assemble("ID accuracy ", accuracy, printable(f" on {report['n_id']} images of {report['id_data']}"))
     )
     for part in known_tables(report):
         say(part) if isinstance(part, str) else console.print(part)
@@ -75,7 +77,7 @@ def _detection(report: Report, names: list[str]) -> Table:
     """A row for each score, a column for each OOD set."""
     table = _table("AUROC % (FPR % at 95% ID accepted), larger AUROC is better", "score")
     for ood in report["ood_data"]:
-        table.add_column(escape(ood), justify="right")
+        table.add_column(ood, justify="right")
     table.add_column("mean", justify="right")
     rows = {(row["ood"], row["score"]): row for row in report["results"]}
     for name in names:
@@ -96,7 +98,7 @@ def _deployment(report: Report, names: list[str]) -> Table:
     threshold = report["deployment"][names[0]]["threshold"]
     title = f"At the threshold for {threshold['target_tpr']:.0%} of {threshold['n']} calibration images, %"
     table = _table(title, "score")
-    for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {escape(ood)}" for ood in report["ood_data"])):
+    for title in ("TPR", "sel. acc.", "AURC", "AUGRC", *(f"false accept {ood}" for ood in report["ood_data"])):
         table.add_column(title, justify="right")
     if report["ood_data"]:
         table.add_column("OSCR mean", justify="right")
@@ -161,13 +163,13 @@ def _worst_shift(report: Report) -> str:
 def _left_out(found: Report) -> Table:
     """A row for each class that was left out, then their mean and the worst of each column."""
     title = f"Classes left out in turn, by {found['score']} at 95% of the others, %"
-    table = _table(escape(title), "class")
+    table = _table(title, "class")
     for title in ("images", "AUROC", "accepted"):
         table.add_column(title, justify="right")
     table.add_column("taken for")
     for name, row in found["new_class"].items():
         figures = (_percent(row[key]) for key in ("auroc", "accepted"))
-        table.add_row(escape(name), str(row["images"]), *figures, escape(row["taken_for"]))
+        table.add_row(name, str(row["images"]), *figures, row["taken_for"])
     table.add_section()
     for name in ("mean", "worst"):
         table.add_row(name, "", *(_percent(found[name][key]) for key in ("auroc", "accepted")), "")

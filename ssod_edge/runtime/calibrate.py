@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ssod_edge.data.inputs import known_images
 from ssod_edge.data.jpeg import tells_damage
 from ssod_edge.data.layout import is_training_part
@@ -32,6 +30,7 @@ from ssod_edge.runtime.predict import Predictor
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import check_passed, record, verify_runner
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
+from ssod_edge.terminal import tell
 
 #: Draws the images afresh for each artifact, and takes the message of each one that cannot be read.
 Draw = Callable[[Callable[[str], Any]], Iterator[ImageLike]]
@@ -169,12 +168,12 @@ def run_calibrate(folder: str, data: str, tpr: float = 0.95, artifact: str | Non
                 scores = known_scores(runner, draw(failed), description, failed)
                 done = _set_threshold(runner, export.folder, conformal_threshold(scores, tpr, description))
         except (ArtifactError, EngineError, MissingExtraError, VerificationError) as error:
-            click.echo(f"{target.name}: not calibrated: {error}", err=True)
+            tell(f"{target.name}: not calibrated: {error}", err=True)
             code = max(code, error.exit_code)
             continue
-        print(_line(target, done, scores))
+        tell(_line(target, done, scores))
     for message in unreadable:
-        click.echo(f"left out: {message}", err=True)
+        tell(f"left out: {message}", err=True)
     return code or (EXIT_SOME_FAILED if unreadable else EXIT_OK)
 
 
@@ -223,7 +222,7 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
     if _taught_with(data, export.spec):
         raise taught_with(data)
     if Path(data).is_dir() and not _trained_on(data, export):
-        paths = known_images(data, export.spec.classes, partial(click.echo, err=True))
+        paths = known_images(data, export.spec.classes, partial(tell, err=True))
         return lambda failed: iter(paths), f"folder '{Path(data).name}', {len(paths)} images"
     from ssod_edge.data.images import whole_dataset
     from ssod_edge.data.sources import model_labels, open_training_data
@@ -231,10 +230,10 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
 
     images, facts = whole_dataset(data), export.spec.source
     if images.source.left_out:
-        click.echo(images.source.left_out, err=True)
+        tell(images.source.left_out, err=True)
     labels = model_labels(images.source.labels, images.source.classes, export.spec.classes)
     if (labels >= 0).any() and (labels < 0).any():
-        click.echo(f"left out: {(labels < 0).sum()} of {len(labels)} images, of no class of the model", err=True)
+        tell(f"left out: {(labels < 0).sum()} of {len(labels)} images, of no class of the model", err=True)
         images = replace(images, indices=images.indices[labels >= 0])
     splits_hash = facts.get("splits_hash")  # none where the weights were trained elsewhere
     if splits_hash and images.source.fingerprint == facts.get("data_fingerprint"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from ssod_edge.config import resolve_backbone
 from ssod_edge.detect.sums import FittedScore, load_shipped
 from ssod_edge.errors import SsodEdgeError, UsageError
+from ssod_edge.files import real_path
 from ssod_edge.runtime.runner import Array
 from ssod_edge.runtime.verify import load_reference
 from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME, Artifact, Spec, check_files, check_hash, load_spec
@@ -61,7 +62,7 @@ class Export:
     @property
     def run_folder(self) -> Path | None:
         """The run folder that it lies in, where that is here: it says which images were held out."""
-        parent = self.folder.resolve().parent
+        parent = real_path(self.folder).parent
         return parent if (parent / "splits.json").is_file() else None
 
     def check(self, artifact: Artifact) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 from ssod_edge.errors import ArtifactError, UsageError, missing_extra
+from ssod_edge.optional import is_there, load
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.verify import require_verified
@@ -103,6 +103,7 @@ def _open_eager(
     if not is_installed("eager"):
         raise missing_extra("torch", "the eager engine")
     _require_checkpoint(folder)
+    load("torch")
     from ssod_edge.training.eager import EagerRunner
 
     return EagerRunner(folder, device, threads, allow_untrained)
@@ -144,7 +145,7 @@ def require_trained(spec: Spec, allow_untrained: bool) -> None:
 def is_installed(engine: str) -> bool:
     """Whether the module of an engine can be found. It is not imported."""
     modules = (ENGINES[engine], "tensorrt_lean") if engine == "tensorrt" else (ENGINES[engine],)
-    return any(importlib.util.find_spec(module) is not None for module in modules)
+    return any(is_there(module) for module in modules)
 
 
 def why_not_here(artifact: Artifact) -> str | None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-
-import click
 
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import left_out
@@ -21,7 +18,7 @@ from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.written import Sorter, VerdictTable
-from ssod_edge.terminal import bars, printable, standard_input
+from ssod_edge.terminal import WIDE, Screen, bars, printable, standard_input, tell
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
     others: set[str] = set()
     paths = list_images(images, standard_input(), no_images, others)
     if note := left_out(others):
-        click.echo(note, err=True)
+        tell(note, err=True)
     with (
         Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
         open_monitor(options.monitor, predictor) as watch,
@@ -75,10 +72,10 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         open_sorter(options.sort_into, predictor) as sorter,
     ):
         if not predictor.runner.spec.trained:
-            click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
+            tell("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
             fix = "Fit one with: ssod-edge calibrate DIR --id DATA"
-            click.echo(
+            tell(
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
         verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
@@ -102,11 +99,11 @@ def open_sorter(folder: str | None, predictor: Predictor) -> Iterator[Sorter | N
     if folder is None:
         yield None
         return
-    sorter = Sorter(folder, predictor.runner.spec.classes, lambda line: click.echo(printable(line), err=True))
+    sorter = Sorter(folder, predictor.runner.spec.classes, lambda line: tell(line, err=True))
     try:
         yield sorter
     finally:  # after Ctrl-C too
-        click.echo(printable(sorter.summary()), err=True)
+        tell(sorter.summary(), err=True)
 
 
 def _written(verdicts: Iterable[Verdict], table: VerdictTable | None, sorter: Sorter | None) -> Iterator[Verdict]:
@@ -122,7 +119,7 @@ def open_monitor(path: str | None, predictor: Predictor) -> AbstractContextManag
     """A monitor that speaks on standard error; none without a path."""
     if path is None:
         return nullcontext()
-    return Monitor(path, predictor, say=lambda line: click.echo(printable(line), err=True))
+    return Monitor(path, predictor, say=lambda line: tell(line, err=True))
 
 
 @contextmanager
@@ -133,7 +130,7 @@ def open_collector(options: PredictOptions, predictor: Predictor) -> Iterator[Co
         return
 
     def say(line: str) -> None:
-        click.echo(printable(line), err=True)
+        tell(line, err=True)
 
     with Collector(options.collect, predictor, options.collect_most, options.collect_mb, say) as collector:
         try:
@@ -154,7 +151,7 @@ def _print_json(verdicts: Iterable[Verdict]) -> int:
     failed = 0
     for verdict in verdicts:
         failed += verdict.error is not None
-        print(json.dumps(verdict.to_dict(), allow_nan=False), flush=True)
+        tell(json.dumps(verdict.to_dict(), allow_nan=False))
     return failed
 
 
@@ -176,7 +173,6 @@ def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]
 
 
 def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -196,14 +192,13 @@ def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
         note = f" ({verdict.image_warning})" if verdict.image_warning else ""
         table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name) + note)), *shown)
     # Off a terminal a row is one line, however long its file name is.
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = Screen(wide=WIDE)
     console.print(table)
     if note := p_known_note(runner):
-        console.print(Text(note), highlight=False)
-    console.print(Text(_summary(verdicts, runner)), highlight=False)
+        console.print(note)
+    console.print(_summary(verdicts, runner))
 
 
-WIDE = 100_000
 WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
 
 

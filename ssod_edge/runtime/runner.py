@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.detect.confidence import verdict_inputs
-from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, UsageError, missing_extra
+from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 
 Array = npt.NDArray[Any]
@@ -109,11 +110,20 @@ def check_graph(path: Path, spec: Spec, outputs: Sequence[str], shapes: Mapping[
             )
 
 
-def import_failed(module: str, error: ImportError) -> MissingExtraError | EngineError:
-    """The error for an engine's module that is not there, or is there and can't be loaded (a system library lacks)."""
-    if isinstance(error, ModuleNotFoundError) and error.name == module:
-        return missing_extra(module, f"the {module} engine")
-    return EngineError(f"'{module}' is installed and cannot be loaded: {error}. Install it again.")
+def check_process(opened_in: int, what: str = "this runner") -> None:
+    """Raises EngineError in a process that was forked from the one in which an engine was opened.
+
+    The engine's threads are not there, and it would wait for them for ever.
+
+    Args:
+        opened_in: the process's id at that time.
+        what: was opened.
+    """
+    if opened_in != os.getpid():
+        raise EngineError(
+            f"{what} was opened in process {opened_in}, and this one ({os.getpid()}) was forked from it, without the "
+            "engine's threads. Open the model after the fork only, or start processes with the method 'spawn'"
+        )
 
 
 def closed_error() -> UsageError:

@@ -15,7 +15,7 @@ from ssod_edge.config import has_state
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.detect.scores import probabilities
 from ssod_edge.errors import ArtifactError, OutputError, VerificationError
-from ssod_edge.files import exclusive
+from ssod_edge.files import exclusive, real_path
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.spec import REFERENCE_NAME, Artifact, Spec, check_hash, load_spec, save_spec
 
@@ -329,7 +329,7 @@ def record(folder: str | Path, artifact: Artifact) -> Spec:
         UsageError: `ssod.json` is gone.
         ArtifactError: it is damaged.
     """
-    with exclusive(Path(folder).resolve().parent):  # the lock that a new export of the folder takes too
+    with exclusive(real_path(folder).parent):  # the lock that a new export of the folder takes too
         spec = load_spec(folder).with_artifact(artifact)
         save_spec(spec, folder)
     return spec

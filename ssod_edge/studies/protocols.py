@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ssod_edge.config import NEED_OOD_ROW, PUBLISHED
 from ssod_edge.data.image_lists import choose_seeded, find_listed, write_image_list
 from ssod_edge.data.readers import ReaderImages
@@ -17,7 +15,7 @@ from ssod_edge.data.sources import IMAGE_LIST_SUFFIX, open_dataset
 from ssod_edge.errors import UsageError
 from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.studies.study import StudyOptions, check_evaluation, plan_study, read_study, run_study
-from ssod_edge.terminal import image_bar
+from ssod_edge.terminal import image_bar, tell
 
 #: (FPR at 95% ID TPR, AUROC), in percent.
 Figures = tuple[float, float]
@@ -193,14 +191,14 @@ def run_reproduce(name: str, root: str, out: str, study: StudyOptions, lists: Im
     judged = (table.known, *table.unknown)
     listed = {data.name: _fix_images(found[data.name], data.name, folder, lists) for data in judged}
     if check:
-        click.echo(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
+        tell(f"Table {table.number}: {len(cells)} runs: " + ", ".join(cell.name for cell in cells))
         return True
     evaluation = replace(study.evaluation, id_data=listed.pop(table.known.name), ood_data=listed)
     done = run_study(training, out, replace(study, evaluation=evaluation))
     text = markdown(table, read_study(folder)["runs"])
     file = folder / f"table{table.number}.md"
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    click.echo(text)
+    tell(text)
     return done
 
 
@@ -237,7 +235,7 @@ def _fix_images(data: str, name: str, out: Path, lists: ImageLists) -> str:
         with image_bar(f"list of {name}", len(chosen)) as advance:
             write_image_list(source, chosen, file, advance)
         if len(chosen) < lists.images:
-            click.echo(f"{name}: all {len(chosen)} images; {lists.images} were asked for", err=True)
+            tell(f"{name}: all {len(chosen)} images; {lists.images} were asked for", err=True)
     count = len(find_listed(source, str(file))[0])
     if not lists.folder and count != min(lists.images, len(source)):
         raise UsageError(

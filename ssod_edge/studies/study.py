@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from ssod_edge.config import AUTO_EPOCHS, AUTO_SCORE, NEED_OOD_ROW, score_parts, setting_types
@@ -25,6 +24,7 @@ from ssod_edge.files import claim, exclusive, make_directory, write_atomic, writ
 from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.spec import Spec
 from ssod_edge.studies.summary import markdown, summarise
+from ssod_edge.terminal import tell
 from ssod_edge.training.checkpoint import BEST, LAST, load_checkpoint
 from ssod_edge.training.loop import resume_run, start_run
 from ssod_edge.training.run import Run, load_config
@@ -168,7 +168,7 @@ def run_study(data: str, out: str, study: StudyOptions) -> bool:
         busy = []
         for cell in todo:
             waiting = ": waiting for the process that is at it" if again else ""
-            click.echo(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}{waiting}", err=True)
+            tell(f"[{cells.index(cell) + 1} of {len(cells)}] {cell.name}{waiting}", err=True)
             try:
                 with claim(folder / f".{cell.name}.lock", f"'{cell.name}' is being worked on", wait=again):
                     rows[cell] = _finished(cell, data, folder, study)
@@ -176,16 +176,16 @@ def run_study(data: str, out: str, study: StudyOptions) -> bool:
                 raise  # the next run would meet it too
             except (SsodEdgeError, MemoryError, torch.OutOfMemoryError) as error:
                 if isinstance(error, BusyError) and not again:
-                    click.echo("another process is at it: going on with the next", err=True)
+                    tell("another process is at it: going on with the next", err=True)
                     busy.append(cell)
                     continue
-                click.echo(f"failed: {error}", err=True)
+                tell(f"failed: {error}", err=True)
                 errors[cell] = error
             _write(folder, record, cells, rows, errors)
         todo = busy
     if not rows and all(isinstance(error, UsageError) for error in errors.values()):
         raise next(iter(errors.values()))
-    click.echo((folder / TABLE).read_text(encoding="utf-8"))
+    tell((folder / TABLE).read_text(encoding="utf-8"))
     return not errors
 
 

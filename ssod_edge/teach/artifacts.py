@@ -11,6 +11,7 @@ import numpy as np
 from ssod_edge.export.engines.artifact import make_artifact
 from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.export.release import Say
+from ssod_edge.files import unicode_path
 from ssod_edge.runtime.open import is_installed
 from ssod_edge.spec import Artifact, Threshold, check_files
 from ssod_edge.teach.fitted import Fitted
@@ -45,7 +46,8 @@ def make_artifacts(
             continue
         path = folder / f"model-{precision}.onnx"
         if graph is not None:
-            parent = onnx.load(check_files(model.export.folder, graph))
+            with unicode_path(check_files(model.export.folder, graph)) as name:
+                parent = onnx.load(name)
             save_onnx(with_end(parent, model.rows, end), path)
         for old in olds:
             if not is_installed(old.engine):

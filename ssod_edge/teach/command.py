@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.export.command import WIDE, say, show
+from ssod_edge.export.command import say, show
 from ssod_edge.export.versions import name_of, others, prune, roll_back, size_on_disk, versions_folder
 from ssod_edge.runtime.export import Export
 from ssod_edge.teach.history import history
 from ssod_edge.teach.teach import TeachOptions, teach
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import WIDE, Screen, printable, tell
 
 
 def run_teach(folder: str, out: str | None, options: TeachOptions, keep: int | None = None) -> int:
@@ -43,7 +41,7 @@ def run_rollback(folder: str, to: str | None = None) -> int:
     """Swap an earlier version in; see `ssod_edge.export.versions.roll_back`."""
     before, now = roll_back(folder, to)
     was = "a damaged export, which is gone" if before is None else f"version {name_of(before)}, which is kept"
-    print(printable(f"version {name_of(now)} is in use: {', '.join(now.classes)}; before, {was}"))
+    tell(printable(f"version {name_of(now)} is in use: {', '.join(now.classes)}; before, {was}"))
     return EXIT_OK
 
 
@@ -54,14 +52,14 @@ def run_history(folder: str, keep: int | None = None, as_json: bool = False) -> 
         _say_kept(place, keep)
     rows = history(folder)
     if as_json:
-        print(json.dumps({"versions": rows, "bytes_beside": size_on_disk(place)}, indent=2))
+        tell(json.dumps({"versions": rows, "bytes_beside": size_on_disk(place)}, indent=2))
         return EXIT_OK
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("version", "what", "proof", "when (UTC)", "where"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(text)) for text in _cells(row)), style="bold" if row["current"] else None)
-    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+    Screen(wide=WIDE).print(table)
     if keep is None:
         _say_kept(place, None)
     return EXIT_OK

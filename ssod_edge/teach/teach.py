@@ -18,12 +18,13 @@ from ssod_edge.detect.fit import Labels
 from ssod_edge.detect.scores import ood_scores
 from ssod_edge.detect.stored import StoredFeatures, load_features, save_features
 from ssod_edge.detect.sums import FittedScore, save_score
-from ssod_edge.errors import ArtifactError, UsageError, VerificationError, missing_extra
+from ssod_edge.errors import ArtifactError, UsageError, VerificationError
 from ssod_edge.export.release import Draft, Say, release
 from ssod_edge.export.staging import check_place
 from ssod_edge.export.versions import check_unchanged
-from ssod_edge.files import claim, sha256_file, write_atomic
+from ssod_edge.files import claim, real_path, sha256_file, unicode_path, write_atomic
 from ssod_edge.memory import give_back_freed_memory
+from ssod_edge.optional import load
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.field.review import CLASSES, GROUP_LIST
 from ssod_edge.runtime.field.shelf import INDEX
@@ -102,7 +103,8 @@ class Model:
         width = self.stored.plain.shape[1]
         self.state: FittedScore | None = export.score_state(width)
         self.rows = len(self.spec.classes) + 1 + (0 if self.state is None else self.state.rows)
-        self.trunk = Trunk(onnx.load(check_files(export.folder, self.graphs["fp32"])), self.rows)
+        with unicode_path(check_files(export.folder, self.graphs["fp32"])) as name:
+            self.trunk = Trunk(onnx.load(name), self.rows)
         m, folds = len(self.spec.classes), self.stored.folds
         weight, bias = self.trunk.weight, self.trunk.bias
         self.heads = Heads(weight[:m], bias[:m], folds.weight, folds.bias)
@@ -145,8 +147,8 @@ def teach(
     """
     _check_installed()
     export = Export.at(folder)
-    place = (export.folder if out is None else Path(out)).resolve()
-    if out is not None and place == export.folder.resolve():
+    place = real_path(export.folder if out is None else out)
+    if out is not None and place == real_path(export.folder):
         raise UsageError(
             f"'{out}' is the export that is taught: leave out -o to teach in place, or name another folder"
         )
@@ -188,7 +190,7 @@ def teach_open(
 def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> TaughtExport:
     """See `teach`; nobody else teaches into this place."""
     started = time.monotonic()
-    in_place = place == export.folder.resolve()
+    in_place = place == real_path(export.folder)
     model = Model(export)
     if "tuned" in model.spec.features:
         say(
@@ -249,7 +251,7 @@ def _check_data(data: Given | None, export: Export) -> None:
     if not isinstance(data, str):
         return
     place = Path(data)
-    if place.resolve() in (export.folder.resolve(), export.run_folder):
+    if real_path(data) in (real_path(export.folder), export.run_folder):
         raise UsageError(f"'{data}' is the model, and no photos. Give DATA, CLASS/IMAGE folders of photos, after it")
     if (place / INDEX).is_file():
         raise UsageError(
@@ -264,11 +266,8 @@ def _check_data(data: Given | None, export: Export) -> None:
 
 
 def _check_installed() -> None:
-    import importlib.util
-
     for module in ("onnx", "onnxruntime", "sklearn"):
-        if importlib.util.find_spec(module) is None:
-            raise missing_extra(module, "teaching an export", "teach")
+        load(module, "teaching an export", "teach")
 
 
 def _forgotten(classes: tuple[str, ...], names: Sequence[str]) -> Labels:

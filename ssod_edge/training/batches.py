@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from ssod_edge.data.pixels import fit_box, read_pixels
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError
+from ssod_edge.terminal import tell
 
 #: Of a random crop, relative to the picture's or to a square; its inverse is the largest.
 ASPECT_MIN = 3 / 4
@@ -107,7 +107,7 @@ def _why_unreadable(source: ImageSource, settings: Preprocess, indices: list[int
 
 def _all_unreadable(dataset: EvalImages, workers: int, first: str) -> ImageError:
     """The error for every image that cannot be read, so that they need not be found one run at a time."""
-    click.echo(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
+    tell(f"an image cannot be read; looking for others among {len(dataset.indices)}", err=True)
     images: Any = dataset.indices.tolist()
     read = partial(_why_unreadable, dataset.source, dataset.settings)
     loader = DataLoader(images, batch_size=64, num_workers=workers, collate_fn=read, worker_init_fn=_ignore_interrupts)

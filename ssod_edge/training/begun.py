@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ssod_edge.config import resolve_backbone
 from ssod_edge.data.layout import same_name
-from ssod_edge.errors import ArtifactError, UsageError, missing_extra
-from ssod_edge.files import sha256_file
+from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.files import real_path, sha256_file, unicode_path
 from ssod_edge.json_reader import read_json
+from ssod_edge.optional import load
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME, TRUNK_SHA256
 from ssod_edge.training.checkpoint import BEST, is_checkpoint
@@ -67,7 +68,7 @@ class Begun:
     def _of_export(cls, path: str, export: Export, runs: Path) -> Begun:
         source, taught = export.spec.source, "taught" in export.spec.source
         digest, name = source.get(TRUNK_SHA256 if taught else "checkpoint_sha256"), str(source.get("run", ""))
-        around = export.folder.resolve().parent
+        around = real_path(export.folder).parent
         for checkpoint in _checkpoints((around, around.parent, runs), name):
             if digest and sha256_file(checkpoint) == digest:
                 return cls(path, Run.at(checkpoint), export if taught else None)
@@ -170,14 +171,12 @@ def _checkpoints(roots: tuple[Path, ...], name: str) -> Iterator[Path]:
 
 def _rows_of(export: Export) -> tuple[Tensor, Tensor]:
     """Rows of the classes of an export, from the last Gemm of its fp32 graph."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing_extra("onnx", "reading a taught export", "teach") from error
+    onnx = load("onnx", "reading a taught export", "teach")
     graphs = [a for a in export.spec.artifacts if (a.engine, a.precision) == ("onnxruntime", "fp32")]
     if not graphs:
         raise ArtifactError(f"'{export.folder}' holds no ONNX graph in fp32. Teach it again")
-    graph = onnx.load(export.check(graphs[0])).graph
+    with unicode_path(export.check(graphs[0])) as name:
+        graph = onnx.load(name).graph
     producer = {output: node for node in graph.node for output in node.output}
     arrays = {tensor.name: tensor for tensor in graph.initializer}
     node = producer["logits"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
 from ssod_edge.runtime.export import Export
-from ssod_edge.runtime.runner import Array, Runner, check_images, closed_error
+from ssod_edge.runtime.runner import Array, Runner, check_images, check_process, closed_error
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.run import Run
@@ -48,6 +49,7 @@ class EagerRunner(Runner):
     ) -> None:
         if device not in ("auto", "CPU"):
             raise EngineError(f"the eager engine runs on 'CPU' here, got device '{device}'")
+        self._opened_in = os.getpid()
         run = Run.at(folder)
         model, checkpoint, digest = run.model, run.checkpoint, run.checkpoint_sha256
         export = Export.at(run.folder / "export") if (run.folder / "export" / SPEC_NAME).is_file() else None
@@ -83,12 +85,14 @@ class EagerRunner(Runner):
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
-        if self._model is None:
+        check_process(self._opened_in)
+        model = self._model  # another thread may close it meanwhile
+        if model is None:
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
         with torch.inference_mode():
-            features = self._model.features(normalise(torch.from_numpy(images), self._model.preprocess))
-            logits, id_logit = (output.float().numpy() for output in self._model.head(features))
+            features = model.features(normalise(torch.from_numpy(images), model.preprocess))
+            logits, id_logit = (output.float().numpy() for output in model.head(features))
         if self._detector is not None:
             score = self._detector.score(features.float().numpy(), logits, id_logit)
         else:

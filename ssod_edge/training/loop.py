@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ssod_edge.config import AUTO_EPOCHS, TrainConfig
 from ssod_edge.data.negatives import Negatives, WithNegatives
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
-from ssod_edge.files import claim
+from ssod_edge.files import claim, real_path
 from ssod_edge.json_reader import from_json
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.training.batches import TrainImages, load_batches
@@ -192,7 +192,7 @@ def resume_run(run: str | Path) -> Path:
     if run.is_file():
         raise UsageError(f"--resume takes the folder of a run, got the file '{run}'. Give '{run.parent}'")
     if run.name in ("", ".."):
-        run = run.resolve()
+        run = real_path(run)
     return train(replace(load_config(run), name=run.name), run.parent, resume=True)
 
 

@@ -16,7 +16,7 @@ from ssod_edge.data.sources import ImageSource, open_training_data
 from ssod_edge.data.splits import Splits, read_splits
 from ssod_edge.detect.folds import Folds, folds_of
 from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.files import sha256_file
+from ssod_edge.files import real_path, sha256_file
 from ssod_edge.json_reader import from_json, read_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME
@@ -45,7 +45,7 @@ class Run:
         path = Path(path)
         if not path.is_dir():
             return cls(path.parent, path)
-        folder = path.resolve().parent if (path / SPEC_NAME).is_file() else path
+        folder = real_path(path).parent if (path / SPEC_NAME).is_file() else path
         return cls(folder, folder / BEST)
 
     @classmethod

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from ssod_edge.data.splits import MIN_CALIB, Indices
 from ssod_edge.errors import UsageError
 from ssod_edge.files import write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
-from ssod_edge.terminal import image_bar
+from ssod_edge.terminal import image_bar, tell
 from ssod_edge.training.begun import Begun
 from ssod_edge.training.checkpoint import (
     FOLDS,
@@ -46,7 +45,7 @@ MOST_POOLED = 10_000
 def say(message: str) -> None:
     """A line for the user, from one process."""
     if is_main():
-        click.echo(message, err=True)
+        tell(message, err=True)
 
 
 class Session:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, Preprocess, TrainConfig, resolve_backbone
-from ssod_edge.data.layout import DATA_FILES
+from ssod_edge.data.layout import DATA_FILES, PARTS
 from ssod_edge.json_reader import from_json
 from ssod_edge.recipes import RECIPES, train_config
 from ssod_edge.training.begun import Begun
@@ -58,5 +58,12 @@ def default_name(config: TrainConfig) -> str:
     """Run folder name: "<backbone>-<data set>"."""
     # Of "." and "..", the folder's own name.
     path = os.path.abspath(config.data) if os.path.exists(config.data) else config.data.replace(":", "-")
+    name = _base(path)
+    if PARTS.get(name.lower()) and (around := _base(os.path.dirname(path))):  # there is one in every data set
+        name = f"{around}-{name}"
+    return f"{config.backbone}-{name or 'data'}"
+
+
+def _base(path: str) -> str:
     base, suffix = os.path.splitext(Path(path).name)
-    return f"{config.backbone}-{base if suffix in DATA_FILES else (base + suffix) or 'data'}"
+    return base if suffix in DATA_FILES else base + suffix

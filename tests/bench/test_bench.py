@@ -19,7 +19,6 @@ import pytest
 from click.testing import CliRunner
 from colour import write_colours
 from places import GOLDEN
-from rich.console import Console
 
 from ssod_edge.bench.backends import BF16, Backends, combined_hash
 from ssod_edge.bench.interrupt import Interrupts
@@ -34,6 +33,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.files import write_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import Threshold, load_spec
+from ssod_edge.terminal import Screen
 
 GOLDEN_FILE = GOLDEN / "bench.json"
 BRIEF = Plan(warmup_s=0.0, warmup_queries=2, measure_s=0.0, measure_queries=8, repeats=3, pair_s=0.0)
@@ -90,7 +90,7 @@ def key_tree(value: Any) -> Any:
 
 
 def shown(show: Any, *values: Any) -> str:
-    console = Console(width=160, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    console = Screen(width=160, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     show(*values, console)
     return console.export_text()
 

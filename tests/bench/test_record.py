@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from places import GOLDEN
-from rich.console import Console
 
 from ssod_edge.bench import environment, memory
 from ssod_edge.bench.compare import compare, noise_of
@@ -19,6 +18,7 @@ from ssod_edge.bench.record import LATER_KEYS, RECORD_KEYS, ROW_KEYS, load_recor
 from ssod_edge.bench.report import print_comparison
 from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.files import write_json
+from ssod_edge.terminal import Screen
 
 GOLDEN_FILE = GOLDEN / "bench.json"
 
@@ -143,6 +143,11 @@ def test_a_record_of_an_earlier_release_is_read(golden: dict[str, Any], tmp_path
         (lambda r: r["method"].update(quick=float("nan")), "method.quick must be a finite number, got NaN"),
         (lambda r: r.update(data=[]), "data must be an object"),
         (lambda r: r.update(schema_version=True), "schema version True"),
+        (lambda r: r["environment"].pop("cpu"), "damaged .KeyError: 'cpu'"),
+        (lambda r: r["environment"].update(packages=[]), "environment.packages must be an object"),
+        (lambda r: r["rows"][0].update(repeats_ms={}), "damaged .KeyError: 'p50'"),
+        (lambda r: r["data"].update(ood=[]), "damaged .AttributeError"),
+        (lambda r: r["data"].update(reference=[]), "damaged .TypeError"),
     ],
 )
 def test_records_that_cannot_be_used(golden: dict[str, Any], tmp_path: Path, edit: Any, message: str) -> None:
@@ -258,7 +263,7 @@ def test_what_surrounds_the_figures_is_noted(golden: dict[str, Any]) -> None:
 
 
 def shown(show: Any, *values: Any) -> str:
-    console = Console(width=160, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    console = Screen(width=160, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     show(*values, console)
     return console.export_text()
 

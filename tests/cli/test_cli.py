@@ -74,13 +74,13 @@ def test_outliers_are_a_list_or_none(
 ) -> None:
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr("ssod_edge.training.loop.start_run", lambda data, out, options: seen.append(options))
-    assert CliRunner().invoke(main, ["train", "photos", *given]).exit_code == 0
+    assert CliRunner().invoke(main, ["train", "demo", *given]).exit_code == 0
     assert seen[0]["outliers"] == outliers
 
 
 @pytest.mark.parametrize("empty", ["", " ", ","])
 def test_outliers_that_name_nothing_are_refused(empty: str) -> None:
-    result = CliRunner().invoke(main, ["train", "photos", "--outliers", empty])
+    result = CliRunner().invoke(main, ["train", "demo", "--outliers", empty])
     assert result.exit_code == 2 and "give some of rotate, shuffle, zoom, blend, or none" in result.stderr
 
 

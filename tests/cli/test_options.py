@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -136,3 +139,24 @@ def test_a_grid_takes_every_setting(setting: str) -> None:
 def test_the_list_of_commands_is_in_whole_sentences() -> None:
     listed = CliRunner().invoke(main, ["--help"], terminal_width=80).output.partition("Commands:")[2]
     assert listed.count("\n") == len(main.commands) + 1 and "..." not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "typo"], "data set 'typo' does not exist"),
+        (["train", "typo/train"], "data set 'typo/train' does not exist"),
+        (["train", "demo", "--weights", "typo.pth"], "weights file 'typo.pth' does not exist"),
+        (["train", "demo", "--val", "typo"], "data set 'typo' does not exist"),
+        (["train", "demo", "--negatives", "typo.tar"], "data set 'typo.tar' does not exist"),
+        (["train", "torch/CIFAR10:typo"], "does not exist"),
+        (["eval", "typo"], "checkpoint 'typo' does not exist"),
+        (["eval", "--ood", "a=typo"], "data set 'typo' does not exist"),
+        (["eval", "--id", "typo@list.txt"], "data set 'typo@list.txt' does not exist"),
+    ],
+)
+def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """So also where the run that it would make exists already."""
+    code = "import sys; sys.modules['torch'] = None; from ssod_edge.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -219,7 +219,7 @@ def test_an_unknown_split_is_refused_with_the_known_ones(split: str) -> None:
 
 
 def test_without_scikit_learn_the_message_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"pip install 'ssod-edge\[train\]'"):
         DemoSet("train")
 

@@ -403,6 +403,14 @@ def test_what_pillow_decodes_in_python_is_read_up_to_a_size() -> None:
     assert load_image(b"P6\n1001 1000\n255\n" + bytes(3_003_000)).size == (1001, 1000)
 
 
+@pytest.mark.parametrize("size", [(0, 0), (0, 7), (7, 0)])
+def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    refused(Image.new("RGB", size), f"no pixels ({size[0]} x {size[1]})")
+    refused(np.zeros((*size, 3), np.uint8), "must have shape")
+    for mode in ("L", "RGBA", "I;16", "F", "P"):
+        refused(Image.new(mode, size), "no pixels")
+
+
 @pytest.mark.parametrize("size", [(20000, 20000), (MAX_PIXELS + 1, 1)])
 def test_decompression_bombs_are_refused_before_they_are_decoded(size: tuple[int, int]) -> None:
     limit = Image.MAX_IMAGE_PIXELS

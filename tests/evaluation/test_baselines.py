@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 from torch import nn
 
 from ssod_edge.cli import main
@@ -27,6 +26,7 @@ from ssod_edge.evaluation.baseline_recipes import BASELINES, FEATURES, IMAGES, L
 from ssod_edge.evaluation.baselines import COST_KEYS, Baselines, state_bytes
 from ssod_edge.evaluation.evaluate import EvalOptions, collect, evaluate
 from ssod_edge.evaluation.images import choose_images
+from ssod_edge.terminal import Screen
 from ssod_edge.training.checkpoint import load_checkpoint
 from ssod_edge.training.run import Run
 
@@ -417,7 +417,7 @@ def test_deployment_figures_stand_at_the_calibration_splits_threshold(report_of,
 
 def test_the_tables_fit_on_a_terminal_and_name_what_failed(report_of, capsys, monkeypatch):
     report = report_of[0]
-    monkeypatch.setattr(evaluation_report, "Console", lambda **settings: Console(width=80, **settings))
+    monkeypatch.setattr(evaluation_report, "Screen", lambda **settings: Screen(width=80, **settings))
     evaluation_report.print_report(report)
     shown = capsys.readouterr().out
     rows = [re.split(r"  +", line.strip()) for line in shown.splitlines() if re.search(r"\)\s*$", line)]

@@ -125,7 +125,7 @@ def test_features_that_are_all_alike_are_one_point(tmp_path, figures):
 
 
 def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"ssod-edge\[report\]"):
         pictures.save_histograms(RAW, "score0", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

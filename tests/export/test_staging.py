@@ -67,26 +67,54 @@ def test_a_new_folder_follows_the_umask_and_an_earlier_one_keeps_its_mode(
 KILLED_WHILE_PUBLISHING = """
 import os, signal, sys
 from pathlib import Path
-from ssod_edge.export import staging as staging
-# It dies after its first step, whichever that is.
-kill = lambda *given, **options: os.kill(os.getpid(), signal.SIGKILL)
-rename = Path.rename
-Path.rename = lambda self, target: (rename(self, target), kill())
-staging._unlisted = staging.shutil.rmtree = kill
-with staging.staged(Path(sys.argv[1])) as folder:
+from ssod_edge.export import staging
+place, step, swap = sys.argv[1:]
+if swap == "False":
+    staging._exchange = lambda one, other: False
+def dying(step):
+    def run(*given, **options):
+        found = step(*given, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    return run
+with staging.staged(Path(place)) as folder:
     (folder / "ssod.json").write_text("new")
+    if step == "rename":
+        Path.rename = dying(Path.rename)
+    elif step == "rmtree":
+        staging.shutil.rmtree = dying(lambda *given, **options: None)
+    else:
+        setattr(staging, step, dying(getattr(staging, step)))
 """
 
 
-def test_a_kill_while_an_export_is_replaced_leaves_one_of_the_two(tmp_path: Path) -> None:
-    with staged(tmp_path / "door") as folder:
+@pytest.mark.parametrize(
+    ("step", "swap", "found"),
+    [
+        ("_unlisted", True, "old"), ("_link", True, "old"), ("_exchange", True, "new"), ("rmtree", True, "new"),
+        ("_link", False, "old"), ("rename", False, None), ("rmtree", False, "new"),
+    ],
+)  # fmt: skip
+def test_a_kill_while_an_export_is_replaced_leaves_one_of_the_two_and_every_file_of_the_user(
+    tmp_path: Path, step: str, swap: bool, found: str | None
+) -> None:
+    door = tmp_path / "door"
+    with staged(door) as folder:
         (folder / "ssod.json").write_text("old")
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_PUBLISHING, str(tmp_path / "door")], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "door" / "ssod.json").read_text() == "new"
-    with staged(tmp_path / "door") as folder:
+    (door / "notes.txt").write_text("mine")
+    (door / "photos" / "deep").mkdir(parents=True)
+    (door / "photos" / "deep" / "a.txt").write_text("mine too")
+    (door / "photos" / "link").symlink_to("nowhere")
+    command = [sys.executable, "-c", KILLED_WHILE_PUBLISHING, str(door), step, str(swap)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    if found is not None:
+        assert (door / "ssod.json").read_text() == found and (door / "notes.txt").read_text() == "mine"
+    with staged(door) as folder:
         (folder / "ssod.json").write_text("newer")
-    assert names(tmp_path) == ["door"] and names(tmp_path / "door") == ["ssod.json"]
+    assert names(tmp_path) == ["door"] and names(door) == ["notes.txt", "photos", "ssod.json"]
+    assert (door / "ssod.json").read_text() == "newer" and (door / "notes.txt").read_text() == "mine"
+    assert (door / "photos" / "deep" / "a.txt").read_text() == "mine too"
+    assert os.readlink(door / "photos" / "link") == "nowhere"
 
 
 @pytest.mark.parametrize("can_swap", [True, False])

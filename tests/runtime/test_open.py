@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, Outp
 from ssod_edge.runtime.engines.openvino import request_config
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import choose_artifact, open_runner
-from ssod_edge.runtime.runner import check_graph
+from ssod_edge.runtime.runner import check_graph, check_images
 from ssod_edge.runtime.verify import verify_runner
 from ssod_edge.spec import load_spec
 
@@ -458,6 +459,27 @@ def run_folder(tmp_path: Path) -> Path:
     model = build_model("test_resnet", CLASSES, Preprocess(input_size=SIZE)).eval()
     save_checkpoint(tmp_path / "run" / BEST, model_tensors(model), {**model_meta(model), "trained": True})
     return tmp_path / "run"
+
+
+def test_eager_may_be_closed_while_another_thread_runs(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that is under way ends; the next one says that the runner is closed."""
+    import torch
+
+    from ssod_edge.training import eager
+
+    runner, images, threads = open_runner(run_folder, engine="eager"), colour_images(2), torch.get_num_threads()
+    expected = runner.infer({"image": images})["logits"]
+
+    def closing(*arguments: Any) -> Any:
+        runner.__exit__(None, None, None)
+        return check_images(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eager, "check_images", closing)
+        assert np.array_equal(runner.infer({"image": images})["logits"], expected)
+    with pytest.raises(UsageError, match="closed"):
+        runner.infer({"image": images})
+    assert torch.get_num_threads() == threads
 
 
 def test_eager_runs_the_checkpoint(run_folder: Path) -> None:

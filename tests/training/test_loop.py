@@ -364,6 +364,8 @@ def test_the_default_name_is_that_of_the_data(config, tmp_path, monkeypatch):
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "photos")
     names = {".": "photos", "..": tmp_path.name, "sub/": "sub", "x.tar": "x", "demo:val": "demo-val", "/": "data"}
+    (tmp_path / "photos" / "train").mkdir()
+    names |= {"train": "photos-train", "../photos/train/": "photos-train", "clothes.tar/train": "clothes-train"}
     for data, expected in names.items():
         assert default_name(replace(config, data=data)) == f"test_efficientnet-{expected}"
 

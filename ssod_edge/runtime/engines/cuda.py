@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError, SsodEdgeError, UsageError, missing_extra
-from ssod_edge.runtime.runner import Array, import_failed
+from ssod_edge.optional import is_there, load
+from ssod_edge.runtime.runner import Array, check_process
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,14 @@ def open_gpu(device: str = "auto", extra: str | None = None) -> Gpu:
     text = "cuda:0" if device in ("auto", "cuda") else device.lower()
     if not text.startswith("cuda:") or not text[5:].isdecimal():
         raise UsageError(f"TensorRT runs on a GPU: device must be auto or cuda:N, got '{device}'")
-    if importlib.util.find_spec("pycuda") is None:
+    if not is_there("pycuda"):
         raise missing_extra("pycuda", "running on a GPU", extra)
+    check_process(_opened_in.setdefault(0, os.getpid()), "CUDA")
     return _open_gpu(int(text[5:]))
+
+
+#: The process whose context it is.
+_opened_in: dict[int, int] = {}
 
 
 @functools.cache
@@ -107,11 +113,7 @@ def has_gpu() -> bool:
 
 
 def _driver() -> Any:
-    try:
-        import pycuda.driver
-    except ImportError as error:
-        raise import_failed("pycuda", error) from error
-    return pycuda.driver
+    return load("pycuda.driver")
 
 
 class Buffer:

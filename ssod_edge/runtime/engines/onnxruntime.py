@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
+from ssod_edge.errors import EngineError, UsageError
+from ssod_edge.files import unicode_path
+from ssod_edge.optional import load
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
 #: Operators that do nearly all of the arithmetic: what they compute in is the precision that ran.
@@ -44,7 +47,7 @@ class OnnxRunner(Runner):
     ) -> None:
         if device not in ("auto", "CPU"):
             raise EngineError(f"onnxruntime runs on 'CPU' here, got device '{device}'")
-        self.spec = spec
+        self.spec, self._opened_in = spec, os.getpid()
         self.artifact = artifact
         self._outputs = outputs = outputs or spec.outputs
         self._session: Any
@@ -59,6 +62,7 @@ class OnnxRunner(Runner):
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
+        check_process(self._opened_in)
         session = self._session  # another thread may close it meanwhile
         if session is None:
             raise closed_error()
@@ -85,16 +89,16 @@ def session_options(threads: int | None = None) -> Any:
 def _open_session(
     path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
 ) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise import_failed("onnxruntime", error) from error
+    onnxruntime = load("onnxruntime")
     options = session_options(threads)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with unicode_path(path) as name:
+            session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+    except UsageError:
+        raise
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {error}") from error
     shapes = {value.name: value.shape for value in session.get_inputs() + session.get_outputs()}

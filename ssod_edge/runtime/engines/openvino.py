@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.errors import EngineError
-from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error, import_failed
+from ssod_edge.files import unicode_path
+from ssod_edge.optional import load
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
 #: OpenVINO's names of element types -> ours.
@@ -51,21 +54,19 @@ class OpenVinoRunner(Runner):
         outputs: tuple[str, ...] | None = None,
         bf16: bool = False,
     ) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise import_failed("openvino", error) from error
+        openvino = load("openvino")
         device = "CPU" if device == "auto" else device
         core = shared_core()
         if device not in core.available_devices:
             raise EngineError(f"OpenVINO has no device '{device}' here; it has: {', '.join(core.available_devices)}")
-        self.spec = spec
+        self.spec, self._opened_in = spec, os.getpid()
         self.artifact = artifact
         self._outputs = outputs = outputs or spec.outputs
         precision = "bf16" if bf16 else artifact.precision
         config = request_config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
-            compiled = core.compile_model(str(path), device, config)
+            with unicode_path(path) as name:
+                compiled = core.compile_model(name, device, config)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
         check_graph(path, spec, outputs, _shapes(compiled))
@@ -86,11 +87,14 @@ class OpenVinoRunner(Runner):
             self.details["threads"] = str(compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def __exit__(self, *_: object) -> None:
+        if self._opened_in != os.getpid():  # a thread that is not here may hold the lock
+            return
         with self._lock:
             self._request = None
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a batch; see `ssod_edge.runtime.Runner.infer`."""
+        check_process(self._opened_in)
         images = check_images(inputs, self.spec.preprocess.input_size)
         with self._lock:
             if self._request is None:
@@ -123,17 +127,24 @@ class OpenVinoRunner(Runner):
         self._pixels = pixels.data
 
 
-@functools.cache
 def shared_core() -> Any:
     """One for the whole process, never destroyed.
+
+    Raises:
+        EngineError: OpenVINO was used in the process that this one was forked from: even a new Core would hang here.
 
     The CPU plugin of a Core gives the main thread a signal stack of its own and, when it goes, puts back the one it
     found. Of two Cores that go in the order they came, the second puts back the first one's, which is no longer mapped,
     and the next signal (a Ctrl-C, the end of a child process) is a segmentation fault.
     """
-    import openvino
+    core, opened_in = _core()
+    check_process(opened_in, "OpenVINO")
+    return core
 
-    return openvino.Core()
+
+@functools.cache
+def _core() -> tuple[Any, int]:
+    return load("openvino").Core(), os.getpid()
 
 
 def cpu_capabilities() -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import json
 import logging
 from collections import deque
@@ -14,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import ArtifactError, EngineError, SsodEdgeError, missing_extra
+from ssod_edge.optional import is_there, load
 from ssod_edge.runtime.engines.cuda import Gpu, open_gpu
-from ssod_edge.runtime.runner import import_failed
 from ssod_edge.spec import Artifact, Spec
 
 #: Engine -> the modules that open its plans, in the order they are tried.
@@ -144,10 +142,7 @@ def load_module(name: str) -> Any:
         MissingExtraError: it is not installed.
         EngineError: it cannot be loaded, or is older than `OLDEST`.
     """
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise import_failed(name, error) from error
+    module = load(name)
     version = str(getattr(module, "__version__", "of an unknown version"))
     if name != "tensorrt_rtx" and parse_version(version)[:2] < OLDEST:
         raise EngineError(
@@ -160,7 +155,7 @@ def load_module(name: str) -> Any:
 def load_for(artifact: Artifact) -> Any:
     """The module that opens an artifact's plan: the whole TensorRT, or else the lean runtime."""
     for name in MODULES[artifact.engine]:
-        if importlib.util.find_spec(name) is None:
+        if not is_there(name):
             continue
         if name == "tensorrt_lean" and not artifact.build["version_compatible"]:
             raise EngineError(

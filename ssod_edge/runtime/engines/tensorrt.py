@@ -17,7 +17,7 @@ from ssod_edge.errors import ArtifactError, EngineError, OutputError
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.engines.cuda import Buffer, Gpu, Graph, GraphError, open_gpu
 from ssod_edge.runtime.engines.plans import CUDA_EXTRAS, build_command, check_build, check_plan, load_for, make_logger
-from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, closed_error
+from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import VERDICT_INPUTS, Artifact, Spec
 
 #: TensorRT's name of an element type -> numpy's. Its own `nptype` uses names that newer numpy lacks.
@@ -46,7 +46,7 @@ class TrtRunner(Runner):
     """
 
     def __init__(self, spec: Spec, artifact: Artifact, path: Path, device: str = "auto") -> None:
-        self.spec = spec
+        self.spec, self._opened_in = spec, os.getpid()
         self.artifact = artifact
         self.engine = artifact.engine
         self.precision = artifact.precision
@@ -86,6 +86,7 @@ class TrtRunner(Runner):
             UsageError: wrong name, dtype or shape, or the runner is closed.
             EngineError: the GPU or TensorRT failed. After that, only a new runner may work.
         """
+        check_process(self._opened_in)
         session = self._session
         images = check_images(inputs, self.spec.preprocess.input_size)
         values = session.run({"image": images}, self.verdict_inputs() if session.settings else None)

@@ -135,7 +135,12 @@ def fits(state: DriftState, bins: int) -> bool:
         and [len(row) for row in state.recent] == [bins] * len(MEMORY)
         and min(state.counts) >= 0
         and sum(state.counts) == state.images
-        and all(abs(value) <= -_NO_STAKE for value in (*state.log_stakes, state.peak))
+        and all(abs(value) <= -_NO_STAKE for value in state.log_stakes)
+        # At the limit the test begins anew; decimals are whole, so that only the logarithms round.
+        and max(state.peak, log_evidence(state)) <= -math.log(FALSE_ALARM_RATE) + 1e-6
+        and state.peak >= 0
+        and state.alarms >= int(state.drifted)
+        and (state.alarms > 0) == (state.alarm_at is not None)
         # What fades by 1 / memory an image approaches the memory, and rounding takes it a little over.
         and all(0 <= weight <= MEMORY[-1] * (1 + 1e-6) for weight in weights)
     )

@@ -18,11 +18,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.errors import ImageError, UsageError
-from ssod_edge.runtime.runner import import_failed
+from ssod_edge.files import unicode_path
+from ssod_edge.json_reader import is_unicode
+from ssod_edge.optional import load
 
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
-_URL = re.compile(r"(rtsps?|rtmp|https?|udp|tcp)://", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/\s]*@")
+_URL = re.compile(r"(rtsps?|rtmps?|rtp|srt|https?|udp|tcp)://", re.IGNORECASE)
+#: In an address: all up to the last "@" if there is a ":" before it, for a password may hold a "/" and an "@".
+_USER = re.compile(r"(?<=://)([^\s\"'/:@]*@|[^\s\"']*:[^\s\"']*@)")
+_QUERY = re.compile(r"(?<=[?#])[^\s\"']+")
+#: In a pipeline: a property whose name says that it is a secret, with its value, which may stand in quotes.
+_SECRET = re.compile(
+    r"\b([\w-]*(?:user|pw|pass|secret|token|key|auth|cookie|credential)[\w-]*\s*=\s*)(\"[^\"]*\"|'[^']*'|[^\s!]+)",
+    re.IGNORECASE,
+)
 
 #: Frames of a file that are decoded ahead of the engine.
 AHEAD = 2
@@ -33,6 +42,13 @@ COMPLETE = 0.9
 TIMEOUT_MS = 10_000
 #: How long a reader that is asked to end may take: a camera may be waiting for light.
 CLOSE_TIMEOUT_S = 2.0
+
+
+def without_secrets(source: str) -> str:
+    """What to call an address or a pipeline: no user, no password, no query string, no property that is a secret."""
+    if "://" in source:
+        source = _QUERY.sub("...", _USER.sub("", source))
+    return _SECRET.sub(r"\1...", source) if "!" in source else source
 
 
 def is_stream(argument: str) -> bool:
@@ -85,10 +101,10 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         if (source is None) == (camera is None):
             raise UsageError("give either a video or a camera")
         if camera is not None:
-            self.name = f"camera {without_user(camera)}"
+            self.name = f"camera {without_secrets(camera)}"
             self._capture = _open_camera(self._cv2, camera)
         else:
-            self.name = without_user(str(source))
+            self.name = without_secrets(str(source)) if _URL.match(str(source)) else str(source)
             self._capture = _open_source(self._cv2, str(source), self.name)
         self._announced = int(max(0, self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)))
         # An address may also be that of a whole file, which does not run away.
@@ -182,26 +198,21 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         return None
 
 
-def without_user(address: str) -> str:
-    """For the terminal and the verdicts: an address, or a pipeline that holds one, without user and password."""
-    return _USER.sub("", address)
-
-
 def _opencv() -> Any:
     # What goes wrong is said here, once; OpenCV and FFmpeg would say it in ten lines.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    try:
-        import cv2
-    except ImportError as error:
-        raise import_failed("cv2", error) from error
-    return cv2
+    return load("cv2")
 
 
 def _open_camera(cv2: Any, camera: str) -> Any:
     if _URL.match(camera):
         raise UsageError(
-            f"'{without_user(camera)}' is an address and no camera: give it in the place of IMAGE, without --camera"
+            f"'{without_secrets(camera)}' is an address and no camera: give it in the place of IMAGE, without --camera"
+        )
+    if not is_unicode(camera):
+        raise UsageError(
+            f"camera '{without_secrets(camera)}' is no number, device file or pipeline: its name is not UTF-8"
         )
     if "!" in camera:
         capture = cv2.VideoCapture(camera, cv2.CAP_GSTREAMER)
@@ -214,13 +225,15 @@ def _open_camera(cv2: Any, camera: str) -> Any:
         if os.path.exists(device):
             fix = f"'{device}' is in use, is no camera, or your user is not in the group 'video'"
     if not capture.isOpened():
-        raise UsageError(f"camera '{without_user(camera)}' cannot be opened: {fix}")
+        raise UsageError(f"camera '{without_secrets(camera)}' cannot be opened: {fix}")
     capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver can: the newest frame is the one that counts
     return capture
 
 
 def _open_source(cv2: Any, source: str, name: str) -> Any:
     if _URL.match(source):
+        if not is_unicode(source):
+            raise UsageError(f"the address '{name}' is not UTF-8. Write other characters as %XX")
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
         capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)
         if not capture.isOpened():
@@ -232,7 +245,8 @@ def _open_source(cv2: Any, source: str, name: str) -> Any:
     if not os.path.isfile(source):
         what = "is not a file" if os.path.lexists(source) else "does not exist"
         raise UsageError(f"the video '{source}' {what}")
-    capture = cv2.VideoCapture(source)
+    with unicode_path(source) as path:
+        capture = cv2.VideoCapture(path)
     if not capture.isOpened():
         raise ImageError(
             f"'{source}' cannot be read as a video: it is empty, cut short, or in a format unknown to OpenCV"

@@ -72,6 +72,11 @@ class Record:
         counts = (self.images, self.unknown, self.failed, *self.histogram)
         if min(counts) < 0 or max(counts) > _MOST_IMAGES or sum(self.histogram) != self.images:
             raise UsageError("its counts do not add up")
+        ends = [score for score in (self.lowest, self.highest) if score is not None]
+        if len(ends) != 2 * (self.images > 0) or ends != sorted(ends):
+            raise UsageError("its lowest and highest score are none of its images")
+        if self.images and not sum(self.drift.recent[-1]) > 0:
+            raise UsageError("its recent images are none")
 
 
 class Monitor(AbstractContextManager["Monitor"]):

@@ -26,14 +26,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.layout import is_image, is_other, is_shown, same_name
 from ssod_edge.data.pixels import read_pixels
-from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError, missing_extra
+from ssod_edge.errors import EXIT_OK, ArtifactError, ImageError, OutputError, UsageError
 from ssod_edge.files import (
     append_lines,
     beside,
@@ -46,10 +45,11 @@ from ssod_edge.files import (
     write_json,
 )
 from ssod_edge.json_reader import parse_json, read_json
+from ssod_edge.optional import load
 from ssod_edge.runtime.field.decided import DECISIONS
 from ssod_edge.runtime.field.descriptors import Floats, of_pixels, unit
 from ssod_edge.runtime.field.shelf import Collected, Shelf, write_index
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import printable, tell
 
 GROUPS, CLASSES = "groups", "classes"
 #: What was decided on the page and is not carried out yet.
@@ -148,13 +148,13 @@ def make_groups(folder: Path) -> None:
     write_json(made / GROUP_LIST, {name: group for group, names in placed.items() for name in names})
     made.rename(target)
     for group, names in placed.items():
-        click.echo(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
-    click.echo(
+        tell(f"{group}  {len(names):4} image{'s' if len(names) > 1 else ' '}  {taken_for(names, lines)}".rstrip())
+    tell(
         f"Sorted by {' and '.join(kinds)} in '{target}'. Rename folders to classes or to '{DISCARD}', move images as "
         f"you like, then: ssod-edge review {folder} --folders --done"
     )
     if "pixels" in kinds:
-        click.echo(f"note: {BY_PIXELS}")
+        tell(f"note: {BY_PIXELS}")
 
 
 def find_groups(folder: Path, shelf: Shelf, but: Collection[str] = frozenset()) -> tuple[list[list[str]], list[str]]:
@@ -189,10 +189,7 @@ def name_groups(groups: Sequence[Sequence[str]], first: int = 1) -> dict[str, li
 
 def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
     """Groups of names whose vectors look alike; every name is in one."""
-    try:
-        from sklearn.cluster import AgglomerativeClustering
-    except ImportError as error:
-        raise missing_extra("sklearn", "sorting images", "teach") from error
+    clusters = load("sklearn.cluster", "sorting images", "teach")
     names = list(vectors)
     if len(names) == 1:
         return [names]
@@ -201,7 +198,7 @@ def _alike(kind: str, vectors: dict[str, Floats]) -> list[list[str]]:
     distances = np.clip(1 - points @ points.T, 0, 2)
     np.fill_diagonal(distances, 0)
     limit = 1 - TOGETHER[kind.split(":")[0]]
-    model = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=limit)
+    model = clusters.AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=limit)
     found: npt.NDArray[Any] = model.fit_predict(distances)
     return [[name for name, own in zip(names, found, strict=True) if own == group] for group in np.unique(found)]
 
@@ -242,7 +239,7 @@ def decide(folder: Path, out: Path) -> None:
     groups.rename(ending)
     shutil.rmtree(ending)
     for line in report:
-        click.echo(line)
+        tell(line)
 
 
 def carry_out(

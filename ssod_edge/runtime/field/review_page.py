@@ -25,8 +25,6 @@ from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import unquote
 
-import click
-
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import load_image
 from ssod_edge.errors import EXIT_OK, ImageError, SsodEdgeError, UsageError
@@ -34,6 +32,7 @@ from ssod_edge.files import exclusive
 from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.runtime.field.review import CLASSES, reviewing
 from ssod_edge.runtime.field.review_draft import Draft, Step
+from ssod_edge.terminal import tell
 
 HOST = "127.0.0.1"
 #: Pixels of the longer side: of an image in a sheet, and of one that is looked at.
@@ -81,9 +80,9 @@ def run_page(folder: str, out: str | None, port: int, browser: bool) -> int:
         with server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             if draft.note:
-                click.echo(f"note: {draft.note}")
-            click.echo(f"Review at {server.address}")
-            click.echo("Ctrl-C ends it too; what was decided is kept as a draft.", err=True)
+                tell(f"note: {draft.note}")
+            tell(f"Review at {server.address}")
+            tell("Ctrl-C ends it too; what was decided is kept as a draft.", err=True)
             if browser and has_screen():
                 with suppress(webbrowser.Error):
                     webbrowser.open(server.address)
@@ -93,9 +92,9 @@ def run_page(folder: str, out: str | None, port: int, browser: bool) -> int:
                 server.shutdown()
                 with server.lock:  # a step that is being taken, or the end
                     if draft.decided and not server.finished.is_set():
-                        click.echo(f"The draft is kept. Go on with: ssod-edge review {folder}", err=True)
+                        tell(f"The draft is kept. Go on with: ssod-edge review {folder}", err=True)
         for line in server.report:
-            click.echo(line)
+            tell(line)
     return EXIT_OK
 
 

@@ -7,7 +7,6 @@ a line (the index was lost, or somebody put them there) stay, and count in the b
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from ssod_edge.data.layout import is_image, is_shown
 from ssod_edge.errors import UsageError
-from ssod_edge.files import write_atomic
+from ssod_edge.files import json_text, write_atomic
 from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.runtime.field.descriptors import WIDTH, Floats, from_base64, unit
 
@@ -146,7 +145,7 @@ class Shelf:
 
 def to_text(line: Collected) -> str:
     """A line of the index."""
-    return json.dumps(asdict(line), allow_nan=False)
+    return json_text(asdict(line))
 
 
 def write_index(folder: Path, shelf: Shelf) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.runtime.field.frames import FrameReader, without_user
+from ssod_edge.runtime.field.frames import FrameReader, without_secrets
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
@@ -30,7 +30,7 @@ from ssod_edge.runtime.report import (
 )
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.runtime.written import FRAME_COLUMNS
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import printable, tell
 
 #: Time over which the frame rate is measured.
 RATE_WINDOW_S = 1.0
@@ -148,8 +148,8 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
     """
     camera, as_json = options.camera, options.as_json
     if len(sources) + (camera is not None) != 1:
-        named = [*(f"'{source}'" for source in sources), *([f"--camera {camera}"] if camera else [])]
-        given = without_user(", ".join(named))
+        named = [f"'{without_secrets(source)}'" for source in sources]
+        given = ", ".join(named + ([f"--camera {without_secrets(camera)}"] if camera else []))
         raise UsageError(f"a video, camera or stream is taken alone, got {given}. Run predict once for each")
     smoother = None if options.smooth is None else Smoother(options.smooth)
     with (
@@ -160,22 +160,25 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
     ):
         if not predictor.runner.spec.trained:
-            click.echo("warning: untrained weights; these verdicts mean nothing", err=True)
+            tell("warning: untrained weights; these verdicts mean nothing", err=True)
         table = _Table(predictor.runner.spec.classes)
         if not as_json:
-            click.echo(table.head())
+            tell(table.head())
         try:
             for verdict in predict_frames(predictor, frames, smoother, watch):
                 table.add(verdict)
                 if written is not None:
                     written.add(verdict.to_dict())
-                click.echo(json.dumps(verdict.to_dict(), allow_nan=False) if as_json else table.row(verdict))
+                if as_json:
+                    tell(json.dumps(verdict.to_dict(), allow_nan=False))
+                else:
+                    click.echo(table.row(verdict))  # with colours; what is from outside is printable
         finally:  # after Ctrl-C too
             if not as_json and (note := p_known_note(predictor.runner)):
-                click.echo(note)
-            click.echo(printable(table.summary(frames, predictor.runner)), err=as_json)
+                tell(note)
+            tell(table.summary(frames, predictor.runner), err=as_json)
         if frames.problem is not None:
-            click.echo(f"error: {printable(frames.problem)}", err=True)
+            tell(f"error: {printable(frames.problem)}", err=True)
     problems = any(one is not None and one.problem for one in (watch, collector))
     failed = frames.problem is not None or table.counts["failed"] or problems
     return EXIT_SOME_FAILED if failed else EXIT_OK

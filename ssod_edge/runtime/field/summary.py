@@ -13,7 +13,7 @@ from ssod_edge.detect.metrics import tpr_interval
 from ssod_edge.errors import EXIT_OK
 from ssod_edge.runtime.field.drift import FALSE_ALARM_RATE, coarse, log_evidence, quantiles, reference, stability_index
 from ssod_edge.runtime.field.monitor import Record, read_monitor
-from ssod_edge.terminal import printable
+from ssod_edge.terminal import printable, tell
 
 #: Quantiles that are shown.
 _SHOWN = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -53,6 +53,7 @@ def summary(record: Record) -> dict[str, Any]:
         "evidence": math.exp(log_evidence(state)),
         "evidence_peak": math.exp(state.peak),
         "evidence_limit": 1 / FALSE_ALARM_RATE,
+        "evidence_images": state.images,
     }
 
 
@@ -64,12 +65,15 @@ def run_monitor(path: str, as_json: bool) -> int:
         ArtifactError: it is damaged, or no monitor file.
     """
     figures = summary(read_monitor(path))
-    click.echo(json.dumps(figures, allow_nan=False) if as_json else "\n".join(_lines(figures)))
+    if as_json:
+        tell(json.dumps(figures, allow_nan=False))
+    else:  # with a colour; what is from outside is printable
+        click.echo("\n".join(_lines(figures)))
     return EXIT_OK
 
 
 def _lines(figures: dict[str, Any]) -> list[str]:
-    head = f"{printable(figures['artifact'])} of {printable(figures['backbone'])}, score {figures['score']}"
+    head = f"{printable(figures['artifact'])} of {printable(figures['backbone'])}, score {printable(figures['score'])}"
     lines = [f"{head}, against {figures['id_images']:,} in-distribution images"]
     lines.append(f"images     {figures['images']:,}, and {figures['failed']:,} that failed")
     if not figures["images"]:
@@ -96,6 +100,8 @@ def _drift_line(figures: dict[str, Any]) -> str:
     times = f"{figures['alarms']} time{'s' if figures['alarms'] > 1 else ''}"
     alarms = f"; so far {times}, last from image {figures['alarm_at']:,} on" if figures["alarms"] else ""
     evidence = f"evidence {figures['evidence']:.3g}, at most {figures['evidence_peak']:.3g}"
+    if figures["alarms"]:
+        evidence += f", of the {figures['evidence_images']:,} images since it last reached its limit and began anew"
     rate = 1 / figures["evidence_limit"]
     return (
         f"{word}{alarms}; {evidence}, an alarm is raised at {figures['evidence_limit']:g}: that ever happens to "

@@ -441,7 +441,7 @@ def test_wrong_options_are_named(exported: tuple[Path, Any], options: list[str],
 
 
 def test_without_nncf_the_extra_is_named(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssod_edge.export.int8.artifacts.find_spec", lambda name: None)
+    monkeypatch.setattr("ssod_edge.export.int8.artifacts.is_there", lambda name: False)
     result = CliRunner().invoke(main, ["export", str(exported[0].parent), "--int8"])
     assert result.exit_code == 3 and "pip install 'ssod-edge[int8]'" in result.stderr
 

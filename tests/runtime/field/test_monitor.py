@@ -314,6 +314,11 @@ def test_a_file_of_another_artifact_or_calibration_is_refused(ready: Path, tmp_p
         (lambda v: v["drift"].update(counts=[1, 2]), "bins are not"),
         (lambda v: v["drift"]["counts"].__setitem__(0, 3), "bins are not"),
         (lambda v: v["drift"].update(peak=1e300), "bins are not"),
+        (lambda v: v["drift"].update(peak=800.0), "bins are not"),
+        (lambda v: v["drift"].update(log_stakes=[800.0] * 6), "bins are not"),
+        (lambda v: v["drift"].update(drifted=True), "bins are not"),
+        (lambda v: v["drift"].update(alarms=1), "bins are not"),
+        (lambda v: v.update(lowest=1.0), "lowest and highest"),
         (lambda v: v["drift"]["recent"][0].__setitem__(0, -1.0), "bins are not"),
         (lambda v: v["threshold"].update(id_quantiles=[]), "bins are not"),
         (lambda v: v.update(unknown="x"), "unknown must be an integer"),
@@ -423,8 +428,11 @@ def test_predict_says_once_that_the_input_drifted(ready: Path, tmp_path: Path) -
     assert again.exit_code == 0 and again.stderr == "" and read_monitor(file).images == 101
     shown = command("monitor", file)
     assert shown.exit_code == 0 and "DRIFTED" in shown.stdout and "images     101" in shown.stdout
+    count = read_monitor(file).drift.images
+    assert count < 101 and f"of the {count} images since it last reached its limit and began anew" in shown.stdout
     figures = json.loads(command("monitor", file, "--json").stdout)
     assert figures["drifted"] is True and figures["images"] == 101 and figures["evidence_limit"] == 1 / FALSE_ALARM_RATE
+    assert figures["evidence_images"] == count
 
 
 def test_an_empty_monitor_is_shown(ready: Path, tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_errors(collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         port = taken.getsockname()[1]
         code, message = review(collected, "--port", str(port))
     assert code == 2 and f"cannot listen on 127.0.0.1:{port}" in message and "Give another --port" in message
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     code, message = review(collected)
     assert code == 3 and "pip install 'ssod-edge[teach]'" in message
 

@@ -1,0 +1,75 @@
+"""Optional packages: whether they are there, and the one way to import them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, missing_extra
+
+
+def is_there(module: str) -> bool:
+    """Whether a top-level module is installed, which is not imported; empty folders of a removed package are none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and (spec.origin is not None or spec.submodule_search_locations is None)
+
+
+def require(modules: Sequence[str], purpose: str) -> None:
+    """Find out before the work what is missing of several optional modules.
+
+    Raises:
+        MissingExtraError: with all that are missing, and the one command that installs them.
+    """
+    missing = [module for module in dict.fromkeys(modules) if not is_there(module)]
+    if len(missing) == 1:
+        raise missing_extra(missing[0], purpose)
+    if missing:
+        names, extras = ", ".join(f"'{name}'" for name in missing), ",".join(sorted({EXTRAS[name] for name in missing}))
+        raise MissingExtraError(
+            f"{purpose} needs the packages {names}, which are not installed. Install them with: "
+            f"pip install 'ssod-edge[{extras}]'"
+        )
+
+
+def load(module: str, purpose: str = "", extra: str | None = None) -> Any:
+    """Import an optional module.
+
+    Args:
+        module: maybe one within a package, such as "pycuda.driver".
+        purpose: what needs it, for the message; "" is its engine.
+        extra: of this package that installs it for this purpose; None is the one in `EXTRAS`.
+
+    Raises:
+        MissingExtraError: it is not installed, or nothing but empty folders is left of it.
+        EngineError: it is there, and fails to load, in whatever way: a system library lacks, there is no home folder.
+    """
+    top = module.partition(".")[0]
+    if top != module:
+        load(top, purpose, extra)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise _failed(top, error, purpose, extra) from error
+    folders = list(getattr(found, "__path__", []))
+    if folders and getattr(found, "__file__", None) is None:
+        places = ", ".join(f"'{folder}'" for folder in folders)
+        missing = missing_extra(top, _purpose(top, purpose), extra)
+        raise MissingExtraError(f"{missing}. Empty folders of it are in {places}")
+    return found
+
+
+def _failed(top: str, error: Exception, purpose: str, extra: str | None) -> MissingExtraError | EngineError:
+    if isinstance(error, ModuleNotFoundError) and error.name == top:
+        return missing_extra(top, _purpose(top, purpose), extra)
+    lines = str(error).strip().splitlines()
+    reason = lines[0][:300].rstrip(".") if lines else "no message"
+    if not isinstance(error, ImportError):
+        reason = f"{type(error).__name__}: {reason}"
+    fix = f"pip install --force-reinstall 'ssod-edge[{extra or EXTRAS[top]}]'"
+    return EngineError(f"'{top}' is installed and cannot be loaded: {reason}. Install it again: {fix}")
+
+
+def _purpose(top: str, purpose: str) -> str:
+    return purpose or f"the {top} engine"
