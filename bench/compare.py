@@ -138,6 +138,7 @@ def _surroundings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     pairs = [
         ("processor", one["cpu"]["model"], other["cpu"]["model"]),
         ("usable cores", one["cpu"]["usable_cores"], other["cpu"]["usable_cores"]),
+        ("quota of processor time", one["cpu"].get("quota"), other["cpu"].get("quota")),
         ("threads", one["threads"], other["threads"]),
         ("governor", one["state"]["governor"], other["state"]["governor"]),
         ("system", one["system"], other["system"]),

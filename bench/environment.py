@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ssod_edge
+from ssod_edge.machine import affine_cores, cpu_quota, memory_limit_mb, throttled_s
 
 #: Distributions whose version can change a figure.
 PACKAGES = ("numpy", "Pillow", "torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "pycuda")
@@ -62,34 +63,47 @@ def installed_versions() -> dict[str, str]:
 
 
 def describe_cpu() -> dict[str, Any]:
-    """Model name, cores (as the system has them, and as this process may use) and those of FLAGS it has."""
+    """Model name, cores (as the system has them, and as this process may use), the quota of processor time in cores
+    (None: no limit), and those of FLAGS it has.
+    """
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": info.get("model name") or info.get("Model") or platform.processor() or None,
         "cores": os.cpu_count(),
-        "usable_cores": usable,
+        "usable_cores": affine_cores(),
+        "quota": cpu_quota(),
         "flags": [flag for flag in FLAGS if flag in flags],
     }
 
 
+def describe_cores(cpu: dict[str, Any]) -> str:
+    """In words, of what `describe_cpu` gave."""
+    quota = cpu.get("quota")  # not in records of before
+    return f"{cpu['usable_cores']} cores" + ("" if quota is None else f" (a container's limit allows {quota:g})")
+
+
 def describe_state() -> dict[str, Any]:
-    """What changes from minute to minute: load, governor, clock in MHz, temperature in degrees Celsius."""
+    """What changes from minute to minute: load, governor, clock in MHz, temperature in degrees Celsius, and how
+    long in all a container's limit has held it up.
+    """
     return {
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "governor": read_text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "clock_mhz": _clock_mhz(),
         "temperature_c": _temperature(),
+        "throttled_s": throttled_s(),
     }
 
 
 def memory_mb() -> int | None:
-    """Physical memory in MB (10**6 bytes)."""
+    """Memory that this process may use in MB (10**6 bytes): the machine's, or the limit of its container."""
+    limit = memory_limit_mb()
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
     except (AttributeError, OSError, ValueError):
-        return None
+        return limit
+    return physical if limit is None else min(physical, limit)
 
 
 def describe_gpus() -> list[str]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from ssod_edge.bench.compare import Comparison
-from ssod_edge.bench.environment import busy_warning
+from ssod_edge.bench.environment import busy_warning, describe_cores
 from ssod_edge.bench.latency import STAGES
 from ssod_edge.terminal import Screen, printable
 
@@ -87,7 +87,7 @@ def notes(record: dict[str, Any]) -> list[str]:
                 f"({cost['fused_ms']:.3f} / {cost['plain_ms']:.3f} ms; repeats {repeats})"
             )
     cpu, threads = record["environment"]["cpu"], record["environment"]["threads"]
-    lines.append(f"{cpu['model']}, {cpu['usable_cores']} cores, threads {threads or 'chosen by each engine'}")
+    lines.append(f"{cpu['model']}, {describe_cores(cpu)}, threads {threads or 'chosen by each engine'}")
     lines.append(f"queries: {record['method']['images']}; latency from the encoded image to the verdict")
     lines.append(_data(record["data"]))
     warning = busy_warning(record["environment"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from ssod_edge.bench.progress import Bar
 from ssod_edge.bench.record import load_record
 from ssod_edge.bench.report import markdown, print_comparison, print_record
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.files import check_output, write_json
+from ssod_edge.files import check_output, temporary_folder, write_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.terminal import Screen, tell
 
@@ -45,7 +44,7 @@ def bench(
     """
     export = Export.at(folder)
     environment = describe_environment(options.threads)
-    with Interrupts() as interrupts, tempfile.TemporaryDirectory(prefix="ssod-edge-") as scratch:
+    with Interrupts() as interrupts, temporary_folder() as scratch:
         images = choose_images(export, options, options.quick)
         with Backends(export, Path(scratch), options.threads) as backends, Bar(console, interrupts.check) as bar:
             measurement = Measurement(export, options, backends, images, bar)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssod_edge.errors import VerificationError
 from ssod_edge.files import write_atomic
+from ssod_edge.runtime.engines.onnxruntime import new_session
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +39,7 @@ def open_session(graph: onnx.ModelProto, optimise: bool = True) -> Any:
     options.log_severity_level = 3
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return new_session(graph.SerializeToString(), options)
 
 
 def check_fused(graph: onnx.ModelProto, rows: int) -> onnx.NodeProto:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ssod_edge.files import check_output, write_atomic
+from ssod_edge.files import check_output, temporary_parent, write_atomic
 
 #: What a spreadsheet takes for the begin of a formula (https://owasp.org/www-community/attacks/CSV_Injection).
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -35,7 +35,7 @@ class CsvTable(AbstractContextManager["CsvTable"]):
 
     def __init__(self, path: str | os.PathLike[str], header: Sequence[str]) -> None:
         self._path = check_output(path)
-        self._rows = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the block ends)
+        self._rows = tempfile.TemporaryFile(dir=temporary_parent())  # noqa: SIM115 (closed when the block ends)
         self._ascii = True
         self.add(header)
 

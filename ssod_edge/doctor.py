@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from ssod_edge import __version__
-from ssod_edge.bench.environment import describe_cpu, describe_gpus, memory_mb
+from ssod_edge.bench.environment import describe_cores, describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
 from ssod_edge.optional import is_there
 from ssod_edge.probe import BUILDER, PROBES
@@ -177,7 +177,7 @@ def show(report: Report) -> None:
     console.print(Text.assemble((f"ssod-edge {report.ssod_edge}", "bold"), printable(f", Python {report.python}")))
     console.print(report.platform)
     memory = "" if report.memory_mb is None else f", {report.memory_mb / 1000:.1f} GB memory"
-    console.print(f"{report.cpu['model']}, {report.cpu['usable_cores']} cores{memory}")
+    console.print(f"{report.cpu['model']}, {describe_cores(report.cpu)}{memory}")
     console.print(f"CPU features: {' '.join(report.cpu['flags']) or 'unknown'}")
     for gpu in report.gpus:
         console.print(f"GPU: {gpu}")

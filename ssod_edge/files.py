@@ -54,7 +54,7 @@ def unicode_path(path: str | os.PathLike[str]) -> Iterator[str]:
     around, name = os.path.split(path)
     with ExitStack() as stack:
         try:
-            link = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssod-edge-")), "link")
+            link = os.path.join(stack.enter_context(temporary_folder()), "link")
             if is_unicode(name):
                 os.symlink(around, link)
                 link = os.path.join(link, name)
@@ -67,6 +67,37 @@ def unicode_path(path: str | os.PathLike[str]) -> Iterator[str]:
                 f"the name of '{path}' is not UTF-8, and no link to it can be made ({error}). Rename it"
             ) from error
         yield link
+
+
+#: A folder in memory that containers have where their disk is read-only too.
+SHARED_MEMORY = "/dev/shm"
+
+
+def temporary_parent() -> str | None:
+    """Where temporary files can go: None is the system's place for them; else memory, in a container whose disk is
+    read-only.
+
+    Raises:
+        OutputError: there is no such place.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        if os.access(SHARED_MEMORY, os.W_OK):
+            return SHARED_MEMORY
+        raise OutputError(
+            "no folder for temporary files can be written to. Mount one at /tmp, or set TMPDIR to one"
+        ) from error
+    return None
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is gone after the block.
+
+    Raises:
+        OutputError: see `temporary_parent`.
+    """
+    return tempfile.TemporaryDirectory(prefix="ssod-edge-", dir=temporary_parent())
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
@@ -231,7 +262,7 @@ def _is_open_file(path: Path) -> bool:
 
 def _send(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file elsewhere, and send its bytes into `path`."""
-    with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
+    with temporary_folder() as folder:
         temporary = Path(folder) / f"output{path.suffix}"
         write(temporary)
         with open(path, "ab") as stream:  # a redirected /dev/stdout keeps what it already holds

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, missing_extra
+
+#: Packages that report their use to their maker over the network, and write an id into the user's home folder for it;
+#: each goes without where the module that does so cannot be imported.
+REPORTING = ("openvino", "nncf")
+REPORTER = "openvino_telemetry"
 
 
 def is_there(module: str) -> bool:
@@ -49,7 +56,8 @@ def load(module: str, purpose: str = "", extra: str | None = None) -> Any:
     if top != module:
         load(top, purpose, extra)
     try:
-        found = importlib.import_module(module)
+        with _unreported(top):
+            found = importlib.import_module(module)
     except Exception as error:
         raise _failed(top, error, purpose, extra) from error
     folders = list(getattr(found, "__path__", []))
@@ -58,6 +66,19 @@ def load(module: str, purpose: str = "", extra: str | None = None) -> Any:
         missing = missing_extra(top, _purpose(top, purpose), extra)
         raise MissingExtraError(f"{missing}. Empty folders of it are in {places}")
     return found
+
+
+@contextmanager
+def _unreported(top: str) -> Iterator[None]:
+    """Import a package of `REPORTING` as if `REPORTER` were not installed, unless the program has imported that."""
+    if top not in REPORTING or REPORTER in sys.modules:
+        yield
+        return
+    sys.modules[REPORTER] = None  # type: ignore[assignment]  # the import system's own sign for "not there"
+    try:
+        yield
+    finally:
+        del sys.modules[REPORTER]
 
 
 def _failed(top: str, error: Exception, purpose: str, extra: str | None) -> MissingExtraError | EngineError:

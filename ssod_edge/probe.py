@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ssod_edge.optional import load
+from ssod_edge.runtime.engines.onnxruntime import new_session
+
 #: float32 [2, 2]; `FACTOR @ FACTOR` is exact in every floating-point format that an engine may choose.
 FACTOR = np.array([[1, 2], [3, 4]], np.float32)
 PRODUCT = np.array([[7, 10], [15, 22]], np.float32)
@@ -49,8 +52,7 @@ def first_line(error: BaseException) -> str:
 
 def probe_onnxruntime() -> Iterator[Outcome]:
     """ONNX Runtime: each execution provider of this build that runs whole graphs by itself."""
-    import onnxruntime
-
+    onnxruntime = load("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     for provider in onnxruntime.get_available_providers():
@@ -58,7 +60,7 @@ def probe_onnxruntime() -> Iterator[Outcome]:
             continue
 
         def run(provider: str = provider) -> Any:
-            session = onnxruntime.InferenceSession(TINY_ONNX.read_bytes(), options, providers=[provider])
+            session = new_session(TINY_ONNX.read_bytes(), options, [provider])
             if session.get_providers()[0] != provider:
                 raise RuntimeError(f"{provider} could not be loaded; ONNX Runtime fell back to the CPU")
             return session.run(["y"], {"x": FACTOR})[0]
@@ -68,9 +70,8 @@ def probe_onnxruntime() -> Iterator[Outcome]:
 
 def probe_openvino() -> Iterator[Outcome]:
     """OpenVINO: each device its plugins find."""
-    import openvino
-    from openvino import opset13 as ops
-
+    openvino = load("openvino")
+    ops = openvino.opset13
     x = ops.parameter([2, 2], np.float32)
     model = openvino.Model([ops.matmul(x, x, False, False)], [x])
     core = openvino.Core()

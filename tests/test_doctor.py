@@ -121,7 +121,7 @@ def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def empty_report() -> doctor.Report:
-    cpu = {"model": "a CPU", "usable_cores": 2, "flags": []}
+    cpu = {"model": "a CPU", "usable_cores": 2, "quota": 0.5, "flags": []}
     return doctor.Report("0", "3.10", "Linux", cpu, ["a GPU, 580.1"], None, packages=(), engines=())
 
 
@@ -136,7 +136,7 @@ def test_without_an_engine_doctor_ends_with_3(
     assert doctor.run_doctor(as_json=False) == 3
     printed = capsys.readouterr().out
     assert "plugin [CPU] not found" in printed
-    assert "a CPU, 2 cores\nCPU features: unknown\nGPU: a GPU, 580.1\n" in printed
+    assert "a CPU, 2 cores (a container's limit allows 0.5)\nCPU features: unknown\nGPU: a GPU, 580.1\n" in printed
     assert "No engine can run an export here" in printed
     assert "pip install 'ssod-edge[onnx,train]'" in printed
 

@@ -8,16 +8,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from house import MODULES
 from locks import holding
 
+from ssod_edge import files
 from ssod_edge.cli import main
 from ssod_edge.errors import BusyError, OutputError, UsageError
-from ssod_edge.files import claim, make_directory, real_path, sha256_file, write_atomic, write_json
+from ssod_edge.files import claim, make_directory, real_path, sha256_file, temporary_folder, write_atomic, write_json
 
 
 def test_a_file_is_written_with_its_folder_and_nothing_is_left_beside_it(tmp_path):
@@ -115,6 +118,26 @@ def test_standard_output_is_a_place_to_write_to(tmp_path):
     assert (tmp_path / "out").read_text() == "first\n1\n"
     piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert piped.stdout == b"first\n1\n"
+
+
+def test_without_a_folder_for_temporary_files_memory_takes_them(tmp_path, monkeypatch):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.setattr(files, "SHARED_MEMORY", str(tmp_path))
+    with temporary_folder() as folder:
+        assert Path(folder).parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(files, "SHARED_MEMORY", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match=r"no folder for temporary files.*set TMPDIR"):
+        temporary_folder()
+
+
+def test_every_temporary_file_lies_where_there_is_room_for_one():
+    allowed = {"ssod_edge.files": 2, "ssod_edge.csv_table": 1}
+    found = {name: path.read_text(encoding="utf-8").count("tempfile.Temporary") for name, path in MODULES.items()}
+    assert {name: count for name, count in found.items() if count} == allowed
 
 
 def test_a_dash_is_no_output_file(tmp_path, monkeypatch):

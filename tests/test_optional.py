@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from house import MODULES
 
 from ssod_edge.cli import main
 from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, SsodEdgeError
-from ssod_edge.optional import is_there, load, require
+from ssod_edge.optional import REPORTER, REPORTING, is_there, load, require
 from ssod_edge.runtime.open import open_runner
 
 AGAIN = "Install it again: pip install --force-reinstall 'ssod-edge["
@@ -111,3 +112,32 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(main, ["export", "--int8", "--target", "openvino"])
     assert result.exit_code == 3
     assert "'onnx', 'openvino', 'nncf'" in result.stderr and "'ssod-edge[int8,onnx,openvino]'" in result.stderr
+
+
+def test_packages_that_report_their_use_are_loaded_by_load_alone() -> None:
+    found = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            if {module.partition(".")[0] for module in modules} & set(REPORTING):
+                found.add(name)
+    assert not found
+
+
+def test_a_process_without_a_home_folder_has_openvino(export: Path) -> None:
+    code = (
+        "import pathlib\n"
+        "def home(cls): raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.home = classmethod(home)\n"
+        "from ssod_edge.runtime.open import open_runner\n"
+        f"with open_runner({str(export)!r}, engine='openvino') as runner: print(runner.engine)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "openvino\n", done.stderr
+
+
+def test_a_program_that_has_imported_the_reporter_keeps_it() -> None:
+    telemetry = pytest.importorskip("openvino_telemetry")
+    load("openvino")
+    assert sys.modules[REPORTER] is telemetry

@@ -7,7 +7,6 @@ A family is a module of timm. Its models share their head, so what holds for one
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from operator import itemgetter
@@ -22,6 +21,7 @@ from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import SsodEdgeError, UsageError
 from ssod_edge.export.graph.build import ExportOptions, export_source
 from ssod_edge.export.graph.source import Source, untrained
+from ssod_edge.files import temporary_folder
 
 #: Pixels; a model that does not run at this size is taken at its own.
 SIZE = 128
@@ -81,7 +81,7 @@ def _source(name: str) -> Source:
 def _artifacts(source: Source) -> dict[str, float]:
     """`relative_logit_error` of `ssod_edge.runtime.verify.Verification`, by artifact."""
     options = ExportOptions(precisions=("fp32", "fp16"))
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         spec = export_source(source, Path(folder) / "export", options)
     return {a.name: a.verification["relative_logit_error"] for a in spec.artifacts if a.verification}
 

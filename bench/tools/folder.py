@@ -19,8 +19,9 @@ from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import UsageError
+from ssod_edge.machine import available_cores
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import BATCH, Predictor, available_cores
+from ssod_edge.runtime.predict import BATCH, Predictor
 
 
 def compare(predictor: Predictor, paths: list[str], rounds: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ import numpy as np
 from ssod_edge.bench.latency import alternate, interleave
 from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import EngineError, UsageError
+from ssod_edge.optional import load
+from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Runner
@@ -67,25 +69,18 @@ def benchmark_app(path: Path, size: int, seconds: float) -> Times:
 
 def bare_session(path: Path, inputs: dict[str, Any], seconds: float) -> Times:
     """ONNX Runtime's session alone. It goes at the end: its idle threads spin for a while."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = new_session(str(path), None)
     return time_calls(lambda: session.run(None, inputs), seconds)
 
 
 def bare_call(engine: str, path: Path, inputs: dict[str, Any]) -> Callable[[], object]:
     """One run of the engine, with nothing made, checked or copied around it."""
     if engine == "onnxruntime":
-        import onnxruntime
-
-        from ssod_edge.runtime.engines.onnxruntime import session_options
-
-        session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+        session = new_session(str(path), session_options())
         return lambda: session.run(None, inputs)
-    import openvino
-
     from ssod_edge.runtime.engines.openvino import request_config, shared_core
 
+    openvino = load("openvino")
     request = shared_core().compile_model(str(path), "CPU", request_config("CPU", "fp32")).create_infer_request()
     for name, value in inputs.items():
         request.set_tensor(name, openvino.Tensor(value))

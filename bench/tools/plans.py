@@ -9,7 +9,6 @@ int8 is quantised with seeded noise; without NNCF it is left out, which is said.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from ssod_edge.export.graph.reference import SYNTHETIC_IMAGES, synthetic_images
 from ssod_edge.export.graph.source import untrained
 from ssod_edge.export.int8.quantize import OnnxQuantizer
 from ssod_edge.export.onnx_file import save_onnx
+from ssod_edge.files import temporary_folder
 
 ENGINE = "tensorrt_rtx"
 
@@ -74,7 +74,7 @@ def main(backbones: tuple[str, ...], size: int) -> None:
         click.echo(f"int8 is left out: {missing_extra('nncf', 'quantising')}", err=True)
     check_builder(ENGINE)
     for backbone in backbones or tuple(ALIASES):
-        with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
+        with temporary_folder() as folder:
             failed += build_all(backbone, size, Path(folder))
     if failed:
         sys.exit(EXIT_SOME_FAILED)

@@ -48,8 +48,7 @@ def save_ir(onnx_path: Path, folder: Path, model: Any = None) -> tuple[Path, Pat
 
 def open_inputs(model: Any) -> None:
     """Make inputs of the constants that stand for `VERDICT_INPUTS`, so that another threshold takes no other IR."""
-    import openvino
-
+    openvino = load("openvino", "making an OpenVINO IR")
     constants = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
     for name in VERDICT_INPUTS:
         if name in constants:

@@ -161,9 +161,7 @@ class OpenVinoQuantizer(Quantizer):
         self._nodes = {output: node.name for node in graph.graph.node for output in node.output}
 
     def quantize(self, excluded: Sequence[str] = ()) -> Any:
-        import openvino
-
-        source = openvino.convert_model(io.BytesIO(self._graph.SerializeToString()))
+        source = load("openvino").convert_model(io.BytesIO(self._graph.SerializeToString()))
         left = {*self.scope, *excluded}
         ops = [op for op in source.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
         names = [op.get_friendly_name() for op in ops if self._node(op) in left]
@@ -289,19 +287,15 @@ def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[
 
 
 def _import_nncf() -> Any:
-    """NNCF, which would otherwise report its use to its maker over the network, and change logging for everybody."""
+    """NNCF, which would otherwise change logging for everybody."""
     if not is_there("nncf"):
         raise missing_extra("nncf", "int8")
-    before = os.environ.get("NNCF_CI")
-    os.environ["NNCF_CI"] = "1"
     logger_class = logging.getLoggerClass()
     try:
         with _silent():
             nncf = load("nncf", "int8")
     finally:
         logging.setLoggerClass(logger_class)
-        if before is None:
-            del os.environ["NNCF_CI"]
     # Its own function for this also sets the level of handlers that others have hung on its logger.
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf

@@ -12,6 +12,7 @@ import click
 
 from ssod_edge import __version__
 from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
+from ssod_edge.machine import limit_threads
 
 
 class Commands(click.Group):
@@ -94,3 +95,4 @@ def describe(error: BaseException) -> tuple[str, int]:
 @click.option("--debug", is_flag=True, envvar="SSOD_EDGE_DEBUG", show_default=False, help="Show tracebacks.")
 def main(debug: bool) -> None:
     """Train, check and ship image classifiers that know when to say "unknown"."""
+    limit_threads()

@@ -20,6 +20,7 @@ from ssod_edge.data.jpeg import tells_damage
 from ssod_edge.data.pixels import ImageLike, read_pixels
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, MissingExtraError, UsageError
+from ssod_edge.machine import available_cores
 from ssod_edge.runtime.runner import Array, Runner
 
 if TYPE_CHECKING:
@@ -286,13 +287,6 @@ class Predictor(AbstractContextManager["Predictor"]):
             precision=runner.precision,
             image_warning=warning,
         )
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _name(source: ImageLike) -> str:

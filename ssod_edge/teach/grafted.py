@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import VerificationError
+from ssod_edge.optional import load
 from ssod_edge.spec import VERDICT_INPUTS
 
 
@@ -22,11 +23,10 @@ def grafted(trunk: Path, rows: int, end: Path, new_rows: int) -> Any:
     Raises:
         VerificationError: one of them has another form than this release exports.
     """
-    import openvino
-
     from ssod_edge.export.engines.openvino import open_inputs
     from ssod_edge.runtime.engines.openvino import shared_core
 
+    openvino = load("openvino")
     old, new = shared_core().read_model(str(trunk)), openvino.convert_model(str(end))
     open_inputs(new)
     features = _features(old, rows)

@@ -14,6 +14,7 @@ from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.scores import ood_scores, probabilities
 from ssod_edge.errors import ArtifactError, EngineError, UsageError
+from ssod_edge.machine import engine_threads
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Array, Runner, check_images, check_process, closed_error
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec, Threshold
@@ -74,8 +75,8 @@ class EagerRunner(Runner):
         )
         self._detector = None if export is None else export.score_state(model.classifier.in_features)
         self._threads_before = torch.get_num_threads()  # a setting of the whole process: given back at the end
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if (limit := engine_threads(threads)) is not None:
+            torch.set_num_threads(limit)
         self.details = {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
         self._model: SSODClassifier | None = model
 

@@ -16,10 +16,12 @@ import numpy as np
 import onnx
 import pytest
 from colour import CLASSES, SIZE, colour_images, colour_outputs, edit_graph, edit_spec
+from house import MODULES
 
 from ssod_edge.config import Preprocess
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, OutputError, UsageError, VerificationError
+from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
 from ssod_edge.runtime.engines.openvino import request_config
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import choose_artifact, open_runner
@@ -398,6 +400,18 @@ def test_onnxruntime_precision_is_read_from_the_profile(export: Path, tmp_path: 
     graph = onnx.load(export / "model-fp16.onnx").graph
     assert any(value.data_type == onnx.TensorProto.FLOAT16 for value in graph.initializer)
     assert not list(tmp_path.glob("*onnxruntime_profile*")), "the profile is removed"
+
+
+def test_onnxruntime_takes_no_other_provider_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """It would say "Falling back" on standard output, where a command's JSON goes."""
+    with pytest.raises(Exception, match=r"(?i)fail|invalid|protobuf"):
+        new_session(b"no graph", session_options())
+    assert capfd.readouterr().out == ""
+
+
+def test_every_session_of_onnxruntime_is_made_in_one_place() -> None:
+    found = {name for name, path in MODULES.items() if "InferenceSession(" in path.read_text(encoding="utf-8")}
+    assert found == {"ssod_edge.runtime.engines.onnxruntime"}
 
 
 PREDICT_WITHOUT_TORCH = """

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssod_edge.errors import EngineError, UsageError
-from ssod_edge.files import unicode_path
+from ssod_edge.files import temporary_folder, unicode_path
+from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
@@ -55,7 +55,10 @@ class OnnxRunner(Runner):
             self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
         else:
             self._session, self.precision = _open_reduced(path, threads, spec, outputs)
-        self.details = {"provider": ", ".join(self._session.get_providers()), "threads": str(threads or "auto")}
+        self.details = {
+            "provider": ", ".join(self._session.get_providers()),
+            "threads": str(engine_threads(threads) or "auto"),
+        }
 
     def __exit__(self, *_: object) -> None:
         self._session = None
@@ -73,7 +76,7 @@ class OnnxRunner(Runner):
 
 
 def session_options(threads: int | None = None) -> Any:
-    """Those of a session for single requests; None leaves the number of threads to the engine."""
+    """Those of a session for single requests; of None threads, see `ssod_edge.machine.engine_threads`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -81,9 +84,16 @@ def session_options(threads: int | None = None) -> Any:
     # Threads that spin between the layers of a run are faster than those that sleep; between two runs they
     # would take the core that decodes the next image.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    if (limit := engine_threads(threads)) is not None:
+        options.intra_op_num_threads = limit
     return options
+
+
+def new_session(model: str | bytes, options: Any, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """A session with these providers or none: otherwise ONNX Runtime tries others, and prints so on standard output."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
 
 
 def _open_session(
@@ -96,7 +106,7 @@ def _open_session(
         options.profile_file_prefix = profile
     try:
         with unicode_path(path) as name:
-            session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+            session = new_session(name, options)
     except UsageError:
         raise
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
@@ -112,7 +122,7 @@ def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[st
     Where the CPU provider has no fp16 kernel it inserts casts and computes in fp32; where it has no int8 kernel it
     dequantises first. No property says so: the profile of one run does.
     """
-    with tempfile.TemporaryDirectory(prefix="ssod-edge-") as folder:
+    with temporary_folder() as folder:
         size = spec.preprocess.input_size
         session = _open_session(path, threads, spec, outputs, profile=str(Path(folder) / "run"))
         session.run(None, {"image": np.zeros((1, 3, size, size), np.uint8)})

@@ -13,6 +13,7 @@ import numpy as np
 
 from ssod_edge.errors import EngineError
 from ssod_edge.files import unicode_path
+from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
@@ -114,8 +115,7 @@ class OpenVinoRunner(Runner):
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Give the request an input of this shape and outputs for as many images, as arrays to copy to and from."""
-        import openvino
-
+        openvino = load("openvino")
         pixels = openvino.Tensor(openvino.Type.u8, openvino.Shape(list(shape)))
         self._request.set_tensor("image", pixels)
         for name in self._outputs:
@@ -177,8 +177,8 @@ def request_config(
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if device == "CPU":
         config["NUM_STREAMS"] = "1"
-        if threads is not None:
-            config["INFERENCE_NUM_THREADS"] = str(threads)
+        if (limit := engine_threads(threads)) is not None:
+            config["INFERENCE_NUM_THREADS"] = str(limit)
     elif precision == "fp16" and "FP16" in capabilities:
         config["INFERENCE_PRECISION_HINT"] = "f16"
     if precision == "bf16":
