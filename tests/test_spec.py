@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from places import GOLDEN
-from specs import earlier_spec, edit_spec
+from specs import FIRST, LESSON, earlier_spec, edit_spec
 
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import ArtifactError, UsageError
@@ -91,13 +91,6 @@ def test_an_artifact_is_added_or_replaces_the_one_of_its_name(folder):
     assert spec.with_artifact(more).artifacts == (*spec.artifacts, more)
     with pytest.raises(UsageError, match="no artifact 'int8'; it has: onnx-fp32"):
         spec.artifact("int8")
-
-
-FIRST = {"version": 1, "sha256": "0" * 64, "reference_sha256": "0" * 64, "taught": {}}
-LESSON = {
-    "photos": {"mug": 5}, "new": ["mug"], "forgotten": [], "time": None, "data": None,
-    "proof": {"accuracy": [0.9, 0.9], "new": {"mug": {"recall": 0.5}}},
-}  # fmt: skip
 
 
 def taught(values, **lesson):

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from colour import edit_spec, write_colours
 from judged import HOSTILE, made
 from PIL import Image
+from specs import FIRST, LESSON
 
 from ssod_edge.cli import main
 from ssod_edge.data.named import NamedData
@@ -276,7 +277,7 @@ def test_a_run_whose_export_was_taught_is_judged_by_that(colours: tuple[Path, Pa
     run = tmp_path / "lesson"
     shutil.copytree(export, run / "export")
     (run / "best.safetensors").write_bytes(b"the checkpoint has not learnt that")
-    edit_spec(run / "export", lambda spec: replace(spec, source={"taught": {"classes": ["blue"]}, "version": 2}))
+    edit_spec(run / "export", lambda spec: replace(spec, source={"taught": LESSON, "version": 2, "lineage": [FIRST]}))
     for place in (run, run / "export"):
         done = report(place, "--id", known, "-o", tmp_path / "page.html", "--no-images")
         assert done.exit_code == 0, done.output

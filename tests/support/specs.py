@@ -9,6 +9,13 @@ from typing import Any
 
 from ssod_edge.spec import SPEC_NAME, spec_hash
 
+#: A version in the lineage of a later one, and the record of a lesson.
+FIRST: dict[str, Any] = {"version": 1, "sha256": "0" * 64, "reference_sha256": "0" * 64, "taught": {}}
+LESSON: dict[str, Any] = {
+    "photos": {"mug": 5}, "new": ["mug"], "forgotten": [], "time": None, "data": None,
+    "proof": {"accuracy": [0.9, 0.9], "new": {"mug": {"recall": 0.5}}},
+}  # fmt: skip
+
 
 def edit_spec(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the file's object in place, and give it the hash that belongs to it."""
