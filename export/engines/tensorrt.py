@@ -14,13 +14,13 @@ from ssod_edge.errors import ArtifactError, EngineError, SsodEdgeError, UsageErr
 from ssod_edge.external_data import external_files
 from ssod_edge.files import sha256_file, write_atomic
 from ssod_edge.runtime.engines.cuda import Gpu, has_gpu, open_gpu
+from ssod_edge.runtime.engines.loading import parse_version
 from ssod_edge.runtime.engines.plans import (
     CUDA_EXTRAS,
     TITLES,
     graph_hash,
     load_module,
     make_logger,
-    parse_version,
     plan_key,
 )
 from ssod_edge.runtime.export import Export

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,6 +266,33 @@ def test_a_file_that_the_engine_cannot_load_is_an_engine_error(export: Path, nam
     path.write_bytes(b"" if path.suffix == ".onnx" else b"this is no model")  # an ONNX message without a graph
     edit_spec(export, lambda spec: spec, rehash=True)
     with pytest.raises(EngineError, match="cannot load"):
+        open_runner(export, artifact=name)
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "onnx-fp16", "openvino-fp32"])
+def test_a_file_of_a_newer_release_of_the_engine_says_which(export: Path, name: str) -> None:
+    """Operations that this release has not heard of; what an engine says of them is a page of its source code."""
+    path, package = export / load_spec(export).artifact(name).main_file, load_spec(export).artifact(name).engine
+    newer = {package: "9999.1.0-123-abc"}
+    if path.suffix == ".onnx":
+        graph = onnx.load(path)
+        graph.ir_version = 99
+        onnx.save(graph, path)
+    else:
+        path.write_text(path.read_text().replace('version="opset1"', 'version="opset77"', 1))
+    edit_spec(export, lambda spec: spec, rehash=True)
+    with pytest.raises(EngineError, match="IR version: 99|unsupported opset: opset77") as caught:
+        open_runner(export, artifact=name)
+    assert not re.search(r"\n|\.cpp|\.cc|\[ONNX", str(caught.value)), str(caught.value)
+    edit_spec(
+        export,
+        lambda spec: replace(spec, artifacts=tuple(replace(a, versions=newer) for a in spec.artifacts)),
+        rehash=True,
+    )
+    message = (
+        rf"cannot load .* was made by {package} 9999\.1\.0\. .*'{package}>=9999\.1\.0'.*export --from BUNDLE here$"
+    )
+    with pytest.raises(EngineError, match=message):
         open_runner(export, artifact=name)
 
 

@@ -14,6 +14,7 @@ from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.files import temporary_folder, unicode_path
 from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
+from ssod_edge.runtime.engines.loading import cannot_load
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
@@ -52,9 +53,9 @@ class OnnxRunner(Runner):
         self._outputs = outputs = outputs or spec.outputs
         self._session: Any
         if artifact.precision == "fp32":
-            self._session, self.precision = _open_session(path, threads, spec, outputs), "fp32"
+            self._session, self.precision = _open_session(path, threads, spec, artifact, outputs), "fp32"
         else:
-            self._session, self.precision = _open_reduced(path, threads, spec, outputs)
+            self._session, self.precision = _open_reduced(path, threads, spec, artifact, outputs)
         self.details = {
             "provider": ", ".join(self._session.get_providers()),
             "threads": str(engine_threads(threads) or "auto"),
@@ -97,7 +98,12 @@ def new_session(model: str | bytes, options: Any, providers: Sequence[str] = ("C
 
 
 def _open_session(
-    path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...], profile: str | None = None
+    path: Path,
+    threads: int | None,
+    spec: Spec,
+    artifact: Artifact,
+    outputs: tuple[str, ...],
+    profile: str | None = None,
 ) -> Any:
     onnxruntime = load("onnxruntime")
     options = session_options(threads)
@@ -110,13 +116,15 @@ def _open_session(
     except UsageError:
         raise
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {error}") from error
+        raise cannot_load("onnxruntime", onnxruntime.__version__, artifact, path, error) from error
     shapes = {value.name: value.shape for value in session.get_inputs() + session.get_outputs()}
     check_graph(path, spec, outputs, shapes)
     return session
 
 
-def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[str, ...]) -> tuple[Any, str]:
+def _open_reduced(
+    path: Path, threads: int | None, spec: Spec, artifact: Artifact, outputs: tuple[str, ...]
+) -> tuple[Any, str]:
     """A session of an fp16 or int8 graph, and the precision its heavy operators ran in.
 
     Where the CPU provider has no fp16 kernel it inserts casts and computes in fp32; where it has no int8 kernel it
@@ -124,7 +132,7 @@ def _open_reduced(path: Path, threads: int | None, spec: Spec, outputs: tuple[st
     """
     with temporary_folder() as folder:
         size = spec.preprocess.input_size
-        session = _open_session(path, threads, spec, outputs, profile=str(Path(folder) / "run"))
+        session = _open_session(path, threads, spec, artifact, outputs, profile=str(Path(folder) / "run"))
         session.run(None, {"image": np.zeros((1, 3, size, size), np.uint8)})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     types = {

@@ -15,6 +15,7 @@ from ssod_edge.errors import EngineError
 from ssod_edge.files import unicode_path
 from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
+from ssod_edge.runtime.engines.loading import cannot_load
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
@@ -69,7 +70,7 @@ class OpenVinoRunner(Runner):
             with unicode_path(path) as name:
                 compiled = core.compile_model(name, device, config)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO {openvino.__version__} cannot load '{path}' on {device}: {error}") from error
+            raise cannot_load("openvino", openvino.__version__, artifact, path, error) from error
         check_graph(path, spec, outputs, _shapes(compiled))
         self._request: Any = compiled.create_infer_request()
         self._tensor = openvino.Tensor

@@ -7,13 +7,13 @@ import json
 import logging
 from collections import deque
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import ArtifactError, EngineError, SsodEdgeError, missing_extra
 from ssod_edge.optional import is_there, load
 from ssod_edge.runtime.engines.cuda import Gpu, open_gpu
+from ssod_edge.runtime.engines.loading import parse_version
 from ssod_edge.spec import Artifact, Spec
 
 #: Engine -> the modules that open its plans, in the order they are tried.
@@ -116,11 +116,6 @@ def _fits(built: str, here: str, compatible: bool) -> bool:
     """
     old, new = parse_version(built), parse_version(here)
     return built == here or (compatible and old[:1] == new[:1] and old <= new)
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "10.3.0.post1" -> (10, 3, 0)."""
-    return tuple(map(int, takewhile(str.isdecimal, text.split("."))))
 
 
 def why_not_here(artifact: Artifact) -> str | None:

@@ -29,7 +29,8 @@ from ssod_edge.errors import ArtifactError, EngineError, MissingExtraError, Usag
 from ssod_edge.runtime.engines import cuda
 from ssod_edge.runtime.engines import tensorrt as trt
 from ssod_edge.runtime.engines.cuda import Buffer
-from ssod_edge.runtime.engines.plans import parse_version, plan_key
+from ssod_edge.runtime.engines.loading import parse_version
+from ssod_edge.runtime.engines.plans import plan_key
 from ssod_edge.runtime.open import choose_artifact, open_runner, why_not_here
 from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, Threshold, load_spec, save_spec
 
