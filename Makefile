@@ -9,7 +9,7 @@ JOBS := 2
 # Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
 PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 
-.PHONY: help venv demo test test-gpu plans cuda lint format coverage clean
+.PHONY: help venv demo test test-gpu plans cuda wheel lint format coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ plans: $(STAMP) ## build real plans of every backbone with TensorRT for RTX, no 
 
 cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a release, no GPU needed (ARCHS="87 90a")
 	$(BIN)/python scripts/cuda.py $(ARCHS)
+
+wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
+	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
 
 lint: $(STAMP) ## formatter, linter and type checker
 	$(BIN)/ruff format --check $(SOURCES)

@@ -84,7 +84,7 @@ def load_record(path: str | Path) -> dict[str, Any]:
     if type(record["schema_version"]) is not int or record["schema_version"] > SCHEMA_VERSION:
         raise UsageError(
             f"'{path}' has schema version {record['schema_version']}; this release reads up to {SCHEMA_VERSION}. "
-            "Update with: pip install -U ssod-edge"
+            "Install a newer one (docs/install.md)"
         )
     rows, needed = record["rows"], set(ROW_KEYS) - set(LATER_KEYS)
     if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= row.keys() for row in rows):

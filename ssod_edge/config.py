@@ -159,7 +159,7 @@ class Preprocess:
         if not 1 <= self.version <= PIXELS_VERSION:
             raise UsageError(
                 f"preprocessing of version {self.version}; this release knows 1 to {PIXELS_VERSION}. "
-                "Update with: pip install -U ssod-edge"
+                "Install a newer one (docs/install.md)"
             )
 
     def changed(self, **settings: Any) -> Preprocess:

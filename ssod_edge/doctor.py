@@ -14,21 +14,13 @@ from typing import Any, Literal
 from ssod_edge import __version__
 from ssod_edge.bench.environment import describe_cores, describe_cpu, describe_gpus, memory_mb
 from ssod_edge.errors import EXIT_MISSING, EXIT_OK, EXTRAS
-from ssod_edge.optional import is_there
+from ssod_edge.optional import DISTRIBUTIONS, is_there
 from ssod_edge.probe import BUILDER, PROBES
 from ssod_edge.runtime.open import PLAN_ENGINES
 
 Status = Literal["ok", "failed", "missing"]
 
-#: Module -> its name on the package index, where the two differ.
-DISTRIBUTIONS = {
-    "sklearn": "scikit-learn",
-    "PIL": "Pillow",
-    "tensorrt_rtx": "tensorrt-rtx",
-    "cv2": "opencv-python-headless",
-    "pytorch_ood": "pytorch-ood",
-    "pillow_heif": "pillow-heif",
-}
+#: What every install has.
 BASE = ("numpy", "PIL", "click", "rich")
 #: Engines that this release runs exports on; one of them has to work.
 RUNTIMES = (*PLAN_ENGINES, "onnxruntime", "openvino")

@@ -11,6 +11,16 @@ from typing import Any
 
 from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, missing_extra
 
+#: Module -> its name on the package index, where the two differ.
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "Pillow",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "cv2": "opencv-python-headless",
+    "pytorch_ood": "pytorch-ood",
+    "pillow_heif": "pillow-heif",
+}
+
 #: Packages that report their use to their maker over the network, and write an id into the user's home folder for it;
 #: each goes without where the module that does so cannot be imported.
 REPORTING = ("openvino", "nncf")
@@ -88,7 +98,7 @@ def _failed(top: str, error: Exception, purpose: str, extra: str | None) -> Miss
     reason = lines[0][:300].rstrip(".") if lines else "no message"
     if not isinstance(error, ImportError):
         reason = f"{type(error).__name__}: {reason}"
-    fix = f"pip install --force-reinstall 'ssod-edge[{extra or EXTRAS[top]}]'"
+    fix = f"pip install --force-reinstall --no-deps {DISTRIBUTIONS.get(top, top)}"
     return EngineError(f"'{top}' is installed and cannot be loaded: {reason}. Install it again: {fix}")
 
 

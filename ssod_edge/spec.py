@@ -298,7 +298,7 @@ def load_spec(folder: str | Path) -> Spec:
     if version > SCHEMA_VERSION:
         raise ArtifactError(
             f"'{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
-            "Update with: pip install -U ssod-edge"
+            "Install a newer one (docs/install.md)"
         )
     if version >= 4 and values.pop("sha256", None) != spec_hash(values):
         raise ArtifactError(

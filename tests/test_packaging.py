@@ -262,6 +262,27 @@ def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     for name, origin in origins(python, tmp_path).items():
         assert origin.is_relative_to(tmp_path), f"{name} came from {origin}"
     check_command(python)
+    # What commands print for a missing extra: pip reads its packages from what is installed, not from an index.
+    hint = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-index",
+        "--no-deps",
+        "ssod-edge[video]",
+    ]
+    assert (
+        "already satisfied: ssod-edge[video]" in subprocess.run(hint, capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_the_manual_installs_from_a_clone_or_a_wheel() -> None:
+    """It is on no index yet: an extra by its name alone comes only after it is installed."""
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "pip install" in line]
+    assert lines and all("'.[" in line for line in lines)
 
 
 @pytest.mark.parametrize("environment", [device, python310], ids=["this Python", "Python 3.10"])

@@ -105,7 +105,7 @@ def test_a_spec_of_a_taught_export_is_read(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(schema_version=5), "schema version 5; this release reads up to 4. Update with"),
+        (lambda v: v.update(schema_version=5), "schema version 5; this release reads up to 4. Install a newer one"),
         (lambda v: v.pop("schema_version"), "not an ssod-edge spec"),
         (lambda v: v.pop("classes"), "damaged .*classes"),
         (lambda v: v.update(extra=1), "damaged .*extra"),

@@ -186,7 +186,7 @@ def choose_artifact(spec: Spec, engine: str = "auto", precision: str = "auto", n
     if unknown:
         raise ArtifactError(
             f"artifact '{unknown[0].name}' is for engine '{unknown[0].engine}' in {unknown[0].precision}, which this "
-            "release does not run. Update with: pip install -U ssod-edge"
+            "release does not run. Install a newer one (docs/install.md)"
         )
     fitting.sort(key=lambda a: (AUTO_ENGINES.index(a.engine), AUTO_PRECISIONS.index(a.precision)))
     installed = [artifact for artifact in fitting if is_installed(artifact.engine)]

@@ -72,7 +72,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if version > SCHEMA_VERSION:
         raise ArtifactError(
             f"checkpoint '{path}' has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
-            "Update with: pip install -U ssod-edge"
+            "Install a newer one (docs/install.md)"
         )
     hashes = {
         "metadata's": version < 2 or hashlib.sha256(text.encode()).hexdigest() == recorded,

@@ -197,7 +197,7 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
         raise ArtifactError(f"'{path}' cannot be read as a monitor file ({error}). {fix}") from error
     version = values.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
-        raise ArtifactError(f"'{path}' was written by a newer release. Update with: pip install -U ssod-edge")
+        raise ArtifactError(f"'{path}' was written by a newer release. Install a newer one (docs/install.md)")
     try:
         record: Record = from_json(Record, values)
         threshold = record.threshold
