@@ -45,37 +45,93 @@ def tell(text: str, err: bool = False) -> None:
     click.echo(printable_lines(text), err=err)
 
 
-def bars(*columns: str, shown: bool = True, transient: bool = True) -> Progress:
-    """rich's bars on standard error, with further text columns; off a terminal, or if not `shown`, nothing."""
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        *(TextColumn(column, markup=False) for column in columns),
-        console=Screen(err=True, soft_wrap=True),
-        transient=transient,
-        disable=not (shown and on_terminal),
-    )
+#: Seconds between two lines of progress where no bar can be drawn.
+EVERY_S = 30.0
+
+
+class Bars(Progress):
+    """rich's bars on standard error, with further text columns; off a terminal a line every `EVERY_S` seconds.
+
+    Args:
+        columns: texts of rich's, of a task's fields.
+        shown: False: neither.
+        transient: whether a bar goes when it is full.
+    """
+
+    def __init__(self, *columns: str, shown: bool = True, transient: bool = True) -> None:
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._lines, self._told = shown and not on_terminal, time.monotonic()
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            *(TextColumn(column, markup=False) for column in columns),
+            console=Screen(err=True, soft_wrap=True),
+            transient=transient,
+            disable=not (shown and on_terminal),
+        )
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Of a task so many steps more are done."""
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Change a task; see rich."""
+        super().update(task_id, **changes)
+        self._tell(task_id)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a line."""
+        return self._lines and time.monotonic() - self._told >= EVERY_S
+
+    def _tell(self, task_id: TaskID) -> None:
+        if not self.due:
+            return
+        self._told = time.monotonic()
+        task = self.tasks[[task.id for task in self.tasks].index(task_id)]
+        line = f"{task.description.strip()}: {task.completed:.0f}"
+        if task.total is not None:
+            line += f" of {task.total:.0f}"
+        if task.fields.get("figures"):
+            line += f"  {task.fields['figures']}"
+        if task.time_remaining is not None:
+            line += f"  {about(task.time_remaining)} left"
+        tell(line, err=True)
+
+
+def about(seconds: float) -> str:
+    """A time in words, as roughly as one that is guessed is known: "about 40 s", "about 3 min", "about 2.5 h"."""
+    if seconds < 90:
+        return f"about {max(10, round(seconds, -1)):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager
 def image_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over images; the value is a function that advances it."""
-    with bars() as progress:
+    with Bars() as progress:
         task = progress.add_task(printable(what), total=total)
         yield lambda n: progress.advance(task, n)
 
 
 class TrainingBar:
-    """A bar for the epoch that runs, and a line for each finished one. Off a terminal: the lines alone."""
+    """A bar for the run, and a line for each finished epoch; off a terminal lines alone.
 
-    def __init__(self, config: Any, steps: int, enabled: bool = True):
+    Args:
+        config: of the run, with the number of its epochs.
+        steps: batches of an epoch.
+        enabled: False: nothing is shown.
+        done: epochs that are finished already.
+    """
+
+    def __init__(self, config: Any, steps: int, enabled: bool = True, done: int = 0):
         self.epochs, self.steps, self.enabled = config.epochs, steps, enabled
-        self.bar = bars("{task.fields[figures]}", shown=enabled, transient=False)
+        self.bar = Bars("{task.fields[figures]}", shown=enabled, transient=False)
         self.console = self.bar.console
-        self.task = self.bar.add_task("epoch", total=steps, figures="")
+        self.task = self.bar.add_task("epoch", total=steps * self.epochs, completed=steps * done, figures="")
         self.shown = 0.0
 
     def __enter__(self) -> TrainingBar:
@@ -86,21 +142,21 @@ class TrainingBar:
         self.bar.stop()
 
     def update(self, epoch: int, step: int, compute_figures: Callable[[], dict[str, Any]]) -> None:
-        """After a batch; `compute_figures` is called only when the bar is drawn, five times a second."""
-        if self.bar.disable or time.monotonic() - self.shown < 0.2:
+        """After a batch; `compute_figures` is called only where it is shown: five times a second, or with a line."""
+        drawn = not self.bar.disable and time.monotonic() - self.shown >= 0.2
+        if not drawn and not self.bar.due:
             return
         self.shown = time.monotonic()
         figures = compute_figures()
         self.bar.update(
             self.task,
-            completed=step,
+            completed=epoch * self.steps + step,
             description=f"epoch {epoch + 1}/{self.epochs}",
             figures=f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {_unknowns(figures)}",
         )
 
     def epoch_done(self, row: dict[str, Any]) -> None:
         """After an epoch, with the row that metrics.jsonl gets."""
-        self.bar.reset(self.task, total=self.steps)
         if self.enabled:
             self.console.print(
                 f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.3f}  acc {row['accuracy']:.1%}  "
@@ -123,7 +179,7 @@ class PhaseBars:
     """A bar for each phase of a longer work that runs, nested ones too. A context manager; any thread may report."""
 
     def __init__(self, what: str):
-        self.bars, self.what = bars(), what
+        self.bars, self.what = Bars(), what
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> PhaseBars:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from house import MODULES
 from places import GOLDEN
 from rich.table import Table
 
+from ssod_edge import terminal
 from ssod_edge.bench import run as bench_run
 from ssod_edge.bench.measurement import BenchOptions
 from ssod_edge.bench.record import load_record
 from ssod_edge.bench.run import BenchOutput, run_bench
 from ssod_edge.cli import main
 from ssod_edge.cli.group import describe
-from ssod_edge.terminal import Screen, printable, printable_lines
+from ssod_edge.terminal import Screen, about, image_bar, printable, printable_lines
 
 #: Closes no tag, names a style and a link, is an emoji code; clears the screen; turns the rest of a line around.
 HOSTILE = "a[/x][red]b[/][link=file:/]:smile:\x1b[2J\x9b2J\x07\u202etxt"
@@ -115,3 +117,23 @@ def test_errors_cannot_steer_a_terminal() -> None:
 def test_a_picture_on_standard_input_is_no_list(export: Path, content: bytes, arguments: list[str]) -> None:
     result = CliRunner().invoke(main, [str(export) if a == "RUN" else a for a in arguments], input=content)
     assert result.exit_code == 2 and "holds a picture or other bytes" in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "10 s"), (44, "40 s"), (89, "90 s"), (95, "2 min"), (5399, "90 min"), (9000, "2.5 h")],
+)
+def test_a_guessed_time_is_said_as_roughly_as_it_is_known(seconds: float, said: str) -> None:
+    assert about(seconds) == f"about {said}"
+
+
+def test_off_a_terminal_longer_work_says_where_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    with image_bar("pho\x1btos", 300) as advance:
+        for _ in range(3):
+            clock[0] += 20
+            advance(100)
+    assert re.fullmatch(r"pho\\x1btos: 200 of 300  about \d+ s left\n", capsys.readouterr().err)

@@ -18,7 +18,7 @@ from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Verdict
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.runtime.written import Sorter, VerdictTable
-from ssod_edge.terminal import WIDE, Screen, bars, printable, standard_input, tell
+from ssod_edge.terminal import WIDE, Bars, Screen, printable, standard_input, tell
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner) -> int
 
 
 def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]:
-    with bars(shown=total >= 20) as progress:
+    with Bars(shown=total >= 20) as progress:
         yield from progress.track(verdicts, total, description="images")
 
 

@@ -281,7 +281,8 @@ class _Loop(Session):
     def run_epochs(self) -> None:
         from ssod_edge.terminal import TrainingBar
 
-        with TrainingBar(self.config, self.steps_per_epoch, enabled=is_main()) as bar, self._finish_batch_on_ctrl_c():
+        bar = TrainingBar(self.config, self.steps_per_epoch, enabled=is_main(), done=self.progress.epoch)
+        with bar, self._finish_batch_on_ctrl_c():
             while not self.finished:
                 self._train_epoch(bar)
                 self._finish_epoch(bar)

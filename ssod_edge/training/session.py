@@ -36,6 +36,7 @@ from ssod_edge.training.checkpoint import (
 )
 from ssod_edge.training.distributed import check_same_images, is_main
 from ssod_edge.training.model import SSODClassifier, build_model, check_size
+from ssod_edge.training.opening import opening_line
 from ssod_edge.training.published import check_published
 
 #: Training and calibration images up to which thresholds may come from out-of-fold scores; of more, a split is 5%.
@@ -100,6 +101,8 @@ class Session:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
             if config.begun_from is not None:
                 self.started_from |= {"from": config.begun_from, "from_sha256": config.begun_sha256}
+        if not resume:
+            say(opening_line(self))
 
     def _exact_copies(self) -> Copies:
         if self.source.fixed_splits is not None:  # what is given is not divided

@@ -217,7 +217,8 @@ def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Featur
     model, source, config = session.model, session.source, session.config
     mirror = source.hflip_ok and config.hflip > 0
     lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, mirror)
-    tune_upper(model, parts, maps, features, lesson, _say_epoch)
+    with image_bar("upper blocks", EPOCHS * len(lesson.train)) as advance:
+        tune_upper(model, parts, maps, features, lesson, _say_epoch, advance)
     tuned = tuned_features(parts, maps)
     keep_features(model, source, session.run.parent, tuned)
     after = _held_out(session, tuned)

@@ -219,6 +219,7 @@ def tune_upper(
     features: Features,
     lesson: Lesson,
     finished: Callable[[int, float], None],
+    advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Train the upper part and the last layer, from what they are.
 
@@ -228,6 +229,7 @@ def tune_upper(
         features: of the untouched network, which the last layer was fitted to.
         lesson: what is learnt.
         finished: called after each epoch, with its number from 1 and its mean loss.
+        advance: called after each step, with the number of its images.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -262,6 +264,7 @@ def tune_upper(
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * size
+            advance(size)
         finished(epoch + 1, total / (len(order) // size * size))
     with torch.no_grad():
         weight = head.weight / head.deviation

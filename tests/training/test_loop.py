@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from pictures import write_folder
 
 import ssod_edge.training.loop
 import ssod_edge.training.session
+from ssod_edge import terminal
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, AUTO_EPOCHS, LossConfig, Preprocess, TrainConfig
 from ssod_edge.data.sources import open_dataset
@@ -240,7 +242,12 @@ def test_an_ood_row_that_never_learned_is_said_at_the_end(config, tmp_path, caps
 
 def test_too_few_calibration_images_are_said_before_the_first_epoch(config, tmp_path, capsys):
     train(replace(config, epochs=1, half_size_epochs=0, val_fraction=0.05, calib_fraction=0.05), tmp_path)
-    images, first = capsys.readouterr().err.splitlines()[:2]
+    images, opening, first = capsys.readouterr().err.splitlines()[:3]
+    assert re.fullmatch(
+        r"3 classes, 16 images of each; test_efficientnet at 40 px from random weights, on cpu with \d+ threads?; "
+        r"about \d+ s, by its first images",
+        opening,
+    )
     assert images == "42 images to train on, 3 to validate on, 3 for thresholds"
     assert "calibration split has 3 images" in first and "needs 19" in first
     assert "--calib-fraction" in first and "export --id" in first
@@ -738,3 +745,22 @@ def test_an_epochs_line_says_what_taught_the_ood_row(meters, shown, config, caps
             epoch_figures({"images": 2.0, **meters}) | {"epoch": 1, "val_accuracy": 0.5, "images_per_second": 9}
         )
     assert shown in capsys.readouterr().err
+
+
+def test_off_a_terminal_a_run_says_where_it_stands_and_what_is_left_of_it(config, tmp_path, capsys, monkeypatch):
+    """Of all epochs, not of the one that runs; on a terminal a bar does."""
+    monkeypatch.setattr(terminal, "EVERY_S", 0.0)
+    train(replace(config, epochs=2, half_size_epochs=0), tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch 2/2: ")]
+    assert re.search(r"^epoch 2/2: 5 of 8  loss \d\.\d+  acc .* about \d+ s left$", lines[0]), lines
+    assert lines[-1].startswith("epoch 2/2: 8 of 8")
+
+
+def test_the_opening_line_tells_the_smallest_class_and_the_largest(config, tmp_path, capsys):
+    data = tmp_path / "uneven"
+    shutil.copytree(config.data, data)
+    first, *_ = sorted(folder for folder in data.iterdir() if folder.is_dir())
+    for photo in sorted(first.iterdir())[9:]:
+        photo.unlink()
+    train(replace(config, data=str(data), epochs=1, half_size_epochs=0), tmp_path / "runs")
+    assert re.search(rf"3 classes, 9 images of '{first.name}' to 16 of '\w+'; ", capsys.readouterr().err)
