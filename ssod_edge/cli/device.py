@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import COUNT, as_json, given, named_data, newest, take, threads, tpr
+from ssod_edge.cli.options import COUNT, as_json, check_paths, given, named_data, newest, take, threads, tpr
 from ssod_edge.errors import OutputError
 
 ENGINES = click.Choice(["auto", "tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "eager"])
@@ -30,6 +30,7 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
     The checkpoint in PyTorch (`eager`) is measured beside them. DIR is an export folder, or the run folder that holds
     it; default: the newest export.
     """
+    check_paths(id_data=options["id_data"], ood_data=options["ood_data"])
     from ssod_edge.bench.measurement import BenchOptions
     from ssod_edge.bench.run import BenchOutput, run_bench
 

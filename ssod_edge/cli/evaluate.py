@@ -69,6 +69,7 @@ def report(path: str, out: str, **options: Any) -> int:
     a run folder or a checkpoint, judged as eval does; an EXPORT without its run is judged by its artifact, without
     PyTorch, and needs --id.
     """
+    check_paths(id_data=options["id_data"], ood_data=options["ood_data"])
     from ssod_edge.data.named import NamedData
     from ssod_edge.evaluation.page import PageOptions, run_page
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssod_edge.cli.options import COUNT, given, newest, shape, take, tpr
+from ssod_edge.cli.options import COUNT, check_paths, given, newest, shape, take, tpr
 from ssod_edge.config import PRIOR_SCORE, SHIPPED_SCORES
 from ssod_edge.spec import FEATURE_OUTPUTS
 
@@ -67,6 +67,8 @@ def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: An
     newest run. With --backbone and no run of it, untrained weights are exported, to measure latency. With --from no
     PyTorch is needed, and --id takes a folder of images.
     """
+    if bundle is None:
+        check_paths(options["run"], **{name: options[name] for name in ("weights", "data", "calib")})
     from ssod_edge.export.command import SourceOptions, TargetOptions, run_deploy, run_export
 
     options["precisions"] = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)

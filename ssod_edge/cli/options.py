@@ -30,12 +30,13 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-def check_paths(run: str | None = None, weights: str | None = None, **data: Any) -> None:
+def check_paths(run: str | None = None, weights: str | None = None, begun: str | None = None, **data: Any) -> None:
     """Find out before the seconds that importing torch takes whether the paths that are named are there.
 
     Args:
         run: a run folder or a checkpoint.
-        weights: of `train`.
+        weights: of `train` and `export`.
+        begun: a run or an export that training begins from.
         data: data sets by option; None, one, or several by name.
 
     Raises:
@@ -45,6 +46,8 @@ def check_paths(run: str | None = None, weights: str | None = None, **data: Any)
     from ssod_edge.data.sources import check_there
     from ssod_edge.errors import UsageError
 
+    if begun is not None and not os.path.exists(begun):
+        raise UsageError(f"--from '{begun}' does not exist. Give the folder of a run or of an export")
     if run is not None and not os.path.exists(run):
         raise UsageError(f"checkpoint '{run}' does not exist. Train one with: ssod-edge train DATA")
     for given in data.values():

@@ -56,7 +56,7 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
     if options["begun_from"] is not None and "--backbone" not in given():
         options["backbone"] = None
     named = {name: options.get(name) for name in ("val", "negatives", "weights")}
-    check_paths(data=data, **named)
+    check_paths(data=data, begun=options["begun_from"], **named)
     from ssod_edge.training.loop import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))
@@ -84,6 +84,8 @@ def study(data: str, out: str, **options: Any) -> int:
     What is done is not done again: run the same command once more after an interruption, or with more seeds. Processes
     of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES.
     """
+    names = ("val", "negatives", "weights", "id_data", "ood_data")
+    check_paths(data=data, **{name: options.get(name) for name in names})
     from ssod_edge.evaluation.evaluate import EvalOptions
     from ssod_edge.studies.study import StudyOptions, run_study
 

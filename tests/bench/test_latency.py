@@ -145,7 +145,7 @@ def test_a_pair_alternates_in_short_blocks() -> None:
 
 def test_a_pair_tells_a_slower_one() -> None:
     turns = alternate(lambda: time.sleep(0.004), lambda: time.sleep(0.001), seconds=0)
-    assert 1.5 < turns.ratio < 6 and 1.5 < turns.first_ms / turns.second_ms < 6
+    assert 1.5 < turns.ratio < 12 and 1.5 < turns.first_ms / turns.second_ms < 12  # 4 where nothing else runs
 
 
 def test_a_machine_that_slows_down_moves_both_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:

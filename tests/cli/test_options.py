@@ -153,6 +153,18 @@ def test_the_list_of_commands_is_in_whole_sentences() -> None:
         (["eval", "typo"], "checkpoint 'typo' does not exist"),
         (["eval", "--ood", "a=typo"], "data set 'typo' does not exist"),
         (["eval", "--id", "typo@list.txt"], "data set 'typo@list.txt' does not exist"),
+        (["train", "demo", "--from", "typo"], "--from 'typo' does not exist"),
+        (["study", "typo", "-o", "out"], "data set 'typo' does not exist"),
+        (["study", "demo", "-o", "out", "--ood", "a=typo"], "data set 'typo' does not exist"),
+        (["report", "typo"], "'typo' does not exist"),
+        (["report", ".", "--ood", "a=typo"], "data set 'typo' does not exist"),
+        (["export", "typo"], "checkpoint 'typo' does not exist"),
+        (["export", "--id", "typo"], "data set 'typo' does not exist"),
+        (["export", "--calib", "typo", "--int8"], "data set 'typo' does not exist"),
+        (["export", "--weights", "typo.pth", "--backbone", "mobilenetv3"], "weights file 'typo.pth' does not exist"),
+        (["export", "--from", "typo.tar"], "'typo.tar' does not exist"),
+        (["bench", "--id", "typo"], "data set 'typo' does not exist"),
+        (["calibrate", "typo", "--id", "demo"], "'typo/ssod.json' does not exist"),
     ],
 )
 def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:

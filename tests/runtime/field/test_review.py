@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,6 +249,6 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collected: Path
     (groups / "groups.json").write_text("{")
     assert review(collected, "--folders", "--done").exit_code == 4
     shutil.rmtree(groups)
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     done = review(collected, "--folders")
     assert done.exit_code == 3 and "pip install 'ssod-edge[teach]'" in done.stderr
