@@ -24,7 +24,7 @@ else:
 #: those below it, and never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "json_reader", "external_data", "memory", "optional", "terminal"),
+    ("files", "json_reader", "external_data", "memory", "optional", "sources", "terminal"),
     ("csv_table",),
     ("config",),
     ("recipes", "spec"),
