@@ -11,9 +11,11 @@ _WORDS = r"(?:user|usr|pw|pass|secret|token|key|auth|cookie|credential|header|pr
 _SECRET = re.compile(_WORDS, re.IGNORECASE)
 #: The same in the path of an address, where some cameras take user and password.
 _SECRET_PATH = re.compile(rf"(?<![a-z]){_WORDS}|{_WORDS}[a-z]*=", re.IGNORECASE)
-#: In running text the user and password of an address; a password may hold anything.
-_USER_IN_TEXT = re.compile(r"(?<=://)(?:[^\s\"'/:@]*@|[^\s\"']*:[^\s\"']*@|[^\n]*:[^\n]*@)")
-_ADDRESS_IN_TEXT = re.compile(rf"{_ADDRESS.pattern}[^\s\"'<>]+", re.IGNORECASE)
+#: In running text: an address, whose "//" may have become "/" as in any path, its user and password, which may hold
+#: anything, and the address without them.
+_SCHEME_IN_TEXT = r"\b([a-z][a-z0-9+.-]+:/{1,2})"
+_USER_IN_TEXT = re.compile(rf"{_SCHEME_IN_TEXT}(?:[^\s\"'/:@]+@|[^\s\"']*:[^\s\"']*@|[^\n]*:[^\n]*@)", re.IGNORECASE)
+_ADDRESS_IN_TEXT = re.compile(rf"{_SCHEME_IN_TEXT}([^\s\"'<>]+)", re.IGNORECASE)
 _PROPERTY_IN_TEXT = re.compile(rf"\b([\w-]*{_WORDS}[\w-]*\s*=\s*)(\"(?:\\.|[^\"\\])*\"?|'[^']*'?|\S+)", re.IGNORECASE)
 #: In a pipeline: values that are no secrets, and properties whose text is none.
 _PLAIN = re.compile(r"(\(\w+\))?([-+]?[\d./:]+|true|false|\.\.\.)", re.IGNORECASE)
@@ -47,13 +49,18 @@ def without_secrets(source: str, camera: bool = False) -> str:
 
 def scrubbed(text: str) -> str:
     """A message without the secrets of addresses and pipelines that it quotes: the last line of defence."""
-    if "://" in text:
-        text = _ADDRESS_IN_TEXT.sub(lambda match: _address(match[0]), _USER_IN_TEXT.sub("", text))
+    if ":/" in text:
+        text = _ADDRESS_IN_TEXT.sub(lambda match: match[1] + _rest(match[2]), _USER_IN_TEXT.sub(r"\1", text))
     return _PROPERTY_IN_TEXT.sub(r"\1...", text) if "!" in text else text
 
 
 def _address(address: str) -> str:
     scheme, rest = address.split("://", 1)
+    return f"{scheme}://{_rest(rest)}"
+
+
+def _rest(rest: str) -> str:
+    """Of an address what follows the scheme."""
     # All up to the last "@" if there is a ":" before it, for a password may hold "/", "?" and "@".
     user, at, host = rest.rpartition("@")
     if at and (":" in user or "/" not in user):
@@ -61,7 +68,7 @@ def _address(address: str) -> str:
     if (end := re.search(r"[?#\s]", rest)) is not None:
         rest = f"{rest[: end.end()]}..."
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host}/..." if slash and _SECRET_PATH.search(path) else f"{scheme}://{rest}"
+    return f"{host}/..." if slash and _SECRET_PATH.search(path) else rest
 
 
 def _pipeline(pipeline: str) -> str:

@@ -77,6 +77,8 @@ def test_of_a_camera_a_pipeline_may_lack_its_marks(camera: str, shown: str) -> N
         ("error: 'ftp://u:SECRET@h/a?b=SECRET' is not there", "error: 'ftp://h/a?...' is not there"),
         ("error: 'rtsp://u:SEC'RET@h/a' is not there", "error: 'rtsp://h/a' is not there"),
         ('got "x user-pw=SECRET ! y"', 'got "x user-pw=... ! y"'),
+        ("error: 'ftp:/u:SECRET@h/a' is not there", "error: 'ftp:/h/a' is not there"),
+        ("error: 'ftp:/u:SE CRET@h/a' is not there", "error: 'ftp:/h/a' is not there"),
         ("no such file: 'a?b=c@d.jpg'", "no such file: 'a?b=c@d.jpg'"),
         ("class 'key = 3' is not there", "class 'key = 3' is not there"),
     ],

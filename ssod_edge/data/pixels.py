@@ -21,7 +21,7 @@ from ssod_edge.data.jpeg import decode_jpeg
 from ssod_edge.data.named import Via
 from ssod_edge.errors import EngineError, ImageError, MissingExtraError, UsageError
 from ssod_edge.optional import load
-from ssod_edge.sources import without_secrets
+from ssod_edge.sources import is_address, without_secrets
 
 #: Largest width * height that is decoded: Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
@@ -287,7 +287,8 @@ def _name(source: object) -> str:
     if isinstance(source, Picture):
         return source.name
     if isinstance(source, (str, os.PathLike)):
-        return f"'{without_secrets(os.fspath(source))}'"
+        name = os.fspath(source)
+        return f"'{without_secrets(name) if is_address(name) else name}'"
     if isinstance(source, np.ndarray):
         return "image array"
     return "image bytes" if isinstance(source, (bytes, bytearray, memoryview)) else "image"

@@ -216,7 +216,8 @@ class Answer:
 
     Attributes:
         whole: a file of a known length.
-        camera: pictures that replace each other, which is how network cameras send Motion JPEG.
+        camera: pictures that replace each other, which is how network cameras send Motion JPEG; or it did not answer,
+            as a camera may that allows one connection, or asks for the password in another way.
     """
 
     whole: bool = False
@@ -224,7 +225,7 @@ class Answer:
 
 
 def ask(address: str) -> Answer:
-    """What a web server says of an http(s) address; nothing where it does not answer."""
+    """What a web server says of an http(s) address from which frames come."""
     from http.client import HTTPException
     from urllib.request import Request, urlopen
 
@@ -238,7 +239,7 @@ def ask(address: str) -> Answer:
         with urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
             kind, length = answer.headers.get_content_type(), answer.headers.get("Content-Length", "")
     except (OSError, ValueError, HTTPException):
-        return Answer()
+        return Answer(camera=True)
     camera = kind.startswith("multipart/")
     path = re.split(r"[?#]", rest, maxsplit=1)[0].lower()
     playlist = kind.endswith(_LISTS) or path.endswith((".m3u8", ".m3u", ".mpd"))

@@ -15,7 +15,7 @@ import numpy as np
 
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.runtime.field.frames import FrameReader
+from ssod_edge.runtime.field.frames import Frame, FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
@@ -114,11 +114,7 @@ def predict_frames(
         monitor: takes the score of a frame by itself, of one frame in `MONITOR_PERIOD_S`.
     """
     settings, done, monitored = predictor.runner.spec.preprocess, deque[float](), -math.inf
-    interruptions = 0
-    for frame in frames:
-        if monitor is not None and frames.interruptions > interruptions:
-            monitor.add_interruptions(frames.interruptions - interruptions)
-            interruptions = frames.interruptions
+    for frame in frames if monitor is None else _counted(frames, monitor):
         pixels = read_pixels(frame.pixels, settings)
         outputs = predictor.runner.infer({"image": pixels[None]})
         if predictor.watchers:
@@ -137,6 +133,18 @@ def predict_frames(
             done.popleft()
         span = done[-1] - done[0]
         yield FrameVerdict(prediction, frame.index, frame.time_s, (len(done) - 1) / span if span > 0 else None)
+
+
+def _counted(frames: FrameReader, monitor: Monitor) -> Iterator[Frame]:
+    """The frames; a monitor counts how often they stopped coming."""
+    told = 0
+    try:
+        for frame in frames:
+            monitor.add_interruptions(frames.interruptions - told)
+            told = frames.interruptions
+            yield frame
+    finally:
+        monitor.add_interruptions(frames.interruptions - told)
 
 
 def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **opening: Any) -> int:
