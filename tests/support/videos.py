@@ -103,12 +103,13 @@ class Rtsp:
     """A camera on rtsp://: MPEG transport packets in RTP, over the one TCP connection, which ends after a while.
 
     Attributes:
-        seconds: how long each connection lasts in turn; then connections are refused.
+        seconds: how long each connection gives frames in turn; then connections are refused.
+        stalls: a connection stays open when its frames end, and says no more.
         opened: connections that asked for frames.
     """
 
-    def __init__(self, video: Path, seconds: Sequence[float]) -> None:
-        self.seconds, self.opened = list(seconds), 0
+    def __init__(self, video: Path, seconds: Sequence[float], stalls: bool = False) -> None:
+        self.seconds, self.opened, self.stalls = list(seconds), 0, stalls
         self._video = video.read_bytes()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"rtsp://user:SECRET@127.0.0.1:{self._socket.getsockname()[1]}/live"
@@ -125,13 +126,12 @@ class Rtsp:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            with connection:
-                try:
-                    if self._answer(connection):
-                        self.opened += 1
-                        self._send(connection, time.monotonic() + self.seconds.pop(0))
-                except OSError:
-                    pass  # the reader has gone
+            with connection, suppress(OSError):  # the reader has gone
+                if self._answer(connection):
+                    self.opened += 1
+                    self._send(connection, time.monotonic() + self.seconds.pop(0))
+                    while self.stalls and connection.recv(1000):
+                        pass
         self._socket.close()
 
     def _answer(self, connection: socket.socket) -> bool:
@@ -169,8 +169,8 @@ class Rtsp:
 
 
 @contextmanager
-def rtsp_camera(video: Path, seconds: Sequence[float]) -> Iterator[Rtsp]:
-    server = Rtsp(video, seconds)
+def rtsp_camera(video: Path, seconds: Sequence[float], stalls: bool = False) -> Iterator[Rtsp]:
+    server = Rtsp(video, seconds, stalls)
     try:
         yield server
     finally:

@@ -7,14 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ssod_edge.errors import ImageError, SsodEdgeError
+from ssod_edge.runtime.field import capture
 from ssod_edge.runtime.field.capture import find_source, opencv
 from ssod_edge.runtime.field.container import is_cut
 from ssod_edge.runtime.field.retries import REREADS, Retries
@@ -26,6 +28,8 @@ AHEAD = 2
 COMPLETE = 0.9
 #: How long a reader that is asked to end may take: a camera may be waiting for light.
 CLOSE_TIMEOUT_S = 2.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class FrameReader(AbstractContextManager["FrameReader"]):
     ) -> None:
         self._cv2, self._source = opencv(), find_source(source, camera)
         self.name = self._source.name
-        self._capture = self._source.open()
+        self._capture = _interruptible(self._source.open)
         self._announced = int(max(0, self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)))
         self._endless, retried = self._source.nature(self._announced)
         self._retries = Retries(self.name, REREADS if self._source.is_camera else 0, say) if retried else None
@@ -135,9 +139,10 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         count, start, time_s = 0, 0.0, -1.0
         try:
             while not self._ended:
+                began = time.monotonic()
                 read, pixels = self._capture.read()
                 now = time.monotonic()
-                if not read:
+                if not read or self._stalled(now - began):
                     if self._again():
                         continue
                     self.problem = None if self._ended else self._early_end(count, time_s)
@@ -157,6 +162,10 @@ class FrameReader(AbstractContextManager["FrameReader"]):
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def _stalled(self, took: float) -> bool:
+        """Whether a read of a stream ran into its time limit; what it gives then was on its way before."""
+        return self._endless and self._source.address is not None and took >= capture.TIMEOUT_MS / 1000
 
     def _again(self) -> bool:
         """After a failed read: wait, and open the source anew where reading on does not help; whether to read again."""
@@ -222,3 +231,17 @@ class FrameReader(AbstractContextManager["FrameReader"]):
                 return True
         end = last + max(self._period, self._longest_gap)
         return max(count, end / self._period if self._period else 0) < COMPLETE * self._announced
+
+
+def _interruptible(work: Callable[[], Result]) -> Result:
+    """What a call returns that waits in C++, where no Ctrl-C is heard: it runs on a thread, which may be left alone."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="opening", daemon=True).start()
+    return future.result()

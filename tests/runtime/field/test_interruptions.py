@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 from videos import cv2, fast_start, jpeg, pictures, plain, rtsp_camera, write_matroska, write_video
 
 from ssod_edge.cli import main
-from ssod_edge.runtime.field import retries
+from ssod_edge.runtime.field import capture, retries
 from ssod_edge.runtime.field.capture import Answer, ask
 from ssod_edge.runtime.field.frames import FrameReader
 from ssod_edge.runtime.field.retries import Retries
@@ -210,6 +211,30 @@ def test_an_rtsp_camera_is_opened_anew(tmp_path: Path) -> None:
     assert len(said) == 2 and "gives no frame; it is tried up to 4 times again" in said[0]
     assert "gives frames again, after 0." in said[1]
     assert "SECRET" not in f"{said}{reader.problem}{reader.name}"
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_rtsp_camera_that_falls_silent_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a cable is pulled: the connection stays. FFmpeg hands out its last frames, each after the time limit."""
+    monkeypatch.setattr(capture, "TIMEOUT_MS", 1500)
+    video = write_video(tmp_path / "a.ts", pictures(100), "MPG2")
+    with rtsp_camera(video, [1.0, 1.0], stalls=True) as camera, FrameReader(camera.address) as reader:
+        times = [frame.time_s for frame in reader]
+    assert reader.reopened == 1 and camera.opened == 2
+    assert 1.4 < max(np.diff(times)) < 2.9, "one time limit, and not one for each of those frames"
+
+
+def test_an_interrupt_ends_the_opening_at_once(export: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"rtsp://127.0.0.1:{mute.getsockname()[1]}/a"
+        command = [sys.executable, "-m", "ssod_edge", "predict", str(export), address]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        connection, _ = mute.accept()
+        with connection:
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n") and time.monotonic() - began < 3
 
 
 @pytest.mark.usefixtures("quick")
