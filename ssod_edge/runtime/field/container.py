@@ -10,12 +10,18 @@ _EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
 _BOXES = frozenset(
     (b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"styp", b"sidx", b"pnot")
 )
+#: Of Matroska's parts the short names: a checksum and an empty place. All others begin with a byte from 10 to 1F.
+_SHORT_NAMES = b"\xbf\xec"
 #: Bytes that may lack: some programs count a header twice.
 _SLACK = 64
 
 
-def is_cut(path: str) -> bool:
-    """Whether a file ends before the last part that it announces. False where the format does not tell.
+def is_cut(path: str) -> bool | None:
+    """Whether a file ends before the last part that it announces, or parts of it are none.
+
+    Returns:
+        False where it does not and its parts are in order; None where that cannot be told, as in other formats, or is no
+        sign that its frames are there.
 
     Raises:
         OSError: it cannot be read.
@@ -30,7 +36,9 @@ def is_cut(path: str) -> bool:
             end = _matroska_end(file)
         else:
             end = _boxes_end(file, size)
-    return end > size + _SLACK
+        if end > size + _SLACK:
+            return True
+        return _is_damaged_matroska(file, end) if head[:4] == _EBML and end else None
 
 
 def _riff_end(file: BinaryIO) -> int:
@@ -44,13 +52,28 @@ def _riff_end(file: BinaryIO) -> int:
 
 
 def _matroska_end(file: BinaryIO) -> int:
-    """Matroska and WebM: a header, and a segment with everything; 0 where that has no end, as of a live recording."""
+    """Matroska and WebM: a header, and a segment with everything, at whose begin the file is then; 0 where it has no end,
+    as of a live recording.
+    """
     file.seek(len(_EBML))
     file.seek(_length(file), os.SEEK_CUR)
     if file.read(len(_SEGMENT)) != _SEGMENT:
         return 0
     length = _length(file)
     return file.tell() + length if length else 0
+
+
+def _is_damaged_matroska(file: BinaryIO, end: int) -> bool | None:
+    """Whether what lies in a segment up to its end is no chain of parts; None where one of them has no length."""
+    while file.tell() < end:
+        name = file.read(1)
+        if not name or not (name in _SHORT_NAMES or 0x10 <= name[0] <= 0x1F):
+            return True
+        file.seek(0 if name in _SHORT_NAMES else 3, os.SEEK_CUR)
+        if not (length := _length(file)):
+            return None
+        file.seek(length, os.SEEK_CUR)
+    return False
 
 
 def _length(file: BinaryIO) -> int:

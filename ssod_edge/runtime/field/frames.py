@@ -226,9 +226,10 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         between the frames there are fewer. So the time of the last one counts too. It stands for as long as the longest
         of the frames before it may have: of slides the last one has no frame after it that would tell.
         """
-        with suppress(OSError):  # it may be gone by now
-            if self._source.file is not None and is_cut(self._source.file):
-                return True
+        if self._source.file is not None:
+            with suppress(OSError):  # it may be gone by now
+                if (found := is_cut(self._source.file)) is not None:
+                    return found
         end = last + max(self._period, self._longest_gap)
         return max(count, end / self._period if self._period else 0) < COMPLETE * self._announced
 

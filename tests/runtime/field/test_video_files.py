@@ -45,13 +45,26 @@ def read(path: Path) -> tuple[int, str | None]:
 
 @pytest.mark.parametrize(
     ("times", "length"),
-    [(PAUSES, 20.08), ([0, 10, 20], 30), ([0, 0.04, 0.08], None), ([i / 25 for i in range(30)], 1.3), ([0.0], 0.04)],
-    ids=["pauses", "slides", "live recording", "sound outlasts it", "one frame"],
+    [(PAUSES, 20.08), ([0, 1, 2], 30), ([0, 0.04, 0.08], None), ([i / 25 for i in range(30)], 9.0), ([0.0], 0.04)],
+    ids=["pauses", "the last slide stays", "live recording", "sound outlasts it", "one frame"],
 )
 def test_a_whole_matroska_file_is_whole(tmp_path: Path, times: list[float], length: float | None) -> None:
     """Its frames are not counted, and what OpenCV announces is the length times a nominal rate."""
     path = write_matroska(tmp_path / "a.mkv", times, length)
-    assert read(path) == (len(times), None) and not is_cut(str(path))
+    assert read(path) == (len(times), None)
+    assert is_cut(str(path)) is (None if length is None else False)
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".flv", ".wmv"])
+def test_of_other_formats_the_last_frame_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """What OpenCV announces of them is a length too, and no count."""
+    codec = {".ts": "MPG2", ".flv": "FLV1", ".wmv": "WMV2"}[suffix]
+    path = write_video(tmp_path / f"a{suffix}", pictures(40), codec)
+    for share, whole in ((1.0, True), (0.95, True), (0.4, False)):
+        with FrameReader(str(path)) as reader:
+            reader._announced = round(40 / share)
+            assert len(list(reader)) == 40
+        assert (reader.problem is None) is whole
 
 
 def test_frames_of_a_video_with_pauses_have_their_times(tmp_path: Path) -> None:
@@ -91,7 +104,7 @@ def test_a_whole_file_whose_frames_are_damaged_is_found_out(tmp_path: Path) -> N
     half = len(content) // 2
     path.write_bytes(content[:half] + bytes(len(content) - half))
     found, problem = read(path)
-    assert 5 < found < 36 and "at 0." in str(problem) and "of 1.6 s" in str(problem) and not is_cut(str(path))
+    assert 5 < found < 36 and "at 0." in str(problem) and "of 1.6 s" in str(problem)
 
 
 def test_what_lacks_only_the_index_at_its_end_is_whole(tmp_path: Path) -> None:
