@@ -20,8 +20,8 @@ def is_cut(path: str) -> bool | None:
     """Whether a file ends before the last part that it announces, or parts of it are none.
 
     Returns:
-        False where it does not and its parts are in order; None where that cannot be told, as in other formats, or is no
-        sign that its frames are there.
+        False where it does not and its parts are in order; None where that cannot be told, as of other formats, or says
+        nothing of its frames.
 
     Raises:
         OSError: it cannot be read.
@@ -52,8 +52,9 @@ def _riff_end(file: BinaryIO) -> int:
 
 
 def _matroska_end(file: BinaryIO) -> int:
-    """Matroska and WebM: a header, and a segment with everything, at whose begin the file is then; 0 where it has no end,
-    as of a live recording.
+    """Matroska and WebM: a header, and a segment with everything, at whose begin the file is left.
+
+    0 where the segment has no end, as of a live recording.
     """
     file.seek(len(_EBML))
     file.seek(_length(file), os.SEEK_CUR)
