@@ -57,7 +57,7 @@ def list_images(
 def _check_path(name: str) -> None:
     """Raises UsageError for what is no path of this machine."""
     shown = without_secrets(name)
-    if os.path.lexists(name) or not (is_address(name) or shown != name):
+    if not (is_address(name) or shown != name) or os.path.lexists(name):
         return
     if not is_address(name):
         raise UsageError(f"'{shown}' is a pipeline: give it alone, as --camera")

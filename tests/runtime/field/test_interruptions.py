@@ -221,7 +221,8 @@ def test_an_rtsp_camera_that_falls_silent_is_opened_anew(tmp_path: Path, monkeyp
     with rtsp_camera(video, [1.0, 1.0], stalls=True) as camera, FrameReader(camera.address) as reader:
         times = [frame.time_s for frame in reader]
     assert reader.reopened == 1 and camera.opened == 2
-    assert 1.4 < max(np.diff(times)) < 2.9, "one time limit, and not one for each of those frames"
+    waits = [wait for wait in np.diff(times) if wait > 1]
+    assert len(waits) == 1 and waits[0] < 2.9, "one time limit, and not one for each of those frames"
 
 
 def test_an_interrupt_ends_the_opening_at_once(export: Path) -> None:

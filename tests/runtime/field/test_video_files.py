@@ -67,6 +67,16 @@ def test_of_other_formats_the_last_frame_tells(tmp_path: Path, monkeypatch: pyte
         assert (reader.problem is None) is whole
 
 
+@pytest.mark.parametrize(("times", "whole"), [([0, 10, 20], True), ([0, 1, 2, 3], False), (PAUSES, True)])
+def test_the_last_frame_may_stay_as_long_as_another(tmp_path: Path, times: list[float], whole: bool) -> None:
+    """Where nothing but the time of the last frame tells: the parts of this recording were left open."""
+    path = write_matroska(tmp_path / "a.mkv", times, 30 if whole and times[-1] == 20 else 21)
+    content = path.read_bytes()
+    size = content.index(bytes.fromhex("18538067")) + 4
+    path.write_bytes(content[:size] + b"\x01" + b"\xff" * 7 + content[size + 8 :])
+    assert is_cut(str(path)) is None and (read(path)[1] is None) is whole
+
+
 def test_frames_of_a_video_with_pauses_have_their_times(tmp_path: Path) -> None:
     with FrameReader(str(write_matroska(tmp_path / "a.mkv", PAUSES, 20.08))) as reader:
         assert [frame.time_s for frame in reader] == pytest.approx(PAUSES, abs=1e-3)
@@ -195,6 +205,7 @@ NO_VIDEOS = {
 @pytest.mark.parametrize("name", NO_VIDEOS)
 def test_what_is_no_video_is_an_image_that_cannot_be_read(export: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(NO_VIDEOS[name])
+    write_video(tmp_path / "a.mkv", pictures(5))  # which the list names
     assert not holds_video(str(tmp_path / name))
     code, out, _ = run(export, tmp_path / name, "--json")
     (row,) = map(json.loads, out.splitlines())
@@ -211,8 +222,12 @@ def test_trying_says_nothing_on_the_terminal(export: Path, tmp_path: Path) -> No
 
 
 def test_a_picture_without_suffix_is_an_image(export: Path, tmp_path: Path) -> None:
-    for kind in ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG"):
-        (tmp_path / kind).write_bytes(saved(kind))
+    first, second = (Image.fromarray(pixels) for pixels in pictures(2))
+    first.save(tmp_path / "moves.gif", save_all=True, append_images=[second])
+    (tmp_path / "moves.gif").rename(tmp_path / "moves")
+    for kind in ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG", "moves"):
+        if kind != "moves":
+            (tmp_path / kind).write_bytes(saved(kind))
         assert run(export, tmp_path / kind, "--json")[0] == 0
         assert "frame" not in json.loads(run(export, tmp_path / kind, "--json")[1])
 
