@@ -20,6 +20,7 @@ from typing import Any
 
 from ssod_edge.errors import BusyError, OutputError, UsageError
 from ssod_edge.json_reader import is_unicode
+from ssod_edge.sources import is_address, without_secrets
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -105,13 +106,21 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         OutputError: it cannot be created, or is a file.
+        UsageError: it is an address.
     """
+    _check_place(path)
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create the folder '{path}': {error.strerror}. Choose another folder.") from error
     return path
+
+
+def _check_place(path: str | os.PathLike[str]) -> None:
+    """Raises UsageError for an address, which would become a folder that is called as its scheme is."""
+    if is_address(os.fspath(path)):
+        raise UsageError(f"'{without_secrets(os.fspath(path))}' is an address; give a path on this machine")
 
 
 @contextmanager
@@ -198,8 +207,9 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         OutputError: its folder cannot be made or written to.
-        UsageError: `path` is "-" or a folder.
+        UsageError: `path` is "-", an address or a folder.
     """
+    _check_place(path)
     if os.fspath(path) == "-":
         raise UsageError("'-' is not the name of an output file; /dev/stdout writes to standard output")
     path = Path(path)
@@ -220,7 +230,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
 
     Raises:
         OutputError: the folder is read-only, the disk is full, or the rename failed.
-        UsageError: `path` is "-" or a folder.
+        UsageError: `path` is "-", an address or a folder.
     """
     path = check_output(path)
     try:

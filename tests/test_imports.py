@@ -24,7 +24,7 @@ else:
 #: those below it, and never from above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "json_reader", "external_data", "machine", "memory", "optional", "terminal"),
+    ("files", "json_reader", "external_data", "machine", "memory", "optional", "sources", "terminal"),
     ("csv_table",),
     ("config",),
     ("recipes", "spec"),

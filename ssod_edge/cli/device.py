@@ -129,9 +129,9 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
 
     DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
     'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
-    (rtsp://, http:// ...) or --camera gives a verdict a frame.
+    (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the images are taken, and no videos.
     """
-    from ssod_edge.runtime.field.frames import is_stream
+    from ssod_edge.runtime.field.capture import holds_video, is_stream
     from ssod_edge.runtime.field.stream import run_stream
     from ssod_edge.runtime.report import PredictOptions, run_predict
 
@@ -142,7 +142,8 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
         raise click.UsageError(f"{lonely[0]} belongs to --collect DIR")
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
-    if wanted.camera is not None or any(is_stream(image) for image in images):
+    alone = len(images) == 1 and not is_stream(images[0]) and holds_video(images[0])
+    if wanted.camera is not None or alone or any(is_stream(image) for image in images):
         for option in sorted({"--batch", "--strict-images", "--sort-into"} & set(given())):
             raise click.UsageError(f"{option} belongs to images: a video, a camera or a stream runs frame by frame")
         return run_stream(folder, images, wanted, **options)

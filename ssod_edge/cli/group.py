@@ -34,9 +34,10 @@ class Commands(click.Group):
             if code:
                 ctx.exit(code)
         except click.ClickException as error:
+            from ssod_edge.sources import scrubbed
             from ssod_edge.terminal import printable_lines
 
-            error.message = printable_lines(error.message)  # type: ignore[misc]  # it quotes the arguments
+            error.message = printable_lines(scrubbed(error.message))  # type: ignore[misc]  # it quotes the arguments
             raise
         except (click.exceptions.Exit, click.Abort):
             raise
@@ -61,9 +62,10 @@ class Commands(click.Group):
 
 
 def _say(text: str) -> None:
+    from ssod_edge.sources import scrubbed
     from ssod_edge.terminal import tell  # rich takes a while, and most calls need none of it
 
-    tell(text, err=True)
+    tell(scrubbed(text), err=True)
 
 
 def describe(error: BaseException) -> tuple[str, int]:

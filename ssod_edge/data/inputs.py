@@ -10,6 +10,7 @@ from pathlib import Path
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.data.layout import left_out, same_name, walk_images
 from ssod_edge.errors import UsageError
+from ssod_edge.sources import is_address, without_secrets
 
 
 def list_images(
@@ -39,17 +40,33 @@ def list_images(
     paths: list[str] = []
     for name, expand in _names(arguments, stdin or ()):
         try:
+            _check_path(name)
             paths += expand(name, set() if others is None else others)
         except UsageError as error:
             if failed is None:
                 raise
-            failed[name] = str(error)
-            paths.append(name)
+            failed[without_secrets(name)] = str(error)
+            paths.append(without_secrets(name))
     if failed and set(paths) <= set(failed):
         raise UsageError(failed[paths[0]])
     if not paths:
         raise UsageError("no images were given. Name files, folders, a pattern, or - for a list on standard input")
     return paths
+
+
+def _check_path(name: str) -> None:
+    """Raises UsageError for what is no path of this machine."""
+    shown = without_secrets(name)
+    if not (is_address(name) or shown != name) or os.path.lexists(name):
+        return
+    if not is_address(name):
+        raise UsageError(f"'{shown}' is a pipeline: give it alone, as --camera")
+    if name.lower().startswith("file://"):
+        raise UsageError(f"'{shown}' is an address of a file: give its path")
+    raise UsageError(
+        f"'{shown}' is an address, and no image is read from one: download it first. A stream is taken alone, from "
+        "rtsp, rtmp, rtp, srt, http(s), udp or tcp"
+    )
 
 
 def known_images(folder: str, classes: Sequence[str], say: Callable[[str], object]) -> list[str]:

@@ -21,6 +21,7 @@ from ssod_edge.data.jpeg import decode_jpeg
 from ssod_edge.data.named import Via
 from ssod_edge.errors import EngineError, ImageError, MissingExtraError, UsageError
 from ssod_edge.optional import load
+from ssod_edge.sources import is_address, without_secrets
 
 #: Largest width * height that is decoded: Pillow's own default warning limit.
 MAX_PIXELS = 89_478_485
@@ -241,6 +242,17 @@ def _centre(image: Image.Image, crop_pct: float) -> Box:
     return left, top, left + side, top + side
 
 
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a picture does that `load_image` knows, or that it says more of than that it is none."""
+    try:
+        with _open(path) as file, _identify(file):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # whatever a damaged header leads Pillow's decoders to
+        return True
+
+
 def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
@@ -275,7 +287,8 @@ def _name(source: object) -> str:
     if isinstance(source, Picture):
         return source.name
     if isinstance(source, (str, os.PathLike)):
-        return f"'{os.fspath(source)}'"
+        name = os.fspath(source)
+        return f"'{without_secrets(name) if is_address(name) else name}'"
     if isinstance(source, np.ndarray):
         return "image array"
     return "image bytes" if isinstance(source, (bytes, bytearray, memoryview)) else "image"

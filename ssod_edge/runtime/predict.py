@@ -22,6 +22,7 @@ from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, MissingExtraError, UsageError
 from ssod_edge.machine import available_cores
 from ssod_edge.runtime.runner import Array, Runner
+from ssod_edge.sources import is_address, without_secrets
 
 if TYPE_CHECKING:
     from ssod_edge.teach.record import TaughtExport
@@ -291,7 +292,8 @@ class Predictor(AbstractContextManager["Predictor"]):
 
 def _name(source: ImageLike) -> str:
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        name = os.fspath(source)
+        return without_secrets(name) if is_address(name) else name
     if isinstance(source, Image.Image):
         return "PIL image"
     if isinstance(source, np.ndarray):

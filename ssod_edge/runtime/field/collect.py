@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -43,6 +42,7 @@ from ssod_edge.runtime.field.decided import DECISIONS, Decided, hash_of
 from ssod_edge.runtime.field.descriptors import Describer, Descriptor, to_base64, unit
 from ssod_edge.runtime.field.shelf import INDEX, Collected, Shelf, remove_remains, to_text, write_index
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
+from ssod_edge.sources import without_secrets
 from ssod_edge.spec import Threshold
 
 #: The budget, if nothing else is said.
@@ -55,9 +55,6 @@ PERIOD_S = 1.0
 #: that moved by a few pixels, or got other noise, above.
 ALIKE = 0.9
 QUALITY = 95
-
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SECRET = re.compile(r"pass|pwd|token|secret|user|auth|key", re.IGNORECASE)
 
 
 class Collector(AbstractContextManager["Collector"]):
@@ -240,7 +237,7 @@ class Collector(AbstractContextManager["Collector"]):
             **{**known, **self._facts},
             file=name,
             time=now.isoformat(timespec="milliseconds"),
-            source=without_secrets(seen.verdict.image),
+            source=os.fsencode(without_secrets(seen.verdict.image)).decode("utf-8", "replace"),
             frame=seen.frame,
             weight=round(weight, 6),
             described_by=self._describer.kind,
@@ -280,20 +277,3 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _suffix(content: bytes) -> str | None:
     """Of the usual formats; None of the others."""
     return ".jpg" if content[:2] == b"\xff\xd8" else ".png" if content[:4] == b"\x89PNG" else None
-
-
-def without_secrets(source: str) -> str:
-    """A source as it may be written down.
-
-    Of an address only the scheme, the host and the path stay, and not the path where it looks as if it held a secret
-    (some cameras take user and password there). Of a GStreamer pipeline, whose properties may be anything, nothing.
-    """
-    if "!" in source and source.startswith("camera "):
-        return "camera pipeline"
-    if (start := _ADDRESS.match(source)) is not None:
-        scheme, rest = start[0], source[start.end() :]
-        if re.search(r"[?#].*@", rest):  # of a password or of a query: nobody can tell
-            return f"{scheme}..."
-        rest = re.split(r"[?#]", rest.rsplit("@", 1)[-1])[0]
-        return scheme + (rest.split("/")[0] if _SECRET.search(rest) else rest)
-    return os.fsencode(source).decode("utf-8", "replace")

@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ssod_edge.errors import ImageError, UsageError
-from ssod_edge.files import unicode_path
-from ssod_edge.json_reader import is_unicode
-from ssod_edge.optional import load
-
-VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"))
-_URL = re.compile(r"(rtsps?|rtmps?|rtp|srt|https?|udp|tcp)://", re.IGNORECASE)
-#: In an address: all up to the last "@" if there is a ":" before it, for a password may hold a "/" and an "@".
-_USER = re.compile(r"(?<=://)([^\s\"'/:@]*@|[^\s\"']*:[^\s\"']*@)")
-_QUERY = re.compile(r"(?<=[?#])[^\s\"']+")
-#: In a pipeline: a property whose name says that it is a secret, with its value, which may stand in quotes.
-_SECRET = re.compile(
-    r"\b([\w-]*(?:user|pw|pass|secret|token|key|auth|cookie|credential)[\w-]*\s*=\s*)(\"[^\"]*\"|'[^']*'|[^\s!]+)",
-    re.IGNORECASE,
-)
+from ssod_edge.errors import ImageError, SsodEdgeError
+from ssod_edge.runtime.field import capture
+from ssod_edge.runtime.field.capture import find_source, opencv
+from ssod_edge.runtime.field.container import is_cut
+from ssod_edge.runtime.field.retries import REREADS, Retries
 
 #: Frames of a file that are decoded ahead of the engine.
 AHEAD = 2
-#: A file that ends before this share of the frames it announces is cut short. Less is usual: where a container does
-#: not count its frames, the number is the length times a nominal rate.
+#: A file that ends before this share of its length is cut short, whatever its container says. Less is usual: sound
+#: may outlast the pictures.
 COMPLETE = 0.9
-#: A network stream that gives nothing for this long has stopped.
-TIMEOUT_MS = 10_000
 #: How long a reader that is asked to end may take: a camera may be waiting for light.
 CLOSE_TIMEOUT_S = 2.0
 
-
-def without_secrets(source: str) -> str:
-    """What to call an address or a pipeline: no user, no password, no query string, no property that is a secret."""
-    if "://" in source:
-        source = _QUERY.sub("...", _USER.sub("", source))
-    return _SECRET.sub(r"\1...", source) if "!" in source else source
-
-
-def is_stream(argument: str) -> bool:
-    """Whether an argument of `predict` is a video file or the address of a stream, by its name."""
-    return _URL.match(argument) is not None or Path(argument).suffix.lower() in VIDEO_SUFFIXES
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -78,15 +54,22 @@ class FrameReader(AbstractContextManager["FrameReader"]):
     verdict is never on old news. Of a file every frame comes, a few of them decoded ahead. The iteration ends when the
     source does; `problem` then says if that was too early.
 
+    A live source that gives no frame is tried again, as `ssod_edge.runtime.field.retries` says; not so an http(s)
+    address of other than Motion JPEG pictures, whose end may be that of a file. An http(s) address that states a length
+    is read as a file is.
+
     Args:
         source: a file, or an rtsp, rtmp, http(s), udp or tcp address.
         camera: instead of `source`: the number of a camera, its device file, or a GStreamer pipeline (with a "!").
         realtime: play a file at its own speed, as if it were live.
+        say: takes a line when a live source gives no frame, and when it does again. None says nothing.
 
     Attributes:
         name: what to call the source; the user and password of an address are left out, also within a pipeline.
         live: whether frames are dropped rather than late.
         dropped: how many have been so far.
+        interruptions: how often a live source has given no frame for a while so far.
+        reopened: how often it was opened anew.
         problem: why the source ended early; None while it goes on, and at the end of a whole file.
 
     Raises:
@@ -96,19 +79,19 @@ class FrameReader(AbstractContextManager["FrameReader"]):
             Whatever else goes wrong while reading (such as a MemoryError) is raised while iterating, as it is.
     """
 
-    def __init__(self, source: str | None = None, camera: str | None = None, realtime: bool = False) -> None:
-        self._cv2 = _opencv()
-        if (source is None) == (camera is None):
-            raise UsageError("give either a video or a camera")
-        if camera is not None:
-            self.name = f"camera {without_secrets(camera)}"
-            self._capture = _open_camera(self._cv2, camera)
-        else:
-            self.name = without_secrets(str(source)) if _URL.match(str(source)) else str(source)
-            self._capture = _open_source(self._cv2, str(source), self.name)
+    def __init__(
+        self,
+        source: str | None = None,
+        camera: str | None = None,
+        realtime: bool = False,
+        say: Callable[[str], Any] | None = None,
+    ) -> None:
+        self._cv2, self._source = opencv(), find_source(source, camera)
+        self.name = self._source.name
+        self._capture = _interruptible(self._source.open)
         self._announced = int(max(0, self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)))
-        # An address may also be that of a whole file, which does not run away.
-        self._endless = camera is not None or (_URL.match(str(source)) is not None and self._announced == 0)
+        self._endless, retried = self._source.nature(self._announced)
+        self._retries = Retries(self.name, REREADS if self._source.is_camera else 0, say) if retried else None
         self._paced = realtime and not self._endless
         self.live = self._endless or self._paced
         rate = self._capture.get(self._cv2.CAP_PROP_FPS)
@@ -120,6 +103,7 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         self._ended = False
         self._failure: Exception | None = None
         self._start: float | None = None
+        self._longest_gap = 0.0
         self._thread = threading.Thread(target=self._read, name="frames", daemon=True)
         self._thread.start()
 
@@ -143,17 +127,31 @@ class FrameReader(AbstractContextManager["FrameReader"]):
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def interruptions(self) -> int:
+        return self._retries.interruptions if self._retries is not None else 0
+
+    @property
+    def reopened(self) -> int:
+        return self._retries.reopened if self._retries is not None else 0
+
     def _read(self) -> None:
         count, start, time_s = 0, 0.0, -1.0
         try:
             while not self._ended:
+                began = time.monotonic()
                 read, pixels = self._capture.read()
-                if not read:
-                    self.problem = None if self._ended else self._early_end(count)
-                    return
                 now = time.monotonic()
-                start = start or now
+                if not read or self._stalled(now - began):
+                    if self._again():
+                        continue
+                    self.problem = None if self._ended else self._early_end(count, time_s)
+                    return
+                if self._retries is not None:
+                    self._retries.has_frame()
+                start, before = start or now, time_s
                 time_s = now - start if self._endless else self._position(time_s)
+                self._longest_gap = max(self._longest_gap, time_s - before) if count else 0.0
                 self._offer(Frame(count, time_s, self._cv2.cvtColor(pixels, self._cv2.COLOR_BGR2RGB)))
                 count += 1
         except self._cv2.error as error:  # the thread that iterates raises it, as it does any other
@@ -164,6 +162,26 @@ class FrameReader(AbstractContextManager["FrameReader"]):
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def _stalled(self, took: float) -> bool:
+        """Whether a read of a stream ran into its time limit; what it gives then was on its way before."""
+        return self._endless and self._source.address is not None and took >= capture.TIMEOUT_MS / 1000
+
+    def _again(self) -> bool:
+        """After a failed read: wait, and open the source anew where reading on does not help; whether to read again."""
+        if self._ended or self._retries is None or (pause := self._retries.pause()) is None:
+            return False
+        with self._changed:
+            if self._changed.wait_for(lambda: self._ended, pause):
+                return False
+        if self._retries.opens_anew:
+            self._capture.release()  # what is released reads nothing, so that the next try follows
+            try:
+                self._capture = self._source.open()
+            except (SsodEdgeError, self._cv2.error):
+                return True
+            self._retries.was_opened()
+        return True
 
     def _position(self, last: float) -> float:
         """Time of the frame that was just read, in seconds; where the file does not say, the nominal period goes on."""
@@ -188,67 +206,43 @@ class FrameReader(AbstractContextManager["FrameReader"]):
                 self._waiting.append(frame)
                 self._changed.notify_all()
 
-    def _early_end(self, count: int) -> str | None:
+    def _early_end(self, count: int, last: float) -> str | None:
+        """What is wrong with an end after so many frames, the last one at this time."""
         if self._endless:
-            return f"{self.name} stopped after {count} frames: it was unplugged, switched off, or the connection broke"
+            after = f"{count} frames" if self._retries is None else f"{count} frames, and was tried again in vain"
+            return f"{self.name} stopped after {after}: it was unplugged, switched off, or the connection broke"
         if count == 0:
             return f"'{self.name}' holds no frame that can be decoded"
-        if count < COMPLETE * self._announced:
-            return f"'{self.name}' ends after {count} of {self._announced} frames: it is cut short or damaged"
-        return None
+        if count >= self._announced > 0 or not self._is_short(count, last):
+            return None
+        length = f", at {last:.1f} of {self._announced * self._period:.1f} s" if self._announced else ""
+        of = f" of {self._announced}" if self._announced else ""
+        return f"'{self.name}' ends after {count}{of} frames: it is cut short or damaged{length}"
+
+    def _is_short(self, count: int, last: float) -> bool:
+        """Whether a file ended before its end.
+
+        Where a container does not count its frames, OpenCV announces its length times a nominal rate, and with pauses
+        between the frames there are fewer. So the time of the last one counts too. It stands for as long as the longest
+        of the frames before it may have: of slides the last one has no frame after it that would tell.
+        """
+        if self._source.file is not None:
+            with suppress(OSError):  # it may be gone by now
+                if (found := is_cut(self._source.file)) is not None:
+                    return found
+        end = last + max(self._period, self._longest_gap)
+        return max(count, end / self._period if self._period else 0) < COMPLETE * self._announced
 
 
-def _opencv() -> Any:
-    # What goes wrong is said here, once; OpenCV and FFmpeg would say it in ten lines.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    return load("cv2")
+def _interruptible(work: Callable[[], Result]) -> Result:
+    """What a call returns that waits in C++, where no Ctrl-C is heard: it runs on a thread, which may be left alone."""
+    future: Future[Result] = Future()
 
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
-def _open_camera(cv2: Any, camera: str) -> Any:
-    if _URL.match(camera):
-        raise UsageError(
-            f"'{without_secrets(camera)}' is an address and no camera: give it in the place of IMAGE, without --camera"
-        )
-    if not is_unicode(camera):
-        raise UsageError(
-            f"camera '{without_secrets(camera)}' is no number, device file or pipeline: its name is not UTF-8"
-        )
-    if "!" in camera:
-        capture = cv2.VideoCapture(camera, cv2.CAP_GSTREAMER)
-        fix = "this OpenCV has no GStreamer (that of pip has none, that of JetPack has), or the pipeline is wrong"
-    else:
-        capture = cv2.VideoCapture(int(camera) if camera.isdecimal() else camera)
-        device = f"/dev/video{camera}" if camera.isdecimal() else camera
-        found = ", ".join(sorted(str(path) for path in Path("/dev").glob("video*"))) or "no camera"
-        fix = f"this machine has: {found}"
-        if os.path.exists(device):
-            fix = f"'{device}' is in use, is no camera, or your user is not in the group 'video'"
-    if not capture.isOpened():
-        raise UsageError(f"camera '{without_secrets(camera)}' cannot be opened: {fix}")
-    capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver can: the newest frame is the one that counts
-    return capture
-
-
-def _open_source(cv2: Any, source: str, name: str) -> Any:
-    if _URL.match(source):
-        if not is_unicode(source):
-            raise UsageError(f"the address '{name}' is not UTF-8. Write other characters as %XX")
-        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
-        capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)
-        if not capture.isOpened():
-            raise ImageError(
-                f"no video came from '{name}' within {TIMEOUT_MS // 1000} s. Check the address, the user and password "
-                "in it, and that this machine reaches it"
-            )
-        return capture
-    if not os.path.isfile(source):
-        what = "is not a file" if os.path.lexists(source) else "does not exist"
-        raise UsageError(f"the video '{source}' {what}")
-    with unicode_path(source) as path:
-        capture = cv2.VideoCapture(path)
-    if not capture.isOpened():
-        raise ImageError(
-            f"'{source}' cannot be read as a video: it is empty, cut short, or in a format unknown to OpenCV"
-        )
-    return capture
+    threading.Thread(target=run, name="opening", daemon=True).start()
+    return future.result()

@@ -48,6 +48,7 @@ class Record:
         images: with a score.
         unknown: of these, above the threshold.
         failed: images that could not be read.
+        interruptions: how often a camera or stream has stopped giving frames for a while.
         lowest, highest: scores; None before the first image.
         histogram: counts in the bins of `ssod_edge.runtime.field.drift.Reference.edges`. Those of several files of one
             artifact may be added up.
@@ -63,13 +64,14 @@ class Record:
     images: int = 0
     unknown: int = 0
     failed: int = 0
+    interruptions: int = 0
     lowest: float | None = None
     highest: float | None = None
     histogram: tuple[int, ...]
     drift: DriftState
 
     def __post_init__(self) -> None:
-        counts = (self.images, self.unknown, self.failed, *self.histogram)
+        counts = (self.images, self.unknown, self.failed, self.interruptions, *self.histogram)
         if min(counts) < 0 or max(counts) > _MOST_IMAGES or sum(self.histogram) != self.images:
             raise UsageError("its counts do not add up")
         ends = [score for score in (self.lowest, self.highest) if score is not None]
@@ -114,7 +116,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             self._version = f" (it is version {spec.version} now, taught from {spec.lineage[-1]['version']})"
         self._say = say
         self._scores: list[float] = []
-        self._failed = 0
+        self._failed = self._interruptions = 0
         self._flushed = time.monotonic()
         self.problem: SsodEdgeError | None = None
         self.drifted = self._merge().drift.drifted
@@ -142,10 +144,14 @@ class Monitor(AbstractContextManager["Monitor"]):
         if len(self._scores) >= _FLUSH_IMAGES or time.monotonic() - self._flushed >= FLUSH_S:
             self.flush()
 
+    def add_interruptions(self, n: int) -> None:
+        """Count that a camera or stream has stopped giving frames for a while, so many times."""
+        self._interruptions += n
+
     def flush(self) -> None:
         """Write what has been added. What cannot be written is lost, so that memory stays bounded."""
         try:
-            if self._scores or self._failed:
+            if self._scores or self._failed or self._interruptions:
                 record, before = self._merge(), self.drifted
                 self.drifted = record.drift.drifted
                 if self.drifted != before and self._say is not None:
@@ -157,7 +163,8 @@ class Monitor(AbstractContextManager["Monitor"]):
                 self._say(f"error: {error} The verdicts go on without the monitor.")
             self.problem = error
         finally:
-            self._scores, self._failed, self._flushed = [], 0, time.monotonic()
+            self._scores, self._failed, self._interruptions = [], 0, 0
+            self._flushed = time.monotonic()
 
     def _merge(self) -> Record:
         """Add the waiting scores to what the file holds by now, while no other process does."""
@@ -172,6 +179,7 @@ class Monitor(AbstractContextManager["Monitor"]):
                             f"score {record.score}), or of this one before it was exported, calibrated, taught or "
                             f"rolled back{self._version}. Give another name, or delete it to start over"
                         )
+                record = replace(record, interruptions=record.interruptions + self._interruptions)
                 record = _add(record, self._scores, self._failed, self._bins)
                 write_json(self._path, asdict(record))
         except OSError as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
-from ssod_edge.runtime.field.frames import FrameReader, without_secrets
+from ssod_edge.runtime.field.frames import Frame, FrameReader
 from ssod_edge.runtime.field.monitor import Monitor
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, Seen, Verdict
@@ -30,6 +30,7 @@ from ssod_edge.runtime.report import (
 )
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.runtime.written import FRAME_COLUMNS
+from ssod_edge.sources import without_secrets
 from ssod_edge.terminal import printable, tell
 
 #: Time over which the frame rate is measured.
@@ -113,7 +114,7 @@ def predict_frames(
         monitor: takes the score of a frame by itself, of one frame in `MONITOR_PERIOD_S`.
     """
     settings, done, monitored = predictor.runner.spec.preprocess, deque[float](), -math.inf
-    for frame in frames:
+    for frame in frames if monitor is None else _counted(frames, monitor):
         pixels = read_pixels(frame.pixels, settings)
         outputs = predictor.runner.infer({"image": pixels[None]})
         if predictor.watchers:
@@ -134,6 +135,18 @@ def predict_frames(
         yield FrameVerdict(prediction, frame.index, frame.time_s, (len(done) - 1) / span if span > 0 else None)
 
 
+def _counted(frames: FrameReader, monitor: Monitor) -> Iterator[Frame]:
+    """The frames; a monitor counts how often they stopped coming."""
+    told = 0
+    try:
+        for frame in frames:
+            monitor.add_interruptions(frames.interruptions - told)
+            told = frames.interruptions
+            yield frame
+    finally:
+        monitor.add_interruptions(frames.interruptions - told)
+
+
 def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **opening: Any) -> int:
     """Print the verdict on each frame of a video, camera or stream; returns the exit code: 1 if it ended too early.
 
@@ -149,7 +162,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
     camera, as_json = options.camera, options.as_json
     if len(sources) + (camera is not None) != 1:
         named = [f"'{without_secrets(source)}'" for source in sources]
-        given = ", ".join(named + ([f"--camera {without_secrets(camera)}"] if camera else []))
+        given = ", ".join(named + ([f"--camera {without_secrets(camera, camera=True)}"] if camera else []))
         raise UsageError(f"a video, camera or stream is taken alone, got {given}. Run predict once for each")
     smoother = None if options.smooth is None else Smoother(options.smooth)
     with (
@@ -157,7 +170,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
         open_table(options.csv, FRAME_COLUMNS) as written,
-        FrameReader(sources[0] if sources else None, camera, options.realtime) as frames,
+        FrameReader(sources[0] if sources else None, camera, options.realtime, _warn) as frames,
     ):
         if not predictor.runner.spec.trained:
             tell("warning: untrained weights; these verdicts mean nothing", err=True)
@@ -182,6 +195,10 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
     problems = any(one is not None and one.problem for one in (watch, collector))
     failed = frames.problem is not None or table.counts["failed"] or problems
     return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def _warn(line: str) -> None:
+    tell(f"warning: {printable(line)}", err=True)
 
 
 class _Table:
@@ -219,5 +236,11 @@ class _Table:
         took, counts, total = self._now - self._began, self.counts, self.counts.total()
         rate = f" in {took:.1f} s ({total / took:.1f} a second)" if total else ""
         outcomes = f"{counts[True]} known, {counts[False]} unknown, {counts['failed']} failed, {frames.dropped} dropped"
+        if frames.interruptions:
+            outcomes += f", interrupted {_times(frames.interruptions)}, opened anew {_times(frames.reopened)}"
         count = f"{total} frame{'s' if total != 1 else ''}"
         return f"{frames.name}: {count}{rate}: {outcomes}; {describe_run(runner)}"
+
+
+def _times(n: int) -> str:
+    return f"{n} time{'s' if n != 1 else ''}"

@@ -35,6 +35,7 @@ def summary(record: Record) -> dict[str, Any]:
         "id_images": record.threshold.n,
         "images": n,
         "failed": record.failed,
+        "interruptions": record.interruptions,
         "unknown": record.unknown,
         "unknown_rate": record.unknown / n if n else None,
         "unknown_rate_ci": list(tpr_interval(record.unknown, n)) if n else None,
@@ -75,7 +76,10 @@ def run_monitor(path: str, as_json: bool) -> int:
 def _lines(figures: dict[str, Any]) -> list[str]:
     head = f"{printable(figures['artifact'])} of {printable(figures['backbone'])}, score {printable(figures['score'])}"
     lines = [f"{head}, against {figures['id_images']:,} in-distribution images"]
-    lines.append(f"images     {figures['images']:,}, and {figures['failed']:,} that failed")
+    times = (
+        f"; a camera or stream was interrupted {figures['interruptions']:,} times" if figures["interruptions"] else ""
+    )
+    lines.append(f"images     {figures['images']:,}, and {figures['failed']:,} that failed{times}")
     if not figures["images"]:
         return lines
     low, high = figures["unknown_rate_ci"]

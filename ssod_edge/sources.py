@@ -1,0 +1,99 @@
+"""What to call a source, such as an address, a camera or a path, so that no secret in it is printed or recorded."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_WORDS = r"(?:user|usr|pw|pass|secret|token|key|auth|cookie|credential|header|proxy|psk|session|sign)"
+#: A property whose name says that its value is a secret.
+_SECRET = re.compile(_WORDS, re.IGNORECASE)
+#: The same in the path of an address, where some cameras take user and password.
+_SECRET_PATH = re.compile(rf"(?<![a-z]){_WORDS}|{_WORDS}[a-z]*=", re.IGNORECASE)
+#: In running text: an address, whose "//" may have become "/" as in any path, its user and password, which may hold
+#: anything, and the address without them.
+_SCHEME_IN_TEXT = r"\b([a-z][a-z0-9+.-]+:/{1,2})"
+_USER_IN_TEXT = re.compile(rf"{_SCHEME_IN_TEXT}(?:[^\s\"'/:@]+@|[^\s\"']*:[^\s\"']*@|[^\n]*:[^\n]*@)", re.IGNORECASE)
+_ADDRESS_IN_TEXT = re.compile(rf"{_SCHEME_IN_TEXT}([^\s\"'<>]+)", re.IGNORECASE)
+_PROPERTY_IN_TEXT = re.compile(rf"\b([\w-]*{_WORDS}[\w-]*\s*=\s*)(\"(?:\\.|[^\"\\])*\"?|'[^']*'?|\S+)", re.IGNORECASE)
+#: In a pipeline: values that are no secrets, and properties whose text is none.
+_PLAIN = re.compile(r"(\(\w+\))?([-+]?[\d./:]+|true|false|\.\.\.)", re.IGNORECASE)
+_HARMLESS = frozenset(
+    ("device", "location", "uri", "name", "format", "media", "encoding-name", "io-mode", "protocols", "stream-format")
+)
+
+
+def is_address(source: str) -> bool:
+    """Whether a source is written as SCHEME://..."""
+    return _ADDRESS.match(source) is not None
+
+
+def without_secrets(source: str, camera: bool = False) -> str:
+    """What to call a source.
+
+    Of an address its user, password and query are left out, and a path that looks as if it held one of them. Of a
+    GStreamer pipeline only those values stay that are no secrets: numbers, devices, files, addresses as above. A path
+    stays as it is. What was named once may be named again: the result is the same.
+
+    Args:
+        source: an address, a pipeline (with a "!" between blanks), or a path.
+        camera: it is that of a camera, so that what is no number or device file is a pipeline.
+    """
+    if is_address(source):
+        return _address(source)
+    if re.search(r"(^|\s)!(\s|$)", source) or (camera and ("=" in source or "!" in source)):
+        return _pipeline(source)
+    return source
+
+
+def scrubbed(text: str) -> str:
+    """A message without the secrets of addresses and pipelines that it quotes: the last line of defence."""
+    if ":/" in text:
+        text = _ADDRESS_IN_TEXT.sub(lambda match: match[1] + _rest(match[2]), _USER_IN_TEXT.sub(r"\1", text))
+    return _PROPERTY_IN_TEXT.sub(r"\1...", text) if "!" in text else text
+
+
+def _address(address: str) -> str:
+    scheme, rest = address.split("://", 1)
+    return f"{scheme}://{_rest(rest)}"
+
+
+def _rest(rest: str) -> str:
+    """Of an address what follows the scheme."""
+    # All up to the last "@" if there is a ":" before it, for a password may hold "/", "?" and "@".
+    user, at, host = rest.rpartition("@")
+    if at and (":" in user or "/" not in user):
+        rest = host
+    if (end := re.search(r"[?#\s]", rest)) is not None:
+        rest = f"{rest[: end.end()]}..."
+    host, slash, path = rest.partition("/")
+    return f"{host}/..." if slash and _SECRET_PATH.search(path) else rest
+
+
+def _pipeline(pipeline: str) -> str:
+    try:
+        words = shlex.split(pipeline)
+    except ValueError:  # a quote that does not end
+        return "pipeline"
+    shown, in_element = [], False
+    for word in words:
+        if word == "!":
+            in_element = False
+        elif is_address(word):
+            word = _address(word)
+        elif "/" in (caps := word.split(","))[0] and "=" not in caps[0]:
+            word = ",".join(_property(field.strip()) for field in caps)
+        elif "=" in word:
+            word, in_element = _property(word), True
+        elif in_element:  # the rest of a value with blanks in it
+            word = "..."
+        shown.append(word)
+    return " ".join(shown)
+
+
+def _property(text: str) -> str:
+    name, equals, value = text.partition("=")
+    if not equals or (value and _SECRET.search(name) is None and (name in _HARMLESS or _PLAIN.fullmatch(value))):
+        return f"{name}={_address(value)}" if is_address(value) else text
+    return f"{name}=..."
