@@ -78,10 +78,10 @@ def bare_call(engine: str, path: Path, inputs: dict[str, Any]) -> Callable[[], o
     if engine == "onnxruntime":
         session = new_session(str(path), session_options())
         return lambda: session.run(None, inputs)
-    from ssod_edge.runtime.engines.openvino import request_config, shared_core
+    from ssod_edge.runtime.engines.openvino import open_request, request_config
 
     openvino = load("openvino")
-    request = shared_core().compile_model(str(path), "CPU", request_config("CPU", "fp32")).create_infer_request()
+    request = open_request(str(path), "CPU", request_config("CPU", "fp32"))
     for name, value in inputs.items():
         request.set_tensor(name, openvino.Tensor(value))
 

@@ -168,10 +168,9 @@ class OpenVinoQuantizer(Quantizer):
         return _nncf_quantize(source, list(self.images[:, None]), self.preset, names)
 
     def infer(self, model: Any) -> Infer:
-        from ssod_edge.runtime.engines.openvino import shared_core
+        from ssod_edge.runtime.engines.openvino import open_request
 
-        compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        request = compiled.create_infer_request()
+        request = open_request(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
         def infer(images: Images) -> dict[str, NDArray[np.float32]]:
             values = request.infer({"image": images})

@@ -68,7 +68,7 @@ def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: An
     PyTorch is needed, and --id takes a folder of images.
     """
     if bundle is None:
-        check_paths(options["run"], **{name: options[name] for name in ("weights", "data", "calib")})
+        check_paths(options["run"], weights=options["weights"], data=options["data"])
     from ssod_edge.export.command import SourceOptions, TargetOptions, run_deploy, run_export
 
     options["precisions"] = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted)

@@ -160,7 +160,6 @@ def test_the_list_of_commands_is_in_whole_sentences() -> None:
         (["report", ".", "--ood", "a=typo"], "data set 'typo' does not exist"),
         (["export", "typo"], "checkpoint 'typo' does not exist"),
         (["export", "--id", "typo"], "data set 'typo' does not exist"),
-        (["export", "--calib", "typo", "--int8"], "data set 'typo' does not exist"),
         (["export", "--weights", "typo.pth", "--backbone", "mobilenetv3"], "weights file 'typo.pth' does not exist"),
         (["export", "--from", "typo.tar"], "'typo.tar' does not exist"),
         (["bench", "--id", "typo"], "data set 'typo' does not exist"),

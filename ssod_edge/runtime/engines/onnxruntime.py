@@ -15,6 +15,7 @@ from ssod_edge.files import temporary_folder, unicode_path
 from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
 from ssod_edge.runtime.engines.loading import cannot_load
+from ssod_edge.runtime.forks import keep_in_children
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
@@ -94,7 +95,8 @@ def new_session(model: str | bytes, options: Any, providers: Sequence[str] = ("C
     """A session with these providers or none: otherwise ONNX Runtime tries others, and prints so on standard output."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
+    session = onnxruntime.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
+    return keep_in_children(session)
 
 
 def _open_session(

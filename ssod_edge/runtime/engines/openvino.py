@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ssod_edge.files import unicode_path
 from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
 from ssod_edge.runtime.engines.loading import cannot_load
+from ssod_edge.runtime.forks import is_child, keep_in_children, leave_signal_stack, never_destroy
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
 
@@ -68,11 +70,12 @@ class OpenVinoRunner(Runner):
         config = request_config(device, precision, core.get_property(device, "OPTIMIZATION_CAPABILITIES"), threads)
         try:
             with unicode_path(path) as name:
-                compiled = core.compile_model(name, device, config)
+                request = open_request(name, device, config)
         except RuntimeError as error:
             raise cannot_load("openvino", openvino.__version__, artifact, path, error) from error
+        compiled = request.get_compiled_model()
         check_graph(path, spec, outputs, _shapes(compiled))
-        self._request: Any = compiled.create_infer_request()
+        self._request: Any = request
         self._tensor = openvino.Tensor
         # The memory that the request reads and writes, for batches of the size of the last one.
         self._pixels: Any = np.zeros((0, 3, 0, 0), np.uint8)
@@ -129,23 +132,87 @@ class OpenVinoRunner(Runner):
 
 
 def shared_core() -> Any:
-    """One for the whole process, never destroyed.
+    """One for the whole process, never destroyed; a process that was forked from one that used it gets its own.
 
     Raises:
-        EngineError: OpenVINO was used in the process that this one was forked from: even a new Core would hang here.
+        EngineError: OpenVINO would wait for ever for threads that the fork did not take along, see `_Threads`.
 
     The CPU plugin of a Core gives the main thread a signal stack of its own and, when it goes, puts back the one it
     found. Of two Cores that go in the order they came, the second puts back the first one's, which is no longer mapped,
     and the next signal (a Ctrl-C, the end of a child process) is a segmentation fault.
     """
-    core, opened_in = _core()
-    check_process(opened_in, "OpenVINO")
-    return core
+    if _threads.lost:
+        raise EngineError(
+            "this process was forked from one in which OpenVINO had closed a model and had another one open, and would "
+            "wait for ever for the threads of the former. Open models after the fork only, or start processes with the "
+            "method 'spawn'"
+        )
+    return _core(os.getpid())
+
+
+class _Threads:
+    """OpenVINO keeps the threads of a closed model for the next one that is like it; in a forked process they are not
+    there, and the next model would wait for them. Unloading the plugin, which takes that no model is open, ends them.
+
+    Attributes:
+        kept: whether threads of closed models wait for the next one.
+        lost: whether they did so in the process that this one was forked from.
+    """
+
+    def __init__(self) -> None:
+        self.kept = self.lost = False
+        self._requests: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._devices: set[str] = set()  # whose plugins were loaded
+        os.register_at_fork(before=self._before_fork, after_in_child=self._in_child)
+
+    def open_request(self, model: Any, device: str, config: dict[str, str]) -> Any:
+        """See the function of this name."""
+        core = shared_core()
+        self._devices.add(device)
+        try:
+            request = core.compile_model(model, device, config).create_infer_request()
+        except RuntimeError:
+            self.kept = True
+            raise
+        self._requests.add(request)
+        weakref.finalize(request, self._closed).atexit = False
+        return keep_in_children(request)
+
+    def _closed(self) -> None:
+        self.kept = True
+
+    def _before_fork(self) -> None:
+        in_main = threading.current_thread() is threading.main_thread()  # whose signal stack the plugin has set
+        if self.kept and not self._requests and in_main and not is_child():
+            for device in self._devices:
+                _core(os.getpid()).unload_plugin(device)
+            leave_signal_stack()
+            self.kept = False
+
+    def _in_child(self) -> None:
+        self.lost, self.kept = self.lost or self.kept, False
+        self._requests.clear()
+        self._devices.clear()
+
+
+_threads = _Threads()
+
+
+def open_request(model: Any, device: str, config: Mapping[str, str]) -> Any:
+    """A request of a compiled model: of a file's name, or of an `openvino.Model`.
+
+    Raises:
+        RuntimeError: OpenVINO's, where it cannot.
+    """
+    return _threads.open_request(model, device, dict(config))
 
 
 @functools.cache
-def _core() -> tuple[Any, int]:
-    return load("openvino").Core(), os.getpid()
+def _core(process: int) -> Any:
+    core = keep_in_children(load("openvino").Core())
+    if is_child():  # its plugin would end the threads of both processes
+        never_destroy(core)
+    return core
 
 
 def cpu_capabilities() -> list[str]:
