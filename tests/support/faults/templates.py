@@ -42,7 +42,7 @@ def colour_photos(folder: Path) -> Path:
     """Its images, in class folders."""
     from colour import write_colours
 
-    return _once(folder, "colour-photos", write_colours)
+    return _once(folder, "colour-photos", lambda place: write_colours(place, 8))
 
 
 def versions(folder: Path) -> Path:
