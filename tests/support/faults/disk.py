@@ -16,6 +16,9 @@ from faults.operations import Operation, make_templates, operations
 #: What a full disk refuses; it lets go of files, and renames them.
 TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.symlink")
 
+#: Why, in an error.
+WORDS = ("File too large", "No space", "Read-only")
+
 
 class Attempts:
     """No file grows beyond so many bytes, or from a step on nothing new can be written."""
@@ -40,7 +43,7 @@ class Attempts:
                 operation.check_nothing_left()
                 if rng.random() < 0.3:
                     operation.finish()
-            if ended.code and not any(word in ended.err + ended.out for word in ("File too large", "No space", "Read-only")):
+            if ended.code and not any(word in ended.err for word in WORDS):
                 raise Fault(f"the error does not say why: {ended}")
         return f"{operation.name} {end}, {found}"
 

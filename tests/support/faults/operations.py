@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ class Operation(ABC):
 
     def fresh(self) -> None:
         """Work that has not begun."""
-        done(lambda: _remove(self.work))
+        shutil.rmtree(self.work, ignore_errors=True)
         self.prepare()
 
     def finish(self) -> None:
@@ -84,12 +85,6 @@ class Operation(ABC):
         left = [str(path.relative_to(self.work)) for path in self.work.rglob("*") if HIDDEN.fullmatch(path.name)]
         if left:
             raise Fault(f"{self.name}: left over: {left}")
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def whole(place: Path, old: dict[str, bytes]) -> str:
@@ -305,7 +300,7 @@ class Train(Operation):
         return self.work / "runs" / "run"
 
     def again(self) -> tuple[object, ...]:
-        return ("train", "--resume", self.run) if (self.run / "last.safetensors").exists() else self.command()
+        return ("train", "--resume", self.run) if (self.run / "config.json").exists() else self.command()
 
     def check(self) -> str:
         found = {}
