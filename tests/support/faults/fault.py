@@ -41,8 +41,9 @@ class Ended:
         if "should not happen" in self.err or "Traceback" in self.err or self.code not in ENDS:
             raise Fault(text)
         errors = re.findall(r"^[eE]rror: ", self.err, re.MULTILINE)
-        if self.code not in (EXIT_OK, EXIT_SOME_FAILED) and len(errors) != 1:
-            raise Fault(f"{len(errors)} lines of an error, {text}")
+        last = self.err.strip().rpartition("\n")[2]
+        if self.code not in (EXIT_OK, EXIT_SOME_FAILED) and (len(errors) != 1 or not last.lower().startswith("error: ")):
+            raise Fault(f"not one line of an error, {text}")
         if self.code == EXIT_SOME_FAILED and not self.err.strip() and not self.out.strip():
             raise Fault(f"nothing is said, {text}")
         return ENDS[self.code]
