@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 
-from faults.campaign import PARTS, run_part, seeds_of
+from faults.campaign import PARTS, Campaign, seeds_of
 
 
 @click.command()
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Another one tries other things.")
-@click.option("--minutes", default=15.0, show_default=True, help="Of all parts together; making what they need is extra.")
+@click.option(
+    "--minutes", default=15.0, show_default=True, help="Of all parts together; making what they need is extra."
+)
 @click.option("--part", "parts", multiple=True, type=click.Choice([*PARTS]), help="Only this one; several times.")
 @click.option("--only", "seeds", multiple=True, type=int, help="Only this seed of a part: what a fault was found with.")
 def main(seed: int, minutes: float, parts: tuple[str, ...], seeds: tuple[int, ...]) -> None:
@@ -22,10 +24,10 @@ def main(seed: int, minutes: float, parts: tuple[str, ...], seeds: tuple[int, ..
         raise click.UsageError("--only takes seeds of one --part")
     parts = parts or tuple(PARTS)
     faults = 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder, Campaign(Path(folder)) as campaign:
         for part in parts:
             seconds = float("inf") if seeds else 60 * minutes / len(parts)
-            tally = run_part(part, Path(folder), seeds or seeds_of(seed), seconds)
+            tally = campaign.run(part, seeds or seeds_of(seed), seconds)
             click.echo(tally.line())
             for number, text in tally.faults.items():
                 click.echo(f"\n--- {part} {number}\n{text}\n")

@@ -14,6 +14,7 @@ from places import GOLDEN
 from specs import with_hash
 
 from faults import templates
+from faults.children import is_short
 from faults.damage import BYTES, Rng, any_of, damage_file, edit_json, link_tree, write_over
 from faults.fault import Ended, Fault, about, call
 from ssod_edge.bench.compare import compare
@@ -118,7 +119,7 @@ class Attempts:
     LONG = ("taught", "run", "resumed", "cache")
 
     def __init__(self, folder: Path):
-        short = (folder / "short").exists()
+        short = is_short(folder)
         self._scenes = {name: s for name, s in scenes(folder).items() if not short or name not in self.LONG}
         self._names = [name for name, scene in self._scenes.items() for _ in range(scene.weight)] + ["record"] * 15
         self._folder, self._work = folder, folder / "artifacts"
@@ -201,7 +202,6 @@ class Attempts:
             print_comparison(compare(record, load_record(GOLDEN / "bench.json")), Screen())
             print_comparison(compare(load_record(GOLDEN / "bench.json"), record), Screen())
             return "read"
-
 
 
 def weights(checkpoint: Path) -> dict[str, Any]:

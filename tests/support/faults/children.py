@@ -17,16 +17,22 @@ from types import TracebackType
 from faults.fault import Ended, Fault
 
 #: What commands import; none of it starts a thread, which a fork would lose.
-HEAVY = ("torch", "timm", "safetensors.torch", "sklearn.linear_model", "onnx", "onnxruntime", "openvino",
-         "ssod_edge.cli", "ssod_edge.training.loop", "ssod_edge.evaluation.evaluate", "ssod_edge.export.graph.build",
-         "ssod_edge.export.deploy", "ssod_edge.teach.teach", "ssod_edge.runtime.field.stream",
-         "ssod_edge.runtime.field.review", "ssod_edge.runtime.calibrate")  # fmt: skip
+LIGHT = ("onnx", "onnxruntime", "openvino", "ssod_edge.cli", "ssod_edge.export.deploy", "ssod_edge.export.command",
+         "ssod_edge.runtime.field.stream", "ssod_edge.runtime.field.review", "ssod_edge.runtime.calibrate",
+         "ssod_edge.runtime.report", "ssod_edge.teach.command")  # fmt: skip
+HEAVY = ("torch", "timm", "safetensors.torch", "sklearn.linear_model", "ssod_edge.training.loop",
+         "ssod_edge.evaluation.evaluate", "ssod_edge.export.graph.build", "ssod_edge.teach.teach")  # fmt: skip
 
 
-def import_all() -> None:
-    """Import what children need."""
-    for name in HEAVY:
+def import_all(folder: Path) -> None:
+    """Import what children need; where the campaign in this folder is short, they train nothing."""
+    for name in LIGHT if is_short(folder) else (*LIGHT, *HEAVY):
         importlib.import_module(name)
+
+
+def is_short(folder: Path) -> bool:
+    """Whether only what takes less than a second is tried."""
+    return (folder / "short").exists()
 
 
 @dataclass
@@ -161,7 +167,11 @@ class Steps:
         if event != "open":
             return True
         flags = arguments[2] if len(arguments) > 2 else 0
-        return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR)) and isinstance(arguments[0], (str, bytes))
+        return (
+            isinstance(flags, int)
+            and bool(flags & (os.O_WRONLY | os.O_RDWR))
+            and isinstance(arguments[0], (str, bytes))
+        )
 
 
 def counted(work: tuple[object, ...], folder: Path) -> tuple[Ended, int, float]:

@@ -24,7 +24,7 @@ class Attempts:
     """No file grows beyond so many bytes, or from a step on nothing new can be written."""
 
     def __init__(self, folder: Path):
-        import_all()
+        import_all(folder)
         make_templates(folder)
         self._operations = operations(folder)
 

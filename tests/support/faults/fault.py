@@ -23,6 +23,10 @@ ENDS = {
 }
 
 
+#: Of what a command says that did not do it, or not for each artifact.
+LAST_LINE = re.compile(r"[eE]rror: |[\w-]+: not calibrated: ")
+
+
 class Fault(Exception):  # noqa: N818 (it is no error of the campaign)
     """What must not happen."""
 
@@ -42,7 +46,7 @@ class Ended:
             raise Fault(text)
         errors = re.findall(r"^[eE]rror: ", self.err, re.MULTILINE)
         last = self.err.strip().rpartition("\n")[2]
-        if self.code not in (EXIT_OK, EXIT_SOME_FAILED) and (len(errors) != 1 or not last.lower().startswith("error: ")):
+        if self.code not in (EXIT_OK, EXIT_SOME_FAILED) and (len(errors) > 1 or not LAST_LINE.match(last)):
             raise Fault(f"not one line of an error, {text}")
         if self.code == EXIT_SOME_FAILED and not self.err.strip() and not self.out.strip():
             raise Fault(f"nothing is said, {text}")

@@ -17,7 +17,7 @@ class Attempts:
     """Half of the kills fall on a step that writes, half on an instant."""
 
     def __init__(self, folder: Path):
-        import_all()
+        import_all(folder)
         make_templates(folder)
         self._operations = operations(folder)
 

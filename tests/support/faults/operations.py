@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from faults import templates
-from faults.children import counted, done
+from faults.children import counted, done, is_short
 from faults.damage import link_tree
 from faults.fault import Fault, below
 from ssod_edge.export.versions import name_of, versions_folder
@@ -338,13 +338,13 @@ SLOW: tuple[Callable[[Path], Operation], ...] = (ExportRun, Teach, Train, TrainH
 
 def operations(folder: Path) -> list[Operation]:
     """All of them; where the campaign is short, those that take no second."""
-    return [make(folder) for make in (QUICK if (folder / "short").exists() else (*QUICK, *SLOW))]
+    return [make(folder) for make in (QUICK if is_short(folder) else (*QUICK, *SLOW))]
 
 
 def make_templates(folder: Path) -> None:
     """Make what they begin with, in a process of its own: this one opens no engine, and can be forked."""
     names = [templates.colours, templates.colour_photos, templates.versions, templates.bundle, templates.watched,
              templates.collected, templates.lesson_photos]  # fmt: skip
-    if not (folder / "short").exists():
+    if not is_short(folder):
         names.append(templates.exported)
     done(lambda: [make(folder) for make in names])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults import templates
-from faults.children import done, import_all, start
+from faults.children import done, import_all, is_short, start
 from faults.damage import Rng, any_of, link_tree
 from faults.fault import Fault, about
 from faults.images import alike
@@ -29,13 +29,13 @@ class Attempts:
     """One race."""
 
     def __init__(self, folder: Path):
-        import_all()
+        import_all(folder)
         make_templates(folder)
         self._folder, self._work = folder, folder / "work"
         self._photos = sorted(templates.colour_photos(folder).rglob("*.png"))
         self._races: tuple[Callable[[Rng], str], ...] = (
             self._shared, self._closed, self._closed, self._swapped, self._calibrated, self._rolled_back,
-            self._collected, self._monitored, *(() if (folder / "short").exists() else (self._trained,)),
+            self._collected, self._monitored, *(() if is_short(folder) else (self._trained,)),
         )  # fmt: skip
 
     def attempt(self, rng: Rng) -> str:
@@ -113,7 +113,9 @@ class Attempts:
     def _calibrated(self, rng: Rng) -> str:
         door = link_tree(templates.colours(self._folder), self._work / "door")
         photos = templates.colour_photos(self._folder)
-        codes = self._both([("calibrate", door, "--id", photos, "--artifact", name) for name in ("onnx-fp32", "onnx-fp16")])
+        codes = self._both(
+            [("calibrate", door, "--id", photos, "--artifact", name) for name in ("onnx-fp32", "onnx-fp16")]
+        )
         spec = Export.at(door).spec
         changed = [name for name in ("onnx-fp32", "onnx-fp16") if spec.artifact(name).threshold.n == 24]
         if codes == [0, 0] and len(changed) != 2:

@@ -1,4 +1,4 @@
-"""The process that tries seeds: `python -m faults.worker PART FOLDER`, a seed a line in, an answer a line out."""
+"""The process that tries seeds: `python -m faults.worker FOLDER`, a part or a seed a line in, an answer a line out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,26 +17,25 @@ from faults.fault import Fault
 
 
 def main() -> None:
-    part, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     faulthandler.enable()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    try:
-        attempts = importlib.import_module(f"faults.{part}").Attempts(folder)
-    except Exception:
-        _say(answers, fault=traceback.format_exc())
-        return
-    _say(answers, ready=True)
+    attempts: Any = None
     for line in sys.stdin:
         try:
-            _say(answers, end=attempts.attempt(np.random.default_rng(int(line))))
+            if line.strip().isdigit():
+                _say(answers, end=attempts.attempt(np.random.default_rng(int(line))))
+            else:
+                attempts = importlib.import_module(f"faults.{line.strip()}").Attempts(folder)
+                _say(answers, end="ready")
         except Fault as fault:
             _say(answers, fault=str(fault))
         except Exception:
             _say(answers, fault=traceback.format_exc())
 
 
-def _say(answers: IO[str], **answer: str | bool) -> None:
+def _say(answers: IO[str], **answer: str) -> None:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
 
