@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("openvino", reason="the campaign's export is for both engines")
 
-from faults.campaign import PARTS, Campaign, Tally, seeds_of
-from faults.fault import Ended, Fault
+from faults.campaign import PARTS, Campaign, seeds_of
 
 #: Attempts of each part. Of another seed than the campaign's default: together they try more.
 COUNTS = {"images": 300, "artifacts": 15, "archives": 8, "kills": 6, "disk": 6, "threads": 5, "memory": 3}

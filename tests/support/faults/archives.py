@@ -121,7 +121,7 @@ def folders(rng: Rng, tar: tarfile.TarFile, name: str, outside: Path) -> None:
 
 def names_outside(rng: Rng, tar: tarfile.TarFile, name: str, outside: Path) -> None:
     places = (f"{outside}/new.png", "../outside/new.png", "red/../../outside/new.png", "/red/new.png", "..", "red/..",
-              "../../../../../../../../tmp/faults-outside/new.png", "./././red/./new.png", "red//new.png", "red/new.png/")  # fmt: skip
+              "./././red/./new.png", "red//new.png", "red/new.png/")  # fmt: skip
     tar.addfile(_plain(any_of(rng, places), 3), io.BytesIO(b"abc"))
 
 
@@ -160,8 +160,9 @@ def sizes(rng: Rng, tar: tarfile.TarFile, name: str, outside: Path) -> None:
 def pax(rng: Rng, tar: tarfile.TarFile, name: str, outside: Path) -> None:
     """Extended headers with values that nobody should believe."""
     values = {
-        "size": any_of(rng, ("-1", "99999999999999", "nan", "1e9", "")), "mtime": any_of(rng, ("nan", "1e400", "-1e300")),
-        "path": any_of(rng, ("../outside/new.png", "/etc/new.png", "", "red/\0.png")), "uid": "-7", "linkpath": "/etc/passwd",
+        "size": any_of(rng, ("-1", "99999999999999", "nan", "1e9", "")), "mtime": any_of(rng, ("nan", "1e400")),
+        "path": any_of(rng, ("../outside/new.png", "/etc/new.png", "", "red/\0.png")), "uid": "-7",
+        "linkpath": "/etc/passwd",
         "GNU.sparse.major": any_of(rng, ("1", "0")), "GNU.sparse.minor": any_of(rng, ("0", "1")),
         "GNU.sparse.realsize": any_of(rng, ("1099511627776", "-5")), "GNU.sparse.name": "red/sparse.png",
         "GNU.sparse.map": any_of(rng, ("0,1", "0,99999999999", "a,b", "1")), "hdrcharset": "BINARY",
@@ -212,10 +213,5 @@ def _compressed_bomb(content: bytes) -> bytes:
     """The archive, compressed, with gigabytes of zeros as one member behind it."""
     end = content.rstrip(b"\0")
     whole = end + bytes(-len(end) % 512)
-    block, blocks = bytes(1 << 20), BOMB >> 20
-    out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as file:
-        file.write(whole + _plain("red/bomb.png", BOMB).tobuf())
-        for _ in range(blocks):
-            file.write(block)
-    return out.getvalue()
+    zeros_of = gzip.compress(bytes(1 << 26), 1)  # the members of a .gz file follow one another
+    return gzip.compress(whole + _plain("red/bomb.png", BOMB).tobuf()) + zeros_of * (BOMB >> 26)

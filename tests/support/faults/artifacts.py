@@ -51,13 +51,14 @@ class Scene:
 
 def scenes(folder: Path) -> dict[str, Scene]:
     """All of them, by name."""
-    photos, lesson = templates.colour_photos(folder), templates.lesson_photos(folder)
+    photos = templates.colour_photos(folder)
+    lesson = folder if is_short(folder) else templates.lesson_photos(folder)  # not read in a short one
 
     def export(copy: Path, rng: Rng) -> list[Command]:
         named = any_of(rng, (("--engine", "onnxruntime"), ("--engine", "openvino"), ("--artifact", "onnx-fp16"), ()))
-        first = ("predict", copy, photos / "red", "--json", *named)
-        return [first, any_of(rng, (("history", copy), ("package", copy, "-o", copy / "x.tar"), ("calibrate", copy,
-                "--id", photos), ("teach", copy, photos), ("report", copy, "--id", photos, "-o", copy / "r.html")))]  # fmt: skip
+        then = (("history", copy), ("package", copy, "-o", copy / "x.tar"), ("calibrate", copy, "--id", photos),
+                ("teach", copy, photos), ("report", copy, "--id", photos, "-o", copy / "r.html"))  # fmt: skip
+        return [("predict", copy, photos / "red", "--json", *named), any_of(rng, then)]
 
     def lessons(copy: Path, rng: Rng) -> list[Command]:
         return [("teach", copy / "runs" / "run", lesson / "new", *templates.FREELY)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -186,7 +187,7 @@ class Collect(Operation):
         self.work.mkdir()
 
     def command(self) -> tuple[object, ...]:
-        photos = templates.lesson_photos(self.folder) / "held"  # all of them unknown
+        photos = templates.odd_photos(self.folder)
         return ("predict", templates.colours(self.folder), photos, "--engine", "onnxruntime", "--json",
                 "--collect", self.work / "kept", "--collect-most", 15)  # fmt: skip
 
@@ -336,15 +337,16 @@ QUICK: tuple[Callable[[Path], Operation], ...] = (Deploy, Calibrate, Rollback, C
 SLOW: tuple[Callable[[Path], Operation], ...] = (ExportRun, Teach, Train, TrainHead)
 
 
+@functools.cache
 def operations(folder: Path) -> list[Operation]:
-    """All of them; where the campaign is short, those that take no second."""
+    """All of them, measured once for all parts; where the campaign is short, those that take no second."""
     return [make(folder) for make in (QUICK if is_short(folder) else (*QUICK, *SLOW))]
 
 
 def make_templates(folder: Path) -> None:
     """Make what they begin with, in a process of its own: this one opens no engine, and can be forked."""
     names = [templates.colours, templates.colour_photos, templates.versions, templates.bundle, templates.watched,
-             templates.collected, templates.lesson_photos]  # fmt: skip
+             templates.collected, templates.odd_photos]  # fmt: skip
     if not is_short(folder):
         names.append(templates.exported)
     done(lambda: [make(folder) for make in names])

@@ -33,25 +33,46 @@ def _run(*arguments: object) -> None:
 
 def colours(folder: Path) -> Path:
     """The colour classifier's export, both engines in both precisions."""
-    from colour import write_export
 
-    return _once(folder, "colours", write_export)
+    def make(place: Path) -> None:
+        from colour import write_export
+
+        write_export(place)
+
+    return _once(folder, "colours", make)
 
 
 def colour_photos(folder: Path) -> Path:
     """Its images, in class folders."""
-    from colour import write_colours
 
-    return _once(folder, "colour-photos", lambda place: write_colours(place, 8))
+    def make(place: Path) -> None:
+        from colour import write_colours
+
+        write_colours(place, 8)
+
+    return _once(folder, "colour-photos", make)
+
+
+def odd_photos(folder: Path) -> Path:
+    """Images of which it knows none."""
+
+    def make(place: Path) -> None:
+        from collected import picture
+
+        for number in range(24):
+            picture(number // 3, number).save(place / f"{number:02}.png")
+
+    return _once(folder, "odd-photos", make)
 
 
 def versions(folder: Path) -> Path:
-    """The colour classifier's export as `door`, and two versions of it beside it in `door.versions`, named by their hashes."""
-    from colour import colour_images, edit_spec, write_reference
-
-    from ssod_edge.export.versions import keep
+    """The colour classifier's export as `door`; beside it, in `door.versions`, two versions that differ in a hash."""
 
     def make(place: Path) -> None:
+        from colour import colour_images, edit_spec, write_reference
+
+        from ssod_edge.export.versions import keep
+
         door = shutil.copytree(colours(folder), place / "door")
         keep(door)
         (door / "reference.npz").unlink()
@@ -64,9 +85,13 @@ def versions(folder: Path) -> Path:
 
 def bundle(folder: Path) -> Path:
     """`bundle.tar` of the colour classifier."""
-    from ssod_edge.export.bundle import write_bundle
 
-    return _once(folder, "bundle", lambda place: write_bundle(colours(folder), place / "bundle.tar"))
+    def make(place: Path) -> None:
+        from ssod_edge.export.bundle import write_bundle
+
+        write_bundle(colours(folder), place / "bundle.tar")
+
+    return _once(folder, "bundle", make)
 
 
 def watched(folder: Path) -> Path:
@@ -80,16 +105,21 @@ def watched(folder: Path) -> Path:
 
 def collected(folder: Path) -> Path:
     """What `predict --collect` keeps, with a line each."""
-    from collected import write_collected
 
-    return _once(folder, "collected", lambda place: write_collected(place / "kept", {7: 5, 10: 4, 3: 2}))
+    def make(place: Path) -> None:
+        from collected import write_collected
+
+        write_collected(place / "kept", {7: 5, 10: 4, 3: 2})
+
+    return _once(folder, "collected", make)
 
 
 def lesson_photos(folder: Path) -> Path:
     """`old`: photos of five classes; `new`: a few of a sixth one; `held`: of the five, to calibrate with."""
-    from lesson import write_photos
 
     def make(place: Path) -> None:
+        from lesson import write_photos
+
         for name, classes, each, seed in (("old", "abcde", 30, 1), ("new", "f", 5, 1), ("held", "abcde", 8, 2)):
             write_photos(place / name, classes, each, seed=seed)
 
@@ -98,14 +128,15 @@ def lesson_photos(folder: Path) -> Path:
 
 def run(folder: Path) -> Path:
     """`runs/run`, the last layer of a network of random weights trained, with its features in `runs/.features`."""
-    import torch
-    from lesson import CLASSES, SIZE
-    from safetensors.torch import save_file
-
-    from ssod_edge.config import Preprocess
-    from ssod_edge.training.model import build_model
 
     def make(place: Path) -> None:
+        import torch
+        from lesson import CLASSES, SIZE
+        from safetensors.torch import save_file
+
+        from ssod_edge.config import Preprocess
+        from ssod_edge.training.model import build_model
+
         torch.manual_seed(3)
         model = build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE))
         save_file(model.backbone.state_dict(), place / "weights.safetensors")
@@ -138,16 +169,17 @@ def export_options() -> tuple[str, ...]:
 
 def unfinished(folder: Path) -> Path:
     """`runs/run`, a run of the whole network that was interrupted after one of its two epochs."""
-    from ssod_edge.training.loop import _Loop
-
-    step = _Loop._train_batch
-
-    def until_the_second(loop: _Loop, *given: object) -> object:
-        if loop.progress.epoch == 1:
-            raise KeyboardInterrupt
-        return step(loop, *given)
 
     def make(place: Path) -> None:
+        from ssod_edge.training.loop import _Loop
+
+        step = _Loop._train_batch
+
+        def until_the_second(loop: _Loop, *given: object) -> object:
+            if loop.progress.epoch == 1:
+                raise KeyboardInterrupt
+            return step(loop, *given)
+
         with mock.patch.object(_Loop, "_train_batch", until_the_second):
             assert call(*train_all(folder, place / "runs")).code == 130
 
