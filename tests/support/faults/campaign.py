@@ -42,8 +42,8 @@ class Tally:
         """The summary."""
         tried = self.ends.total() + len(self.faults)
         ends = ", ".join(f"{count:,} {end}" for end, count in self.ends.most_common())
-        seeds = ", ".join(map(str, self.faults))
-        found = f"{len(self.faults)} faults" + (f", --part {self.part} --only: {seeds}" if seeds else "")
+        again = f": --part {self.part}" + "".join(f" --only {seed}" for seed in self.faults)
+        found = f"{len(self.faults)} faults{again if self.faults else ''}"
         return f"{self.part}: {tried:,} tried in {self.seconds:.0f} s ({ends or 'none ended well'}); {found}"
 
 

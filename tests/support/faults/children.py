@@ -18,8 +18,8 @@ from faults.fault import Ended, Fault
 
 #: What commands import; none of it starts a thread, which a fork would lose.
 LIGHT = ("onnx", "onnxruntime", "openvino", "colour", "ssod_edge.cli", "ssod_edge.export.deploy",
-         "ssod_edge.export.command", "ssod_edge.runtime.field.stream", "ssod_edge.runtime.field.review", "ssod_edge.runtime.calibrate",
-         "ssod_edge.runtime.report", "ssod_edge.teach.command")  # fmt: skip
+         "ssod_edge.export.command", "ssod_edge.runtime.field.stream", "ssod_edge.runtime.field.review",
+         "ssod_edge.runtime.calibrate", "ssod_edge.runtime.report", "ssod_edge.teach.command")  # fmt: skip
 HEAVY = ("torch", "timm", "safetensors.torch", "sklearn.linear_model", "ssod_edge.training.loop",
          "ssod_edge.evaluation.evaluate", "ssod_edge.export.graph.build", "ssod_edge.teach.teach")  # fmt: skip
 
