@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from faults.campaign import PARTS, Campaign, seeds_of
+from faults.campaign import PARTS, SHARES, Campaign, seeds_of
 
 
 @click.command()
@@ -26,7 +26,7 @@ def main(seed: int, minutes: float, parts: tuple[str, ...], seeds: tuple[int, ..
     faults = 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, Campaign(Path(folder)) as campaign:
         for part in parts:
-            seconds = float("inf") if seeds else 60 * minutes / len(parts)
+            seconds = float("inf") if seeds else 60 * minutes * SHARES[part] / sum(SHARES[other] for other in parts)
             tally = campaign.run(part, seeds or seeds_of(seed), seconds)
             click.echo(tally.line())
             for number, text in tally.faults.items():

@@ -21,6 +21,8 @@ from typing import IO
 PARTS = {"images": 30, "artifacts": 120, "archives": 60, "kills": 120, "disk": 120, "threads": 120, "memory": 120}
 #: Those of the first group open engines in the worker itself, the others fork it.
 GROUPS = {part: "opens" if part in ("images", "artifacts", "archives") else "forks" for part in PARTS}
+#: Part -> its share of the time: a kill takes seconds, a picture milliseconds.
+SHARES = {"images": 1, "artifacts": 2, "archives": 1, "kills": 4, "disk": 3, "threads": 2, "memory": 1}
 #: Seeds of one campaign.
 MOST = 100_000
 #: Seconds that a worker takes to make what it damages.
