@@ -247,6 +247,10 @@ class Review(Operation):
             json.loads(line)
         return "new" if log.exists() else "old"
 
+    def finish(self) -> None:
+        if (self.work / "kept" / "groups").exists():  # else it was stopped behind the last step
+            super().finish()
+
 
 def _pictures(folder: Path) -> set[bytes]:
     return {path.read_bytes() for path in folder.rglob("*.jpg")}
@@ -273,13 +277,10 @@ class Teach(ExportRun):
     def command(self) -> tuple[object, ...]:
         return ("teach", self.door, templates.lesson_photos(self.folder) / "new", *templates.FREELY)
 
-    def again(self) -> tuple[object, ...]:
-        if Export.at(self.door).spec.taught:
-            return ("rollback", self.door)
-        return self.command()
-
     def finish(self) -> None:
-        done(self.again())
+        if Export.at(self.door).spec.taught:
+            done(("rollback", self.door))
+        done(self.command())
         self.check()
         done(("history", self.door, "--keep", 5))
         self.check_nothing_left()
