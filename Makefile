@@ -9,7 +9,7 @@ JOBS := 2
 # Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
 PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 
-.PHONY: help venv demo test test-gpu plans cuda wheel lint format coverage clean
+.PHONY: help venv demo test test-gpu faults plans cuda wheel lint format coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,13 @@ test: $(STAMP) ## run the tests that need no GPU
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+# SEED=2 tries other things; MINUTES is for all parts together; PART=images and ONLY=100017 replay what was found.
+SEED := 1
+MINUTES := 15
+faults: $(STAMP) ## damage files, kill, fill the disk and race, from a seed (SEED=1 MINUTES=15 PART=images ONLY=100017)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python -m faults --seed $(SEED) --minutes $(MINUTES) \
+		$(addprefix --part ,$(PART)) $(addprefix --only ,$(ONLY))
 
 plans: $(STAMP) ## build real plans of every backbone with TensorRT for RTX, no GPU needed
 	$(BIN)/python -m ssod_edge.bench.tools.plans

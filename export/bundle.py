@@ -12,7 +12,8 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from ssod_edge.errors import ArtifactError, OutputError, UsageError
+from ssod_edge.data.layout import tar_damage
+from ssod_edge.errors import ArtifactError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.export.release import Say
 from ssod_edge.files import check_output, sha256_file, write_atomic
 from ssod_edge.json_reader import parse_json
@@ -118,8 +119,10 @@ def unpack(path: str | Path, folder: Path) -> Spec:
     try:
         with tarfile.open(path, "r:") as archive:
             names = _extract(archive, folder, path)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise _damaged(path, f"it is no bundle, or is cut short: {error}") from error
+    except SsodEdgeError:
+        raise
+    except Exception as error:
+        raise _damaged(path, f"it is no bundle, or is cut short: {tar_damage(error)}") from error
     for name in (SUMS_NAME, SPEC_NAME):
         if name not in names:
             raise _damaged(path, f"it holds no {name}")

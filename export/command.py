@@ -238,13 +238,18 @@ def _row(artifact: Artifact, folder: Path) -> tuple[str, ...]:
     figures, threshold = artifact.verification, artifact.threshold
     if figures is None:
         return artifact.name, f"{size:.1f} MB", "-", "-", "-", "none", "on first run"
-    flips = figures.get("decision_flips")
+
+    def number(name: str, style: str) -> str:  # of an artifact that is kept, another release may have written them
+        value = figures.get(name)
+        return format(value, style) if isinstance(value, (int, float)) else "-"
+
+    flips = number("decision_flips", "")
     return (
         artifact.name,
         f"{size:.1f} MB",
-        f"{figures['max_abs_logit_diff']:.1e}",
-        f"{figures['class_agreement']:.1%}",
-        "-" if flips is None else f"{flips}/{figures['n']}",
+        number("max_abs_logit_diff", ".1e"),
+        number("class_agreement", ".1%"),
+        flips if flips == "-" else f"{flips}/{number('n', '')}",
         "none" if threshold is None else f"{threshold.value:.4f}",
-        f"yes, {figures['precision']} on {figures['device']}",
+        f"yes, {figures.get('precision', '-')} on {figures.get('device', '-')}",
     )

@@ -385,13 +385,13 @@ def append_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
     """
     data = "".join(f"{line}\n" for line in lines).encode()
     try:
-        with open(path, "ab+") as file:
+        with open(path, "ab+", buffering=0) as file:  # what a buffer keeps would be written after the error, too
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 data = b"\n" + data
             try:
-                file.write(data)
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):

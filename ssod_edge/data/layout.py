@@ -167,8 +167,10 @@ class TarReader(FileReader):
         try:
             with tarfile.open(path) as tar:
                 members = {_plain(member.name): member for member in tar}
-        except (tarfile.TarError, EOFError) as error:
-            raise UsageError(f"'{path}' is no .tar file, or is cut short ({error}). Copy or pack it again") from error
+        except Exception as error:
+            raise UsageError(
+                f"'{path}' is no .tar file, or is cut short ({tar_damage(error)}). Copy or pack it again"
+            ) from error
         files = {name: member for name, member in members.items() if member.isfile()}
         links = {name: member for name, member in members.items() if _is_link(member) and is_shown(name)}
         ends = {name: self._end(name, members) for name in links}
@@ -218,6 +220,18 @@ class TarReader(FileReader):
 
     def filename(self, index: int) -> str:
         return self._shown[index]
+
+
+def tar_damage(error: Exception) -> str:
+    """What is wrong with an archive that `tarfile` raised this of; what is not of the archive is raised again.
+
+    A damaged header raises whatever it leads to: thousands that each belong to the next one, a RecursionError.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    if isinstance(error, RecursionError):
+        return "headers that each belong to the next one"
+    return str(error).partition(":\n")[0] or type(error).__name__
 
 
 def _plain(name: str) -> str:

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from ssod_edge.config import Preprocess
 from ssod_edge.data.jpeg import decode_jpeg
 from ssod_edge.data.named import Via
+from ssod_edge.data.png import pixels_are_whole
 from ssod_edge.errors import EngineError, ImageError, MissingExtraError, UsageError
 from ssod_edge.optional import load
 from ssod_edge.sources import is_address, without_secrets
@@ -153,6 +154,8 @@ def load_image(source: ImageLike, settings: Preprocess | None = None, damaged: D
             if size > MAX_BYTES:
                 raise ImageError(f"the file is larger than {MAX_BYTES} bytes; reduce the picture, or save it as JPEG")
             with _identify(file) as image:
+                if image.format == "PNG" and not pixels_are_whole(file):
+                    raise ImageError("damaged image data (a checksum of its pixels is wrong)")
                 return _decode(image, settings, file if image.format in ("JPEG", "MPO") else None, damaged)
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error

@@ -162,7 +162,7 @@ def load_reference(folder: str | Path, spec: Spec) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("image", "logits", "id_logit", score)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"'{path}' is not a reference of this release ({error}). Export the run again.") from error
     n = len(arrays["image"])
     shapes = {"image": (n, 3, size, size), "logits": (n, len(spec.classes)), "id_logit": (n,), score: (n,)}

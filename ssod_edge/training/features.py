@@ -192,7 +192,8 @@ def _read(path: Path, count: int) -> Features | None:
 def _keep(path: Path, features: Features) -> None:
     """Write features, and delete those that nobody used for the longest time; without room for them, do without."""
     size = features.plain.nbytes + features.disturbed.nbytes
-    with contextlib.suppress(OSError, OutputError):  # another process deletes too, or there is no room: do without
+    # No room, another process deletes too, or a folder has that name: do without.
+    with contextlib.suppress(OSError, OutputError, UsageError):
         others = sorted(path.parent.glob("*.npz"), key=lambda other: other.stat().st_mtime)
         total = size + sum(other.stat().st_size for other in others)
         for other in others:

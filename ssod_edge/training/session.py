@@ -20,7 +20,7 @@ from ssod_edge.data.division import divide, earlier_splits
 from ssod_edge.data.negatives import Negatives, open_negatives
 from ssod_edge.data.sources import open_training_data
 from ssod_edge.data.splits import MIN_CALIB, Indices
-from ssod_edge.errors import UsageError
+from ssod_edge.errors import OutputError, UsageError
 from ssod_edge.files import write_atomic, write_json
 from ssod_edge.json_reader import from_json, parse_json
 from ssod_edge.terminal import image_bar, tell
@@ -256,9 +256,16 @@ class Session:
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add one epoch's line; an epoch that was run again after a kill replaces what stood there for it.
 
-    A line that is damaged is left out, and said so: it is not worth the epoch that was trained. A table
-    beside it has the numbers of all lines, for spreadsheets and plots.
+    A line that is damaged is left out, and said so, and so is all of it where it cannot be read or written: it is not
+    worth the epoch that was trained. A table beside it has the numbers of all lines, for spreadsheets and plots.
     """
+    try:
+        _append_row(path, row)
+    except (OSError, OutputError, UsageError) as error:
+        say(f"the figures of epoch {row['epoch']} are not kept ({error}); training goes on")
+
+
+def _append_row(path: Path, row: dict[str, Any]) -> None:
     lines = path.read_bytes().splitlines() if path.exists() else []
     kept, rows = [], []
     for number, line in enumerate(lines, 1):

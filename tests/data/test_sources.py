@@ -304,6 +304,23 @@ def test_a_wrong_layout_is_refused_with_the_reason(folder):
     refused("'class0/more/x.png' of .* is in a folder below its class folder")
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_tar_file_whose_headers_raise_anything_is_damaged(tmp_path, kind, compressed):
+    """Thousands that each belong to the next one, a RecursionError; bits that no decompressor knows."""
+    with tarfile.open(tmp_path / "x.tar", "w:xz" if compressed else "w") as tar:
+        for _ in range(3000):
+            header = tarfile.TarInfo("header")
+            header.type, header.size = kind, 11
+            tar.addfile(header, io.BytesIO(b"11 path=ab\n"))
+        tar.addfile(tarfile.TarInfo("a/1.png"))
+    if compressed:
+        content = (tmp_path / "x.tar").read_bytes()
+        (tmp_path / "x.tar").write_bytes(content[:60] + b"\xff" * 20 + content[80:])
+    with pytest.raises(UsageError, match=r"x\.tar' is no \.tar file, or is cut short \(.+\)\. Copy"):
+        open_dataset(str(tmp_path / "x.tar"))
+
+
 def test_a_name_that_is_no_data_set_is_refused_with_the_reason(folder, tmp_path):
     for name, reason in (
         ("", "name of the data set is empty"),

@@ -276,6 +276,16 @@ def test_only_plain_files_inside_are_unpacked(bundle: Path, empty: Path, name: s
     assert not any(path.is_symlink() for path in empty.rglob("*"))
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_headers_that_each_belong_to_the_next_one_are_damage(bundle: Path, empty: Path, kind: bytes) -> None:
+    with tarfile.open(bundle, "a") as archive:
+        for _ in range(3000):
+            add(archive, "header", b"11 path=ab\n", kind)
+        add(archive, "model.onnx")
+    with pytest.raises(ArtifactError, match="is refused: it is no bundle, or is cut short"):
+        unpack(bundle, empty)
+
+
 def test_a_file_beside_those_listed_is_refused(bundle: Path, empty: Path) -> None:
     with tarfile.open(bundle, "a") as archive:
         add(archive, "extra.bin", b"x")

@@ -56,6 +56,14 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "device" / "model"
 
 
+def test_an_artifact_that_is_kept_may_lack_figures(export: Path, bundle: Path) -> None:
+    """Those of the colour classifier say that they were verified, and no more."""
+    done = CliRunner().invoke(main, ["export", "--from", str(bundle), "-o", str(export), "--target", "onnx", "--fp32"])
+    assert done.exit_code == 0, done.output
+    kept = next(line.split() for line in done.stdout.splitlines() if line.startswith("openvino-fp32"))
+    assert kept[3:6] == ["-", "-", "-"] and kept[-4:] == ["yes,", "fp32", "on", "CPU"]
+
+
 def test_artifacts_are_made_and_verified(export: Path, bundle: Path, out: Path) -> None:
     spec = deploy(bundle, out)
     assert spec == load_spec(out) and [a.name for a in spec.artifacts] == EVERY

@@ -220,12 +220,13 @@ def test_a_changed_reference_is_refused(export: Path) -> None:
     "content",
     [
         b"no archive",
+        b"",
         {"image": colour_images(2)},
         {"image": colour_images(1)[:0], "logits": np.ones((0, 3)), "id_logit": np.ones(0), "score_energy": np.ones(0)},
         {"image": colour_images(2), "logits": np.zeros((2, 7)), "id_logit": np.zeros(2), "score_energy": np.zeros(2)},
         {"image": np.array([None, {}]), "logits": 0, "id_logit": 0, "score_energy": 0},
     ],
-    ids=["no archive", "arrays missing", "no images", "other classes", "pickled objects"],
+    ids=["no archive", "empty", "arrays missing", "no images", "other classes", "pickled objects"],
 )  # fmt: skip
 def test_a_reference_of_another_kind_is_refused(export: Path, content: bytes | dict) -> None:
     path = export / "reference.npz"

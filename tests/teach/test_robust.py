@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from full import full_disk
 from lesson import CLASSES, run, snapshot, write_photos
 from locks import holding
 
@@ -156,18 +155,6 @@ def test_a_kill_after_each_step_of_a_rollback(door: Path, photos: Path, tmp_path
     assert run("history", door, "--keep", 5).exit_code == 0
     assert names(tmp_path) == ["door", "door.versions"]
     assert [name[:2] for name in names(versions_folder(door))] == ["1-", "2-"]
-
-
-@contextlib.contextmanager
-def full_disk(most: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes."""
-    old_limit, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, old_limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
-        signal.signal(signal.SIGXFSZ, old_handler)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

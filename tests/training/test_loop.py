@@ -564,6 +564,19 @@ def test_a_damaged_line_of_the_metrics_costs_no_epoch(config, tmp_path, capsys):
     assert load_checkpoint(run / LAST)[1]["progress"]["epoch"] == 2
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "metrics.jsonl"])
+def test_figures_that_cannot_be_kept_cost_no_epoch(config, tmp_path, capsys, name):
+    config = replace(config, half_size_epochs=0)
+    run = train(replace(config, epochs=1), tmp_path)
+    (run / name).unlink()
+    (run / name).mkdir()
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**stored, "epochs": 2}))
+    train(config, tmp_path, resume=True)
+    assert "the figures of epoch 2 are not kept (" in (said := capsys.readouterr().err) and name in said
+    assert load_checkpoint(run / LAST)[1]["progress"]["epoch"] == 2 and (run / name).is_dir()
+
+
 def test_resuming_on_other_data_is_refused(config, tmp_path):
     folder = write_folder(tmp_path / "data", per_class=8)
     run = train(replace(config, data=str(folder), epochs=1, half_size_epochs=0), tmp_path)

@@ -242,6 +242,11 @@ def test_features_are_found_and_made_where_nothing_may_be_written(tmp_path, phot
     monkeypatch.setattr(Path, "glob", refuse)  # another process is deleting
     assert np.array_equal(features_of(model, source, tmp_path / "other", workers=0).plain, found.plain)
     assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    kept = next((tmp_path / CACHE).iterdir())
+    kept.unlink()
+    kept.mkdir()  # in the place of the file
+    assert np.array_equal(features_of(model, source, tmp_path, workers=0).plain, found.plain)
 
 
 def test_folded_norms_change_nothing_but_the_time():

@@ -20,6 +20,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from colour import SIZE, edit_spec
+from full import full_disk
 from PIL import Image
 
 import ssod_edge
@@ -500,6 +501,16 @@ def test_a_line_that_cannot_be_written_leaves_the_file_as_it_was(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left on device. Free some space"):
         append_lines(path, ["two"])
+    assert path.read_text() == "one\n"
+
+
+@pytest.mark.parametrize(("most", "words"), [(4, 100), (5, 100), (1000, 100), (2000, 100), (1000, 9000)])
+def test_lines_that_no_longer_fit_leave_nothing_of_themselves(tmp_path: Path, most: int, words: int) -> None:
+    """What is left in a buffer must not be written when the file is closed."""
+    path = tmp_path / "lines"
+    append_lines(path, ["one"])
+    with full_disk(most), pytest.raises(OutputError, match="File too large"):
+        append_lines(path, ["two" * words] * 10)
     assert path.read_text() == "one\n"
 
 

@@ -1,0 +1,46 @@
+"""SIGKILL at any instant: what was there or what was to come is there, whole, and the next run ends well."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from faults.children import Steps, import_all, start
+from faults.damage import Rng, any_of
+from faults.fault import about
+from faults.operations import make_templates, operations
+
+
+class Attempts:
+    """Half of the kills fall on a step that writes, half on an instant."""
+
+    def __init__(self, folder: Path):
+        import_all(folder)
+        make_templates(folder)
+        self._operations = operations(folder)
+
+    def attempt(self, rng: Rng) -> str:
+        operation = any_of(rng, self._operations)
+        with about(operation.name):
+            operation.measure()
+            operation.fresh()
+        if rng.random() < 0.5:
+            at = int(rng.integers(1, operation.steps + 1))
+            what = f"step {at} of {operation.steps}"
+            steps = Steps(operation.work, at, lambda event: os.kill(os.getpid(), signal.SIGKILL))
+            with start(operation.command(), steps.watch) as child:
+                code = child.ended().code
+        else:
+            share = rng.uniform(0, 1.05)
+            what = f"{share:.3f} of {operation.lasts:.2f} s"
+            with start(operation.command()) as child:
+                time.sleep(share * operation.lasts)
+                child.kill()
+                code = child.ended().code
+        with about(operation.name, f"killed at {what}"):
+            found = operation.check()
+            if rng.random() < 0.5:
+                operation.finish()
+        return f"{operation.name} {'ended' if code == 0 else found}"
