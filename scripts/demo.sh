@@ -19,6 +19,9 @@ step export "$run" --fp32 --fp16 --features pooled --score gen+mahalanobispp
 step eval "$run" --id demo:test --ood near=demo:near --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/eval.json"
 step bench "$run" --quick --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/bench.json"
 
+step report "$run" --id demo:test --ood near=demo:near --ood photos=demo:photos --ood shapes=demo:shapes \
+    --bench "$run/bench.json" -o "$run/report.html"
+
 python -c "from ssod_edge.data.demo import write_demo_images; write_demo_images('$run/images')"
 step predict "$run" "$run/images"
 

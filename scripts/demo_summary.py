@@ -30,6 +30,7 @@ def main(run: Path, seconds: int) -> None:
     console = Console(highlight=False)
     console.print()
     console.print(table)
+    console.print(f"All of it on a page: {run / 'report.html'}")
     console.print("Try next:")
     for command in (
         f"predict {run} YOUR_PHOTO.jpg --json",
