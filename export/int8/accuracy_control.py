@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.data.images import Subset
+from ssod_edge.data.disturbances import seeded_copy
+from ssod_edge.data.images import RANGE_IMAGES, Subset
 from ssod_edge.data.sources import model_labels
 from ssod_edge.detect.made_images import make_for_choices
 from ssod_edge.detect.metrics import detection_metrics
@@ -17,13 +18,11 @@ from ssod_edge.export.int8.quantize import Images, Infer, Quantizer
 from ssod_edge.export.release import Say
 from ssod_edge.training.model import SSODClassifier
 
-#: Images that the ranges of the activations come from: what NNCF takes by default, and more change nothing.
-STATISTICS_IMAGES = 300
 #: Held-out images that the control looks at. The top-1 of 2,000 images that differ in 3% moves by 0.4 points by chance.
 CONTROL_IMAGES = 2000
 #: The OOD score is checked against so many images made from them.
 PSEUDO_OOD_IMAGES = 1000
-#: Fewer readable images than this, half of them for the ranges, say nothing about either.
+#: Fewer readable images than this, for the ranges and the control, say nothing about either.
 LEAST_IMAGES = 32
 #: Images that the layers are ranked with.
 RANKING_IMAGES = 64
@@ -35,50 +34,56 @@ class DrawnImages:
     """The images of an int8 export, no image in both parts.
 
     Attributes:
-        statistics: uint8 [n, 3, S, S], for the ranges of the activations.
+        statistics: uint8 [n, 3, S, S], for the ranges of the activations; copies come last.
         control: uint8 [m, 3, S, S], for the accuracy control.
         labels: int64 [m], of the control images in the model's classes; None if they have none that the model knows.
-        description: of the data, for the record.
+        ranges_of, control_of: descriptions of what they come from, for the record.
+        copies: how many of the former are disturbed copies of others.
     """
 
     statistics: Images
     control: Images
     labels: NDArray[np.int64] | None
-    description: str
+    ranges_of: str
+    control_of: str
+    copies: int = 0
 
 
-def draw_images(calibration: Subset, model: SSODClassifier, say: Say) -> DrawnImages:
-    """A seeded choice: the last of a shuffled list for the ranges, because `reference.npz` takes the first.
+def draw_images(parts: tuple[Subset, Subset], model: SSODClassifier, say: Say) -> DrawnImages:
+    """A seeded choice of `RANGE_IMAGES` and `CONTROL_IMAGES`.
+
+    Of fewer images than that, ranges also come from a disturbed copy of each (`seeded_copy`): a camera in the field
+    sees more than a few photos do.
 
     Args:
-        calibration: in-distribution images that were not trained on.
+        parts: images for the ranges and others for the control, see `Images.for_int8`.
         model: whose preprocessing and classes they get.
-        say: gets a line where the images are of one class, or have no labels.
+        say: gets a line where the control's images are of one class, or have no labels.
 
     Raises:
         UsageError: fewer than `LEAST_IMAGES` can be read.
     """
-    order = np.random.default_rng(0).permutation(calibration.indices)
-    statistics = min(STATISTICS_IMAGES, len(order) // 2)
-    chosen = np.concatenate([order[len(order) - statistics :], order[: min(CONTROL_IMAGES, len(order) - statistics)]])
-    batches = list(calibration.batches(model.preprocess, chosen))
-    count = sum(len(labels) for _, labels in batches)
-    check_count(count, calibration)
-    images, found = (np.concatenate(part) for part in zip(*batches, strict=True))
-    # An unreadable image is missing from its part; the border moves by a few images, and none is in both.
-    border = min(statistics, count // 2)
-    labels = model_labels(found, calibration.source.classes, model.classes)
+    rng = np.random.default_rng(0)
+    ranges, control = parts
+    drawn = [
+        part.read(model.preprocess, rng.permutation(part.indices)[:most])
+        for part, most in ((ranges, RANGE_IMAGES), (control, CONTROL_IMAGES))
+    ]
+    check_count(sum(len(images) for images, _ in drawn), ranges)
+    (statistics, _), (known, found) = drawn
+    copies = [seeded_copy(image) for image in statistics[: RANGE_IMAGES - len(statistics)]]
+    labels: NDArray[np.int64] | None = model_labels(found, control.source.classes, model.classes)
     present = np.unique(labels[labels >= 0])
     if len(present) == 1:
         say(
-            f"note: all images of {calibration.description} are of one class, '{model.classes[present[0]]}': the "
+            f"note: all images of {control.description} are of one class, '{model.classes[present[0]]}': the "
             "ranges of the int8 graph may not fit the others, and its top-1 says nothing about them"
         )
-    control: NDArray[np.int64] | None = labels[border:]
-    if (labels[border:] < 0).any():
-        say(f"note: images of {calibration.description} have no class that the model knows: top-1 is not controlled")
-        control = None
-    return DrawnImages(images[:border], images[border:], control, calibration.description)
+    if (labels < 0).any():
+        say(f"note: images of {control.description} have no class that the model knows: top-1 is not controlled")
+        labels = None
+    images = np.concatenate([statistics, *(copy[None] for copy in copies)])
+    return DrawnImages(images, known, labels, ranges.description, control.description, len(copies))
 
 
 def check_count(count: int, calibration: Subset) -> None:

@@ -32,10 +32,10 @@ def check_int8(source: Source) -> None:
         raise missing_extra("nncf", "exporting int8")
     if not source.trained:
         return
-    calibration = source.images.quantising
-    if calibration is None:
+    parts = source.images.for_int8()
+    if parts is None:
         raise UsageError("int8 is quantised with in-distribution images, and there are none. Name some: --calib DATA")
-    check_count(len(calibration.indices), calibration)
+    check_count(sum(map(len, parts)), parts[0])
 
 
 def int8_artifacts(
@@ -63,15 +63,20 @@ def int8_artifacts(
         VerificationError: int8 costs more than `max_drop`.
     """
     make = partial(make, made_with=(*MADE_WITH, "nncf"))
-    calibration = source.images.quantising
-    if not source.trained or calibration is None:
+    parts = source.images.for_int8()
+    if not source.trained or parts is None:
         images = synthetic_images(SYNTHETIC_IMAGES, source.model.preprocess.input_size)
         data: dict[str, Any] = {"data": "seeded noise: untrained weights, for latency alone", "images": len(images)}
         control = None
     else:
-        drawn = draw_images(calibration, source.model, say)
-        images, data = drawn.statistics, {"data": drawn.description, "images": len(drawn.statistics)}
-        say(f"quantising with {len(images)} images of {drawn.description}, checking on {len(drawn.control)} others")
+        drawn = draw_images(parts, source.model, say)
+        images = drawn.statistics
+        data = {"data": drawn.ranges_of, "images": len(images), "copies": drawn.copies}
+        copies = f", {drawn.copies} of them disturbed copies," if drawn.copies else ""
+        say(
+            f"quantising with {len(images)} images{copies} of {drawn.ranges_of}, checking on "
+            f"{len(drawn.control)} of {drawn.control_of}"
+        )
         control = AccuracyControl(drawn, infer_onnx(fp32), max_drop)
     artifacts = []
     if "openvino" in engines:

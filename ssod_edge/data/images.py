@@ -14,6 +14,8 @@ from ssod_edge.data.sources import ImageSource, open_dataset
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError, UsageError
 
+#: Images that the ranges of an int8 graph's activations come from: what NNCF takes by default, and more change nothing.
+RANGE_IMAGES = 300
 BATCH = 32
 #: Fewer readable images than this describe no distribution.
 LEAST_IMAGES = 32
@@ -98,7 +100,7 @@ class Images:
         training: those that the model was trained on, for the state of a score.
         choices: those that choices may look at, a run's validation split.
         thresholds: those that nothing else may look at.
-        int8: those to quantise with; None takes those of the thresholds.
+        int8: those that are named to quantise with and to check int8 on; None: see `for_int8`.
     """
 
     training: Subset | None = None
@@ -106,9 +108,27 @@ class Images:
     thresholds: Subset | None = None
     int8: Subset | None = None
 
-    @property
-    def quantising(self) -> Subset | None:
-        return self.int8 or self.thresholds
+    def for_int8(self) -> tuple[Subset, Subset] | None:
+        """Images that the ranges of an int8 graph come from, and others to check it on; None where there are none.
+
+        Ranges come from what the model was trained on, which may be much more than what was held out; that is what
+        checks. Without training images, and of images that were named for it, they share one set.
+        """
+        held_out = [part for part in (self.choices, self.thresholds) if part is not None]
+        if self.int8 is None and self.training is not None and held_out:
+            source, one = self.training.source, held_out[0]
+            control = np.unique(np.concatenate([part.indices for part in held_out if part.source is source]))
+            ranges = np.setdiff1d(self.training.indices, control)
+            if len(control) and len(ranges):
+                what = " and ".join(part.description for part in held_out)
+                return replace(self.training, indices=ranges), replace(one, indices=control, description=what)
+        shared = self.int8 or self.thresholds
+        if shared is None:
+            return None
+        order = np.random.default_rng(0).permutation(shared.indices)
+        middle = len(order) - min(RANGE_IMAGES, len(order) // 2)
+        # The last of them for the ranges, because `reference.npz` takes the first.
+        return replace(shared, indices=order[middle:]), replace(shared, indices=order[:middle])
 
     @property
     def unreadable(self) -> bool:

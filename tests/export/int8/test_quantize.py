@@ -20,7 +20,7 @@ from small import CLASSES, SIZE, make_model, random_images, write_images, write_
 pytest.importorskip("nncf", reason="needs the extra int8")
 
 from ssod_edge.cli import main
-from ssod_edge.data.images import Images, whole_dataset
+from ssod_edge.data.images import Images, Subset, whole_dataset
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export.graph.onnx import fused_graph
@@ -225,7 +225,7 @@ def control(fp32: onnx.ModelProto) -> AccuracyControl:
     """Its labels are fp32's own classes, so that top-1 counts every class that changes."""
     known = images(120, seed=5)
     labels = infer_onnx(fp32)(known)["logits"].argmax(axis=1)
-    return AccuracyControl(DrawnImages(images(24), known, labels, "noise"), infer_onnx(fp32), max_drop=10.0)
+    return AccuracyControl(DrawnImages(images(24), known, labels, "noise", "noise"), infer_onnx(fp32), max_drop=10.0)
 
 
 def test_the_layer_that_costs_accuracy_goes_back_to_floating_point(
@@ -296,10 +296,42 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def shared(data: Path) -> tuple[Subset, Subset]:
+    """Ranges and control from one data set, as with --calib."""
+    parts = Images(int8=whole_dataset(str(data))).for_int8()
+    assert parts is not None
+    return parts
+
+
+def test_ranges_come_from_training_images_and_the_control_from_all_that_was_held_out() -> None:
+    source: Any = object()
+
+    def part(name: str, *indices: int) -> Subset:
+        return Subset(source, np.array(indices), name)
+
+    training, val, calib = part("train", 0, 1, 2, 3, 4), part("val", 5, 6), part("calib", 7, 8)
+    ranges, control = Images(training, val, calib).for_int8() or (None, None)
+    assert ranges is not None and control is not None
+    assert (ranges.indices.tolist(), control.indices.tolist()) == ([0, 1, 2, 3, 4], [5, 6, 7, 8])
+    assert (ranges.description, control.description) == ("train", "val and calib")
+    # Where thresholds are out of fold, their images are training images too.
+    ranges, control = Images(training, val, part("out of fold", 1, 3)).for_int8() or (None, None)
+    assert ranges is not None and control is not None
+    assert (ranges.indices.tolist(), control.indices.tolist()) == ([0, 2, 4], [1, 3, 5, 6])
+    # Named ones go before all others, and without training images there is one set for both.
+    named = part("named", *range(10, 21))
+    for found in (Images(training, val, calib, int8=named), Images(thresholds=named)):
+        ranges, control = found.for_int8() or (None, None)
+        assert ranges is not None and control is not None
+        assert sorted([*ranges.indices.tolist(), *control.indices.tolist()]) == list(range(10, 21))
+        assert (len(ranges), len(control)) == (5, 6) and ranges.description == control.description == "named"
+    assert Images(training).for_int8() is None is Images().for_int8()
+
+
 def test_images_are_drawn_once_for_ranges_and_others_for_control(data: Path, model: SSODClassifier) -> None:
     lines: list[str] = []
-    drawn = draw_images(whole_dataset(str(data)), model, lines.append)
-    assert (len(drawn.statistics), len(drawn.control)) == (42, 42) and lines == []
+    drawn = draw_images(shared(data), model, lines.append)
+    assert (len(drawn.statistics), drawn.copies, len(drawn.control)) == (84, 42, 42) and lines == []
     both = {image.tobytes() for image in drawn.statistics} & {image.tobytes() for image in drawn.control}
     assert not both and drawn.labels is not None and set(drawn.labels) == set(range(len(CLASSES)))
 
@@ -311,20 +343,20 @@ def test_labels_go_by_the_names_of_the_classes(tmp_path: Path, model: SSODClassi
             path.rename(tmp_path / "data" / "g" / path.name)
         (tmp_path / "data" / name).rmdir()
     lines: list[str] = []
-    drawn = draw_images(whole_dataset(str(tmp_path / "data")), model, lines.append)
+    drawn = draw_images(shared(tmp_path / "data"), model, lines.append)
     assert drawn.labels is not None and set(drawn.labels) == {CLASSES.index("g")}
     assert "all images of" in lines[0] and "one class, 'g'" in lines[0]
     (tmp_path / "data" / "g").rename(tmp_path / "data" / "zebra")
-    drawn = draw_images(whole_dataset(str(tmp_path / "data")), model, lines.append)
+    drawn = draw_images(shared(tmp_path / "data"), model, lines.append)
     assert drawn.labels is None and "top-1 is not controlled" in lines[1]
 
 
 def test_too_few_images_are_refused(tmp_path: Path, model: SSODClassifier) -> None:
     write_images(tmp_path / "data", LEAST_IMAGES)
-    draw_images(whole_dataset(str(tmp_path / "data")), model, lambda line: None)
+    draw_images(shared(tmp_path / "data"), model, lambda line: None)
     (tmp_path / "data" / "a" / "000.png").write_bytes(b"broken")
     with pytest.raises(UsageError, match=r"at least 32 readable .* got 31 of .*--calib"):
-        draw_images(whole_dataset(str(tmp_path / "data")), model, lambda line: None)
+        draw_images(shared(tmp_path / "data"), model, lambda line: None)
 
 
 def test_a_list_that_is_too_short_is_refused_before_any_work(tmp_path: Path, model: SSODClassifier) -> None:
@@ -361,7 +393,8 @@ def test_export_makes_int8_artifacts_with_their_own_thresholds(exported: tuple[P
         assert artifact.threshold.value != spec.artifact(name.replace("int8", "fp32")).threshold.value  # type: ignore[union-attr]
         build = artifact.build
         assert build["int8_layers"] == 15 and build["float_layers"] == {"head": "an fp32 end"}
-        assert build["calibration"]["images"] == 20 and "calib split" in build["calibration"]["data"]
+        assert build["calibration"]["images"] == 2 * build["calibration"]["copies"] == 84
+        assert "train split" in build["calibration"]["data"]
         assert set(build["accuracy_control"]["auroc"]) == {"fp32", "int8"}
     assert spec.artifact("onnx-int8").main_file == "model-int8.onnx"
     check_symmetric(onnx.load(folder / "model-int8.onnx"))
