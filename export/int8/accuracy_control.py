@@ -72,18 +72,20 @@ def draw_images(parts: tuple[Subset, Subset], model: SSODClassifier, say: Say) -
     check_count(sum(len(images) for images, _ in drawn), ranges)
     (statistics, _), (known, found) = drawn
     copies = [seeded_copy(image) for image in statistics[: RANGE_IMAGES - len(statistics)]]
-    labels: NDArray[np.int64] | None = model_labels(found, control.source.classes, model.classes)
+    labels = model_labels(found, control.source.classes, model.classes)
     present = np.unique(labels[labels >= 0])
     if len(present) == 1:
         say(
             f"note: all images of {control.description} are of one class, '{model.classes[present[0]]}': the "
             "ranges of the int8 graph may not fit the others, and its top-1 says nothing about them"
         )
-    if (labels < 0).any():
+    have_labels = bool((labels >= 0).all())
+    if not have_labels:
         say(f"note: images of {control.description} have no class that the model knows: top-1 is not controlled")
-        labels = None
     images = np.concatenate([statistics, *(copy[None] for copy in copies)])
-    return DrawnImages(images, known, labels, ranges.description, control.description, len(copies))
+    return DrawnImages(
+        images, known, labels if have_labels else None, ranges.description, control.description, len(copies)
+    )
 
 
 def check_count(count: int, calibration: Subset) -> None:
