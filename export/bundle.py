@@ -191,8 +191,8 @@ def _readme(spec: Spec, record: bytes | None, name: str) -> str:
     lines = [
         f"# {spec.backbone}: {len(spec.classes)} classes at {spec.preprocess.input_size} px, score {spec.score_name}",
         "",
-        "An ssod-edge model for a device. It needs no PyTorch there. The wheel is what `make wheel` makes in a clone of",
-        "ssod-edge, whose docs/install.md and docs/jetson.md tell more:",
+        "An ssod-edge model for a device. It needs no PyTorch there. The wheel is what `make wheel` makes in a clone",
+        "of ssod-edge, whose docs/install.md and docs/jetson.md tell more:",
         "",
         "    pip install 'ssod_edge-VERSION-py3-none-any.whl[openvino]'    # or [onnx]; on a Jetson [jetson]",
         f"    ssod-edge export --from {name} --target openvino    # or onnx, or tensorrt on a Jetson",
