@@ -77,6 +77,7 @@ class TargetOptions:
         tpr: share of in-distribution images that must stay known, in (0, 1).
         batch: "MIN,OPT,MAX" of TensorRT's plans.
         version_compatible: see `ssod_edge.export.engines.tensorrt.PlanOptions`.
+        golden: a folder for what `ssod_edge.runtime.golden` writes.
     """
 
     out: str | None = None
@@ -85,6 +86,7 @@ class TargetOptions:
     tpr: float = 0.95
     batch: str = "1,1,8"
     version_compatible: bool = False
+    golden: str | None = None
 
     def targets(self) -> Targets:
         """The engines that are meant, and how plans are built.
@@ -141,7 +143,7 @@ def run_export(
     elif model.images.thresholds is None:
         say(NO_IMAGES_NOTE, "yellow")
     folder = Path(target.out) if target.out else model.folder / "export"
-    show(export_source(model, target.out, options, say), folder, started)
+    _finish(export_source(model, target.out, options, say), folder, started, target.golden)
     return EXIT_SOME_FAILED if model.images.unreadable else EXIT_OK
 
 
@@ -156,8 +158,16 @@ def run_deploy(bundle: str, target: TargetOptions, data: str | None = None) -> i
     spec = deploy(bundle, folder, target.targets(), data, unreadable.setdefault, say)
     for message in unreadable:
         say(f"left out: {message}")
-    show(spec, folder, started)
+    _finish(spec, folder, started, target.golden)
     return EXIT_SOME_FAILED if unreadable else EXIT_OK
+
+
+def _finish(spec: Spec, folder: Path, started: float, golden: str | None) -> None:
+    show(spec, folder, started)
+    if golden is not None:
+        from ssod_edge.runtime.golden import write_golden
+
+        say(f"golden inputs and outputs of {', '.join(write_golden(folder, golden, say))} in {golden}")
 
 
 def run_package(folder: str, out: str, bench: str | None = None) -> int:

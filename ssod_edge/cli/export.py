@@ -50,6 +50,12 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     "--features", type=click.Choice(list(FEATURE_OUTPUTS)), multiple=True, help="Features that the graph gives besides."
 )
 @click.option(
+    "--golden",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Write ten inputs with their outputs and verdicts into DIR, to test a client in another language with.",
+)
+@click.option(
     "--no-features",
     "stored",
     is_flag=True,
