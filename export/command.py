@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -78,6 +78,7 @@ class TargetOptions:
         batch: "MIN,OPT,MAX" of TensorRT's plans.
         version_compatible: see `ssod_edge.export.engines.tensorrt.PlanOptions`.
         golden: a folder for what `ssod_edge.runtime.golden` writes.
+        frame, channels: a folder for what `ssod_edge.export.frame` writes, and the order of a frame's colours.
     """
 
     out: str | None = None
@@ -87,6 +88,8 @@ class TargetOptions:
     batch: str = "1,1,8"
     version_compatible: bool = False
     golden: str | None = None
+    frame: str | None = None
+    channels: Literal["RGB", "BGR"] = "RGB"
 
     def targets(self) -> Targets:
         """The engines that are meant, and how plans are built.
@@ -143,7 +146,7 @@ def run_export(
     elif model.images.thresholds is None:
         say(NO_IMAGES_NOTE, "yellow")
     folder = Path(target.out) if target.out else model.folder / "export"
-    _finish(export_source(model, target.out, options, say), folder, started, target.golden)
+    _finish(export_source(model, target.out, options, say), folder, started, target)
     return EXIT_SOME_FAILED if model.images.unreadable else EXIT_OK
 
 
@@ -158,16 +161,22 @@ def run_deploy(bundle: str, target: TargetOptions, data: str | None = None) -> i
     spec = deploy(bundle, folder, target.targets(), data, unreadable.setdefault, say)
     for message in unreadable:
         say(f"left out: {message}")
-    _finish(spec, folder, started, target.golden)
+    _finish(spec, folder, started, target)
     return EXIT_SOME_FAILED if unreadable else EXIT_OK
 
 
-def _finish(spec: Spec, folder: Path, started: float, golden: str | None) -> None:
+def _finish(spec: Spec, folder: Path, started: float, target: TargetOptions) -> None:
+    """Show what was made, and write what clients in other languages need."""
     show(spec, folder, started)
-    if golden is not None:
+    if target.frame is not None:
+        from ssod_edge.export.frame import write_frame_graphs
+
+        made = ", ".join(write_frame_graphs(folder, target.frame, target.channels, say))
+        say(f"graphs of {made} that take a frame in {target.frame}")
+    if target.golden is not None:
         from ssod_edge.runtime.golden import write_golden
 
-        say(f"golden inputs and outputs of {', '.join(write_golden(folder, golden, say))} in {golden}")
+        say(f"golden inputs and outputs of {', '.join(write_golden(folder, target.golden, say))} in {target.golden}")
 
 
 def run_package(folder: str, out: str, bench: str | None = None) -> int:

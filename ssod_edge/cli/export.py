@@ -56,6 +56,13 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     help="Write ten inputs with their outputs and verdicts into DIR, to test a client in another language with.",
 )
 @click.option(
+    "--frame",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Write graphs into DIR that take a frame of any size, uint8 [height, width, 3], and give its verdict.",
+)
+@click.option("--channels", type=click.Choice(["RGB", "BGR"]), default="RGB", help="Colours of --frame, in order.")
+@click.option(
     "--no-features",
     "stored",
     is_flag=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 
 #: The filters of `Preprocess.interpolation`.
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+#: How far the wider of them reaches, in pixels of the smaller picture.
+MOST_SUPPORT = 2.0
 
 Damaged: TypeAlias = Callable[[str], object]
 #: Left, top, right and bottom in pixels, with fractions.
@@ -203,12 +206,12 @@ def fit_box(image: Image.Image, box: Box, settings: Preprocess) -> Image.Image:
     _check_rgb(image)
     size, resample = settings.input_size, RESAMPLE[settings.interpolation]
     if settings.fit != "pad":
-        return image.resize((size, size), resample, box)
+        return _resize(image, (size, size), resample, box)
     width, height = box[2] - box[0], box[3] - box[1]
     longer = max(width, height)
     inner = max(1, round(size * width / longer)), max(1, round(size * height / longer))
     square = Image.new("RGB", (size, size), tuple(round(255 * value) for value in settings.mean))
-    square.paste(image.resize(inner, resample, box), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    square.paste(_resize(image, inner, resample, box), ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return square
 
 
@@ -222,7 +225,7 @@ def equalise(image: Image.Image, via: Via) -> Image.Image:
         UsageError: the image is not RGB.
     """
     _check_rgb(image)
-    square = image.resize((via.size, via.size), Image.Resampling.BICUBIC, _centre(image, 1.0))
+    square = _resize(image, (via.size, via.size), Image.Resampling.BICUBIC, _centre(image, 1.0))
     if via.jpeg is None:
         return square
     file = io.BytesIO()
@@ -230,6 +233,20 @@ def equalise(image: Image.Image, via: Via) -> Image.Image:
     stored: Image.Image = Image.open(file)
     stored.load()  # of three channels, as it was written
     return stored
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling, box: Box) -> Image.Image:
+    """Pillow's resize, along the rows first: which way it goes first is up to its release, and rounding depends on it.
+
+    Pillow up to 12 goes along the rows first. From 13 on it goes the cheaper way, so that a picture in portrait format
+    would have other pixels on a device than where its model was trained.
+    """
+    left, top, right, bottom = box
+    reach = MOST_SUPPORT * max(1.0, (bottom - top) / size[1])  # rows that the second pass looks at
+    first, last = max(0, math.floor(top - reach)), min(image.height, math.ceil(bottom + reach))
+    rows = image if (first, last) == (0, image.height) else image.crop((0, first, image.width, last))
+    wide = rows.resize((size[0], rows.height), resample, (left, 0, right, rows.height))
+    return wide.resize(size, resample, (0, top - first, size[0], bottom - first))
 
 
 def _check_rgb(image: Image.Image) -> None:

@@ -774,3 +774,16 @@ if __name__ == "__main__":  # python tests/test_image.py rewrites the golden fil
     JPEG = encode(picture(60, 80), "JPEG", quality=90)
     np.savez_compressed(GOLDEN_FILE, jpeg=np.frombuffer(JPEG, np.uint8), **golden_results(JPEG))
     sys.stdout.write(f"wrote {GOLDEN_FILE}\n")
+
+
+@pytest.mark.parametrize("size", [(96, 272), (272, 96), (300, 400), (400, 300)])
+def test_rows_are_resized_first_whatever_pillow_finds_cheaper(size: tuple[int, int]) -> None:
+    """Rounding after the first pass depends on which one it is, by up to 20 levels in noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    settings = Preprocess(160, crop_pct=0.875)
+    side = 0.875 * min(size)
+    left, top = (size[0] - side) / 2, (size[1] - side) / 2
+    wide = Image.fromarray(noise).resize((160, size[1]), Image.Resampling.BICUBIC, (left, 0, left + side, size[1]))
+    expected = np.asarray(wide.resize((160, 160), Image.Resampling.BICUBIC, (0, top, 160, top + side)))
+    found = preprocess(Image.fromarray(noise), settings)
+    assert np.abs(found.transpose(1, 2, 0).astype(int) - expected).max() <= 1

@@ -124,7 +124,7 @@ def test_an_edited_checkpoint_is_refused(path):
 def test_a_newer_schema_a_foreign_file_and_another_model_are_refused(path, tmp_path):
     original = path.read_bytes()
     rewrite(path, lambda meta: meta.update(schema_version=99))
-    with pytest.raises(ArtifactError, match=r"schema version 99.*pip install -U"):
+    with pytest.raises(ArtifactError, match=r"schema version 99.*Install a newer one"):
         Run.at(path).model.eval()
     path.write_bytes(original)
     rewrite(path, lambda meta: meta.update(backbone="test_resnet"))

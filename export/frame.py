@@ -1,0 +1,209 @@
+"""`export --frame`: graphs that take a camera's frame and give its verdict, each checked against its artifact.
+
+What an artifact takes besides the image, its threshold and the table of p-values, is a constant in them: a client gives
+a frame and reads the verdict, in any language that the engine has.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from ssod_edge.config import Preprocess
+from ssod_edge.data.pixels import preprocess
+from ssod_edge.detect.confidence import verdict_inputs
+from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
+from ssod_edge.export.engines.openvino import save_ir
+from ssod_edge.export.graph.frame import FRAME, IMAGE, Channels, frame_graph, pixels_graph
+from ssod_edge.export.onnx_file import save_onnx
+from ssod_edge.files import make_directory, sha256_file, write_json
+from ssod_edge.optional import load
+from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
+from ssod_edge.runtime.engines.openvino import open_request, request_config, shared_core
+from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.open import open_runner
+from ssod_edge.runtime.runner import Array, Runner
+from ssod_edge.runtime.verify import TOLERANCES
+from ssod_edge.spec import SPEC_NAME, Artifact, Spec
+
+#: What tells a client about the graphs.
+FRAME_JSON = "frame.json"
+#: Reference images that are checked with, each in every one of `SIZES`.
+CHECKED = 8
+#: Height and width of the frames, in those of the network's input; the first one is taken as it is.
+SIZES = ((1.0, 1.0), (2.3, 3.1), (1.7, 0.6))
+
+Infer = Callable[[Array], dict[str, Array]]
+
+
+def write_frame_graphs(
+    folder: str | Path, out: str | Path, channels: Channels = "RGB", say: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """Write a graph for each artifact of ONNX Runtime and OpenVINO, and `FRAME_JSON`.
+
+    Args:
+        folder: an export folder, or the run folder that holds it.
+        out: a folder, which is made; of files of these names earlier ones are replaced.
+        channels: the order of the frame's colours.
+        say: gets a line for each artifact that is left out.
+
+    Returns:
+        the artifacts that have one.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+        UsageError: no artifact can be made into one here.
+        VerificationError: what a graph makes of a frame is not what the artifact makes of it.
+        ArtifactError, OutputError: the export is damaged; the folder cannot be written.
+    """
+    export, place = Export.at(folder), make_directory(out)
+    frames = make_frames(export.reference()["image"], export.spec.preprocess, channels)
+    made: dict[str, Any] = {}
+    for artifact in export.spec.artifacts:
+        if artifact.engine not in ("onnxruntime", "openvino"):
+            say(f"left out {artifact.name}: a plan of {artifact.engine} takes pixels of one size")
+            continue
+        try:
+            with open_runner(export.folder, artifact=artifact.name, allow_untrained=True) as runner:
+                make = _onnx if artifact.engine == "onnxruntime" else _openvino
+                made[artifact.name] = make(export, runner, frames, place, channels)
+        except (EngineError, MissingExtraError) as error:
+            say(f"left out {artifact.name}, which does not run here: {error}")
+    if not made:
+        raise UsageError(f"no artifact of '{export.folder}' runs here on ONNX Runtime or OpenVINO, which take frames")
+    write_json(place / FRAME_JSON, _document(export, channels, made))
+    return list(made)
+
+
+def make_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
+    """uint8 [H, W, 3] each: `CHECKED` reference images in `SIZES`, and noise; with `roi`, around it."""
+    size = settings.input_size
+    pictures = [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in images[:CHECKED]]
+    noise = np.random.default_rng(0).integers(0, 256, (2 * size, 3 * size, 3), np.uint8)
+    frames = []
+    for picture in [*pictures, Image.fromarray(noise)]:
+        for height, width in SIZES:
+            wanted = (round(width * size), round(height * size)) if settings.roi is None else settings.roi[2:]
+            scaled = picture if wanted == picture.size else picture.resize(wanted, Image.Resampling.BICUBIC)
+            if settings.roi is not None:
+                around = Image.new("RGB", (settings.roi[0] + wanted[0] + 7, settings.roi[1] + wanted[1] + 5))
+                around.paste(scaled, settings.roi[:2])
+                scaled = around
+            frames.append(np.asarray(scaled)[:, :, :: 1 if channels == "RGB" else -1].copy())
+    return frames
+
+
+def _onnx(export: Export, runner: Runner, frames: list[Array], place: Path, channels: Channels) -> dict[str, Any]:
+    spec, artifact = export.spec, runner.artifact
+    graph = onnx.load(export.folder / artifact.main_file)
+    for value in graph.graph.initializer:
+        if value.name in (settings := verdict_inputs(artifact.threshold)):
+            value.CopyFrom(onnx.numpy_helper.from_array(settings[value.name], value.name))
+    inputs = [value for value in graph.graph.input if value.name == IMAGE]
+    del graph.graph.input[:]
+    graph.graph.input.extend(inputs)
+    found = frame_graph(graph, spec.preprocess, channels)
+    path = save_onnx(found, place / f"{artifact.name}.onnx")
+
+    def opened(model: onnx.ModelProto) -> Infer:
+        session = new_session(model.SerializeToString(), session_options())
+        names = [output.name for output in session.get_outputs()]
+        return lambda frame: dict(zip(names, session.run(names, {FRAME: frame}), strict=True))
+
+    figures = check_frames(runner, opened(found), opened(pixels_graph(spec.preprocess, channels)), frames, channels)
+    return {"main_file": path.name, "files": {path.name: sha256_file(path)}, **figures}
+
+
+def _openvino(export: Export, runner: Runner, frames: list[Array], place: Path, channels: Channels) -> dict[str, Any]:
+    spec, artifact = export.spec, runner.artifact
+    openvino = load("openvino")
+    pixels = openvino.convert_model(io.BytesIO(pixels_graph(spec.preprocess, channels).SerializeToString()))
+    model = shared_core().read_model(os.fspath(export.folder / artifact.main_file))
+    settings = verdict_inputs(artifact.threshold)
+    (result,) = pixels.get_results()
+    for parameter in model.get_parameters():
+        name = parameter.output(0).get_any_name()
+        source = result.input_value(0) if name == IMAGE else openvino.opset13.constant(settings[name]).output(0)
+        for reader in list(parameter.output(0).get_target_inputs()):
+            reader.replace_source_output(source)
+    found = openvino.Model(model.get_results(), pixels.get_parameters(), spec.backbone)
+    found.validate_nodes_and_infer_types()
+    files = save_ir(export.folder / artifact.main_file, place / artifact.name, found)
+
+    def opened(model: Any) -> Infer:
+        request = open_request(model, "CPU", request_config("CPU", artifact.precision))
+
+        def infer(frame: Array) -> dict[str, Array]:
+            values = request.infer({FRAME: frame})
+            return {port.get_any_name(): np.array(values[port]) for port in request.model_outputs}
+
+        return infer
+
+    again = openvino.convert_model(io.BytesIO(pixels_graph(spec.preprocess, channels).SerializeToString()))
+    figures = check_frames(runner, opened(found), opened(again), frames, channels)
+    sums = {path.relative_to(place).as_posix(): sha256_file(path) for path in files}
+    return {"main_file": next(iter(sums)), "files": sums, **figures}
+
+
+def check_frames(
+    runner: Runner, graph: Infer, pixels: Infer, frames: list[Array], channels: Channels
+) -> dict[str, Any]:
+    """Compare the pixels that an engine makes of frames with `preprocess`, and the verdicts with the artifact's.
+
+    Args:
+        runner: the open artifact.
+        graph: the graph that takes frames, on the same engine.
+        pixels: that of `pixels_graph` alone.
+        frames: uint8 [H, W, 3] each.
+        channels: the order of their colours.
+
+    Raises:
+        VerificationError: a pixel is more than one level off, or a graph gives other numbers than the artifact does of
+            the very pixels that the engine makes.
+    """
+    settings, threshold = runner.spec.preprocess, verdict_inputs(runner.artifact.threshold)["threshold"][0]
+    farthest, difference, scale = 0, 0.0, 1.0
+    for frame in frames:
+        picture = Image.fromarray(np.ascontiguousarray(frame[:, :, :: 1 if channels == "RGB" else -1]))
+        if settings.roi is not None:
+            x, y, width, height = settings.roi
+            picture = picture.crop((x, y, x + width, y + height))
+        (made,) = pixels(frame).values()
+        farthest = max(farthest, int(np.abs(made[0].astype(int) - preprocess(picture, settings).astype(int)).max()))
+        found, expected = graph(frame), runner.infer({IMAGE: made})
+        difference = max(difference, float(np.abs(found["logits"] - expected["logits"]).max()))
+        scale = max(scale, 1.0 + float(np.abs(expected["logits"]).max()))
+        if "known" in found and bool(found["known"][0]) != bool(found["ood_score"][0] <= threshold):
+            raise VerificationError(f"the graph of '{runner.artifact.name}' for frames decides against its threshold")
+    limit = TOLERANCES[runner.artifact.precision].logit * scale
+    if farthest > 1 or not difference <= limit:
+        raise VerificationError(
+            f"the graph of '{runner.artifact.name}' for frames is not its artifact: pixels are up to {farthest} levels "
+            f"off, of which 1 is allowed, and logits {difference:.2g}, of which {limit:.2g} are"
+        )
+    return {"frames": len(frames), "max_pixel_diff": farthest, "max_abs_logit_diff": difference, "logit_limit": limit}
+
+
+def _document(export: Export, channels: Channels, made: dict[str, Any]) -> dict[str, Any]:
+    spec: Spec = export.spec
+    return {
+        "about": "Each graph takes one frame and gives one verdict: known is false for what the model was not taught.",
+        "spec_sha256": sha256_file(export.folder / SPEC_NAME),
+        "input": {"name": FRAME, "dtype": "uint8", "shape": ["height", "width", 3], "channels": channels},
+        "outputs": list(spec.outputs),
+        "classes": list(spec.classes),
+        "preprocess": asdict(spec.preprocess),
+        "graphs": {name: {**facts, "threshold": _threshold_of(spec.artifact(name))} for name, facts in made.items()},
+    }
+
+
+def _threshold_of(artifact: Artifact) -> float | None:
+    return None if artifact.threshold is None else artifact.threshold.value

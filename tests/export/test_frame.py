@@ -1,0 +1,109 @@
+"""`export --frame`: a frame goes in, the verdict of the artifact comes out, and nothing else is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from colour import SIZE, edit_spec, paint
+from PIL import Image
+
+import ssod_edge
+from ssod_edge.cli import main
+from ssod_edge.config import Preprocess
+from ssod_edge.errors import UsageError, VerificationError
+from ssod_edge.export import frame as module
+from ssod_edge.export.frame import FRAME_JSON, make_frames, write_frame_graphs
+
+pytest.importorskip("onnxruntime")
+ov = pytest.importorskip("openvino")
+
+NAMES = ["onnx-fp32", "onnx-fp16", "openvino-fp32", "openvino-fp16"]
+
+
+def run(folder: Path, name: str, frame: np.ndarray) -> dict[str, Any]:
+    """What a client does, with nothing of this package: the frame goes in, the outputs come out."""
+    graph = folder / json.loads((folder / FRAME_JSON).read_text())["graphs"][name]["main_file"]
+    if name.startswith("onnx"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        assert [value.name for value in session.get_inputs()] == ["frame"]
+        names = [value.name for value in session.get_outputs()]
+        return dict(zip(names, session.run(names, {"frame": frame}), strict=True))
+    model = ov.Core().read_model(graph)
+    assert [value.get_any_name() for value in model.inputs] == ["frame"]
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {port.get_any_name(): value for port, value in compiled({"frame": frame}).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_client_gets_the_verdicts_of_predict(export: Path, tmp_path: Path, name: str) -> None:
+    assert sorted(write_frame_graphs(export, tmp_path / "frames")) == NAMES
+    pictures = [paint(tmp_path / f"{colour}.png", colour, (70, 50)) for colour in ("red", "green", "blue", "grey")]
+    with ssod_edge.open(export, artifact=name) as model:
+        verdicts = model.predict_many(pictures)
+    for picture, verdict in zip(pictures, verdicts, strict=True):
+        found = run(tmp_path / "frames", name, np.asarray(Image.open(picture).convert("RGB")))
+        assert int(found["logits"][0].argmax()) == verdict.class_index
+        assert bool(found["known"][0]) == verdict.known
+        assert float(found["ood_score"][0]) == pytest.approx(verdict.ood_score, abs=0.02)
+        assert float(found["p_known"][0]) == pytest.approx(verdict.p_known, abs=0.05)
+    assert {verdict.known for verdict in verdicts} == {True, False}
+
+
+def test_blue_first(export: Path, tmp_path: Path) -> None:
+    write_frame_graphs(export, tmp_path / "frames", "BGR")
+    document = json.loads((tmp_path / "frames" / FRAME_JSON).read_text())
+    assert document["input"] == {"name": "frame", "dtype": "uint8", "shape": ["height", "width", 3], "channels": "BGR"}
+    for name in NAMES:
+        found = run(tmp_path / "frames", name, np.full((33, 21, 3), (220, 20, 20), np.uint8))
+        assert document["classes"][int(found["logits"][0].argmax())] == "blue"
+        assert document["graphs"][name]["max_pixel_diff"] <= 1 and document["graphs"][name]["threshold"] == -2.0
+
+
+def test_what_comes_out_otherwise_is_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(settings: Preprocess, channels: str = "RGB", *opset: int) -> Any:
+        return real(settings.changed(fit="squash"), channels, *opset)  # type: ignore[arg-type]
+
+    real = module.pixels_graph
+    monkeypatch.setattr(module, "pixels_graph", other)
+    with pytest.raises(VerificationError, match="for frames is not its artifact: pixels are up to"):
+        write_frame_graphs(export, tmp_path / "frames")
+
+
+def test_the_frames_that_are_checked_hold_the_region(export: Path) -> None:
+    images = np.zeros((3, 3, SIZE, SIZE), np.uint8)
+    settings = Preprocess(SIZE, roi=(9, 4, 30, 20))
+    for frame in make_frames(images, settings, "RGB"):
+        assert frame.shape[0] >= 24 and frame.shape[1] >= 39
+    edit_spec(export, lambda spec: spec)
+
+
+def test_an_export_of_plans_alone_has_none(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(module, "open_runner", lambda *_, **options: _no_engine(options))
+    with pytest.raises(UsageError, match="no artifact of .* runs here on ONNX Runtime or OpenVINO"):
+        write_frame_graphs(export, tmp_path / "frames", say=lines.append)
+    assert len(lines) == 4 and "left out onnx-fp32, which does not run here: none" in lines[0]
+
+
+def _no_engine(_: object) -> Any:
+    from ssod_edge.errors import EngineError
+
+    raise EngineError("none")
+
+
+def test_export_writes_them_on_a_device_too(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, ["package", str(export), "-o", "model.tar"]).exit_code == 0
+    command = ["export", "--from", "model.tar", "--target", "onnx", "--frame", "frames", "--channels", "BGR"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "graphs of onnx-fp32, onnx-fp16 that take a frame in frames" in done.stderr
