@@ -218,7 +218,8 @@ def test_what_agrees_with_the_source_may_be_given(trained, grown, tmp_path):
 def test_what_is_no_run_and_no_export_is_refused(trained, grown, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.tar").write_bytes(b"no checkpoint")
-    for place in ("empty", "file.tar", "none"):
+    assert "none' does not exist" in begin(tmp_path / "none", grown, tmp_path / "runs").stderr
+    for place in ("empty", "file.tar"):
         done = begin(tmp_path / place, grown, tmp_path / "runs")
         assert done.exit_code == 2 and "takes the folder of a run or of an export" in done.stderr
     model = build_model("test_efficientnet", ("a", "b"), Preprocess(input_size=SIZE))

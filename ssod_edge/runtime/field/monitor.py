@@ -70,6 +70,11 @@ class Record:
     histogram: tuple[int, ...]
     drift: DriftState
 
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """A file of a release that did not count interruptions."""
+        return {"interruptions": 0, **values}
+
     def __post_init__(self) -> None:
         counts = (self.images, self.unknown, self.failed, self.interruptions, *self.histogram)
         if min(counts) < 0 or max(counts) > _MOST_IMAGES or sum(self.histogram) != self.images:
