@@ -69,7 +69,7 @@ def check_place(folder: Path) -> None:
         raise UsageError(f"'{folder}' is a file; give a folder for the export")
     if folder.is_dir() and not (folder / SPEC_NAME).exists() and any(folder.iterdir()):
         raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
-    check_folder(folder.absolute().parent)
+    check_folder(folder.parent)
 
 
 def remove(folder: Path) -> None:

@@ -170,6 +170,7 @@ def test_the_list_of_commands_is_in_whole_sentences() -> None:
         (["study", "demo", "-o", "a-file"], "'a-file' is a file"),
         (["export", "-o", "a-file"], "'a-file' is a file"),
         (["export", "-o", "a-file/export"], "a-file' is a file"),
+        (["export", "-o", "rtsp://user:SECRET@host/a"], "error: 'rtsp:/host' is an address"),
     ],
 )
 def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:
