@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ DISTRIBUTIONS = {
 #: each goes without where the module that does so cannot be imported.
 REPORTING = ("openvino", "nncf")
 REPORTER = "openvino_telemetry"
+#: ONNX Runtime has its own, which begins when it is imported, whoever imports it, and writes an id and a data base.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def is_there(module: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -141,3 +142,16 @@ def test_a_program_that_has_imported_the_reporter_keeps_it() -> None:
     telemetry = pytest.importorskip("openvino_telemetry")
     load("openvino")
     assert sys.modules[REPORTER] is telemetry
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_no_engine_writes_into_the_home_folder(export: Path, tmp_path: Path, engine: str) -> None:
+    code = (
+        "from ssod_edge.runtime.open import open_runner\n"
+        f"with open_runner({str(export)!r}, engine={engine!r}) as runner: print(runner.engine)\n"
+    )
+    unset = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == f"{engine}\n", done.stderr
+    assert not list(tmp_path.rglob("*"))
