@@ -22,6 +22,7 @@ from ssod_edge.export.deploy import deploy
 from ssod_edge.export.engines.artifact import CPU_TARGETS, DEFAULT_PRECISIONS, TARGETS, check_engines
 from ssod_edge.export.engines.tensorrt import PlanOptions, parse_batch, runs_here
 from ssod_edge.export.release import Targets
+from ssod_edge.export.staging import check_place
 from ssod_edge.optional import require
 from ssod_edge.runtime.open import ENGINES, PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
@@ -126,6 +127,8 @@ def run_export(
         calib: in-distribution images to quantise with; None takes those of the thresholds.
     """
     asked = target.targets()
+    if target.out is not None:
+        check_place(Path(target.out))
     precisions = asked.precisions or DEFAULT_PRECISIONS
     engines = (ENGINES[engine] for engine in asked.engines if engine in CPU_TARGETS)
     require(["torch", "onnx", "onnxscript", *engines, *(["nncf"] if "int8" in precisions else [])], "export")
@@ -146,6 +149,7 @@ def run_export(
     elif model.images.thresholds is None:
         say(NO_IMAGES_NOTE, "yellow")
     folder = Path(target.out) if target.out else model.folder / "export"
+    check_place(folder)
     _finish(export_source(model, target.out, options, say), folder, started, target)
     return EXIT_SOME_FAILED if model.images.unreadable else EXIT_OK
 

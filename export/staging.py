@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from ssod_edge.errors import OutputError, UsageError
-from ssod_edge.files import beside, exclusive, make_directory, real_path
+from ssod_edge.files import beside, check_folder, exclusive, make_directory, real_path
 from ssod_edge.spec import SPEC_NAME, load_spec
 
 #: Of Linux's fcntl.h and fs.h.
@@ -69,9 +69,7 @@ def check_place(folder: Path) -> None:
         raise UsageError(f"'{folder}' is a file; give a folder for the export")
     if folder.is_dir() and not (folder / SPEC_NAME).exists() and any(folder.iterdir()):
         raise UsageError(f"'{folder}' holds other files than an export; give a new or empty folder")
-    above = next(place for place in folder.absolute().parents if place.exists())
-    if not os.access(above, os.W_OK):
-        raise OutputError(f"cannot write into '{above}': it is read-only. Choose another folder.")
+    check_folder(folder.parent)
 
 
 def remove(folder: Path) -> None:

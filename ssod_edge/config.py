@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -114,6 +115,14 @@ def check(config: object, name: str, good: bool, expected: str) -> None:
         value = getattr(config, name)
         shown = f"'{value}'" if isinstance(value, str) else value
         raise UsageError(f"{name} must be {expected}, got {shown}")
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression that is meant by `group`; raises UsageError where it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"group must be a regular expression, got '{pattern[:100]}' ({error})") from error
 
 
 #: What `Preprocess.version` counts: 1 decodes every image in full; 2 decodes a large JPEG at a reduced scale.
@@ -359,6 +368,7 @@ class TrainConfig:
         for name in ("data", "val", "negatives", "weights", "begun_from", "group", "name"):
             # It goes into records, which are text.
             check(self, name, is_unicode(getattr(self, name) or ""), "text in UTF-8; rename the file or folder")
+        compiled(self.group or "")
         auto = self.epochs == AUTO_EPOCHS
         check(self, "epochs", self.epochs >= 1 or auto, "at least 1")
         if auto and self.weights == NO_WEIGHTS:

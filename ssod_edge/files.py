@@ -117,6 +117,23 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Find out before the work whether a folder can be made there, or written to; makes none.
+
+    Raises:
+        OutputError: what would hold it is read-only.
+        UsageError: it is an address, or a file is in the way.
+    """
+    _check_place(path)
+    path = Path(path)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"'{there}' is a file; give another folder than '{path}'")
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"cannot write into '{there}': it is read-only. Choose another folder.")
+    return path
+
+
 def _check_place(path: str | os.PathLike[str]) -> None:
     """Raises UsageError for an address, which would become a folder that is called as its scheme is."""
     if is_address(os.fspath(path)):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, missing_extra
+from ssod_edge.errors import EXTRAS, EngineError, MissingExtraError, SsodEdgeError, missing_extra
 
 #: Module -> its name on the package index, where the two differ.
 DISTRIBUTIONS = {
@@ -25,6 +27,8 @@ DISTRIBUTIONS = {
 #: each goes without where the module that does so cannot be imported.
 REPORTING = ("openvino", "nncf")
 REPORTER = "openvino_telemetry"
+#: ONNX Runtime has its own, which begins when it is imported, whoever imports it, and writes an id and a data base.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def is_there(module: str) -> bool:
@@ -100,6 +104,28 @@ def _failed(top: str, error: Exception, purpose: str, extra: str | None) -> Miss
         reason = f"{type(error).__name__}: {reason}"
     fix = f"pip install --force-reinstall --no-deps {DISTRIBUTIONS.get(top, top)}"
     return EngineError(f"'{top}' is installed and cannot be loaded: {reason}. Install it again: {fix}")
+
+
+def failed_import(error: BaseException) -> SsodEdgeError | None:
+    """What an error is that came from the import of a package of others, by whatever module; None: it did not.
+
+    It is the innermost module body under way that is neither ours nor Python's.
+    """
+    if isinstance(error, SsodEdgeError | KeyboardInterrupt | MemoryError):
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        top = (error.name or "").partition(".")[0]
+        return missing_extra(top, "this command") if top in EXTRAS else None
+    tops = [
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    ours = {"ssod_edge", "__main__", *sys.stdlib_module_names}
+    found = next((top for top in reversed(tops) if top not in ours), None)
+    if found is None and isinstance(error, ImportError):
+        found = next((top for top in [(error.name or "").partition(".")[0]] if top in EXTRAS), None)
+    return _failed(found, error, "", None) if found is not None and isinstance(error, Exception) else None
 
 
 def _purpose(top: str, purpose: str) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_WORDS = r"(?:user|usr|pw|pass|secret|token|key|auth|cookie|credential|header|proxy|psk|session|sign)"
+#: What an address begins with; with a known scheme also where slashes were left out, or `Path` took one away.
+_ADDRESS = re.compile(
+    r"[a-z][a-z0-9+.-]*://|(?:rtsps?|rtmp[a-z]*|rtp|srt|https?|wss?|udp|tcp|mms|s?ftps?):[/\\]{0,2}", re.IGNORECASE
+)
+#: USER:PASSWORD@HOST, of which the scheme was left out.
+_NO_SCHEME = re.compile(r"/{0,2}[^/\s:=@]+:.*@[\w.-]+(:\d+)?(/|$)", re.DOTALL)
+_WORDS = (
+    r"(?:user|usr|pw|pass|secret|token|key|auth|cookie|credential|header|proxy|psk|session|sign|bearer|login|apikey)"
+)
 #: A property whose name says that its value is a secret.
 _SECRET = re.compile(_WORDS, re.IGNORECASE)
 #: The same in the path of an address, where some cameras take user and password.
@@ -25,8 +33,10 @@ _HARMLESS = frozenset(
 
 
 def is_address(source: str) -> bool:
-    """Whether a source is written as SCHEME://..."""
-    return _ADDRESS.match(source) is not None
+    """Whether a source is written as SCHEME://..., or is meant so: "rtsp:/host", USER:PASSWORD@HOST and no file."""
+    if _ADDRESS.match(source) is not None:
+        return True
+    return _NO_SCHEME.match(source) is not None and not os.path.lexists(source)
 
 
 def without_secrets(source: str, camera: bool = False) -> str:
@@ -55,8 +65,9 @@ def scrubbed(text: str) -> str:
 
 
 def _address(address: str) -> str:
-    scheme, rest = address.split("://", 1)
-    return f"{scheme}://{_rest(rest)}"
+    scheme = _ADDRESS.match(address)
+    start = scheme.end() if scheme else 0
+    return address[:start] + _rest(address[start:])
 
 
 def _rest(rest: str) -> str:

@@ -149,3 +149,10 @@ def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
 def test_the_weights_of_an_earlier_release_mean_what_they_meant(earlier, now):
     config = from_dict(TrainConfig, {"backbone": "b", "data": "d", **earlier})
     assert config.weights == now and config.weights_file == (now if now == "w.pth" else None)
+
+
+@pytest.mark.parametrize("pattern", ["((", "a{99999999999999999999}", "(" * 5000 + ")" * 5000])
+def test_a_group_that_is_no_pattern_is_told_with_the_settings(pattern: str) -> None:
+    """Before weights are downloaded and images are listed."""
+    with pytest.raises(UsageError, match="group must be a regular expression"):
+        TrainConfig("resnet18", "photos", group=pattern)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -141,3 +142,45 @@ def test_a_program_that_has_imported_the_reporter_keeps_it() -> None:
     telemetry = pytest.importorskip("openvino_telemetry")
     load("openvino")
     assert sys.modules[REPORTER] is telemetry
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_no_engine_writes_into_the_home_folder(export: Path, tmp_path: Path, engine: str) -> None:
+    code = (
+        "from ssod_edge.runtime.open import open_runner\n"
+        f"with open_runner({str(export)!r}, engine={engine!r}) as runner: print(runner.engine)\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    unset = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == f"{engine}\n", done.stderr
+    assert not list(home.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "body", ["raise OSError('libfoo.so.1: not there')", "None.attribute", "from json import nothing"]
+)
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("timm", ["train", "photos", "--weights", "none"]),
+        ("torch", ["train", "photos", "--weights", "none"]),
+        ("torchvision", ["train", "photos", "--weights", "none"]),
+        ("simplejpeg", ["predict", "photos", "photo.jpg"]),
+    ],
+)
+def test_whatever_imports_a_package_that_fails_it_is_named(
+    tmp_path: Path, body: str, module: str, arguments: list[str]
+) -> None:
+    if module == "simplejpeg" and "import" in body:
+        pytest.skip("Pillow decodes in its place")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / f"{module}.py").write_text(body)
+    code = "from ssod_edge.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert f"'{module}' is installed and cannot be loaded" in done.stderr and AGAIN + module in done.stderr

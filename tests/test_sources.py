@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ssod_edge.sources import is_address, scrubbed, without_secrets
@@ -47,7 +49,14 @@ CSI = (
         ("tcpclientsrc psk=SECRET host=SECRET ! x", "tcpclientsrc psk=... host=... ! x"),
         ("camera rtspsrc user-pw=SECRET ! appsink", "camera rtspsrc user-pw=... ! appsink"),
         ("camera /dev/video0", "camera /dev/video0"),
+        ("rtsp:/user:SECRET@host/a", "rtsp:/host/a"),
+        ("rtsp:user:SECRET@host/a", "rtsp:host/a"),
+        ("http:\\\\user:SECRET@host/a", "http:\\\\host/a"),
+        ("user:SECRET@host:554/a", "host:554/a"),
+        ("//user:SEC/RET@host", "host"),
+        ("http://host/bearer/SECRET", "http://host/..."),
         ("photos/mail@home.jpg", "photos/mail@home.jpg"),
+        ("photos/12:30@gate.jpg", "photos/12:30@gate.jpg"),
         ("photos/key=3/a!b.mp4", "photos/key=3/a!b.mp4"),
     ],
 )  # fmt: skip
@@ -85,6 +94,13 @@ def test_of_a_camera_a_pipeline_may_lack_its_marks(camera: str, shown: str) -> N
 )
 def test_a_message_is_printed_without_secrets(message: str, shown: str) -> None:
     assert scrubbed(message) == shown
+
+
+def test_a_file_that_is_there_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_address("12:30@gate.jpg") and without_secrets("12:30@gate.jpg") == "gate.jpg"
+    Path("12:30@gate.jpg").touch()
+    assert not is_address("12:30@gate.jpg") and without_secrets("12:30@gate.jpg") == "12:30@gate.jpg"
 
 
 def test_an_address_begins_with_a_scheme() -> None:

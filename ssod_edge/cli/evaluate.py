@@ -89,6 +89,7 @@ def explain(arguments: tuple[str, ...], **options: Any) -> int:
     ID logit of each, which is the higher, the more it looks known. RUN is a run folder or a checkpoint, IMAGE as in
     predict.
     """
+    check_paths(None if options["backbone"] else arguments[0])
     from ssod_edge.evaluation.explain import run_explain
 
     return run_explain(arguments, **options)

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from ssod_edge import __version__
-from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXTRAS, SsodEdgeError, missing_extra
+from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, SsodEdgeError
 from ssod_edge.machine import limit_threads
+from ssod_edge.optional import failed_import
 
 
 class Commands(click.Group):
@@ -72,8 +73,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     """What the user reads for an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, ImportError) and error.name and error.name.split(".")[0] in EXTRAS:
-        error = missing_extra(error.name.split(".")[0], "this command")
+    error = failed_import(error) or error
     if isinstance(error, SsodEdgeError):
         return f"error: {error}", error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -30,26 +30,41 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-def check_paths(run: str | None = None, weights: str | None = None, begun: str | None = None, **data: Any) -> None:
+def check_paths(
+    run: str | None = None,
+    weights: str | None = None,
+    begun: str | None = None,
+    resumed: str | None = None,
+    placed: str | None = None,
+    **data: Any,
+) -> None:
     """Find out before the seconds that importing torch takes whether the paths that are named are there.
 
     Args:
         run: a run folder or a checkpoint.
         weights: of `train` and `export`.
         begun: a run or an export that training begins from.
+        resumed: a run that training goes on with.
+        placed: the folder that runs are to lie in.
         data: data sets by option; None, one, or several by name.
 
     Raises:
-        UsageError: one is not there.
+        UsageError: one is not there, or a file is where a folder is to be made.
+        OutputError: `placed` cannot be written to.
     """
     from ssod_edge.config import NO_WEIGHTS, PUBLISHED
     from ssod_edge.data.sources import check_there
     from ssod_edge.errors import UsageError
+    from ssod_edge.files import check_folder
 
     if begun is not None and not os.path.exists(begun):
         raise UsageError(f"--from '{begun}' does not exist. Give the folder of a run or of an export")
     if run is not None and not os.path.exists(run):
         raise UsageError(f"checkpoint '{run}' does not exist. Train one with: ssod-edge train DATA")
+    if resumed is not None and not os.path.exists(resumed):
+        raise UsageError(f"there is no run '{resumed}' to resume; give the folder of a run, such as runs/NAME")
+    if placed is not None:
+        check_folder(placed)
     for given in data.values():
         for name in given.values() if isinstance(given, dict) else [given]:
             if name is not None:

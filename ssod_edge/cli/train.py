@@ -56,7 +56,7 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
     if options["begun_from"] is not None and "--backbone" not in given():
         options["backbone"] = None
     named = {name: options.get(name) for name in ("val", "negatives", "weights")}
-    check_paths(data=data, begun=options["begun_from"], **named)
+    check_paths(data=data, begun=options["begun_from"], resumed=resume, placed=out, **named)
     from ssod_edge.training.loop import resume_run, start_run
 
     run = start_run(data, out, options) if data is not None else resume_run(str(resume))
@@ -85,7 +85,7 @@ def study(data: str, out: str, **options: Any) -> int:
     of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES.
     """
     names = ("val", "negatives", "weights", "id_data", "ood_data")
-    check_paths(data=data, **{name: options.get(name) for name in names})
+    check_paths(data=data, placed=out, **{name: options.get(name) for name in names})
     from ssod_edge.evaluation.evaluate import EvalOptions
     from ssod_edge.studies.study import StudyOptions, run_study
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
+from ssod_edge.config import compiled
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.errors import UsageError
@@ -34,12 +33,9 @@ def image_groups(source: ImageSource, pattern: str | None) -> Indices | None:
 
 
 def _find(source: ImageSource, pattern: str) -> tuple[str, ...]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"group must be a regular expression, got '{pattern}' ({error})") from error
-    matches = [compiled.search(source.source(index)) for index in range(len(source))]
-    names = tuple("" if match is None else match[min(1, compiled.groups)] or "" for match in matches)
+    expression = compiled(pattern)
+    matches = [expression.search(source.source(index)) for index in range(len(source))]
+    names = tuple("" if match is None else match[min(1, expression.groups)] or "" for match in matches)
     if not any(names):
         raise UsageError(f"group '{pattern}' is found in no image of '{source.name}'; one is '{source.source(0)}'")
     return names

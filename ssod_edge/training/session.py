@@ -68,8 +68,6 @@ class Session:
     ):
         self.config, self.run, self.device = config, run, device
         self.started_from: dict[str, str] | None = None
-        if config.weights == PUBLISHED and not restored:
-            check_published(config.backbone)
         try:
             self.source = open_training_data(config.data, config.val)
             self.negatives = self._open_negatives()
@@ -77,6 +75,8 @@ class Session:
             if not resume:
                 raise
             raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
+        if config.weights == PUBLISHED and not restored:  # a hub that is not there takes half a minute to say so
+            check_published(config.backbone)
         if self.source.left_out:
             say(self.source.left_out)
         self._of_negatives = {} if self.negatives is None else self.negatives.record

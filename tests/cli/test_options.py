@@ -164,10 +164,18 @@ def test_the_list_of_commands_is_in_whole_sentences() -> None:
         (["export", "--from", "typo.tar"], "'typo.tar' does not exist"),
         (["bench", "--id", "typo"], "data set 'typo' does not exist"),
         (["calibrate", "typo", "--id", "demo"], "'typo/ssod.json' does not exist"),
+        (["train", "--resume", "typo"], "there is no run 'typo' to resume"),
+        (["explain", "typo", "photo.jpg"], "checkpoint 'typo' does not exist"),
+        (["train", "demo", "-o", "a-file/runs"], "a-file' is a file; give another folder than 'a-file/runs'"),
+        (["study", "demo", "-o", "a-file"], "'a-file' is a file"),
+        (["export", "-o", "a-file"], "'a-file' is a file"),
+        (["export", "-o", "a-file/export"], "a-file' is a file"),
+        (["export", "-o", "rtsp://user:SECRET@host/a"], "error: 'rtsp:/host' is an address"),
     ],
 )
 def test_wrong_paths_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:
     """So also where the run that it would make exists already."""
+    (tmp_path / "a-file").touch()
     code = "import sys; sys.modules['torch'] = None; from ssod_edge.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -162,3 +162,17 @@ def test_a_published_checkpoint_of_another_model_is_refused(weights: Path, tmp_p
     result = CliRunner().invoke(main, [*arguments, "--weights", str(tmp_path / "wrong.safetensors")])
     assert result.exit_code == 4 and "weights of another model" in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damaged", ["list.txt", "table.csv", "photos.tar", "photos.parquet"])
+def test_data_that_cannot_be_read_is_told_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", 4)
+    Path(damaged).write_text("no class\nof the photos\n")
+    asked: list[str] = []
+    monkeypatch.setattr("ssod_edge.training.session.check_published", asked.append)
+    data = f"photos@{damaged}" if damaged == "list.txt" else damaged
+    result = CliRunner().invoke(main, ["train", data, "--backbone", "test_efficientnet"])
+    assert result.exit_code in (2, 4) and damaged in result.output and not asked, result.output
