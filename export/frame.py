@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from PIL import Image
 
 from ssod_edge.config import Preprocess
@@ -22,7 +21,7 @@ from ssod_edge.data.pixels import preprocess
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export.engines.openvino import save_ir
-from ssod_edge.export.graph.frame import FRAME, IMAGE, Channels, frame_graph, pixels_graph
+from ssod_edge.export.frame_graph import FRAME, IMAGE, Channels, frame_graph, pixels_graph
 from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.files import make_directory, sha256_file, write_json
 from ssod_edge.optional import load
@@ -33,6 +32,9 @@ from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.runtime.verify import TOLERANCES
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 #: What tells a client about the graphs.
 FRAME_JSON = "frame.json"
@@ -64,6 +66,7 @@ def write_frame_graphs(
         VerificationError: what a graph makes of a frame is not what the artifact makes of it.
         ArtifactError, OutputError: the export is damaged; the folder cannot be written.
     """
+    load("onnx", "a graph that takes frames")
     export, place = Export.at(folder), make_directory(out)
     frames = make_frames(export.reference()["image"], export.spec.preprocess, channels)
     made: dict[str, Any] = {}
@@ -102,6 +105,7 @@ def make_frames(images: Array, settings: Preprocess, channels: Channels) -> list
 
 
 def _onnx(export: Export, runner: Runner, frames: list[Array], place: Path, channels: Channels) -> dict[str, Any]:
+    onnx = load("onnx", "a graph that takes frames")
     spec, artifact = export.spec, runner.artifact
     graph = onnx.load(export.folder / artifact.main_file)
     for value in graph.graph.initializer:
@@ -113,7 +117,7 @@ def _onnx(export: Export, runner: Runner, frames: list[Array], place: Path, chan
     found = frame_graph(graph, spec.preprocess, channels)
     path = save_onnx(found, place / f"{artifact.name}.onnx")
 
-    def opened(model: onnx.ModelProto) -> Infer:
+    def opened(model: ModelProto) -> Infer:
         session = new_session(model.SerializeToString(), session_options())
         names = [output.name for output in session.get_outputs()]
         return lambda frame: dict(zip(names, session.run(names, {FRAME: frame}), strict=True))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import preprocess
-from ssod_edge.export.graph.frame import FRAME, pixels_graph
+from ssod_edge.export.frame_graph import FRAME, pixels_graph
 
 pytest.importorskip("onnxruntime")
 

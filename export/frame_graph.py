@@ -7,15 +7,18 @@ after each. Here they are made and multiplied in the graph, so that nothing abou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import onnx
-from onnx import ModelProto, TensorProto, compose, helper, numpy_helper
 
 from ssod_edge.config import Preprocess
 from ssod_edge.export.engines.artifact import OPSET
 
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+#: ONNX's numbers of element types.
+FLOAT, UINT8, INT64 = 1, 2, 7
 #: The input, and what the names of nodes and values that make pixels of it begin with.
 FRAME = "frame"
 OWN = "frame/"
@@ -32,10 +35,12 @@ class _Nodes:
     """Nodes that are added one after the other; each call gives the name of what it computes."""
 
     def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
+        self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
 
     def constant(self, value: object, dtype: type = np.float32) -> str:
+        from onnx import numpy_helper
+
         name = f"{OWN}constant{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
@@ -50,6 +55,8 @@ class _Nodes:
         return [value for value in self.constants if value.name in read]
 
     def __call__(self, op: str, *inputs: str | float, name: str | None = None, **attributes: object) -> str:
+        from onnx import helper
+
         given = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         name = name or f"{OWN}{op}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, given, [name], name, **attributes))
@@ -68,6 +75,8 @@ def frame_graph(graph: ModelProto, settings: Preprocess, channels: Channels = "R
         a graph with the input `frame` uint8 [H, W, 3] of any size, and all others of `graph`; the outputs are those of
         one image, N = 1.
     """
+    from onnx import compose, helper
+
     opset = next(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
     pixels = pixels_graph(settings, channels, opset)
     pixels.ir_version = graph.ir_version
@@ -81,6 +90,8 @@ def pixels_graph(settings: Preprocess, channels: Channels = "RGB", opset: int = 
 
     Where a region of the frame counts (`roi`), a frame must hold it.
     """
+    from onnx import helper
+
     add, size = _Nodes(), settings.input_size
     planes = add("Transpose", FRAME, perm=[2, 0, 1])
     if channels == "BGR":
@@ -88,20 +99,20 @@ def pixels_graph(settings: Preprocess, channels: Channels = "RGB", opset: int = 
     if settings.roi is not None:
         x, y, width, height = settings.roi
         planes = add("Slice", planes, *map(add.whole, ([y, x], [y + height, x + width], [1, 2])))
-    shape = add("Cast", add("Shape", planes), to=TensorProto.FLOAT)
+    shape = add("Cast", add("Shape", planes), to=FLOAT)
     sides = [add("Gather", shape, add.whole(axis)) for axis in (1, 2)]
     rows, columns = (_Axis(add, settings, sides, axis) for axis in (0, 1))
     starts, ends = (add("Concat", *both, axis=0) for both in ((rows.first, columns.first), (rows.last, columns.last)))
-    seen = add("Cast", add("Slice", planes, starts, ends, add.whole([1, 2])), to=TensorProto.FLOAT)
+    seen = add("Cast", add("Slice", planes, starts, ends, add.whole([1, 2])), to=FLOAT)
     wide = _levels(add, add("MatMul", seen, add("Transpose", columns.weights, perm=[1, 0])))
     small = _levels(add, add("MatMul", rows.weights, wide))
     if settings.fit == "pad":
         kept = [add("Unsqueeze", axis.kept, add.whole([at])) for axis, at in ((rows, 1), (columns, 0))]
         bars = add.constant(np.array([round(255 * value) for value in settings.mean]).reshape(3, 1, 1))
         small = add("Where", add("And", *kept), small, bars)
-    add("Unsqueeze", add("Cast", small, to=TensorProto.UINT8), add.whole([0]), name=PIXELS)
-    taken = helper.make_tensor_value_info(FRAME, TensorProto.UINT8, ["height", "width", 3])
-    given = helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, [1, 3, size, size])
+    add("Unsqueeze", add("Cast", small, to=UINT8), add.whole([0]), name=PIXELS)
+    taken = helper.make_tensor_value_info(FRAME, UINT8, ["height", "width", 3])
+    given = helper.make_tensor_value_info(PIXELS, UINT8, [1, 3, size, size])
     inner = helper.make_graph(add.nodes, FRAME, [taken], [given], add.used())
     return helper.make_model(inner, opset_imports=[helper.make_opsetid("", opset)])
 
@@ -132,7 +143,7 @@ class _Axis:
         low = add("Max", add("Sub", add("Floor", add("Sub", start, reach)), 1.0), 0.0)
         high = add("Min", add("Add", add("Ceil", add("Add", add("Add", start, part), reach)), 1.0), length)
         self.first, self.last = (
-            add("Unsqueeze", add("Cast", bound, to=TensorProto.INT64), add.whole([0])) for bound in (low, high)
+            add("Unsqueeze", add("Cast", bound, to=INT64), add.whole([0])) for bound in (low, high)
         )
         centre = add("Add", start, add("Mul", add("Add", place, 0.5), scale))
         centre = add("Unsqueeze", centre, add.whole([1]))
@@ -141,7 +152,7 @@ class _Axis:
         seen = add("And", add("GreaterOrEqual", pixel, begin), add("Less", pixel, end))
         distance = add("Div", add("Sub", add("Add", pixel, 0.5), centre), stretch)
         shape = _filter(add, distance, settings.interpolation)
-        values = add("Mul", shape, add("Cast", seen, to=TensorProto.FLOAT))
+        values = add("Mul", shape, add("Cast", seen, to=FLOAT))
         total = add("ReduceSum", values, add.whole([1]), keepdims=1)
         total = add("Where", add("Equal", total, 0.0), 1.0, total)  # of bars
         self.weights = add("Div", values, total)
