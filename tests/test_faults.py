@@ -21,8 +21,8 @@ from faults.campaign import MOST, Campaign, Tally, seeds_of
 from faults.children import Steps, counted, start
 from faults.fault import Ended, Fault
 
-#: Attempts of each part: some 20 s of one core in all. `make faults` begins with another seed. What the engines' C++ does
-#: where memory is short varies from machine to machine, so that part is left to it.
+#: Attempts of each part: some 20 s of one core in all. `make faults` begins with another seed, and has the part on
+#: memory too: what the engines' C++ does where that is short varies from machine to machine.
 COUNTS = {"images": 300, "artifacts": 15, "archives": 8, "kills": 6, "disk": 6, "threads": 5}
 
 

@@ -43,14 +43,21 @@ def run(folder: Path, name: str, frame: np.ndarray) -> dict[str, Any]:
     return {port.get_any_name(): value for port, value in compiled({"frame": frame}).items()}
 
 
+@pytest.fixture(scope="module")
+def frames(export_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Graphs of the colour classifier that take frames; nobody changes them."""
+    folder = tmp_path_factory.mktemp("frames")
+    assert sorted(write_frame_graphs(export_template, folder)) == sorted(NAMES)
+    return folder
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_client_gets_the_verdicts_of_predict(export: Path, tmp_path: Path, name: str) -> None:
-    assert sorted(write_frame_graphs(export, tmp_path / "frames")) == sorted(NAMES)
+def test_a_client_gets_the_verdicts_of_predict(export: Path, frames: Path, tmp_path: Path, name: str) -> None:
     pictures = [paint(tmp_path / f"{colour}.png", colour, (70, 50)) for colour in ("red", "green", "blue", "grey")]
     with ssod_edge.open(export, artifact=name) as model:
         verdicts = list(model.predict_many(pictures))
     for picture, verdict in zip(pictures, verdicts, strict=True):
-        found = run(tmp_path / "frames", name, np.asarray(Image.open(picture).convert("RGB")))
+        found = run(frames, name, np.asarray(Image.open(picture).convert("RGB")))
         assert int(found["logits"][0].argmax()) == verdict.class_index
         assert bool(found["known"][0]) == verdict.known
         assert float(found["ood_score"][0]) == pytest.approx(verdict.ood_score, abs=0.02)
