@@ -296,6 +296,32 @@ def test_a_file_of_a_newer_release_of_the_engine_says_which(export: Path, name: 
         open_runner(export, artifact=name)
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Exception from a/b.cpp:246:\nCaught exception: x\n[CPU] Softmax can't alloc", "out of memory: use a smaller"),
+        ("Failed to allocate memory for requested buffer of size 12", "out of memory: use a smaller"),
+        ("Exception from a/b.cpp:246:\nthe device was lost", "ran: the device was lost"),
+    ],
+)
+@pytest.mark.parametrize("name", ["onnx-fp32", "openvino-fp32"])
+def test_an_engine_that_fails_while_it_runs_says_why_in_a_line(
+    export: Path, name: str, said: str, expected: str
+) -> None:
+    class Failing:
+        def run(self, *_: object) -> None:
+            raise RuntimeError(said)
+
+        start_async = run
+
+    with open_runner(export, artifact=name) as runner:
+        runner.infer({"image": colour_images(1)})
+        setattr(runner, "_session" if name.startswith("onnx") else "_request", Failing())
+        with pytest.raises(EngineError, match=expected) as caught:
+            runner.infer({"image": colour_images(1)})
+        assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["onnx-fp32", "openvino-fp32"])
 def test_threads_share_a_runner_and_each_gets_its_own_answer(export: Path, name: str) -> None:
     batches = [colour_images(1, seed=seed) for seed in range(4)]

@@ -38,6 +38,13 @@ def cannot_load(package: str, version: str, artifact: Artifact, path: Path, erro
     return EngineError(f"{begin}{reason(error)}")
 
 
+def failed_run(package: str, error: BaseException) -> EngineError:
+    """The error to raise where an engine fails while it runs, which it does where memory is short."""
+    said = reason(error)
+    short = "out of memory: use a smaller batch, or free some. " if "alloc" in said else ""
+    return EngineError(f"{package} failed while it ran: {short}{said}")
+
+
 def reason(error: BaseException) -> str:
     """What an engine's error says, without the places in its source code; at most 300 characters of one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

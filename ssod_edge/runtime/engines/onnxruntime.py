@@ -14,7 +14,7 @@ from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.files import temporary_folder, unicode_path
 from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
-from ssod_edge.runtime.engines.loading import cannot_load
+from ssod_edge.runtime.engines.loading import cannot_load, failed_run
 from ssod_edge.runtime.forks import keep_in_children
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
@@ -73,7 +73,10 @@ class OnnxRunner(Runner):
             raise closed_error()
         images = check_images(inputs, self.spec.preprocess.input_size)
         beside = self.verdict_inputs() if "known" in self._outputs else {}
-        values = session.run(self._outputs, {"image": images, **beside})
+        try:
+            values = session.run(self._outputs, {"image": images, **beside})
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise failed_run("onnxruntime", error) from error
         return dict(zip(self._outputs, map(np.asarray, values), strict=True))
 
 

@@ -16,7 +16,7 @@ from ssod_edge.errors import EngineError
 from ssod_edge.files import unicode_path
 from ssod_edge.machine import engine_threads
 from ssod_edge.optional import load
-from ssod_edge.runtime.engines.loading import cannot_load
+from ssod_edge.runtime.engines.loading import cannot_load, failed_run
 from ssod_edge.runtime.forks import is_child, keep_in_children, leave_signal_stack, never_destroy
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import Artifact, Spec
@@ -113,8 +113,11 @@ class OpenVinoRunner(Runner):
                 for name, value in beside.items():
                     self._request.set_tensor(name, self._tensor(value))
             np.copyto(self._pixels, images)
-            self._request.start_async()
-            self._request.wait()
+            try:
+                self._request.start_async()
+                self._request.wait()
+            except RuntimeError as error:
+                raise failed_run("openvino", error) from error
             return {name: value.copy() for name, value in self._values.items()}
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
