@@ -7,7 +7,6 @@ a frame and reads the verdict, in any language that the engine has.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.config import Preprocess
-from ssod_edge.data.pixels import preprocess
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export.engines.openvino import save_ir
@@ -26,7 +25,7 @@ from ssod_edge.export.onnx_file import save_onnx
 from ssod_edge.files import make_directory, sha256_file, write_json
 from ssod_edge.optional import load
 from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
-from ssod_edge.runtime.engines.openvino import open_request, request_config, shared_core
+from ssod_edge.runtime.engines.openvino import open_request, read_ir, request_config
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Array, Runner
@@ -130,7 +129,7 @@ def _openvino(export: Export, runner: Runner, frames: list[Array], place: Path, 
     spec, artifact = export.spec, runner.artifact
     openvino = load("openvino")
     pixels = openvino.convert_model(io.BytesIO(pixels_graph(spec.preprocess, channels).SerializeToString()))
-    model = shared_core().read_model(os.fspath(export.folder / artifact.main_file))
+    alone, model = pixels.clone(), read_ir(export.folder / artifact.main_file)
     settings = verdict_inputs(artifact.threshold)
     (result,) = pixels.get_results()
     for parameter in model.get_parameters():
@@ -151,8 +150,7 @@ def _openvino(export: Export, runner: Runner, frames: list[Array], place: Path, 
 
         return infer
 
-    again = openvino.convert_model(io.BytesIO(pixels_graph(spec.preprocess, channels).SerializeToString()))
-    figures = check_frames(runner, opened(found), opened(again), frames, channels)
+    figures = check_frames(runner, opened(found), opened(alone), frames, channels)
     sums = {path.relative_to(place).as_posix(): sha256_file(path) for path in files}
     return {"main_file": next(iter(sums)), "files": sums, **figures}
 
@@ -160,7 +158,7 @@ def _openvino(export: Export, runner: Runner, frames: list[Array], place: Path, 
 def check_frames(
     runner: Runner, graph: Infer, pixels: Infer, frames: list[Array], channels: Channels
 ) -> dict[str, Any]:
-    """Compare the pixels that an engine makes of frames with `preprocess`, and the verdicts with the artifact's.
+    """Compare the pixels that an engine makes of frames with `read_pixels`, and the verdicts with the artifact's.
 
     Args:
         runner: the open artifact.
@@ -176,12 +174,9 @@ def check_frames(
     settings, threshold = runner.spec.preprocess, verdict_inputs(runner.artifact.threshold)["threshold"][0]
     farthest, difference, scale = 0, 0.0, 1.0
     for frame in frames:
-        picture = Image.fromarray(np.ascontiguousarray(frame[:, :, :: 1 if channels == "RGB" else -1]))
-        if settings.roi is not None:
-            x, y, width, height = settings.roi
-            picture = picture.crop((x, y, x + width, y + height))
+        own = read_pixels(np.ascontiguousarray(frame[:, :, :: 1 if channels == "RGB" else -1]), settings)
         (made,) = pixels(frame).values()
-        farthest = max(farthest, int(np.abs(made[0].astype(int) - preprocess(picture, settings).astype(int)).max()))
+        farthest = max(farthest, int(np.abs(made[0].astype(int) - own).max()))
         found, expected = graph(frame), runner.infer({IMAGE: made})
         difference = max(difference, float(np.abs(found["logits"] - expected["logits"]).max()))
         scale = max(scale, 1.0 + float(np.abs(expected["logits"]).max()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ssod_edge.config import Preprocess
+from ssod_edge.data.pixels import SUPPORT
 from ssod_edge.export.engines.artifact import OPSET
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ OWN = "frame/"
 #: What the fused graph takes, and what it gets here.
 IMAGE = "image"
 PIXELS = f"{OWN}{IMAGE}"
-#: How far each filter reaches, in pixels of the smaller picture.
-SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
 Channels = Literal["RGB", "BGR"]
 

@@ -91,7 +91,7 @@ class Bars(Progress):
         if not self.due:
             return
         self._told = time.monotonic()
-        task = self.tasks[[task.id for task in self.tasks].index(task_id)]
+        task = next(task for task in self.tasks if task.id == task_id)
         line = f"{task.description.strip()}: {task.completed:.0f}"
         if task.total is not None:
             line += f" of {task.total:.0f}"

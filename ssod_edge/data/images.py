@@ -114,14 +114,14 @@ class Images:
         Ranges come from what the model was trained on, which may be much more than what was held out; that is what
         checks. Without training images, and of images that were named for it, they share one set.
         """
-        held_out = [part for part in (self.choices, self.thresholds) if part is not None]
-        if self.int8 is None and self.training is not None and held_out:
-            source, one = self.training.source, held_out[0]
-            control = np.unique(np.concatenate([part.indices for part in held_out if part.source is source]))
+        if self.int8 is None and self.training is not None:
+            source, parts = self.training.source, (self.choices, self.thresholds)
+            held_out = [part for part in parts if part is not None and part.source is source]
+            control = np.unique(np.concatenate([part.indices for part in held_out])) if held_out else np.arange(0)
             ranges = np.setdiff1d(self.training.indices, control)
             if len(control) and len(ranges):
                 what = " and ".join(part.description for part in held_out)
-                return replace(self.training, indices=ranges), replace(one, indices=control, description=what)
+                return replace(self.training, indices=ranges), Subset(source, control, what)
         shared = self.int8 or self.thresholds
         if shared is None:
             return None

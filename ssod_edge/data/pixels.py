@@ -52,8 +52,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 
 #: The filters of `Preprocess.interpolation`.
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-#: How far the wider of them reaches, in pixels of the smaller picture.
-MOST_SUPPORT = 2.0
+#: How far each reaches, in pixels of the smaller picture.
+SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
 Damaged: TypeAlias = Callable[[str], object]
 #: Left, top, right and bottom in pixels, with fractions.
@@ -242,7 +242,7 @@ def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resamplin
     would have other pixels on a device than where its model was trained.
     """
     left, top, right, bottom = box
-    reach = MOST_SUPPORT * max(1.0, (bottom - top) / size[1])  # rows that the second pass looks at
+    reach = max(SUPPORT.values()) * max(1.0, (bottom - top) / size[1])  # rows that the second pass looks at
     first, last = max(0, math.floor(top - reach)), min(image.height, math.ceil(bottom + reach))
     rows = image if (first, last) == (0, image.height) else image.crop((0, first, image.width, last))
     wide = rows.resize((size[0], rows.height), resample, (left, 0, right, rows.height))

@@ -15,7 +15,7 @@ from ssod_edge.files import make_directory, sha256_file, write_atomic, write_jso
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Array, Runner
-from ssod_edge.runtime.verify import TOLERANCES, score_tolerance
+from ssod_edge.runtime.verify import TOLERANCES, logit_scale, score_tolerance
 from ssod_edge.spec import SPEC_NAME, Artifact, Spec
 
 GOLDEN = "golden.json"
@@ -87,7 +87,7 @@ def _describe(
         write_atomic(place / file, partial(_write_bytes, value.astype(value.dtype.newbyteorder("<")).tobytes()))
         beside[name] = {"dtype": str(value.dtype), "shape": list(value.shape), "file": file}
     tolerance = TOLERANCES[artifact.precision]
-    scale = 1.0 + float(max(np.abs(reference["logits"]).max(), np.abs(reference["id_logit"]).max()))
+    scale = logit_scale(reference)
     return {
         "engine": artifact.engine,
         "precision": runner.precision,

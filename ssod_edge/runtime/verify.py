@@ -191,7 +191,7 @@ def _compare(
     logits, ood_score = outputs["logits"].astype(np.float64), outputs["ood_score"].astype(np.float64)
     n = len(expected)
     tolerance = TOLERANCES[runner.artifact.precision]
-    scale = 1.0 + float(max(np.abs(expected).max(), np.abs(reference["id_logit"]).max()))
+    scale = logit_scale(reference)
     difference = np.abs(logits - expected)
     id_difference = np.abs(outputs["id_logit"].astype(np.float64) - reference["id_logit"])
     flips = None
@@ -232,6 +232,11 @@ def _verdict_errors(runner: Runner, outputs: dict[str, Array]) -> int:
 def _norm(*arrays: Array) -> float:
     """The root of the sum of all squares."""
     return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
+
+
+def logit_scale(reference: dict[str, Array]) -> float:
+    """What the tolerance of logits is a share of: one more than the largest of the reference."""
+    return 1.0 + float(max(np.abs(reference["logits"]).max(), np.abs(reference["id_logit"]).max()))
 
 
 def score_tolerance(name: str, score: Array, share: float, logit_scale: float = 0.0) -> float:

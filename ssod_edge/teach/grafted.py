@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssod_edge.errors import VerificationError
+from ssod_edge.files import unicode_path
 from ssod_edge.optional import load
 from ssod_edge.spec import VERDICT_INPUTS
 
@@ -24,10 +25,12 @@ def grafted(trunk: Path, rows: int, end: Path, new_rows: int) -> Any:
         VerificationError: one of them has another form than this release exports.
     """
     from ssod_edge.export.engines.openvino import open_inputs
-    from ssod_edge.runtime.engines.openvino import shared_core
+    from ssod_edge.runtime.engines.openvino import read_ir
 
     openvino = load("openvino")
-    old, new = shared_core().read_model(str(trunk)), openvino.convert_model(str(end))
+    old = read_ir(trunk)
+    with unicode_path(end) as name:
+        new = openvino.convert_model(name)
     open_inputs(new)
     features = _features(old, rows)
     for reader in list(_features(new, new_rows).get_target_inputs()):

@@ -101,7 +101,7 @@ class Session:
             self.started_from = {"weights": config.weights, "sha256": trunk_hash(self.model)}
             if config.begun_from is not None:
                 self.started_from |= {"from": config.begun_from, "from_sha256": config.begun_sha256}
-        if not resume:
+        if not resume and is_main():
             say(opening_line(self))
 
     def _exact_copies(self) -> Copies:

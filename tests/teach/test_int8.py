@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from lesson import SIZE, run, write_photos
@@ -26,7 +30,10 @@ def test_the_trunk_of_an_ir_gets_the_end_of_another_graph(exported, tmp_path):
         for spec, folder in ((old, exported), (new, tmp_path / "taught"))
     ]
     assert rows[1] == rows[0] + 4  # two classes, in the layer and in the distance
-    trunk, end = exported / "openvino-fp32" / "model.xml", tmp_path / "taught" / "model-fp32.onnx"
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/export-\xff"))  # no UTF-8
+    shutil.copytree(exported, odd)
+    trunk, end = odd / "openvino-fp32" / "model.xml", odd / "model-fp32.onnx"
+    shutil.copy(tmp_path / "taught" / "model-fp32.onnx", end)
     model = grafted(trunk, rows[0], end, rows[1])
     path, _ = save_ir(end, tmp_path / "grafted", model)
     image = np.random.default_rng(0).integers(0, 256, (3, 3, SIZE, SIZE), dtype=np.uint8)

@@ -8,9 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from servers import serving
 from small import write_images
 
 from ssod_edge.cli import main
@@ -65,13 +65,8 @@ def hub(weights: Path) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler) as address:
+        yield address, asked
 
 
 def train(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:

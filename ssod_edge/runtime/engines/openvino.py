@@ -201,6 +201,12 @@ class _Threads:
 _threads = _Threads()
 
 
+def read_ir(path: Path) -> Any:
+    """An `openvino.Model` of a file, of whatever name."""
+    with unicode_path(path) as name:
+        return shared_core().read_model(name)
+
+
 def open_request(model: Any, device: str, config: Mapping[str, str]) -> Any:
     """A request of a compiled model: of a file's name, or of an `openvino.Model`.
 

@@ -7,17 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from servers import serving
 from videos import cv2, fast_start, jpeg, pictures, plain, rtsp_camera, write_matroska, write_video
 
 from ssod_edge.cli import main
@@ -49,13 +49,8 @@ class Server(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     """The address of the server."""
     Server.pages = {}
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=served.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{served.server_address[1]}"
-    served.shutdown()
-    thread.join()
-    served.server_close()
+    with serving(Server) as address:
+        yield address
 
 
 def send(

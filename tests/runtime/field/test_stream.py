@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from colour import WEIGHT, edit_graph
 from PIL import Image
+from servers import serving
 from videos import RATE, cv2, jpeg, pictures, plain, write_video
 
 import ssod_edge
@@ -160,13 +161,8 @@ class LiveCamera(BaseHTTPRequestHandler):
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Of a camera that is opened anew once, and no more."""
     monkeypatch.setattr(retries, "PAUSES_S", (0.1,))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), LiveCamera)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/live.mjpg"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(LiveCamera) as server:
+        yield f"{server}/live.mjpg"
 
 
 def test_of_a_live_source_the_newest_frame_counts(address: str) -> None:

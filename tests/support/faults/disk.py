@@ -6,12 +6,11 @@ import errno
 import os
 import resource
 from collections.abc import Callable
-from pathlib import Path
 
-from faults.children import Steps, import_all, start
+from faults.children import Steps, start
 from faults.damage import Rng, any_of
 from faults.fault import Fault, about
-from faults.operations import Operation, make_templates, operations
+from faults.operations import Operation, OperationAttempts
 
 #: What a full disk refuses; it lets go of files, and renames them.
 TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.symlink")
@@ -20,19 +19,11 @@ TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.symlink")
 WORDS = ("File too large", "No space", "Read-only")
 
 
-class Attempts:
+class Attempts(OperationAttempts):
     """No file grows beyond so many bytes, or from a step on nothing new can be written."""
 
-    def __init__(self, folder: Path):
-        import_all(folder)
-        make_templates(folder)
-        self._operations = operations(folder)
-
     def attempt(self, rng: Rng) -> str:
-        operation = any_of(rng, self._operations)
-        with about(operation.name):
-            operation.measure()
-            operation.fresh()
+        operation = self.begin(rng)
         what, before = _limit(rng, operation)
         with about(operation.name, what):
             with start(operation.command(), before) as child:

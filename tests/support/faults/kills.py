@@ -5,27 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
-from faults.children import Steps, import_all, start
-from faults.damage import Rng, any_of
+from faults.children import Steps, start
+from faults.damage import Rng
 from faults.fault import about
-from faults.operations import make_templates, operations
+from faults.operations import OperationAttempts
 
 
-class Attempts:
+class Attempts(OperationAttempts):
     """Half of the kills fall on a step that writes, half on an instant."""
 
-    def __init__(self, folder: Path):
-        import_all(folder)
-        make_templates(folder)
-        self._operations = operations(folder)
-
     def attempt(self, rng: Rng) -> str:
-        operation = any_of(rng, self._operations)
-        with about(operation.name):
-            operation.measure()
-            operation.fresh()
+        operation = self.begin(rng)
         if rng.random() < 0.5:
             at = int(rng.integers(1, operation.steps + 1))
             what = f"step {at} of {operation.steps}"

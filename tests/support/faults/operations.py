@@ -14,9 +14,9 @@ from pathlib import Path
 from PIL import Image
 
 from faults import templates
-from faults.children import counted, done, is_short
-from faults.damage import link_tree
-from faults.fault import Fault, below
+from faults.children import counted, done, import_all, is_short
+from faults.damage import Rng, any_of, link_tree
+from faults.fault import Fault, about, below
 from ssod_edge.export.versions import name_of, versions_folder
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.field.monitor import read_monitor
@@ -351,3 +351,20 @@ def make_templates(folder: Path) -> None:
     if not is_short(folder):
         names.append(templates.exported)
     done(lambda: [make(folder) for make in names])
+
+
+class OperationAttempts:
+    """What the parts begin with that stop an operation in the middle."""
+
+    def __init__(self, folder: Path):
+        import_all(folder)
+        make_templates(folder)
+        self._operations = operations(folder)
+
+    def begin(self, rng: Rng) -> Operation:
+        """One of the operations, as if nothing had been done."""
+        operation: Operation = any_of(rng, self._operations)
+        with about(operation.name):
+            operation.measure()
+            operation.fresh()
+        return operation
