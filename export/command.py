@@ -79,7 +79,9 @@ class TargetOptions:
         batch: "MIN,OPT,MAX" of TensorRT's plans.
         version_compatible: see `ssod_edge.export.engines.tensorrt.PlanOptions`.
         golden: a folder for what `ssod_edge.runtime.golden` writes.
-        frame, channels: a folder for what `ssod_edge.export.frame` writes, and the order of a frame's colours.
+        frame: a folder for what `ssod_edge.export.frame` writes.
+        triton: a folder for what `ssod_edge.export.triton` writes.
+        channels: the order of a frame's colours in both.
     """
 
     out: str | None = None
@@ -90,6 +92,7 @@ class TargetOptions:
     version_compatible: bool = False
     golden: str | None = None
     frame: str | None = None
+    triton: str | None = None
     channels: Literal["RGB", "BGR"] = "RGB"
 
     def targets(self) -> Targets:
@@ -177,6 +180,11 @@ def _finish(spec: Spec, folder: Path, started: float, target: TargetOptions) -> 
 
         made = ", ".join(write_frame_graphs(folder, target.frame, target.channels, say))
         say(f"graphs of {made} that take a frame in {target.frame}")
+    if target.triton is not None:
+        from ssod_edge.export.triton import write_triton
+
+        made = ", ".join(write_triton(folder, target.triton, target.channels, say))
+        say(f"models {made} for Triton in {target.triton}")
     if target.golden is not None:
         from ssod_edge.runtime.golden import write_golden
 

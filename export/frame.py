@@ -21,7 +21,7 @@ from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.export.frame_graph import FRAME, IMAGE, Channels, frame_graph, pixels_graph
-from ssod_edge.export.onnx_file import save_onnx
+from ssod_edge.export.onnx_file import close_inputs, save_onnx
 from ssod_edge.files import make_directory, sha256_file, write_json
 from ssod_edge.optional import load
 from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
@@ -107,12 +107,7 @@ def _onnx(export: Export, runner: Runner, frames: list[Array], place: Path, chan
     onnx = load("onnx", "a graph that takes frames")
     spec, artifact = export.spec, runner.artifact
     graph = onnx.load(export.folder / artifact.main_file)
-    for value in graph.graph.initializer:
-        if value.name in (settings := verdict_inputs(artifact.threshold)):
-            value.CopyFrom(onnx.numpy_helper.from_array(settings[value.name], value.name))
-    inputs = [value for value in graph.graph.input if value.name == IMAGE]
-    del graph.graph.input[:]
-    graph.graph.input.extend(inputs)
+    close_inputs(graph, verdict_inputs(artifact.threshold))
     found = frame_graph(graph, spec.preprocess, channels)
     path = save_onnx(found, place / f"{artifact.name}.onnx")
 

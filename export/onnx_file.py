@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ssod_edge.errors import VerificationError
 from ssod_edge.files import write_atomic
@@ -29,6 +33,23 @@ def save_onnx(graph: onnx.ModelProto, path: str | Path) -> Path:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(f"the graph for '{path}' is not valid ONNX: {error}") from error
     return write_atomic(path, lambda temporary: temporary.write_bytes(graph.SerializeToString(deterministic=True)))
+
+
+def close_inputs(graph: onnx.ModelProto, values: Mapping[str, NDArray[np.float32]]) -> None:
+    """Give the verdict's inputs values that cannot be changed, in place: what is left to be given is the image.
+
+    Args:
+        values: see `ssod_edge.detect.confidence.verdict_inputs`.
+    """
+    from onnx import numpy_helper
+
+    for constant in graph.graph.initializer:
+        if constant.name in values:
+            constant.CopyFrom(numpy_helper.from_array(values[constant.name], constant.name))
+    constants = {constant.name for constant in graph.graph.initializer}
+    left = [value for value in graph.graph.input if value.name not in constants]
+    del graph.graph.input[:]
+    graph.graph.input.extend(left)
 
 
 def open_session(graph: onnx.ModelProto, optimise: bool = True) -> Any:

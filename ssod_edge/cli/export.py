@@ -61,7 +61,18 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     metavar="DIR",
     help="Write graphs into DIR that take a frame of any size, uint8 [height, width, 3], and give its verdict.",
 )
-@click.option("--channels", type=click.Choice(["RGB", "BGR"]), default="RGB", help="Colours of --frame, in order.")
+@click.option(
+    "--triton",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Write a model repository for NVIDIA Triton Inference Server into DIR: the verdict on pixels and on frames.",
+)
+@click.option(
+    "--channels",
+    type=click.Choice(["RGB", "BGR"]),
+    default="RGB",
+    help="Colours of a frame, in order (--frame, --triton).",
+)
 @click.option(
     "--no-features",
     "stored",
