@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -316,10 +317,24 @@ def test_an_engine_that_fails_while_it_runs_says_why_in_a_line(
 
     with open_runner(export, artifact=name) as runner:
         runner.infer({"image": colour_images(1)})
-        setattr(runner, "_session" if name.startswith("onnx") else "_request", Failing())
+        setattr(runner, "_session" if name.startswith("onnx") else "_single", Failing())
         with pytest.raises(EngineError, match=expected) as caught:
             runner.infer({"image": colour_images(1)})
         assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["onnx-fp32", "openvino-fp32", "openvino-fp16"])
+def test_one_image_and_many_get_the_same_answers_when_the_files_are_gone_too(export: Path, name: str) -> None:
+    """OpenVINO compiles a model for one image when it is opened, and one for more when they come."""
+    images = colour_images(5)
+    with open_runner(export, artifact=name) as runner:
+        shutil.rmtree(export)
+        alone = [runner.infer({"image": image[None]}) for image in images]
+        together = runner.infer({"image": images})
+        again = runner.infer({"image": images[:1]})
+    for output, values in together.items():
+        assert np.allclose([one[output][0] for one in alone], values, rtol=1e-5, atol=1e-6), output
+        assert np.array_equal(again[output], alone[0][output])
 
 
 @pytest.mark.parametrize("name", ["onnx-fp32", "openvino-fp32"])
