@@ -82,7 +82,7 @@ class OpenVinoRunner(Runner):
             raise cannot_load("openvino", openvino.__version__, artifact, path, error) from error
         self._single: _Compiled | None = _Compiled(request, outputs)
         self._several: _Compiled | None = None
-        self._compile = lambda: _Compiled(open_request(model, device, config), outputs)
+        self._compile: Callable[[], _Compiled] = lambda: _Compiled(open_request(model, device, config), outputs)
         self._lock = threading.Lock()  # two threads in one request get each other's outputs, and no error
         compiled = request.get_compiled_model()
         element = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
