@@ -121,7 +121,8 @@ def _frame(image: Array, sides: tuple[float, float], settings: Preprocess, chann
         around = Image.new("RGB", (settings.roi[0] + wanted[0] + 7, settings.roi[1] + wanted[1] + 5))
         around.paste(scaled, settings.roi[:2])
         scaled = around
-    return np.asarray(scaled)[:, :, :: 1 if channels == "RGB" else -1].copy()
+    frame: Array = np.asarray(scaled)[:, :, :: 1 if channels == "RGB" else -1].copy()
+    return frame
 
 
 def _onnx(export: Export, runner: Runner, place: Path, channels: Channels) -> Made:

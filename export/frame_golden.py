@@ -41,8 +41,8 @@ def write_golden_frames(
     forward = document["input"]["channels"] == "RGB"
     told = []
     for number, frame in enumerate(frames):
-        about = write_input(place, f"{number:02d}", frame.tobytes(), frame if forward else frame[:, :, ::-1])
-        told.append({**about, "height": frame.shape[0], "width": frame.shape[1]})
+        written = write_input(place, f"{number:02d}", frame.tobytes(), frame if forward else frame[:, :, ::-1])
+        told.append({**written, "height": frame.shape[0], "width": frame.shape[1]})
     graphs = {}
     for name, parts in outputs.items():
         graph = document["graphs"][name]

@@ -186,8 +186,8 @@ int run(const std::vector<std::string>& words) {
     }
     const fs::path about_file = fs::path(words[0]) / "frame.json";
     const json about = read_json(about_file);
-    if (!about.at("graphs").contains(words[1])) fail(about_file, "it names no graph '" + words[1] + "'");
-    const std::string graph = about.at("graphs").at(words[1]).at("main_file");
+    if (!about.contains("graphs") || !about["graphs"].contains(words[1])) fail(about_file, "it names no graph '" + words[1] + "'");
+    const std::string graph = about["graphs"][words[1]].at("main_file");
     const Model model = open_model(fs::path(words[0]) / graph);
 
     if (golden) return check_golden(model, words[1], words[3], about) ? 0 : 1;
