@@ -7,8 +7,9 @@ a frame and reads the verdict, in any language that the engine has.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ssod_edge.data.pixels import read_pixels
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export.engines.openvino import save_ir
+from ssod_edge.export.frame_golden import GOLDEN_FRAMES, write_golden_frames
 from ssod_edge.export.frame_graph import FRAME, IMAGE, Channels, frame_graph, pixels_graph
 from ssod_edge.export.onnx_file import close_inputs, save_onnx
 from ssod_edge.files import make_directory, sha256_file, write_json
@@ -27,6 +29,7 @@ from ssod_edge.optional import load
 from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
 from ssod_edge.runtime.engines.openvino import open_request, read_ir, request_config
 from ssod_edge.runtime.export import Export
+from ssod_edge.runtime.golden import choose
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Array, Runner
 from ssod_edge.runtime.verify import TOLERANCES
@@ -40,15 +43,17 @@ FRAME_JSON = "frame.json"
 #: Reference images that are checked with, each in every one of `SIZES`.
 CHECKED = 4
 #: Height and width of the frames, in those of the network's input; the first one is taken as it is.
-SIZES = ((1.0, 1.0), (2.3, 3.1), (1.7, 0.6))
+SIZES = ((1.0, 1.0), (2.3, 3.1), (1.7, 0.6), (0.7, 0.9))
 
 Infer = Callable[[Array], dict[str, Array]]
+#: The files of a graph, the one to open first; the graph; and that of its pixels alone.
+Made = tuple[Sequence[Path], Infer, Infer]
 
 
 def write_frame_graphs(
     folder: str | Path, out: str | Path, channels: Channels = "RGB", say: Callable[[str], None] = lambda line: None
 ) -> list[str]:
-    """Write a graph for each artifact of ONNX Runtime and OpenVINO, and `FRAME_JSON`.
+    """Write a graph for each artifact of ONNX Runtime and OpenVINO, `FRAME_JSON`, and `GOLDEN_FRAMES`.
 
     Args:
         folder: an export folder, or the run folder that holds it.
@@ -67,8 +72,10 @@ def write_frame_graphs(
     """
     load("onnx", "a graph that takes frames")
     export, place = Export.at(folder), make_directory(out)
-    frames = make_frames(export.reference()["image"], export.spec.preprocess, channels)
-    made: dict[str, Any] = {}
+    reference = export.reference()
+    frames = make_frames(reference["image"], export.spec.preprocess, channels)
+    golden = golden_frames(choose(reference, export.spec), export.spec.preprocess, channels)
+    made, outputs = dict[str, Any](), dict[str, list[dict[str, Array]]]()
     for artifact in export.spec.artifacts:
         if artifact.engine not in ("onnxruntime", "openvino"):
             say(f"left out {artifact.name}: a plan of {artifact.engine} takes pixels of one size")
@@ -76,34 +83,49 @@ def write_frame_graphs(
         try:
             with open_runner(export.folder, artifact=artifact.name, allow_untrained=True) as runner:
                 make = _onnx if artifact.engine == "onnxruntime" else _openvino
-                made[artifact.name] = make(export, runner, frames, place, channels)
+                files, graph, pixels = make(export, runner, place, channels)
+                figures = check_frames(runner, graph, pixels, frames, channels)
+                outputs[artifact.name] = [graph(frame) for frame in golden]
+            sums = {path.relative_to(place).as_posix(): sha256_file(path) for path in files}
+            made[artifact.name] = {"main_file": next(iter(sums)), "files": sums, **figures}
         except (EngineError, MissingExtraError) as error:
             say(f"left out {artifact.name}, which does not run here: {error}")
     if not made:
         raise UsageError(f"no artifact of '{export.folder}' runs here on ONNX Runtime or OpenVINO, which take frames")
-    write_json(place / FRAME_JSON, _document(export, channels, made))
+    document = _document(export, channels, made)
+    write_golden_frames(export, golden, document, outputs, place / GOLDEN_FRAMES)
+    write_json(place / FRAME_JSON, document)
     return list(made)
 
 
 def make_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
     """uint8 [H, W, 3] each: `CHECKED` reference images in `SIZES`, and noise; with `roi`, around it."""
     size = settings.input_size
-    pictures = [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in images[:CHECKED]]
-    noise = np.random.default_rng(0).integers(0, 256, (2 * size, 3 * size, 3), np.uint8)
-    frames = []
-    for height, width in SIZES:  # engines prepare for each size once
-        for picture in [*pictures, Image.fromarray(noise)]:
-            wanted = (round(width * size), round(height * size)) if settings.roi is None else settings.roi[2:]
-            scaled = picture if wanted == picture.size else picture.resize(wanted, Image.Resampling.BICUBIC)
-            if settings.roi is not None:
-                around = Image.new("RGB", (settings.roi[0] + wanted[0] + 7, settings.roi[1] + wanted[1] + 5))
-                around.paste(scaled, settings.roi[:2])
-                scaled = around
-            frames.append(np.asarray(scaled)[:, :, :: 1 if channels == "RGB" else -1].copy())
-    return frames
+    noise = np.random.default_rng(0).integers(0, 256, (3, 2 * size, 3 * size), np.uint8)
+    shown = [*images[:CHECKED], noise]
+    return [_frame(image, sides, settings, channels) for sides in SIZES for image in shown]  # each size prepares once
 
 
-def _onnx(export: Export, runner: Runner, frames: list[Array], place: Path, channels: Channels) -> dict[str, Any]:
+def golden_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
+    """uint8 [H, W, 3] each: images in turn in one of `SIZES`; with `roi`, around it."""
+    return [_frame(image, sides, settings, channels) for image, sides in zip(images, cycle(SIZES), strict=False)]
+
+
+def _frame(image: Array, sides: tuple[float, float], settings: Preprocess, channels: Channels) -> Array:
+    """uint8 [H, W, 3] of one [3, H, W] and its sides in those of the network's input."""
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    height, width = (round(side * settings.input_size) for side in sides)
+    wanted = (width, height) if settings.roi is None else settings.roi[2:]
+    scaled = picture if wanted == picture.size else picture.resize(wanted, Image.Resampling.BICUBIC)
+    if settings.roi is not None:
+        around = Image.new("RGB", (settings.roi[0] + wanted[0] + 7, settings.roi[1] + wanted[1] + 5))
+        around.paste(scaled, settings.roi[:2])
+        scaled = around
+    frame: Array = np.asarray(scaled)[:, :, :: 1 if channels == "RGB" else -1].copy()
+    return frame
+
+
+def _onnx(export: Export, runner: Runner, place: Path, channels: Channels) -> Made:
     onnx = load("onnx", "a graph that takes frames")
     spec, artifact = export.spec, runner.artifact
     graph = onnx.load(export.folder / artifact.main_file)
@@ -116,11 +138,10 @@ def _onnx(export: Export, runner: Runner, frames: list[Array], place: Path, chan
         names = [output.name for output in session.get_outputs()]
         return lambda frame: dict(zip(names, session.run(names, {FRAME: frame}), strict=True))
 
-    figures = check_frames(runner, opened(found), opened(pixels_graph(spec.preprocess, channels)), frames, channels)
-    return {"main_file": path.name, "files": {path.name: sha256_file(path)}, **figures}
+    return [path], opened(found), opened(pixels_graph(spec.preprocess, channels))
 
 
-def _openvino(export: Export, runner: Runner, frames: list[Array], place: Path, channels: Channels) -> dict[str, Any]:
+def _openvino(export: Export, runner: Runner, place: Path, channels: Channels) -> Made:
     spec, artifact = export.spec, runner.artifact
     openvino = load("openvino")
     pixels = openvino.convert_model(io.BytesIO(pixels_graph(spec.preprocess, channels).SerializeToString()))
@@ -145,9 +166,7 @@ def _openvino(export: Export, runner: Runner, frames: list[Array], place: Path, 
 
         return infer
 
-    figures = check_frames(runner, opened(found), opened(alone), frames, channels)
-    sums = {path.relative_to(place).as_posix(): sha256_file(path) for path in files}
-    return {"main_file": next(iter(sums)), "files": sums, **figures}
+    return files, opened(found), opened(alone)
 
 
 def check_frames(

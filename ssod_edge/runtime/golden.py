@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,19 @@ def write_golden(folder: str | Path, out: str | Path, say: Callable[[str], None]
     if not found:
         raise UsageError(f"no artifact of '{export.folder}' runs here, so there are no golden outputs")
     names = [f"{number:02d}" for number in range(len(images))]
-    for name, image in zip(names, images, strict=True):
-        write_atomic(place / f"{name}.bin", partial(_write_bytes, image.tobytes()))
-        write_atomic(place / f"{name}.png", Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save)
-    write_json(place / GOLDEN, _document(export, names, place, found))
+    inputs = [
+        write_input(place, name, image.tobytes(), image.transpose(1, 2, 0))
+        for name, image in zip(names, images, strict=True)
+    ]
+    write_json(place / GOLDEN, _document(export, inputs, found))
     return list(found)
+
+
+def write_input(place: Path, name: str, data: bytes, shown: Array) -> dict[str, str]:
+    """Write `NAME.bin` with these bytes and `NAME.png` with these pixels, uint8 [H, W, 3], RGB; what tells of them."""
+    write_atomic(place / f"{name}.bin", partial(_write_bytes, data))
+    write_atomic(place / f"{name}.png", Image.fromarray(np.ascontiguousarray(shown)).save)
+    return {"file": f"{name}.bin", "sha256": sha256_file(place / f"{name}.bin"), "picture": f"{name}.png"}
 
 
 def _write_bytes(data: bytes, path: Path) -> None:
@@ -79,15 +87,12 @@ def choose(reference: dict[str, Array], spec: Spec) -> Array:
 def _describe(
     runner: Runner, artifact: Artifact, reference: dict[str, Array], images: Array, place: Path
 ) -> dict[str, Any]:
-    spec, score = runner.spec, reference[f"score_{runner.spec.score_name}"]
     parts = [runner.infer({"image": image[None]}) for image in images]
     beside = {}
     for name, value in (runner.verdict_inputs() if artifact.threshold else {}).items():  # else their defaults will do
         file = f"{artifact.name}-{name}.bin"
         write_atomic(place / file, partial(_write_bytes, value.astype(value.dtype.newbyteorder("<")).tobytes()))
         beside[name] = {"dtype": str(value.dtype), "shape": list(value.shape), "file": file}
-    tolerance = TOLERANCES[artifact.precision]
-    scale = logit_scale(reference)
     return {
         "engine": artifact.engine,
         "precision": runner.precision,
@@ -95,10 +100,18 @@ def _describe(
         "sha256": artifact.files[artifact.main_file],
         "threshold": None if artifact.threshold is None else artifact.threshold.value,
         "inputs_beside": beside,
-        "tolerance": {
-            "logits": tolerance.logit * scale,
-            "ood_score": score_tolerance(spec.score_name, score, tolerance.logit, scale),
-        },
+        **expected(runner.spec, artifact, reference, parts),
+    }
+
+
+def expected(
+    spec: Spec, artifact: Artifact, reference: dict[str, Array], parts: Sequence[Mapping[str, Array]]
+) -> dict[str, Any]:
+    """The outputs of an artifact, N = 1 each, and how far those of another client may be off."""
+    share, scale = TOLERANCES[artifact.precision].logit, logit_scale(reference)
+    score = score_tolerance(spec.score_name, reference[f"score_{spec.score_name}"], share, scale)
+    return {
+        "tolerance": {"logits": share * scale, "ood_score": score},
         "outputs": [
             {
                 **{name: value[0].tolist() for name, value in outputs.items() if name in spec.outputs},
@@ -109,7 +122,7 @@ def _describe(
     }
 
 
-def _document(export: Export, names: list[str], place: Path, artifacts: dict[str, Any]) -> dict[str, Any]:
+def _document(export: Export, inputs: list[dict[str, str]], artifacts: dict[str, Any]) -> dict[str, Any]:
     spec = export.spec
     size = spec.preprocess.input_size
     return {
@@ -118,9 +131,6 @@ def _document(export: Export, names: list[str], place: Path, artifacts: dict[str
         "spec_sha256": sha256_file(export.folder / SPEC_NAME),
         "classes": list(spec.classes),
         "input": {"name": "image", "dtype": "uint8", "shape": [1, 3, size, size], "channels": "RGB"},
-        "inputs": [
-            {"file": f"{name}.bin", "sha256": sha256_file(place / f"{name}.bin"), "picture": f"{name}.png"}
-            for name in names
-        ],
+        "inputs": inputs,
         "artifacts": artifacts,
     }

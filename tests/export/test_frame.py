@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from ssod_edge.config import Preprocess
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export import frame as module
 from ssod_edge.export.frame import FRAME_JSON, make_frames, write_frame_graphs
+from ssod_edge.export.frame_graph import Channels
 
 pytest.importorskip("onnxruntime")
 ov = pytest.importorskip("openvino")
@@ -81,6 +83,39 @@ def test_blue_first(export: Path, tmp_path: Path) -> None:
         found = run(tmp_path / "frames", name, np.full((33, 21, 3), (220, 20, 20), np.uint8))
         assert document["classes"][int(found["logits"][0].argmax())] == "blue"
         assert document["graphs"][name]["max_pixel_diff"] <= 1 and document["graphs"][name]["threshold"] == -2.0
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_golden_frames(export: Path, tmp_path: Path, channels: Channels) -> None:
+    """A client that reads `golden.json` alone gets what stands in it, from bytes in the order of the graphs."""
+    write_frame_graphs(export, tmp_path, channels)
+    place = tmp_path / "golden"
+    document = json.loads((place / "golden.json").read_text())
+    frames = []
+    for told in document["frames"]:
+        data = (place / told["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == told["sha256"]
+        frame = np.frombuffer(data, document["input"]["dtype"]).reshape(told["height"], told["width"], 3)
+        shown = np.asarray(Image.open(place / told["picture"]))
+        np.testing.assert_array_equal(frame if channels == "RGB" else frame[:, :, ::-1], shown)
+        frames.append(frame)
+    assert (
+        len(frames) == 10
+        and len({frame.shape for frame in frames}) == 4
+        and sorted(document["graphs"]) == sorted(NAMES)
+    )
+    for name, told in document["graphs"].items():
+        graph = place / told["file"]
+        assert hashlib.sha256(graph.read_bytes()).hexdigest() == told["sha256"]
+        for frame, expected in zip(frames, told["outputs"], strict=True):
+            found = run(tmp_path, name, frame)
+            np.testing.assert_allclose(found["logits"][0], expected["logits"], atol=told["tolerance"]["logits"])
+            assert float(found["ood_score"][0]) == pytest.approx(
+                expected["ood_score"], abs=told["tolerance"]["ood_score"]
+            )
+            assert expected["known"] == (expected["ood_score"] <= told["threshold"]) == bool(found["known"][0])
+            assert document["classes"][int(found["logits"][0].argmax())] == expected["class"]
+        assert {row["known"] for row in told["outputs"]} == {True, False}
 
 
 def test_what_comes_out_otherwise_is_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
