@@ -93,14 +93,14 @@ class TargetOptions:
     golden: str | None = None
     frame: str | None = None
     triton: str | None = None
-    channels: Literal["RGB", "BGR"] = "RGB"
+    channels: Literal["RGB", "BGR", "NV12"] = "RGB"
 
     def targets(self) -> Targets:
         """The engines that are meant, and how plans are built.
 
         Raises:
-            UsageError: `batch` is not as in `parse_batch`; or it, or version-compatible plans, are asked for and none
-                are made.
+            UsageError: `batch` is not as in `parse_batch`; or it, version-compatible plans or frames in NV12 are asked
+                for and nothing is made that could have them.
         """
         engines, plans = engines_for(self.target), PlanOptions(parse_batch(self.batch), self.version_compatible)
         if plans.batch != PlanOptions().batch and not set(engines) & set(PLAN_ENGINES):
@@ -110,6 +110,10 @@ class TargetOptions:
         if self.version_compatible and "tensorrt" not in engines:
             raise UsageError(
                 f"--version-compatible is for the plans of --target tensorrt, and this makes: {', '.join(engines)}"
+            )
+        if self.channels == "NV12" and (self.triton is not None or "openvino" not in engines):
+            raise UsageError(
+                "--channels NV12: only OpenVINO takes it, with --frame; ONNX Runtime and Triton take RGB or BGR"
             )
         return Targets(self.precisions, engines, self.tpr, plans)
 

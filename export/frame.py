@@ -9,12 +9,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from ssod_edge.config import Preprocess
 from ssod_edge.data.pixels import read_pixels
@@ -23,6 +21,7 @@ from ssod_edge.errors import EngineError, MissingExtraError, UsageError, Verific
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.export.frame_golden import GOLDEN_FRAMES, write_golden_frames
 from ssod_edge.export.frame_graph import FRAME, IMAGE, Channels, frame_graph, pixels_graph
+from ssod_edge.export.frame_samples import colours_of, golden_frames, make_frames
 from ssod_edge.export.onnx_file import close_inputs, save_onnx
 from ssod_edge.files import make_directory, sha256_file, write_json
 from ssod_edge.optional import load
@@ -40,10 +39,6 @@ if TYPE_CHECKING:
 
 #: What tells a client about the graphs.
 FRAME_JSON = "frame.json"
-#: Reference images that are checked with, each in every one of `SIZES`.
-CHECKED = 4
-#: Height and width of the frames, in those of the network's input; the first one is taken as it is.
-SIZES = ((1.0, 1.0), (2.3, 3.1), (1.7, 0.6), (0.7, 0.9))
 
 Infer = Callable[[Array], dict[str, Array]]
 #: The files of a graph, the one to open first; the graph; and that of its pixels alone.
@@ -80,6 +75,9 @@ def write_frame_graphs(
         if artifact.engine not in ("onnxruntime", "openvino"):
             say(f"left out {artifact.name}: a plan of {artifact.engine} takes pixels of one size")
             continue
+        if channels == "NV12" and artifact.engine != "openvino":
+            say(f"left out {artifact.name}: only OpenVINO takes NV12")
+            continue
         try:
             with open_runner(export.folder, artifact=artifact.name, allow_untrained=True) as runner:
                 make = _onnx if artifact.engine == "onnxruntime" else _openvino
@@ -91,38 +89,12 @@ def write_frame_graphs(
         except (EngineError, MissingExtraError) as error:
             say(f"left out {artifact.name}, which does not run here: {error}")
     if not made:
-        raise UsageError(f"no artifact of '{export.folder}' runs here on ONNX Runtime or OpenVINO, which take frames")
+        engines = "OpenVINO, which takes NV12" if channels == "NV12" else "ONNX Runtime or OpenVINO, which take frames"
+        raise UsageError(f"no artifact of '{export.folder}' runs here on {engines}")
     document = _document(export, channels, made)
     write_golden_frames(export, golden, document, outputs, place / GOLDEN_FRAMES)
     write_json(place / FRAME_JSON, document)
     return list(made)
-
-
-def make_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
-    """uint8 [H, W, 3] each: `CHECKED` reference images in `SIZES`, and noise; with `roi`, around it."""
-    size = settings.input_size
-    noise = np.random.default_rng(0).integers(0, 256, (3, 2 * size, 3 * size), np.uint8)
-    shown = [*images[:CHECKED], noise]
-    return [_frame(image, sides, settings, channels) for sides in SIZES for image in shown]  # each size prepares once
-
-
-def golden_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
-    """uint8 [H, W, 3] each: images in turn in one of `SIZES`; with `roi`, around it."""
-    return [_frame(image, sides, settings, channels) for image, sides in zip(images, cycle(SIZES), strict=False)]
-
-
-def _frame(image: Array, sides: tuple[float, float], settings: Preprocess, channels: Channels) -> Array:
-    """uint8 [H, W, 3] of one [3, H, W] and its sides in those of the network's input."""
-    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    height, width = (round(side * settings.input_size) for side in sides)
-    wanted = (width, height) if settings.roi is None else settings.roi[2:]
-    scaled = picture if wanted == picture.size else picture.resize(wanted, Image.Resampling.BICUBIC)
-    if settings.roi is not None:
-        around = Image.new("RGB", (settings.roi[0] + wanted[0] + 7, settings.roi[1] + wanted[1] + 5))
-        around.paste(scaled, settings.roi[:2])
-        scaled = around
-    frame: Array = np.asarray(scaled)[:, :, :: 1 if channels == "RGB" else -1].copy()
-    return frame
 
 
 def _onnx(export: Export, runner: Runner, place: Path, channels: Channels) -> Made:
@@ -144,7 +116,7 @@ def _onnx(export: Export, runner: Runner, place: Path, channels: Channels) -> Ma
 def _openvino(export: Export, runner: Runner, place: Path, channels: Channels) -> Made:
     spec, artifact = export.spec, runner.artifact
     openvino = load("openvino")
-    pixels = openvino.convert_model(io.BytesIO(pixels_graph(spec.preprocess, channels).SerializeToString()))
+    pixels = _openvino_pixels(spec.preprocess, channels)
     alone, model = pixels.clone(), read_ir(export.folder / artifact.main_file)
     settings = verdict_inputs(artifact.threshold)
     (result,) = pixels.get_results()
@@ -169,6 +141,24 @@ def _openvino(export: Export, runner: Runner, place: Path, channels: Channels) -
     return files, opened(found), opened(alone)
 
 
+def _openvino_pixels(settings: Preprocess, channels: Channels) -> Any:
+    """`pixels_graph` for OpenVINO, which has an operation for NV12 as well."""
+    openvino = load("openvino")
+    given: Channels = "RGB" if channels == "NV12" else channels
+    pixels = openvino.convert_model(io.BytesIO(pixels_graph(settings, given).SerializeToString()))
+    if channels != "NV12":
+        return pixels
+    operations = openvino.opset13
+    frame = operations.parameter([-1, -1], np.uint8, name=FRAME)
+    frame.output(0).set_names({FRAME})
+    batch = operations.unsqueeze(frame, operations.constant([0, 3]))
+    colours = operations.squeeze(operations.nv12_to_rgb(batch), operations.constant([0]))
+    (taken,) = pixels.get_parameters()
+    for reader in list(taken.output(0).get_target_inputs()):
+        reader.replace_source_output(colours.output(0))
+    return openvino.Model(pixels.get_results(), [frame], FRAME)
+
+
 def check_frames(
     runner: Runner, graph: Infer, pixels: Infer, frames: list[Array], channels: Channels
 ) -> dict[str, Any]:
@@ -178,7 +168,7 @@ def check_frames(
         runner: the open artifact.
         graph: the graph that takes frames, on the same engine.
         pixels: that of `pixels_graph` alone.
-        frames: uint8 [H, W, 3] each.
+        frames: uint8, see `colours_of`.
         channels: the order of their colours.
 
     Raises:
@@ -188,7 +178,7 @@ def check_frames(
     settings, threshold = runner.spec.preprocess, verdict_inputs(runner.artifact.threshold)["threshold"][0]
     farthest, difference, scale = 0, 0.0, 1.0
     for frame in frames:
-        own = read_pixels(np.ascontiguousarray(frame[:, :, :: 1 if channels == "RGB" else -1]), settings)
+        own = read_pixels(colours_of(frame, channels), settings)
         (made,) = pixels(frame).values()
         farthest = max(farthest, int(np.abs(made[0].astype(int) - own).max()))
         found, expected = graph(frame), runner.infer({IMAGE: made})
@@ -207,10 +197,11 @@ def check_frames(
 
 def _document(export: Export, channels: Channels, made: dict[str, Any]) -> dict[str, Any]:
     spec: Spec = export.spec
+    shape = ["height * 3 / 2", "width"] if channels == "NV12" else ["height", "width", 3]
     return {
         "about": "Each graph takes one frame and gives one verdict: known is false for what the model was not taught.",
         "spec_sha256": sha256_file(export.folder / SPEC_NAME),
-        "input": {"name": FRAME, "dtype": "uint8", "shape": ["height", "width", 3], "channels": channels},
+        "input": {"name": FRAME, "dtype": "uint8", "shape": shape, "channels": channels},
         "outputs": list(spec.outputs),
         "classes": list(spec.classes),
         "preprocess": asdict(spec.preprocess),

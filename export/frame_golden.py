@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssod_edge.export.frame_samples import colours_of
 from ssod_edge.files import make_directory, write_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.golden import GOLDEN, expected, write_input
@@ -24,12 +25,13 @@ def write_golden_frames(
 ) -> None:
     """Write frames as bytes and as pictures, and `GOLDEN` with their sizes, outputs and tolerances.
 
-    `NN.bin` is what a graph takes: uint8, row by row, three bytes a pixel in the order of the graphs' channels.
+    `NN.bin` is what a graph takes: uint8, row by row, three bytes a pixel in the order of the graphs' channels, or in
+    NV12.
     `NN.png` shows the same, so that a client's reader of pictures is tested too.
 
     Args:
         export: what the graphs were made of.
-        frames: uint8 [H, W, 3] each.
+        frames: uint8, see `colours_of`.
         document: what is written about the graphs.
         outputs: those of each graph, one for each frame.
         place: the folder, which is made; of files of these names earlier ones are replaced.
@@ -38,11 +40,12 @@ def write_golden_frames(
         OutputError: the folder cannot be written.
     """
     place, spec, reference = make_directory(place), export.spec, export.reference()
-    forward = document["input"]["channels"] == "RGB"
+    channels = document["input"]["channels"]
     told = []
     for number, frame in enumerate(frames):
-        written = write_input(place, f"{number:02d}", frame.tobytes(), frame if forward else frame[:, :, ::-1])
-        told.append({**written, "height": frame.shape[0], "width": frame.shape[1]})
+        picture = colours_of(frame, channels)
+        written = write_input(place, f"{number:02d}", frame.tobytes(), picture)
+        told.append({**written, "height": picture.shape[0], "width": picture.shape[1]})
     graphs = {}
     for name, parts in outputs.items():
         graph = document["graphs"][name]

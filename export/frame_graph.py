@@ -27,7 +27,7 @@ OWN = "frame/"
 IMAGE = "image"
 PIXELS = f"{OWN}{IMAGE}"
 
-Channels = Literal["RGB", "BGR"]
+Channels = Literal["RGB", "BGR", "NV12"]
 
 
 class _Nodes:
@@ -68,7 +68,7 @@ def frame_graph(graph: ModelProto, settings: Preprocess, channels: Channels = "R
     Args:
         graph: fused, with the input `image` uint8 [N, 3, S, S].
         settings: its preprocessing, all of which is in the result.
-        channels: the order in which the frame has its colours.
+        channels: the order in which the frame has its colours; ONNX has no operation for NV12.
 
     Returns:
         a graph with the input `frame` uint8 [H, W, 3] of any size, and all others of `graph`; the outputs are those of

@@ -16,8 +16,9 @@ import numpy as np
 
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
-from ssod_edge.export.frame import check_frames, make_frames
+from ssod_edge.export.frame import check_frames
 from ssod_edge.export.frame_graph import FRAME, IMAGE, Channels, frame_graph, pixels_graph
+from ssod_edge.export.frame_samples import make_frames
 from ssod_edge.export.onnx_file import close_inputs, open_session, save_onnx
 from ssod_edge.files import make_directory, write_atomic
 from ssod_edge.optional import load

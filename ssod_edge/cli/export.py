@@ -69,9 +69,9 @@ from ssod_edge.spec import FEATURE_OUTPUTS
 )
 @click.option(
     "--channels",
-    type=click.Choice(["RGB", "BGR"]),
+    type=click.Choice(["RGB", "BGR", "NV12"]),
     default="RGB",
-    help="Colours of a frame, in order (--frame, --triton).",
+    help="Colours of a frame, in order (--frame, --triton); NV12, as cameras and decoders give it, with OpenVINO.",
 )
 @click.option(
     "--no-features",

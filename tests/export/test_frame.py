@@ -19,8 +19,9 @@ from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export import frame as module
-from ssod_edge.export.frame import FRAME_JSON, make_frames, write_frame_graphs
+from ssod_edge.export.frame import FRAME_JSON, write_frame_graphs
 from ssod_edge.export.frame_graph import Channels
+from ssod_edge.export.frame_samples import colours_of, make_frames, to_nv12
 
 pytest.importorskip("onnxruntime")
 ov = pytest.importorskip("openvino")
@@ -116,6 +117,40 @@ def test_golden_frames(export: Path, tmp_path: Path, channels: Channels) -> None
             assert expected["known"] == (expected["ood_score"] <= told["threshold"]) == bool(found["known"][0])
             assert document["classes"][int(found["logits"][0].argmax())] == expected["class"]
         assert {row["known"] for row in told["outputs"]} == {True, False}
+
+
+def test_nv12_as_cameras_give_it(export: Path, tmp_path: Path) -> None:
+    """OpenCV's own conversion makes the frames, so that a swapped U and V would show."""
+    cv2 = pytest.importorskip("cv2")
+    lines: list[str] = []
+    made = write_frame_graphs(export, tmp_path / "frames", "NV12", lines.append)
+    assert made == ["openvino-fp32", "openvino-fp16"] and "left out onnx-fp32: only OpenVINO takes NV12" in lines
+    document = json.loads((tmp_path / "frames" / FRAME_JSON).read_text())
+    assert document["input"]["shape"] == ["height * 3 / 2", "width"] and document["input"]["channels"] == "NV12"
+    for colour, pixel in (("red", (220, 20, 20)), ("green", (20, 200, 20)), ("blue", (20, 20, 220))):
+        picture = np.full((48, 64, 3), pixel, np.uint8)
+        planes = cv2.cvtColor(picture, cv2.COLOR_RGB2YUV_I420)
+        pairs = planes[48:].reshape(2, -1).T.reshape(24, 64)  # OpenCV writes all U, then all V
+        found = run(tmp_path / "frames", "openvino-fp32", np.concatenate([planes[:48], pairs]))
+        assert document["classes"][int(found["logits"][0].argmax())] == colour and found["known"][0]
+    assert document["graphs"]["openvino-fp32"]["max_pixel_diff"] <= 1
+
+
+def test_nv12_as_opencv_reads_it() -> None:
+    cv2 = pytest.importorskip("cv2")
+    picture = np.asarray(Image.effect_noise((64, 48), 60).convert("RGB").resize((64, 48)))
+    frame = to_nv12(picture[:47, :63])
+    assert frame.shape == (69, 62)
+    assert np.abs(colours_of(frame, "NV12").astype(int) - cv2.cvtColor(frame, cv2.COLOR_YUV2RGB_NV12)).max() <= 2
+    assert np.abs(colours_of(frame, "NV12").astype(int) - picture[:46, :62]).max() <= 4  # of a grey picture
+
+
+@pytest.mark.parametrize("options", [["--target", "onnx", "--frame", "x"], ["--frame", "x", "--triton", "y"]])
+def test_nv12_is_refused_where_nothing_takes_it(export: Path, tmp_path: Path, options: list[str]) -> None:
+    command = ["export", "--from", str(export), "-o", str(tmp_path / "out"), "--channels", "NV12", *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2 and "only OpenVINO takes it" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_comes_out_otherwise_is_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
