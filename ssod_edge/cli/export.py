@@ -59,7 +59,8 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     "--frame",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Write graphs into DIR that take a frame of any size, uint8 [height, width, 3], and give its verdict.",
+    help="Write graphs into DIR that take a frame of any size, uint8 [height, width, 3], and give its verdict; and "
+    "golden frames to test a client with.",
 )
 @click.option(
     "--triton",
