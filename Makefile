@@ -9,7 +9,7 @@ JOBS := 2
 # Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
 PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 
-.PHONY: help venv demo test test-gpu faults plans cuda wheel lint format coverage clean
+.PHONY: help venv demo test test-gpu faults plans cuda wheel arm64 container lint format coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,14 @@ cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a rel
 
 wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
 	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
+
+# Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie in the environment.
+arm64: $(STAMP) ## tests, predict and teach on an emulated 64-bit Arm Debian; needs root, debootstrap, qemu-user-static
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/arm64.py \
+		$(addprefix --export ,$(EXPORT)) $(addprefix --photos ,$(PHOTOS)) $(addprefix --lesson ,$(LESSON))
+
+container: $(STAMP) ## the Dockerfile's steps in a bare Debian, without Docker; needs root and debootstrap
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/container.py
 
 lint: $(STAMP) ## formatter, linter and type checker
 	$(BIN)/ruff format --check $(SOURCES)

@@ -33,6 +33,25 @@ def write_class(folder: Path, each: int, rng: np.random.Generator) -> None:
         Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(folder / f"{index:03}.png")
 
 
+def train_run(root: Path) -> Path:
+    """A run of `train --tune head` on five classes; the photos are in root/photos."""
+    # Here, because most who need photos need no torch.
+    import torch
+    from safetensors.torch import save_file
+
+    from ssod_edge.config import Preprocess
+    from ssod_edge.training.model import build_model
+
+    torch.manual_seed(3)
+    weights = root / "w.safetensors"
+    save_file(build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE)).backbone.state_dict(), weights)
+    photos = write_photos(root / "photos", "abcde", 30, seed=1)
+    backbone = ["--backbone", "test_efficientnet", "--size", SIZE, "--weights", weights]
+    done = run("train", photos, *backbone, "--workers", 0, "--tune", "head", "-o", root / "runs", "--name", "run")
+    assert done.exit_code == 0, done.output
+    return root / "runs" / "run"
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
 

@@ -7,27 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from lesson import CLASSES, SIZE, run, write_photos
-from safetensors.torch import save_file
+from lesson import run, train_run
 
-from ssod_edge.config import Preprocess
 from ssod_edge.spec import load_spec, save_spec
-from ssod_edge.training.model import build_model
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `train --tune head` on five classes."""
-    root = tmp_path_factory.mktemp("teach")
-    torch.manual_seed(3)
-    save_file(build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE)).backbone.state_dict(), root / "w")
-    (root / "w").rename(root / "w.safetensors")
-    photos = write_photos(root / "photos", "abcde", 30, seed=1)
-    backbone = ["--backbone", "test_efficientnet", "--size", SIZE, "--weights", root / "w.safetensors"]
-    done = run("train", photos, *backbone, "--workers", 0, "--tune", "head", "-o", root / "runs", "--name", "run")
-    assert done.exit_code == 0, done.output
-    return root / "runs" / "run"
+    return train_run(tmp_path_factory.mktemp("teach"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,198 @@
+"""What goes onto a device, on a 64-bit Arm Debian that qemu emulates: its tests, and verdicts equal to this machine's.
+
+make arm64                                       # a small export of random weights, made first
+python scripts/arm64.py --export DIR --photos DIR [--lesson DIR]      # your own; --lesson has CLASS/IMAGE folders
+
+Needs Linux, root, debootstrap and qemu-user-static (Debian, Ubuntu). The Debian and the wheels are kept in
+~/.cache/ssod-edge (`debian_root.py`), what is made in build/arm64. SUITE names another release than bookworm. Times in
+an emulator say nothing about a board, so none are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from debian_root import MACHINES, MissingError, Mount, arm_programs, check_machine, download, enter, is_arm, make_root
+from device_trial import ROOT, Steps, checked, compare, here, make_material, make_wheel, verdicts
+
+BUILD = ROOT / "build" / "arm64"
+PACKAGES = ("python3", "python3-venv", "libgomp1")
+EXTRAS = "openvino,teach,video"
+ENGINES = ("onnxruntime", "openvino")
+#: Of the processors that qemu knows, the one of a Raspberry Pi 5.
+CPU = "cortex-a76"
+MIDR = "0x00000000414fd0b1"
+FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+#: Tests of what goes onto a device; they need no torch. What kills processes by the clock is left out.
+TESTS = (
+    "runtime/test_open.py",
+    "runtime/test_predict.py",
+    "runtime/test_verify.py",
+    "runtime/test_calibrate.py",
+    "runtime/test_written.py",
+    "runtime/test_golden.py",
+    "runtime/engines/test_tensorrt.py",
+    "runtime/field/test_monitor.py",
+    "data/test_jpeg.py",
+    "data/test_pixels.py",
+    "data/test_png.py",
+    "detect/test_confidence.py",
+    "detect/test_scores.py",
+    "export/test_bundle.py",
+    "export/test_deploy.py",
+    "test_face.py",
+    "test_spec.py",
+)
+NOT_RUN = "not run: a real board, its speed, cameras, GPUs and accelerators; TensorRT (docs/jetson.md); int8"
+
+
+def board_files(folder: Path, cores: int) -> list[Mount]:
+    """What of /proc and /sys qemu shows as the machine outside has it, as it is on a board.
+
+    ONNX Runtime looks for Arm processors in /proc/cpuinfo, and crashes where there are none. OpenVINO reads MIDR_EL1 to
+    choose its kernels, and crashes where the masks of the topology are missing.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    system = folder / "sys" / "devices" / "system" / "cpu"
+    every, all_cores = f"0-{cores - 1}" if cores > 1 else "0", f"{(1 << cores) - 1:x}"
+    files = {"possible": every, "present": every, "online": every, "kernel_max": "255"}
+    for core in range(cores):
+        inside = {"core_id": f"{core}", "physical_package_id": "0"}
+        inside |= dict.fromkeys(("core_siblings", "package_cpus"), all_cores)
+        inside |= dict.fromkeys(("core_siblings_list", "package_cpus_list"), every)
+        inside |= dict.fromkeys(("thread_siblings", "core_cpus"), f"{1 << core:x}")
+        inside |= dict.fromkeys(("thread_siblings_list", "core_cpus_list"), f"{core}")
+        files |= {f"cpu{core}/topology/{name}": text for name, text in inside.items()}
+        files[f"cpu{core}/regs/identification/midr_el1"] = MIDR
+    for name, text in files.items():
+        (system / name).parent.mkdir(parents=True, exist_ok=True)
+        (system / name).write_text(text + "\n")
+    lines = (
+        f"processor\t: {core}\nBogoMIPS\t: 108.00\nFeatures\t: {FEATURES}\nCPU implementer\t: 0x41\n"
+        "CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
+        for core in range(cores)
+    )
+    (folder / "cpuinfo").write_text("".join(lines))
+    return [Mount(folder / "cpuinfo", "/proc/cpuinfo"), Mount(folder / "sys", "/sys")]
+
+
+class Board:
+    """The emulated Debian: BUILD is in /work, the repository in /src, a virtual environment in /ssod."""
+
+    def __init__(self, suite: str) -> None:
+        self.root = make_root("arm64", suite, PACKAGES)
+        self.mounts = [
+            Mount(BUILD / "material", "/work/material"),
+            Mount(BUILD / "board", "/work/board", writable=True),
+        ]
+        self.mounts += [Mount(BUILD / "dist", "/dist"), Mount(ROOT, "/src")]
+        self.mounts += [Mount(Path("/sys"), "/sys")] if is_arm() else board_files(BUILD / "files", os.cpu_count() or 1)
+
+    def call(self, *command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        environment = {"HOME": "/tmp", "QEMU_CPU": CPU, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        options = {"capture_output": True, "cwd": "/work/board", **options}
+        mounts = [*self.mounts, *options.pop("more", ())]
+        return enter(self.root, [str(word) for word in command], mounts, environment, **options)
+
+    def run(self, *arguments: object) -> str:
+        return checked(self.call("/ssod/bin/ssod-edge", *arguments))
+
+    def install(self, wheel: Path) -> str:
+        """A virtual environment with the wheels, kept until others are wanted; ours is put in anew each time."""
+        wanted = (f"{wheel}[{EXTRAS}]", "pytest", "hypothesis")
+        wheels = download(self.root, "arm64", wanted)
+        stamp, names = self.root / "ssod" / "wheels", sorted(path.name for path in wheels.glob("*.whl"))
+        pip = ["/ssod/bin/python", "-m", "pip", "install", "--quiet", "--no-index", "--find-links", "/wheels"]
+        pip += ["--disable-pip-version-check", "--no-compile"]
+        more = [Mount(wheels, "/wheels")]
+        if not stamp.is_file() or stamp.read_text() != "\n".join(names):
+            shutil.rmtree(self.root / "ssod", ignore_errors=True)
+            checked(self.call("python3", "-m", "venv", "/ssod"))
+            checked(self.call(*pip, f"/dist/{wheel.name}[{EXTRAS}]", *wanted[1:], more=more))
+            stamp.write_text("\n".join(names))
+        checked(self.call(*pip, "--no-deps", "--force-reinstall", f"/dist/{wheel.name}", more=more))
+        return self.run("--version").strip()
+
+    def versions(self) -> str:
+        code = (
+            "import platform; from importlib.metadata import version as v; print(f'{platform.machine()}, "
+            "Python {platform.python_version()},', *(f'{n} {v(n)}' for n in ('numpy', 'pillow', 'simplejpeg', "
+            "'onnxruntime', 'openvino', 'scikit-learn')))"
+        )
+        return checked(self.call("/ssod/bin/python", "-c", code)).strip()
+
+    def test(self) -> str:
+        command = ["/ssod/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/src/pyproject.toml"]
+        command += [f"/src/tests/{name}" for name in TESTS]
+        text = checked(self.call(*command, cwd="/tmp"))
+        return text.strip().splitlines()[-1]
+
+
+def go_through(steps: Steps, board: Board, teach: bool) -> None:
+    """From the bundle to verdicts, on this machine and on the board."""
+    desk = here(BUILD / "here")
+
+    def both(*arguments: object) -> str:
+        """The last line that the board printed."""
+        desk(*arguments)
+        return (board.run(*arguments).strip().splitlines() or ["done"])[-1]
+
+    def same(export: str, engine: str) -> str:
+        return compare(*(verdicts(run, export, "../material/photos-seen", engine) for run in (desk, board.run)))
+
+    steps("export --from, both engines", lambda: both("export", "--from", "../material/door.tar", "-o", "door"))
+    for engine in ENGINES:
+        steps(f"predict, {engine}", lambda: same("door", engine))  # noqa: B023 - it is called at once
+    if teach:
+        words = ("teach", "door", "../material/lesson", "-o", "taught", "--alike", "--max-drop", 20)
+        steps("teach", lambda: both(*words))
+        for engine in ENGINES:
+            steps(f"predict what was taught, {engine}", lambda: same("taught", engine))  # noqa: B023
+    steps("bench --quick", lambda: bench(board))
+    steps("tests", board.test)
+
+
+def bench(board: Board) -> str:
+    """It runs through; its times are an emulator's and are thrown away."""
+    board.run("bench", "door", "--quick", "--threads", 1, "--id", "../material/photos-seen", "--json", "bench.json")
+    rows = json.loads((BUILD / "board" / "bench.json").read_text())["rows"]
+    return ", ".join(f"{row['artifact']} {row['status']}" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--export", type=Path, help="an export folder, or a run folder")
+    parser.add_argument("--photos", type=Path, help="a folder of photos to judge")
+    parser.add_argument("--lesson", type=Path, help="CLASS/IMAGE folders to teach")
+    options = parser.parse_args()
+    if (options.export is None) != (options.photos is None):
+        parser.error("--export and --photos go together")
+    suite = os.environ.get("SUITE", "bookworm")
+    try:
+        check_machine("arm64")
+    except MissingError as error:
+        print(f"make arm64: {error}", file=sys.stderr)
+        return 3
+    shutil.rmtree(BUILD, ignore_errors=True)
+    for name in ("here", "board"):
+        (BUILD / name).mkdir(parents=True)
+    make_material(BUILD / "material", options.export, options.photos, options.lesson)
+    steps = Steps()
+    with arm_programs():
+        board = Board(suite)
+        print(board.install(make_wheel(BUILD / "dist")), flush=True)
+        print(f"Debian {suite}, {MACHINES['arm64']}; {board.versions()}" + ("" if is_arm() else f"; qemu as a {CPU}"))
+        go_through(steps, board, teach=options.export is None or options.lesson is not None)
+    print("\n".join(["", *steps.lines, NOT_RUN]))
+    return 1 if steps.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What `make arm64` and `make container` share: a small export to try, and what ran on one machine against another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Between processors a sum is rounded in another order.
+TOLERANCE = 1e-3
+
+Run = Callable[..., str]
+
+
+class StepError(Exception):
+    """What did not work, with the end of what it printed."""
+
+
+def make_wheel(folder: Path) -> Path:
+    """The wheel without compiled code."""
+    environment = {**os.environ, "SSOD_EDGE_EXT": "none"}
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
+    subprocess.run(command, env=environment, check=True)
+    (wheel,) = folder.glob("ssod_edge-*-none-any.whl")
+    return wheel
+
+
+def make_material(
+    material: Path, export: Path | None = None, photos: Path | None = None, lesson: Path | None = None
+) -> None:
+    """In `material` door.tar, photos-seen and lesson. Without an export a small one of made photos."""
+    material.mkdir(parents=True)
+    if export is None:
+        from lesson import train_run, write_photos  # of tests/support
+
+        run = train_run(material)
+        here(material)("export", run, "--score", "gen+mahalanobispp+residual", "--fp32", "--fp16")
+        export, photos = run, write_photos(material / "new", "abcdef", 5, seed=11)
+        lesson = write_photos(material / "taught", "fb", 5, seed=12)
+    assert photos is not None
+    here(material)("package", export.absolute(), "-o", "door.tar")
+    for name, folder in (("photos-seen", photos), ("lesson", lesson)):
+        if folder is not None:
+            shutil.copytree(folder, material / name)
+
+
+def here(cwd: Path) -> Run:
+    """Runs `ssod-edge` on this machine."""
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "ssod_edge", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return checked(subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False))
+
+    return run
+
+
+def checked(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode != 0:
+        words = (done.stdout + done.stderr).strip()
+        raise StepError(f"exit code {done.returncode}: ...\n{words[-1500:]}")
+    return done.stdout
+
+
+def verdicts(run: Run, export: str, photos: str, engine: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run("predict", export, photos, "--json", "--engine", engine).splitlines()]
+
+
+def compare(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> str:
+    """Raises StepError where an image has another verdict, or a score further away than TOLERANCE."""
+    if not one or len(one) != len(other):
+        raise StepError(f"{len(one)} images here and {len(other)} there")
+    for a, b in zip(one, other, strict=True):
+        for key in ("image", "class_name", "known", "error"):
+            if a[key] != b[key]:
+                raise StepError(f"{a['image']}: {key} is {a[key]!r} here and {b[key]!r} there")
+    apart = max(
+        abs(a[key] - b[key]) / max(1, abs(a[key]))
+        for a, b in zip(one, other, strict=True)
+        for key in ("ood_score", "confidence")
+    )
+    if not apart <= TOLERANCE:
+        raise StepError(f"scores are {apart:.1g} apart, at most {TOLERANCE:g} is right")
+    known = sum(verdict["known"] for verdict in one)
+    return f"{len(one)} images, {known} of them known: each verdict the same, scores within {apart:.0e}"
+
+
+class Steps:
+    """What ran and what did not."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.failed = 0
+
+    def __call__(self, name: str, work: Callable[[], str]) -> None:
+        print(f"... {name}", flush=True)
+        try:
+            line = f"ran     {name}: {work()}"
+        except StepError as error:
+            self.failed += 1
+            line = f"FAILED  {name}: {error}"
+        print(line, flush=True)
+        self.lines.append(line.splitlines()[0])
