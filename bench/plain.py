@@ -1,6 +1,6 @@
 """The plain classifier: the same graph without the OOD row and the scores, to measure what "unknown" costs.
 
-It is cut out of an ONNX artifact, so that trunk and weights are the same to the last bit, and needs no torch.
+It is cut out of the artifact, so that trunk and weights are the same to the last bit, and needs no torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssod_edge.errors import ArtifactError
 from ssod_edge.export.engines.openvino import save_ir
 from ssod_edge.files import sha256_file, unicode_path
 from ssod_edge.optional import load
+from ssod_edge.runtime.engines.openvino import read_ir
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.runner import Runner
 from ssod_edge.spec import LOGIT_OUTPUTS, Artifact, Spec, check_files, load_spec, save_spec
@@ -22,7 +25,7 @@ PLAIN_OUTPUTS = LOGIT_OUTPUTS[:2]
 
 PREFIX = "plain-"
 ENGINES = {"onnxruntime": "onnx", "openvino": "openvino"}
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Pair:
     @property
     def source(self) -> str:
         """The artifact that the plain classifier is cut out of."""
-        return f"onnx-{self.precision}"
+        return self.fused
 
 
 def choose_pairs(spec: Spec) -> list[Pair]:
@@ -66,16 +69,18 @@ def export_plain(export: Export, pair: Pair, folder: Path) -> Artifact:
         MissingExtraError: onnx (or openvino, for its engine) is not installed.
         UsageError, ArtifactError: the export lacks the pair's source, its file was changed, or it is not a fused graph.
     """
-    onnx = load("onnx", "making the plain classifier")
-
-    source = export.spec.artifact(pair.source)
-    with unicode_path(check_files(export.folder, source)) as name:
-        graph = onnx.load(name)
-    cut_plain(graph, len(export.spec.classes))
-    onnx.save(graph, folder / "plain.onnx")
-    files = ["plain.onnx"]
+    source, classes = export.spec.artifact(pair.source), len(export.spec.classes)
+    path = check_files(export.folder, source)
     if pair.engine == "openvino":
-        files = [path.name for path in save_ir(folder / files[0], folder)]
+        ir = read_ir(path)
+        files = [path.name for path in save_ir(path, folder, cut_plain_ir(ir, classes))]
+    else:
+        onnx = load("onnx", "making the plain classifier")
+        with unicode_path(path) as name:
+            graph = onnx.load(name)
+        cut_plain(graph, classes)
+        onnx.save(graph, folder / "plain.onnx")
+        files = ["plain.onnx"]
     artifact = replace(
         source,
         name=pair.plain,
@@ -141,6 +146,49 @@ def cut_plain(model: Any, classes: int) -> None:
     del graph.value_info[:]
     _prune(graph)
     onnx.checker.check_model(model, full_check=True)
+
+
+def cut_plain_ir(model: Any, classes: int) -> Any:
+    """The plain classifier of an `openvino.Model`, as `cut_plain` makes it of an ONNX graph; the model is used up.
+
+    Raises:
+        ArtifactError: as there.
+    """
+    openvino = load("openvino")
+    operations = openvino.opset13
+    results = {result.input_value(0).get_any_name(): result for result in model.get_results()}
+    source = results["logits"].input_value(0)
+    bias, readers = None, source.get_target_inputs()
+    while (node := source.get_node()).get_type_name() != "MatMul":
+        if node.get_type_name() == "Add":
+            bias = _constant(node.input_value(1).get_node())
+        if not node.get_input_size():
+            raise ArtifactError("the OpenVINO graph does not end in one matrix product. Export the run again.")
+        source = node.input_value(0)
+    transposed = bool(node.get_attributes()["transpose_b"])
+    weight, axis = _constant(node.input_value(1).get_node()), 0 if transposed else 1
+    if weight.shape[axis] <= classes:
+        raise ArtifactError(
+            f"the OpenVINO graph's last product does not have {classes} + 1 rows. Export the run again."
+        )
+    rows = operations.constant(np.ascontiguousarray(weight.take(range(classes), axis=axis)))
+    logits = operations.matmul(node.input_value(0), rows, False, transposed)
+    if bias is not None:
+        logits = operations.add(logits, operations.constant(bias.reshape(1, -1)[:, :classes]))
+    for reader in list(readers):
+        reader.replace_source_output(logits.output(0))
+    logits.output(0).set_names({"logits"})
+    taken = [parameter for parameter in model.get_parameters() if parameter.output(0).get_any_name() == "image"]
+    return openvino.Model([results[name] for name in PLAIN_OUTPUTS], taken, "plain")
+
+
+def _constant(node: Any) -> Any:
+    """The values of a constant, or of one that is converted: fp16 weights are stored so."""
+    if node.get_type_name() == "Convert":
+        return _constant(node.input_value(0).get_node()).astype(np.float32)
+    if node.get_type_name() != "Constant":
+        raise ArtifactError("the OpenVINO graph's last product has no constant weights. Export the run again.")
+    return np.array(node.data)
 
 
 def _keep_classes(graph: Any, gemm: Any, classes: int) -> None:

@@ -26,6 +26,7 @@ from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.errors import EngineError, UsageError
 from ssod_edge.optional import load
 from ssod_edge.runtime.engines.onnxruntime import new_session, session_options
+from ssod_edge.runtime.engines.openvino import open_request, read_ir, request_config
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Runner
@@ -78,10 +79,10 @@ def bare_call(engine: str, path: Path, inputs: dict[str, Any]) -> Callable[[], o
     if engine == "onnxruntime":
         session = new_session(str(path), session_options())
         return lambda: session.run(None, inputs)
-    from ssod_edge.runtime.engines.openvino import open_request, request_config
-
     openvino = load("openvino")
-    request = open_request(str(path), "CPU", request_config("CPU", "fp32"))
+    model = read_ir(path)
+    model.reshape({"image": list(inputs["image"].shape)})
+    request = open_request(model, "CPU", request_config("CPU", "fp32"))
     for name, value in inputs.items():
         request.set_tensor(name, openvino.Tensor(value))
 

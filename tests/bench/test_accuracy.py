@@ -14,11 +14,12 @@ from PIL import Image
 
 from ssod_edge.bench.accuracy import ImageSet, accuracy_figures, run_backends
 from ssod_edge.bench.images import BenchImages, choose_images, query_images
-from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, export_plain, open_plain
+from ssod_edge.bench.plain import PLAIN_OUTPUTS, Pair, choose_pairs, cut_plain, cut_plain_ir, export_plain, open_plain
 from ssod_edge.config import Preprocess
 from ssod_edge.data.named import NamedData, Via
 from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import ArtifactError, UsageError
+from ssod_edge.runtime.engines.openvino import read_ir
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import Threshold, load_spec
@@ -67,6 +68,13 @@ def test_a_gemm_without_the_ood_row_is_refused(export: Path) -> None:
     cut_plain(model, len(CLASSES))
     with pytest.raises(ArtifactError, match=r"does not have 3 \+ 1 rows"):
         cut_plain(model, len(CLASSES))
+
+
+def test_an_openvino_graph_that_is_cut_already_is_refused(export: Path) -> None:
+    model = cut_plain_ir(read_ir(export / "openvino-fp32" / "model.xml"), len(CLASSES))
+    assert [port.get_any_name() for port in model.outputs] == ["logits", "probs"] and len(model.inputs) == 1
+    with pytest.raises(ArtifactError, match=r"does not have 3 \+ 1 rows"):
+        cut_plain_ir(model, len(CLASSES))
 
 
 def test_a_graph_without_a_gemm_is_refused(export: Path) -> None:
