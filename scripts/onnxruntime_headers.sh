@@ -15,8 +15,8 @@ if sha256sum --status --check <<<"$sums" 2>/dev/null; then exit; fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 -E '/debian/?$') ||
-    { echo "error: apt knows no mirror of Debian here" >&2; exit 1; }
+mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | awk '/\/debian\/?$/ && !found++')
+[ -n "$mirror" ] || { echo "error: apt knows no mirror of Debian here" >&2; exit 1; }
 echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" >"$work/sources.list"
 mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/unpacked"
 options=(-qq -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$work/lists"

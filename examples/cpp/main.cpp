@@ -1,4 +1,4 @@
-// Verdicts of pictures or raw frames, by a graph of `ssod-edge export --frame`. README.md shows how it is built and run.
+// Verdicts of pictures or raw frames, by a graph of `ssod-edge export --frame`. docs/cpp.md has the commands.
 #include "model.hpp"
 
 #include <png.h>
@@ -89,7 +89,8 @@ Frame read_png(const std::vector<std::uint8_t>& file, const json& about) {
     Frame frame = new_frame(image.height, image.width);
     std::vector<std::uint8_t> pixels(PNG_IMAGE_SIZE(image));
     if (!png_image_finish_read(&image, nullptr, pixels.data(), 0, nullptr)) fail(image.message);
-    for (std::size_t from = 0, to = 0; to < frame.pixels.size(); from += 4, to += 3)  // colours as stored, no alpha
+    // The colours as they are stored, without alpha.
+    for (std::size_t from = 0, to = 0; to < frame.pixels.size(); from += 4, to += 3)
         std::copy_n(&pixels[from], 3, &frame.pixels[to]);
     return frame;
 }
@@ -138,9 +139,11 @@ void show(const std::string& name, const Verdict& verdict, const json& about) {
 // Whether every golden frame gets its outputs, and every golden picture has the pixels of its frame.
 bool check_golden(const Model& model, const std::string& graph, const fs::path& folder, const json& about) {
     const json golden = read_json(folder / "golden.json"), expected = golden.at("graphs").at(graph);
-    const double logits_may = expected.at("tolerance").at("logits"), score_may = expected.at("tolerance").at("ood_score");
+    const double logits_may = expected.at("tolerance").at("logits");
+    const double score_may = expected.at("tolerance").at("ood_score");
     double logits_off = 0, score_off = 0;
-    std::size_t count = golden.at("frames").size(), right = 0;
+    const std::size_t count = golden.at("frames").size();
+    std::size_t right = 0;
     for (std::size_t i = 0; i < count; ++i) {
         const json &told = golden.at("frames").at(i), &output = expected.at("outputs").at(i);
         const std::string file = told.at("file"), picture = told.at("picture");
@@ -186,13 +189,15 @@ int run(const std::vector<std::string>& words) {
     }
     const fs::path about_file = fs::path(words[0]) / "frame.json";
     const json about = read_json(about_file);
-    if (!about.contains("graphs") || !about["graphs"].contains(words[1])) fail(about_file, "it names no graph '" + words[1] + "'");
+    if (!about.contains("graphs") || !about["graphs"].contains(words[1]))
+        fail(about_file, "it names no graph '" + words[1] + "'");
     const std::string graph = about["graphs"][words[1]].at("main_file");
     const Model model = open_model(fs::path(words[0]) / graph);
 
     if (golden) return check_golden(model, words[1], words[3], about) ? 0 : 1;
     for (std::size_t i = raw ? 5 : 2; i < words.size(); ++i) {
-        const Frame frame = raw ? read_raw(words[i], number(words[3]), number(words[4])) : read_picture(words[i], about);
+        const fs::path file = words[i];
+        const Frame frame = raw ? read_raw(file, number(words[3]), number(words[4])) : read_picture(file, about);
         show(words[i], judge(model, frame, about), about);
     }
     return 0;
