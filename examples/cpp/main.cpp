@@ -191,6 +191,7 @@ int run(const std::vector<std::string>& words) {
     const json about = read_json(about_file);
     if (!about.contains("graphs") || !about["graphs"].contains(words[1]))
         fail(about_file, "it names no graph '" + words[1] + "'");
+    if (about.at("input").at("channels") == "NV12") fail(about_file, "its graphs take NV12, and this reads RGB and BGR alone");
     const std::string graph = about["graphs"][words[1]].at("main_file");
     const Model model = open_model(fs::path(words[0]) / graph);
 

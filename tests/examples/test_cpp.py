@@ -264,6 +264,10 @@ def test_a_graph_that_is_no_frame_graph(run: Run, copied: Path, export: Path, pr
     ):
         done = run("a.jpg", folder=folder, graph=name)
         assert done.code == 1 and message in done.error and done.error.count("\n") == 1, done.error
+    document = json.loads((copied / "frame.json").read_text())
+    (copied / "frame.json").write_text(json.dumps({**document, "input": {**document["input"], "channels": "NV12"}}))
+    done = run("a.jpg", folder=copied)
+    assert done.code == 1 and "its graphs take NV12, and this reads RGB and BGR alone" in done.error
     for text in ("", "{", "[]", "{}"):
         (copied / "frame.json").write_text(text)
         done = run("a.jpg", folder=copied)
