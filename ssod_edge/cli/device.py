@@ -153,13 +153,21 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
 
 
 @click.command()
-@click.argument("file", metavar="FILE")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @as_json
-def monitor(file: str, as_json: bool) -> int:
-    """Show what predict --monitor has counted, and any drift."""
+def monitor(files: tuple[str, ...], as_json: bool) -> int:
+    """Show what predict --monitor has counted, and any drift.
+
+    Of several files, of as many devices, a table: each device, all together, and which have drifted, by a limit that
+    grows with the number of devices so that false alarms do not.
+    """
+    if len(files) > 1:
+        from ssod_edge.runtime.field.fleet import run_fleet
+
+        return run_fleet(files, as_json)
     from ssod_edge.runtime.field.summary import run_monitor
 
-    return run_monitor(file, as_json)
+    return run_monitor(files[0], as_json)
 
 
 @click.command()

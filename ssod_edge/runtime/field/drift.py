@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,7 @@ _TAIL_BINS, _TAIL_STEP = 40, 0.05
 #: More than the largest number would overflow the shorter memory's weights.
 _BLOCK, _LARGEST_BLOCK = 16, 256
 _NO_STAKE = -1e9  # the log of nothing that a JSON file can hold
+_MOST_STAKE = 1e8  # of a test that never begins anew: what is above is not counted
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,21 @@ def reference(threshold: Threshold) -> Reference:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """A test that never begins anew, so that its evidence may pass the limit of an alarm: what a fleet needs.
+
+    Attributes:
+        counts: [K], of its images.
+        log_stakes: [E], as of `DriftState`.
+        peak: the largest log evidence.
+    """
+
+    counts: tuple[int, ...]
+    log_stakes: tuple[float, ...]
+    peak: float
+
+
+@dataclass(frozen=True)
 class DriftState:
     """All that the test keeps, as JSON holds it. K bins, E experts.
 
@@ -105,6 +122,7 @@ class DriftState:
         peak: the largest log evidence of these images.
         recent: for each memory, [K]: counts of all images, fading by 1 / memory an image.
         recent_unknown: the same for the unknown ones, at the longest memory.
+        whole: the same test of all images.
     """
 
     drifted: bool
@@ -116,18 +134,32 @@ class DriftState:
     peak: float
     recent: tuple[tuple[float, ...], ...]
     recent_unknown: float
+    whole: Evidence
+
+    @staticmethod
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
+        """Of a release that had no `whole`: it begins here."""
+        counts, stakes = (values.get(name) for name in ("counts", "log_stakes"))
+        if isinstance(counts, list) and isinstance(stakes, list):
+            return {"whole": asdict(_no_evidence(len(counts), len(stakes))), **values}
+        return values
+
+
+def _no_evidence(bins: int, experts: int) -> Evidence:
+    return Evidence((0,) * bins, (_NO_STAKE,) * experts, 0.0)
 
 
 def new_state(bins: int) -> DriftState:
     """The test before the first image."""
     experts = 2 * len(_POWERS) + len(MEMORY)
     recent = tuple((0.0,) * bins for _ in MEMORY)
-    return DriftState(False, 0, None, 0, (0,) * bins, (_NO_STAKE,) * experts, 0.0, recent, 0.0)
+    whole = _no_evidence(bins, experts)
+    return DriftState(False, 0, None, 0, whole.counts, whole.log_stakes, 0.0, recent, 0.0, whole)
 
 
 def fits(state: DriftState, bins: int) -> bool:
     """Whether a state that was read has the shape of this reference's, and numbers that a test can have."""
-    empty = new_state(bins)
+    empty, whole = new_state(bins), state.whole
     weights = [*(weight for row in state.recent for weight in row), state.recent_unknown]
     return (
         len(state.counts) == bins
@@ -135,7 +167,10 @@ def fits(state: DriftState, bins: int) -> bool:
         and [len(row) for row in state.recent] == [bins] * len(MEMORY)
         and min(state.counts) >= 0
         and sum(state.counts) == state.images
-        and all(abs(value) <= -_NO_STAKE for value in state.log_stakes)
+        and all(abs(value) <= -_NO_STAKE for value in (*state.log_stakes, *whole.log_stakes))
+        and (len(whole.counts), len(whole.log_stakes)) == (bins, len(empty.log_stakes))
+        and min(whole.counts) >= 0
+        and 0 <= whole.peak <= _MOST_STAKE + 1
         # At the limit the test begins anew; decimals are whole, so that only the logarithms round.
         and max(state.peak, log_evidence(state)) <= -math.log(FALSE_ALARM_RATE) + 1e-6
         and state.peak >= 0
@@ -172,15 +207,10 @@ def _advance_block(
     state: DriftState, found: Integers, unknown: npt.NDArray[np.bool_], bins: Reference, before: int
 ) -> tuple[DriftState, int]:
     """The state after the block, or after the first image in it at which the state changes; and how many that is."""
-    n, rows = int(bins.gaps.sum()), np.arange(len(found))
     hits = np.eye(len(bins.gaps))[found]
-    counts = np.cumsum(hits, axis=0) + np.array(state.counts)
-    p = (bins.gaps + counts - hits) / (n + state.images + rows)[:, None]  # before each image
     recent = [_fade(np.array(row), hits, memory) for row, memory in zip(state.recent, MEMORY, strict=True)]
-    gains = np.log(np.stack([*_tails(p, found), *(_lately(r[:-1], p, found) for r in recent)]) / p[rows, found])
-    stakes = _stakes(np.array(state.log_stakes), gains, state.images)
-    t = state.images + 1.0 + rows
-    evidence = np.logaddexp(_log_mean(stakes), -np.log(t + 1))
+    counts, stakes, evidence = _wager(state.counts, state.log_stakes, found, recent, bins)
+    t = state.images + 1.0 + np.arange(len(found))
     alarm = evidence >= -math.log(FALSE_ALARM_RATE)
     calm = t >= CALM if state.drifted else np.zeros(len(found), bool)
     stops = np.flatnonzero(alarm | calm)
@@ -191,6 +221,7 @@ def _advance_block(
         recent_unknown=float(
             _fade(np.array([state.recent_unknown]), unknown[:, None].astype(np.float64), MEMORY[-1])[last + 1, 0]
         ),
+        whole=_longer(state.whole, found[: last + 1], [row[: last + 2] for row in recent], bins),
     )
     if alarm[last]:
         if not state.drifted:
@@ -206,6 +237,39 @@ def _advance_block(
         peak=max(state.peak, float(evidence[: last + 1].max())),
     )
     return after, last + 1
+
+
+def _wager(
+    before: Sequence[int], staked: Sequence[float], found: Integers, recent: list[Floats], bins: Reference
+) -> tuple[Floats, Floats, Floats]:
+    """Bet on each image of a block.
+
+    Args:
+        before: [K], counts of the images that the test has seen.
+        staked: [E], log stakes after them.
+        found: the bin of each image.
+        recent: for each memory, [len(found) + 1, K]: what it holds before each image.
+        bins: what to compare with.
+
+    Returns:
+        after each image: counts [len(found), K], log stakes [E, len(found)] and log evidence [len(found)].
+    """
+    n, images, rows = int(bins.gaps.sum()), sum(before), np.arange(len(found))
+    hits = np.eye(len(bins.gaps))[found]
+    counts = np.cumsum(hits, axis=0) + np.array(before)
+    p = (bins.gaps + counts - hits) / (n + images + rows)[:, None]  # before each image
+    gains = np.log(np.stack([*_tails(p, found), *(_lately(r[:-1], p, found) for r in recent)]) / p[rows, found])
+    stakes = _stakes(np.array(staked), gains, images)
+    return counts, stakes, np.logaddexp(_log_mean(stakes), -np.log(images + 2.0 + rows))
+
+
+def _longer(whole: Evidence, found: Integers, recent: list[Floats], bins: Reference) -> Evidence:
+    counts, stakes, evidence = _wager(whole.counts, whole.log_stakes, found, recent, bins)
+    return Evidence(
+        tuple(counts[-1].astype(int).tolist()),
+        tuple(np.minimum(stakes[:, -1], _MOST_STAKE).tolist()),
+        max(whole.peak, min(float(evidence.max()), _MOST_STAKE)),
+    )
 
 
 def _fade(start: Floats, hits: Floats, memory: int) -> Floats:
@@ -258,10 +322,10 @@ def stability_index(counts: npt.ArrayLike, gaps: npt.ArrayLike) -> float:
     return float(((a - e) * np.log(a / e)).sum())
 
 
-def log_evidence(state: DriftState) -> float:
+def log_evidence(state: DriftState | Evidence) -> float:
     """log M_t; 0 before the first image, and -log(FALSE_ALARM_RATE) raises an alarm."""
     stakes = float(_log_mean(np.array(state.log_stakes)))
-    return float(np.logaddexp(stakes, -math.log(state.images + 1)))
+    return float(np.logaddexp(stakes, -math.log(sum(state.counts) + 1)))
 
 
 def quantiles(histogram: Sequence[int], low: float, high: float, bins: Reference, at: Sequence[float]) -> list[float]:
