@@ -1,7 +1,7 @@
 """What goes onto a device, on a 64-bit Arm Debian that qemu emulates: its tests, and verdicts equal to this machine's.
 
-make arm64                                       # a small export of random weights, made first
-python scripts/arm64.py --export DIR --photos DIR [--lesson DIR]      # your own; --lesson has CLASS/IMAGE folders
+make arm64                                            # a small export of random weights, made first
+make arm64 EXPORT=DIR PHOTOS=DIR [LESSON=DIR]         # your own; LESSON has CLASS/IMAGE folders
 
 Needs Linux, root, debootstrap and qemu-user-static (Debian, Ubuntu). The Debian and the wheels are kept in
 ~/.cache/ssod-edge (`debian_root.py`), what is made in build/arm64. SUITE names another release than bookworm. Times in
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from debian_root import MACHINES, MissingError, Mount, arm_programs, check_machine, download, enter, is_arm, make_root
-from device_trial import ROOT, Steps, checked, compare, here, make_material, make_wheel, verdicts
+from trial import ROOT, Steps, checked, compare, here, make_material, make_wheel, released, verdicts
 
 BUILD = ROOT / "build" / "arm64"
 PACKAGES = ("python3", "python3-venv", "libgomp1")
@@ -140,18 +140,21 @@ def go_through(steps: Steps, board: Board, teach: bool) -> None:
     desk = here(BUILD / "here")
 
     def both(*arguments: object) -> str:
-        """The last line that the board printed."""
+        """`arguments` make an export folder in both places; they end with its name."""
         desk(*arguments)
-        return (board.run(*arguments).strip().splitlines() or ["done"])[-1]
+        board.run(*arguments)
+        return released(BUILD / "board" / str(arguments[-1]))
 
     def same(export: str, engine: str) -> str:
         return compare(*(verdicts(run, export, "../material/photos-seen", engine) for run in (desk, board.run)))
 
     steps("export --from, both engines", lambda: both("export", "--from", "../material/door.tar", "-o", "door"))
+    if (BUILD / "material" / "calib").is_dir():
+        steps("calibrate", lambda: both("calibrate", "--id", "../material/calib", "door"))
     for engine in ENGINES:
         steps(f"predict, {engine}", lambda: same("door", engine))  # noqa: B023 - it is called at once
     if teach:
-        words = ("teach", "door", "../material/lesson", "-o", "taught", "--alike", "--max-drop", 20)
+        words = ("teach", "door", "../material/lesson", "--alike", "--max-drop", 20, "-o", "taught")
         steps("teach", lambda: both(*words))
         for engine in ENGINES:
             steps(f"predict what was taught, {engine}", lambda: same("taught", engine))  # noqa: B023
