@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from debian_root import MACHINES, MissingError, Mount, arm_programs, check_machine, download, enter, is_arm, make_root
-from trial import ROOT, Steps, checked, compare, here, make_material, make_wheel, released, verdicts
+from trial import ROOT, StepError, Steps, checked, compare, here, make_material, make_wheel, released, verdicts
 
 BUILD = ROOT / "build" / "arm64"
 PACKAGES = ("python3", "python3-venv", "libgomp1")
@@ -30,6 +30,8 @@ ENGINES = ("onnxruntime", "openvino")
 CPU = "cortex-a76"
 MIDR = "0x00000000414fd0b1"
 FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+#: Seconds after which a command is taken to hang.
+LONGEST = 3600
 #: Tests of what goes onto a device; they need no torch. What kills processes by the clock is left out.
 TESTS = (
     "runtime/test_open.py",
@@ -99,7 +101,10 @@ class Board:
         environment = {"HOME": "/tmp", "QEMU_CPU": CPU, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         options = {"capture_output": True, "cwd": "/work/board", **options}
         mounts = [*self.mounts, *options.pop("more", ())]
-        return enter(self.root, [str(word) for word in command], mounts, environment, **options)
+        try:
+            return enter(self.root, [str(word) for word in command], mounts, environment, timeout=LONGEST, **options)
+        except subprocess.TimeoutExpired:
+            raise StepError(f"no end within {LONGEST} s") from None
 
     def run(self, *arguments: object) -> str:
         return checked(self.call("/ssod/bin/ssod-edge", *arguments))

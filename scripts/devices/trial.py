@@ -40,7 +40,7 @@ def make_material(
         from lesson import train_run, write_photos  # of tests/support
 
         run = train_run(material)
-        here(material)("export", run, "--score", "gen+mahalanobispp+residual", "--fp32", "--fp16")
+        here(material)("export", run, "--score", "gen+mahalanobispp+residual", "--fp32")
         export, photos = run, write_photos(material / "new", "abcdef", 3, seed=11)
         write_strange(photos / "strange")
         lesson = write_photos(material / "taught", "fb", 5, seed=12)
