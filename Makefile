@@ -45,7 +45,7 @@ cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a rel
 wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
 	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
 
-# Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie in the environment.
+# Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie or BOARD=pi4 in the environment.
 arm64: $(STAMP) ## tests, predict and teach on an emulated 64-bit Arm Debian; needs root, debootstrap, qemu-user-static
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/devices/arm64.py \
 		$(addprefix --export ,$(EXPORT)) $(addprefix --photos ,$(PHOTOS)) $(addprefix --lesson ,$(LESSON))

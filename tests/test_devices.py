@@ -92,11 +92,12 @@ def test_the_tests_that_run_on_the_board_need_no_torch():
 
 def test_a_board_looks_like_one(tmp_path):
     """What ONNX Runtime and OpenVINO read when they start."""
-    mounts = {mount.inside: mount.outside for mount in arm64.board_files(tmp_path / "files", 4)}
-    assert mounts["/proc/cpuinfo"].read_text().count("CPU implementer\t: 0x41\n") == 4
+    mounts = {mount.inside: mount.outside for mount in arm64.board_files(tmp_path / "files", arm64.BOARDS["pi5"], 4)}
+    words = "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n"
+    assert mounts["/proc/cpuinfo"].read_text().count(words) == 4
     system = mounts["/sys"] / "devices" / "system" / "cpu"
     assert (system / "possible").read_text() == "0-3\n"
-    assert (system / "cpu3/regs/identification/midr_el1").read_text() == f"{arm64.MIDR}\n"
+    assert (system / "cpu3/regs/identification/midr_el1").read_text() == "0x00000000414fd0b1\n"
     assert (system / "cpu3/topology/core_siblings").read_text() == "f\n"
     assert (system / "cpu3/topology/thread_siblings").read_text() == "8\n"
 
@@ -127,6 +128,15 @@ def test_verdicts_are_compared():
     for few in ([], [verdict()]):
         with pytest.raises(trial.StepError):
             trial.compare(few, [])
+
+
+def test_two_lessons_agree_or_do_not():
+    """What an unknown image is taken for is no verdict."""
+    ten = [verdict()] * 8 + [verdict(known=False)] * 2
+    assert "10 of 10" in trial.agreement(ten, [*ten[:8], *[verdict(known=False, class_name="b")] * 2])
+    assert "9 of 10" in trial.agreement(ten, [verdict(class_name="b"), *ten[1:]])
+    with pytest.raises(trial.StepError, match="8 of 10"):
+        trial.agreement(ten, [verdict(class_name="b"), verdict(known=False), *ten[2:]])
 
 
 def test_a_step_that_fails_is_counted_and_the_next_one_runs(capsys):

@@ -14,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 #: Between processors a sum is rounded in another order.
 TOLERANCE = 1e-3
+#: A fit stops within its tolerance, and on another processor elsewhere within it (on two of one maker too).
+ALIKE = 0.9
 
 Run = Callable[..., str]
 
@@ -107,6 +109,15 @@ def compare(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> s
         raise StepError(f"scores are {max(apart):.1g} apart, at most {TOLERANCE:g} is right")
     known = sum(bool(verdict["known"]) for verdict in one)
     return f"{len(one)} images, {known} of them known: each verdict as on this machine, scores within {max(apart):.0e}"
+
+
+def agreement(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> str:
+    """Of two models that were fitted alike. Raises StepError where fewer than ALIKE of the verdicts are the same."""
+    said = [[verdict["known"] and verdict["class_name"] for verdict in verdicts] for verdicts in (one, other)]
+    same = sum(a == b for a, b in zip(*said, strict=True))
+    if same < ALIKE * len(one):
+        raise StepError(f"taught on this machine, {same} of {len(one)} verdicts are the same")
+    return f"taught on this machine instead, {same} of {len(one)} verdicts are the same"
 
 
 class Steps:
