@@ -1,5 +1,5 @@
-# What a device runs: predictions by OpenVINO, without PyTorch, by a user without rights, for a root folder that cannot be
-# written. The words for docker are in docs/boards.md; `make container` runs these steps without Docker.
+# What a device runs: OpenVINO without PyTorch, by a user without rights, for a root folder that cannot be written.
+# The words for docker are in docs/boards.md; `make container` carries these steps out without Docker.
 FROM python:3.13-slim-trixie
 # openvino,teach,video: to teach it, and for cameras; teach brings ONNX Runtime
 ARG EXTRAS=openvino

@@ -12,7 +12,7 @@ PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 .PHONY: help venv demo test test-gpu faults plans cuda wheel arm64 container lint format coverage clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## make .venv with every extra (a second run reuses it)
 
@@ -45,13 +45,13 @@ cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a rel
 wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
 	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
 
-# Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie in the environment.
+# Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie or BOARD=pi4 in the environment.
 arm64: $(STAMP) ## tests, predict and teach on an emulated 64-bit Arm Debian; needs root, debootstrap, qemu-user-static
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/arm64.py \
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/devices/arm64.py \
 		$(addprefix --export ,$(EXPORT)) $(addprefix --photos ,$(PHOTOS)) $(addprefix --lesson ,$(LESSON))
 
 container: $(STAMP) ## the Dockerfile's steps in a bare Debian, without Docker; needs root and debootstrap
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/container.py
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/devices/container.py
 
 lint: $(STAMP) ## formatter, linter and type checker
 	$(BIN)/ruff format --check $(SOURCES)

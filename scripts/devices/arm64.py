@@ -1,11 +1,11 @@
 """What goes onto a device, on a 64-bit Arm Debian that qemu emulates: its tests, and verdicts equal to this machine's.
 
-make arm64                                       # a small export of random weights, made first
-python scripts/arm64.py --export DIR --photos DIR [--lesson DIR]      # your own; --lesson has CLASS/IMAGE folders
+make arm64                                            # a small export of random weights, made first
+make arm64 EXPORT=DIR PHOTOS=DIR [LESSON=DIR]         # your own; LESSON has CLASS/IMAGE folders
 
 Needs Linux, root, debootstrap and qemu-user-static (Debian, Ubuntu). The Debian and the wheels are kept in
-~/.cache/ssod-edge (`debian_root.py`), what is made in build/arm64. SUITE names another release than bookworm. Times in
-an emulator say nothing about a board, so none are printed.
+~/.cache/ssod-edge (`debian_root.py`), what is made in build/arm64. SUITE names another release than bookworm,
+BOARD=pi4 another processor than pi5's. Times in an emulator say nothing about a board, so none are printed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,51 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from debian_root import MACHINES, MissingError, Mount, arm_programs, check_machine, download, enter, is_arm, make_root
-from device_trial import ROOT, Steps, checked, compare, here, make_material, make_wheel, verdicts
+from debian_root import MissingError, Mount, arm_programs, check_machine, download, enter, is_arm, make_root
+from trial import (
+    ROOT,
+    StepError,
+    Steps,
+    agreement,
+    checked,
+    compare,
+    here,
+    make_material,
+    make_wheel,
+    released,
+    verdicts,
+)
 
 BUILD = ROOT / "build" / "arm64"
 PACKAGES = ("python3", "python3-venv", "libgomp1")
 EXTRAS = "openvino,teach,video"
+PHOTOS = "../material/photos-seen"
 ENGINES = ("onnxruntime", "openvino")
-#: Of the processors that qemu knows, the one of a Raspberry Pi 5.
-CPU = "cortex-a76"
-MIDR = "0x00000000414fd0b1"
-FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A board's, as qemu and Linux know it."""
+
+    name: str
+    midr: int
+    features: str
+
+
+BOARDS = {
+    "pi4": Processor("cortex-a72", 0x410FD083, "fp asimd evtstrm crc32 cpuid"),
+    "pi5": Processor(
+        "cortex-a76",
+        0x414FD0B1,
+        "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp",
+    ),
+}
+#: Seconds after which a command is taken to hang.
+LONGEST = 3600
 #: Tests of what goes onto a device; they need no torch. What kills processes by the clock is left out.
 TESTS = (
     "runtime/test_open.py",
@@ -53,7 +84,7 @@ TESTS = (
 NOT_RUN = "not run: a real board, its speed, cameras, GPUs and accelerators; TensorRT (docs/jetson.md); int8"
 
 
-def board_files(folder: Path, cores: int) -> list[Mount]:
+def board_files(folder: Path, processor: Processor, cores: int) -> list[Mount]:
     """What of /proc and /sys qemu shows as the machine outside has it, as it is on a board.
 
     ONNX Runtime looks for Arm processors in /proc/cpuinfo, and crashes where there are none. OpenVINO reads MIDR_EL1 to
@@ -70,13 +101,15 @@ def board_files(folder: Path, cores: int) -> list[Mount]:
         inside |= dict.fromkeys(("thread_siblings", "core_cpus"), f"{1 << core:x}")
         inside |= dict.fromkeys(("thread_siblings_list", "core_cpus_list"), f"{core}")
         files |= {f"cpu{core}/topology/{name}": text for name, text in inside.items()}
-        files[f"cpu{core}/regs/identification/midr_el1"] = MIDR
+        files[f"cpu{core}/regs/identification/midr_el1"] = f"{processor.midr:#018x}"
     for name, text in files.items():
         (system / name).parent.mkdir(parents=True, exist_ok=True)
         (system / name).write_text(text + "\n")
     lines = (
-        f"processor\t: {core}\nBogoMIPS\t: 108.00\nFeatures\t: {FEATURES}\nCPU implementer\t: 0x41\n"
-        "CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
+        f"processor\t: {core}\nBogoMIPS\t: 108.00\nFeatures\t: {processor.features}\n"
+        f"CPU implementer\t: {processor.midr >> 24:#04x}\nCPU architecture: 8\n"
+        f"CPU variant\t: {processor.midr >> 20 & 0xF:#x}\nCPU part\t: {processor.midr >> 4 & 0xFFF:#05x}\n"
+        f"CPU revision\t: {processor.midr & 0xF}\n\n"
         for core in range(cores)
     )
     (folder / "cpuinfo").write_text("".join(lines))
@@ -86,20 +119,30 @@ def board_files(folder: Path, cores: int) -> list[Mount]:
 class Board:
     """The emulated Debian: BUILD is in /work, the repository in /src, a virtual environment in /ssod."""
 
-    def __init__(self, suite: str) -> None:
+    def __init__(self, suite: str, processor: Processor) -> None:
+        self.processor = processor
         self.root = make_root("arm64", suite, PACKAGES)
         self.mounts = [
             Mount(BUILD / "material", "/work/material"),
             Mount(BUILD / "board", "/work/board", writable=True),
         ]
         self.mounts += [Mount(BUILD / "dist", "/dist"), Mount(ROOT, "/src")]
-        self.mounts += [Mount(Path("/sys"), "/sys")] if is_arm() else board_files(BUILD / "files", os.cpu_count() or 1)
+        cores = os.cpu_count() or 1
+        self.mounts += [Mount(Path("/sys"), "/sys")] if is_arm() else board_files(BUILD / "files", processor, cores)
 
     def call(self, *command: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        environment = {"HOME": "/tmp", "QEMU_CPU": CPU, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            "HOME": "/tmp",
+            "QEMU_CPU": self.processor.name,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         options = {"capture_output": True, "cwd": "/work/board", **options}
         mounts = [*self.mounts, *options.pop("more", ())]
-        return enter(self.root, [str(word) for word in command], mounts, environment, **options)
+        try:
+            return enter(self.root, [str(word) for word in command], mounts, environment, timeout=LONGEST, **options)
+        except subprocess.TimeoutExpired:
+            raise StepError(f"no end within {LONGEST} s") from None
 
     def run(self, *arguments: object) -> str:
         return checked(self.call("/ssod/bin/ssod-edge", *arguments))
@@ -135,26 +178,35 @@ class Board:
         return text.strip().splitlines()[-1]
 
 
-def go_through(steps: Steps, board: Board, teach: bool) -> None:
+def go_through(steps: Steps, board: Board) -> None:
     """From the bundle to verdicts, on this machine and on the board."""
     desk = here(BUILD / "here")
 
     def both(*arguments: object) -> str:
-        """The last line that the board printed."""
+        """`arguments` make an export folder in both places; they end with its name."""
         desk(*arguments)
-        return (board.run(*arguments).strip().splitlines() or ["done"])[-1]
+        board.run(*arguments)
+        return released(BUILD / "board" / str(arguments[-1]))
 
-    def same(export: str, engine: str) -> str:
-        return compare(*(verdicts(run, export, "../material/photos-seen", engine) for run in (desk, board.run)))
+    def same(export: str, engine: str, at_the_desk: str = "") -> str:
+        there = verdicts(board.run, export, PHOTOS, engine)
+        return compare(verdicts(desk, at_the_desk or export, PHOTOS, engine), there)
+
+    def teach() -> str:
+        said = both("teach", "door", "../material/lesson", "--alike", "--max-drop", 20, "-o", "taught")
+        two = (verdicts(desk, export, PHOTOS, ENGINES[0]) for export in ("taught", "../board/taught"))
+        return f"{said}; {agreement(*two)}"
 
     steps("export --from, both engines", lambda: both("export", "--from", "../material/door.tar", "-o", "door"))
+    if (BUILD / "material" / "calib").is_dir():
+        steps("calibrate", lambda: both("calibrate", "--id", "../material/calib", "door"))
     for engine in ENGINES:
         steps(f"predict, {engine}", lambda: same("door", engine))  # noqa: B023 - it is called at once
-    if teach:
-        words = ("teach", "door", "../material/lesson", "-o", "taught", "--alike", "--max-drop", 20)
-        steps("teach", lambda: both(*words))
+    if (BUILD / "material" / "lesson").is_dir():
+        steps("teach", teach)
         for engine in ENGINES:
-            steps(f"predict what was taught, {engine}", lambda: same("taught", engine))  # noqa: B023
+            name = f"predict what was taught there, {engine}"
+            steps(name, lambda: same("taught", engine, "../board/taught"))  # noqa: B023
     steps("bench --quick", lambda: bench(board))
     steps("tests", board.test)
 
@@ -174,7 +226,7 @@ def main() -> int:
     options = parser.parse_args()
     if (options.export is None) != (options.photos is None):
         parser.error("--export and --photos go together")
-    suite = os.environ.get("SUITE", "bookworm")
+    suite, processor = os.environ.get("SUITE", "bookworm"), BOARDS[os.environ.get("BOARD", "pi5")]
     try:
         check_machine("arm64")
     except MissingError as error:
@@ -186,10 +238,10 @@ def main() -> int:
     make_material(BUILD / "material", options.export, options.photos, options.lesson)
     steps = Steps()
     with arm_programs():
-        board = Board(suite)
+        board = Board(suite, processor)
         print(board.install(make_wheel(BUILD / "dist")), flush=True)
-        print(f"Debian {suite}, {MACHINES['arm64']}; {board.versions()}" + ("" if is_arm() else f"; qemu as a {CPU}"))
-        go_through(steps, board, teach=options.export is None or options.lesson is not None)
+        print(f"Debian {suite}; {board.versions()}" + ("" if is_arm() else f"; qemu as a {processor.name}"), flush=True)
+        go_through(steps, board)
     print("\n".join(["", *steps.lines, NOT_RUN]))
     return 1 if steps.failed else 0
 

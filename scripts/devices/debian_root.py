@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -120,7 +121,7 @@ def enter(
     cwd: str = "/",
     user: str = "0:0",
     read_only: bool = False,
-    **options: object,
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in `root`, with /proc, /dev and an empty /tmp, and no other variables than these.
 
@@ -153,7 +154,7 @@ def enter(
     lines += [f"chroot --userspec={user} {quote(here)} {shlex.join(inner)}", "exit $?"]
     private = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     script = "set -e\n" + "\n".join(lines)
-    return subprocess.run([*private, "bash", "-c", script], text=True, check=False, **options)  # type: ignore[call-overload]
+    return subprocess.run([*private, "bash", "-c", script], text=True, check=False, **options)
 
 
 def python_version(root: Path) -> str:

@@ -1,4 +1,4 @@
-"""The Dockerfile's steps without Docker, in a bare Debian; then what a container does, in a root folder that is read-only.
+"""The Dockerfile's steps without Docker, in a bare Debian; then what a container does, in a read-only root folder.
 
 make container
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from string import Template
 
 from debian_root import MissingError, Mount, check_machine, download, enter, make_root, python_version
-from device_trial import ROOT, StepError, Steps, checked, compare, here, make_material, make_wheel, verdicts
+from trial import ROOT, StepError, Steps, checked, compare, here, make_material, make_wheel, released, verdicts
 
 BUILD = ROOT / "build" / "container"
 PACKAGES = ("python3", "python3-venv")
@@ -142,17 +142,20 @@ def go_through(steps: Steps, image: Image, root: Path) -> None:
         (BUILD / name).mkdir()
     (BUILD / "data").chmod(0o777)
     desk, inside, sealed = here(BUILD / "here"), Container(image, root, True), Container(image, root, False)
-    words = ("export", "--from", "../material/door.tar", "--target", "openvino", "-o", "door")
 
-    def both() -> str:
+    def both(*words: str) -> str:
         desk(*words)
-        return inside.run(*words).strip().splitlines()[-1]
+        inside.run(*words)
+        return released(BUILD / "data" / "door")
 
     def same() -> str:
         return compare(*(verdicts(run, "door", "../material/photos-seen", "openvino") for run in (desk, sealed.run)))
 
     steps("who and where", lambda: state(sealed))
-    steps("export --from", both)
+    steps(
+        "export --from", lambda: both("export", "--from", "../material/door.tar", "--target", "openvino", "-o", "door")
+    )
+    steps("calibrate", lambda: both("calibrate", "door", "--id", "../material/calib"))
     steps("predict, the model read-only too", same)
 
 
