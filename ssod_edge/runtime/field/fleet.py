@@ -25,7 +25,16 @@ from ssod_edge.runtime.field.summary import summary
 from ssod_edge.terminal import Screen, printable, tell
 
 #: Of a device's own summary, what stands in its row.
-ROW = ("artifact", "backbone", "score", "images", "failed", "unknown", "unknown_rate", "unknown_rate_ci")
+ROW: tuple[str, ...] = (
+    "artifact",
+    "backbone",
+    "score",
+    "images",
+    "failed",
+    "unknown",
+    "unknown_rate",
+    "unknown_rate_ci",
+)
 ROW += ("expected_unknown_rate", "recent_unknown_rate", "stability_index", "drifted", "alarms")
 
 
