@@ -11,18 +11,21 @@ from ssod_edge.config import Preprocess
 from ssod_edge.export.frame_graph import Channels
 from ssod_edge.runtime.runner import Array
 
-#: Reference images that are checked with, each in every one of `SIZES`.
+#: Reference images that are checked with in every one of `SIZES`; all of them are in the first.
 CHECKED = 4
-#: Height and width of the frames, in those of the network's input; the first one is taken as it is.
+#: Height and width of the frames, in those of the network's input; the first are the images as they are.
 SIZES = ((1.0, 1.0), (2.3, 3.1), (1.7, 0.6), (0.7, 0.9))
 
 
 def make_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
-    """`CHECKED` reference images in `SIZES`, and noise; with `roi`, around it. See `colours_of` for their shape."""
+    """All reference images, and `CHECKED` of them and noise in `SIZES`; with `roi`, around it.
+
+    See `colours_of` for their shape.
+    """
     size = settings.input_size
     noise = np.random.default_rng(0).integers(0, 256, (3, 2 * size, 3 * size), np.uint8)
-    shown = [*images[:CHECKED], noise]
-    return [_frame(image, sides, settings, channels) for sides in SIZES for image in shown]  # each size prepares once
+    shown = {sides: [*images[: None if sides == SIZES[0] else CHECKED], noise] for sides in SIZES}  # each prepares once
+    return [_frame(image, sides, settings, channels) for sides, some in shown.items() for image in some]
 
 
 def golden_frames(images: Array, settings: Preprocess, channels: Channels) -> list[Array]:
