@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import codecs
 import csv
+import fcntl
 import io
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
+from ssod_edge.errors import OutputError, UsageError
 from ssod_edge.files import check_output, temporary_parent, write_atomic
 
 #: What a spreadsheet takes for the begin of a formula (https://owasp.org/www-community/attacks/CSV_Injection).
@@ -41,11 +45,9 @@ class CsvTable(AbstractContextManager["CsvTable"]):
 
     def add(self, cells: Sequence[object]) -> None:
         """A row."""
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])  # so that it quotes both
-        text = line.getvalue().removesuffix("\r\n") + "\n"
-        self._ascii = self._ascii and text.isascii()
-        self._rows.write(text.encode(errors="surrogateescape"))
+        row = _row(cells)
+        self._ascii = self._ascii and row.isascii()
+        self._rows.write(row)
 
     def __exit__(self, *_: object) -> None:
         with self._rows:
@@ -56,6 +58,115 @@ class CsvTable(AbstractContextManager["CsvTable"]):
         with open(path, "wb") as file:
             file.write(b"" if self._ascii else codecs.BOM_UTF8)
             shutil.copyfileobj(self._rows, file)
+
+
+class GrowingTable(AbstractContextManager["GrowingTable"]):
+    """A table on the disk to which each row is added at once, and a later run goes on with it: a kill loses no row.
+
+    It begins with a byte order mark, since nobody knows the names that will come; else its form is `CsvTable`'s. What a
+    kill left of a last row is cut off. One process at a time may write to it.
+
+    Args:
+        path: of the file; made if it is not there.
+        header: names of the columns.
+
+    Raises:
+        UsageError: the file has other columns, is no table, or another process is writing to it.
+        OutputError: it cannot be written; also from `add`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: Sequence[str]) -> None:
+        self._path = check_output(path)
+        try:
+            self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 (closed when the block ends)
+            try:
+                self._begin(list(header))
+            except BaseException:
+                self._file.close()
+                raise
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _begin(self, header: list[str]) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is writing to '{self._path}'. Wait for it, or name another file"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        start, end = codecs.BOM_UTF8 + _row(header), _end_of_rows(self._file)
+        self._file.seek(0)
+        # Where no row is whole, a kill may have left a part of the header.
+        ours = next(self._cells(), None) == header if end else start.startswith(self._file.read(len(start)))
+        if not ours:
+            raise UsageError(
+                f"'{self._path}' is no table with these columns, so no rows can be added. Name another file"
+            )
+        self._file.truncate(end)
+        if not end:
+            self._write(start)
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        """The rows that are there, as text by column; not to be read while rows are added."""
+        cells = self._cells()
+        header = next(cells)
+        for row in cells:
+            if len(row) != len(header):
+                raise UsageError(f"'{self._path}' has a row of {len(row)} cells, not {len(header)}. Name another file")
+            yield dict(zip(header, row, strict=True))
+
+    def add(self, cells: Sequence[object]) -> None:
+        """A row, which is on the disk afterwards as far as a kill of this process goes."""
+        try:
+            self._write(_row(cells))
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def _write(self, line: bytes) -> None:
+        while line:  # of a full disk a part of a row may have fitted
+            line = line[self._file.write(line) :]
+
+    def _cells(self) -> Iterator[list[str]]:
+        self._file.seek(0)
+        text = io.TextIOWrapper(
+            io.BufferedReader(self._file), encoding="utf-8-sig", errors="surrogateescape", newline=""
+        )
+        try:
+            yield from csv.reader(text, strict=True)
+        except csv.Error as error:
+            raise UsageError(f"'{self._path}' is no table ({error}). Name another file") from error
+        finally:
+            text.detach().detach()
+
+    def _cannot(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write '{self._path}': {error.strerror or error}. Free some space or name another file."
+        )
+
+
+def _end_of_rows(file: BinaryIO) -> int:
+    """Where the last whole row of a table ends: behind the last line break that is in no quotes."""
+    file.seek(0)
+    done = end = quotes = 0
+    while block := file.read(1 << 20):
+        for match in re.finditer(rb'["\n]', block):
+            if match[0] == b'"':
+                quotes += 1
+            elif quotes % 2 == 0:
+                end = done + match.end()
+        done += len(block)
+    return end
+
+
+def _row(cells: Sequence[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])  # so that it quotes both
+    return f"{line.getvalue().removesuffix(chr(13) + chr(10))}\n".encode(errors="surrogateescape")
 
 
 def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:

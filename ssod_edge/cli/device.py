@@ -102,6 +102,9 @@ def rollback(folder: str, to: str | None) -> int:
     "--csv", metavar="FILE", type=click.Path(dir_okay=False), help="Write the verdicts to FILE too, as a table."
 )
 @click.option(
+    "--resume", is_flag=True, help="With --csv: write each row at once, and go on with the rows that FILE has."
+)
+@click.option(
     "--sort-into",
     metavar="DIR",
     type=click.Path(file_okay=False),
@@ -140,11 +143,13 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     wanted = take(PredictOptions, options)
     if wanted.collect is None and (lonely := sorted({"--collect-most", "--collect-mb"} & set(given()))):
         raise click.UsageError(f"{lonely[0]} belongs to --collect DIR")
+    if wanted.resume and wanted.csv is None:
+        raise click.UsageError("--resume belongs to --csv FILE, whose rows it goes on with")
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     alone = len(images) == 1 and not is_stream(images[0]) and holds_video(images[0])
     if wanted.camera is not None or alone or any(is_stream(image) for image in images):
-        for option in sorted({"--batch", "--strict-images", "--sort-into"} & set(given())):
+        for option in sorted({"--batch", "--strict-images", "--sort-into", "--resume"} & set(given())):
             raise click.UsageError(f"{option} belongs to images: a video, a camera or a stream runs frame by frame")
         return run_stream(folder, images, wanted, **options)
     if wanted.smooth is not None or wanted.realtime:

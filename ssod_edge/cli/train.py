@@ -82,7 +82,7 @@ def study(data: str, out: str, **options: Any) -> int:
     The table has means and deviations over the seeds.
     A setting is an option of train, with any of its values: --vary method=ce,ssod --vary outliers=none,rotate+zoom.
     What is done is not done again: run the same command once more after an interruption, or with more seeds. Processes
-    of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES. They lock files in OUT, so that
+    of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES. They lock files in OUT, so
     all must see it on one file system whose locks hold: a local disk, not most network shares.
     """
     names = ("val", "negatives", "weights", "id_data", "ood_data")

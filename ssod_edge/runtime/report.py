@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from ssod_edge.csv_table import path_cell
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import left_out
 from ssod_edge.detect.confidence import explain_p_known
@@ -28,6 +30,7 @@ class PredictOptions:
     Attributes:
         as_json: one JSON object a line, as soon as it is known.
         csv: a file of `ssod_edge.runtime.written.VerdictTable`.
+        resume: rows that are in it are not made again.
         sort_into: a folder of `ssod_edge.runtime.written.Sorter`, which gets copies of the images.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
         collect: a folder of `ssod_edge.runtime.field.collect.Collector`, which keeps what is unknown or nearly so.
@@ -39,6 +42,7 @@ class PredictOptions:
 
     as_json: bool = False
     csv: str | None = None
+    resume: bool = False
     sort_into: str | None = None
     monitor: str | None = None
     collect: str | None = None
@@ -68,9 +72,11 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
-        open_table(options.csv) as table,
+        open_table(options.csv, resume=options.resume) as table,
         open_sorter(options.sort_into, predictor) as sorter,
     ):
+        if table is not None and options.resume:
+            paths = _left(paths, table, predictor)
         if not predictor.runner.spec.trained:
             tell("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -82,15 +88,31 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
         if watch is not None:
             verdicts = map(watch.add, verdicts)
         verdicts = _written(verdicts, table, sorter)
-        failed = _print_json(verdicts) if options.as_json else _print_table(verdicts, len(paths), predictor.runner)
+        if options.as_json:
+            failed = _print_json(verdicts)
+        else:
+            failed = _print_table(verdicts, len(paths), predictor.runner, rows=not options.resume)
     problems = any(one is not None and one.problem for one in (watch, collector))
     problems = problems or (sorter is not None and sorter.failed > 0)
     return EXIT_SOME_FAILED if failed or problems else EXIT_OK
 
 
-def open_table(path: str | None, more: Sequence[str] = ()) -> AbstractContextManager[VerdictTable | None]:
+def open_table(
+    path: str | None, more: Sequence[str] = (), resume: bool = False
+) -> AbstractContextManager[VerdictTable | None]:
     """A table of verdicts, with more columns; none without a path."""
-    return nullcontext() if path is None else VerdictTable(path, more)
+    return nullcontext() if path is None else VerdictTable(path, more, resume)
+
+
+def _left(paths: list[str], table: VerdictTable, predictor: Predictor) -> list[str]:
+    """The images that the table has no rows of; says how many it has."""
+    runner = predictor.runner
+    model = {"engine": runner.engine, "precision": runner.precision, "threshold": predictor.threshold}
+    done = table.done(model)
+    left = [path for path in paths if path_cell(path) not in done]
+    if done:
+        tell(f"resuming: {len(paths) - len(left):,} of {len(paths):,} images have their rows", err=True)
+    return left
 
 
 @contextmanager
@@ -155,16 +177,23 @@ def _print_json(verdicts: Iterable[Verdict]) -> int:
     return failed
 
 
-def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner) -> int:
-    """Returns how many images failed. An interrupt still prints the rows that are done."""
+def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner, rows: bool = True) -> int:
+    """Returns how many images failed. An interrupt still prints the rows that are done.
+
+    Args:
+        rows: else only what they come to, in a fixed memory: `--resume` is for images without number.
+    """
     done: list[Verdict] = []
+    counts: Counter[str] = Counter()
     try:
         for verdict in _with_progress(verdicts, total):
-            done.append(verdict)
+            counts["failed" if verdict.error is not None else f"known {verdict.known}"] += 1
+            if rows:
+                done.append(verdict)
     finally:
-        if done:
-            _print_rows(done, runner)
-    return sum(verdict.error is not None for verdict in done)
+        if counts:
+            _print_rows(done, counts, runner)
+    return counts["failed"]
 
 
 def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]:
@@ -172,7 +201,7 @@ def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]
         yield from progress.track(verdicts, total, description="images")
 
 
-def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
+def _print_rows(verdicts: Sequence[Verdict], counts: Counter[str], runner: Runner) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -193,23 +222,20 @@ def _print_rows(verdicts: Sequence[Verdict], runner: Runner) -> None:
         table.add_row(name, Text(text, style), Text(printable(str(verdict.class_name) + note)), *shown)
     # Off a terminal a row is one line, however long its file name is.
     console = Screen(wide=WIDE)
-    console.print(table)
-    if note := p_known_note(runner):
-        console.print(note)
-    console.print(_summary(verdicts, runner))
+    if verdicts:
+        console.print(table)
+        if note := p_known_note(runner):
+            console.print(note)
+    console.print(_summary(counts, runner))
 
 
 WORDS = {True: ("KNOWN", "green"), False: ("UNKNOWN", "yellow"), None: ("no threshold", "dim")}
 
 
-def _summary(verdicts: Sequence[Verdict], runner: Runner) -> str:
-    known = sum(v.known is True for v in verdicts)
-    unknown = sum(v.known is False for v in verdicts)
-    failed = sum(v.error is not None for v in verdicts)
-    counts = (
-        f"{len(verdicts)} image{'s' if len(verdicts) > 1 else ''}: {known} known, {unknown} unknown, {failed} failed"
-    )
-    return f"{counts}; {describe_run(runner)}"
+def _summary(counts: Counter[str], runner: Runner) -> str:
+    total = counts.total()
+    told = f"{counts['known True']} known, {counts['known False']} unknown, {counts['failed']} failed"
+    return f"{total} image{'s' if total > 1 else ''}: {told}; {describe_run(runner)}"
 
 
 def p_known_note(runner: Runner) -> str:

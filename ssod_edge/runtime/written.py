@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ssod_edge.csv_table import CsvTable, path_cell
+from ssod_edge.csv_table import CsvTable, GrowingTable, path_cell
 from ssod_edge.data.layout import same_name
+from ssod_edge.errors import UsageError
 from ssod_edge.files import copy_into, make_directory
 from ssod_edge.runtime.predict import Verdict
 
@@ -28,17 +29,38 @@ class VerdictTable(AbstractContextManager["VerdictTable"]):
     Args:
         path: of the file.
         more: columns beside those of a verdict.
+        resume: rows go to the disk at once, and those that are there stay.
 
     Raises:
-        UsageError, OutputError: see `ssod_edge.csv_table.CsvTable`.
+        UsageError, OutputError: see `ssod_edge.csv_table.CsvTable`, and `GrowingTable` with `resume`.
     """
 
-    def __init__(self, path: str, more: Sequence[str] = ()) -> None:
-        self._columns = (*COLUMNS, *more)
-        self._table = CsvTable(path, self._columns)
+    def __init__(self, path: str, more: Sequence[str] = (), resume: bool = False) -> None:
+        self._path, self._columns = path, (*COLUMNS, *more)
+        self._table = GrowingTable(path, self._columns) if resume else CsvTable(path, self._columns)
 
     def __exit__(self, *exception: Any) -> None:
         self._table.__exit__(*exception)
+
+    def done(self, model: Mapping[str, object]) -> set[str]:
+        """The images that have rows already, as their cells are written; none but with `resume`.
+
+        Args:
+            model: what the rows' `engine`, `precision` and `threshold` must be.
+
+        Raises:
+            UsageError: they are verdicts of another model.
+        """
+        found: set[str] = set()
+        for row in self._table.rows() if isinstance(self._table, GrowingTable) else ():
+            for column, value in model.items():
+                if row[column] != ("" if value is None else str(value)):
+                    raise UsageError(
+                        f"'{self._path}' holds verdicts of another model: {column} {row[column] or 'none'}, not "
+                        f"{value}. Name another file"
+                    )
+            found.add(row["image"])
+        return found
 
     def add(self, verdict: Mapping[str, Any]) -> None:
         """A row, of what `to_dict` gives."""

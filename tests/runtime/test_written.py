@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +19,7 @@ from colour import COLOURS, edit_spec, paint
 
 import ssod_edge
 from ssod_edge.cli import main
+from ssod_edge.csv_table import GrowingTable
 from ssod_edge.files import copy_into
 from ssod_edge.runtime.written import COLUMNS, file_part, folder_names
 
@@ -192,3 +197,101 @@ def test_a_video_has_a_table_too(export: Path, tmp_path: Path) -> None:
         ("green", "False", "1"),
     ]
     assert "p known: of 100 new images" in done.stdout and all(row["p_known"] for row in rows)
+
+
+# Going on with a table
+
+
+def save(folder: Path, count: int) -> Path:
+    """So many pictures."""
+    for number in range(count):
+        paint(folder / f"{number:03d}.png", ("red", "blue", "grey")[number % 3])
+    return folder
+
+
+def test_rows_that_are_done_are_not_done_again(export: Path, tmp_path: Path) -> None:
+    photos, table = save(tmp_path / "photos", 5), tmp_path / "out.csv"
+    first = run(export, photos / "000.png", photos / "003.png", "--csv", table, "--resume")
+    assert first.exit_code == 0 and "000.png" not in first.stdout and "2 images: 2 known" in first.stdout
+    before = table.read_bytes()
+    done = run(export, photos, "--csv", table, "--resume", "--json")
+    assert "resuming: 2 of 5 images have their rows" in done.stderr
+    assert [json.loads(line)["image"][-7:] for line in done.stdout.splitlines()] == ["001.png", "002.png", "004.png"]
+    assert table.read_bytes().startswith(before)
+    assert sorted(row["image"][-7:] for row in read(table)) == [f"00{number}.png" for number in range(5)]
+    again = run(export, photos, "--csv", table, "--resume")
+    assert again.exit_code == 0 and "5 of 5" in again.stderr and again.stdout == ""
+    whole = tmp_path / "whole.csv"
+    run(export, photos, "--csv", whole)
+    assert sorted(map(str, read(whole))) == sorted(map(str, read(table)))
+    assert "5 of 5" in run(export, photos, "--csv", whole, "--resume").stderr, (
+        "a table of an earlier run is gone on with"
+    )
+
+
+def test_a_kill_loses_no_row_and_half_a_row_is_made_anew(export: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b'a\n"b",\xff.png')  # quotes, a comma, a line break, no UTF-8
+    photos, table = save(tmp_path / "photos", 40), tmp_path / "out.csv"
+    paint(photos / "x.png", "red").rename(photos / odd)
+    command = [sys.executable, "-m", "ssod_edge", "predict", str(export), str(photos), "--csv", str(table), "--resume"]
+    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+    with subprocess.Popen(
+        [*command, "--batch", "1"], env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as it:
+        deadline = time.monotonic() + 60
+        while (not table.exists() or table.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        it.kill()
+    kept = read(table)
+    assert len(kept) >= 3
+    with open(table, "ab") as file:
+        file.write(f'"{photos}/half'.encode())  # what a full disk leaves of a row, in quotes
+    done = run(export, photos, "--csv", table, "--resume")
+    assert done.exit_code == 0 and f"{len(kept)} of 41" in done.stderr
+    rows = read(table)
+    assert rows[: len(kept)] == kept and len(rows) == 41 == len({row["image"] for row in rows})
+    assert str(photos / odd) in {row["image"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "no table with these columns"),
+        ('image\n"x"y\n', "no table with these columns"),
+        ("{}", "no table with these columns"),
+    ],
+)
+def test_another_file_is_left_alone(export: Path, photos: Path, tmp_path: Path, text: str, message: str) -> None:
+    table = tmp_path / "out.csv"
+    table.write_text(text)
+    done = run(export, photos, "--csv", table, "--resume")
+    assert done.exit_code == 2 and message in done.stderr and table.read_text() == text
+
+
+def test_verdicts_of_another_model_are_not_mixed(export: Path, photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out.csv"
+    assert run(export, photos / "red", "--csv", table, "--resume", "--artifact", "onnx-fp32").exit_code == 0
+    done = run(export, photos, "--csv", table, "--resume", "--artifact", "openvino-fp32")
+    assert done.exit_code == 2 and "verdicts of another model: engine onnxruntime, not openvino" in done.stderr
+    assert len(read(table)) == 1
+
+
+def test_two_processes_do_not_write_to_one_table(export: Path, photos: Path, tmp_path: Path) -> None:
+    with GrowingTable(tmp_path / "out.csv", COLUMNS):
+        done = run(export, photos, "--csv", tmp_path / "out.csv", "--resume")
+    assert done.exit_code == 2 and "another process is writing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume"], "belongs to --csv FILE"),
+        (["--resume", "--csv", "x.csv", "--camera", "0"], "--resume belongs to images"),
+    ],
+)
+def test_where_resume_makes_no_sense(
+    export: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(export, *([photos] if "--camera" not in options else []), *options)
+    assert done.exit_code == 2 and message in done.stderr and not Path("x.csv").exists()
