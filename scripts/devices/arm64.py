@@ -174,8 +174,13 @@ class Board:
     def test(self) -> str:
         command = ["/ssod/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/src/pyproject.toml"]
         command += [f"/src/tests/{name}" for name in TESTS]
-        text = checked(self.call(*command, cwd="/tmp"))
-        return text.strip().splitlines()[-1]
+        log = BUILD / "tests.log"
+        with log.open("w") as file:
+            done = self.call(*command, cwd="/tmp", capture_output=False, stdout=file, stderr=subprocess.STDOUT)
+        last = log.read_text().strip().splitlines()[-1:]
+        if done.returncode != 0:
+            raise StepError(f"{' '.join(last)}; see {log}")
+        return last[0]
 
 
 def go_through(steps: Steps, board: Board) -> None:
