@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from debian_root import MissingError, Mount, arm_programs, check_machine, download, enter, is_arm, make_root
+from debian_root import MissingError, Mount, alone, arm_programs, check_machine, download, enter, is_arm, make_root
 from trial import (
     ROOT,
     StepError,
@@ -174,8 +174,13 @@ class Board:
     def test(self) -> str:
         command = ["/ssod/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/src/pyproject.toml"]
         command += [f"/src/tests/{name}" for name in TESTS]
-        text = checked(self.call(*command, cwd="/tmp"))
-        return text.strip().splitlines()[-1]
+        log = BUILD / "tests.log"
+        with log.open("w") as file:
+            done = self.call(*command, cwd="/tmp", capture_output=False, stdout=file, stderr=subprocess.STDOUT)
+        last = log.read_text().strip().splitlines()[-1:]
+        if done.returncode != 0:
+            raise StepError(f"{' '.join(last)}; see {log}")
+        return last[0]
 
 
 def go_through(steps: Steps, board: Board) -> None:
@@ -226,12 +231,19 @@ def main() -> int:
     options = parser.parse_args()
     if (options.export is None) != (options.photos is None):
         parser.error("--export and --photos go together")
-    suite, processor = os.environ.get("SUITE", "bookworm"), BOARDS[os.environ.get("BOARD", "pi5")]
+    suite, board = os.environ.get("SUITE", "bookworm"), os.environ.get("BOARD", "pi5")
+    if board not in BOARDS:
+        parser.error(f"BOARD is {' or '.join(BOARDS)}, got '{board}'")
     try:
         check_machine("arm64")
     except MissingError as error:
         print(f"make arm64: {error}", file=sys.stderr)
         return 3
+    with alone():
+        return trial_of(options, suite, BOARDS[board])
+
+
+def trial_of(options: argparse.Namespace, suite: str, processor: Processor) -> int:
     shutil.rmtree(BUILD, ignore_errors=True)
     for name in ("here", "board"):
         (BUILD / name).mkdir(parents=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
-from debian_root import MissingError, Mount, check_machine, download, enter, make_root, python_version
+from debian_root import MissingError, Mount, alone, check_machine, download, enter, make_root, python_version
 from trial import ROOT, StepError, Steps, checked, compare, here, make_material, make_wheel, released, verdicts
 
 BUILD = ROOT / "build" / "container"
@@ -168,12 +168,17 @@ def state(container: Container) -> str:
 
 def main() -> int:
     image = parse((ROOT / "Dockerfile").read_text())
-    python, suite = base_of(image)
     try:
         check_machine("amd64")
     except MissingError as error:
         print(f"make container: {error}", file=sys.stderr)
         return 3
+    with alone():
+        return trial_of(image)
+
+
+def trial_of(image: Image) -> int:
+    python, suite = base_of(image)
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
     bare, root = make_root("amd64", suite, PACKAGES), BUILD / "root"

@@ -8,6 +8,7 @@ DEBIAN_MIRROR names another mirror; SSOD_EDGE_ROOTS another folder than ~/.cache
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -63,6 +64,19 @@ def check_machine(arch: str) -> None:
 
 def is_arm() -> bool:
     return os.uname().machine == "aarch64"
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Waits for whoever uses the folders of `cache`: an installation must not change under another one's tests."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another one that uses {cache()}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
