@@ -1,0 +1,174 @@
+"""The pages of the server: what is asked for, and what is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from ssod_edge.runtime.predict import Verdict
+from ssod_edge.serve.bodies import Bodies
+from ssod_edge.serve.guard import Guard
+from ssod_edge.serve.lane import Asked, Lane
+from ssod_edge.serve.limits import Limits, RefusedError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Service:
+    """What the pages do.
+
+    Args:
+        lanes: of the models, by name.
+        limits: of requests.
+
+    Attributes:
+        stopping: it takes no more requests.
+    """
+
+    def __init__(self, lanes: Mapping[str, Lane], limits: Limits) -> None:
+        self.lanes, self.limits, self.stopping = lanes, limits, False
+        self._bodies = Bodies(limits)
+
+    @asynccontextmanager
+    async def running(self, _app: object = None) -> AsyncIterator[None]:
+        """The time in which the server answers."""
+        for lane in self.lanes.values():
+            lane.start()
+        try:
+            yield
+        finally:
+            self.stopping = True
+            for lane in self.lanes.values():
+                await asyncio.to_thread(lane.stop)
+
+    async def healthz(self, _request: Request) -> Response:
+        """The process lives."""
+        return answer({"status": "ok"})
+
+    async def readyz(self, _request: Request) -> Response:
+        """Every model answers."""
+        ready = not self.stopping and all(lane.alive for lane in self.lanes.values())
+        return answer({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def predict(self, request: Request) -> Response:
+        """Verdicts on the images of the body."""
+        until = time.monotonic() + self.limits.timeout
+        lane = self._lane(request.path_params.get("name"))
+        lane.check_room()  # before the body is read
+        sizes: list[int] = []
+        try:
+            images = await self._bodies.read(request, sizes)
+            asked = lane.admit(images)
+            verdicts = await self._wait(request, asked, until)
+        finally:
+            self._bodies.held -= sum(sizes)
+        alone = len(asked.jobs) == 1 and verdicts[0].error is not None
+        if alone and not request.headers.get("content-type", "").startswith("multipart/"):
+            too_large = asked.jobs[0].too_large
+            raise RefusedError(413 if too_large else 422, "pixels" if too_large else "image", str(verdicts[0].error))
+        version = asked.jobs[0].opened.predictor.runner.spec.version
+        return answer({"model": lane.name, "version": version, "verdicts": [v.to_dict() for v in verdicts]})
+
+    def _lane(self, name: str | None) -> Lane:
+        if name is None and len(self.lanes) == 1:
+            return next(iter(self.lanes.values()))
+        if name is None:
+            raise RefusedError(404, "model", "name a model: /v1/models/NAME/predict; /v1/models lists them")
+        if name not in self.lanes:
+            raise RefusedError(404, "model", "there is no model of that name; /v1/models lists them")
+        return self.lanes[name]
+
+    async def _wait(self, request: Request, asked: Asked, until: float) -> list[Verdict]:
+        """The verdicts, while the client waits for them and there is time."""
+        gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
+        try:
+            left = max(0.0, until - time.monotonic())
+            both: list[asyncio.Future[Any]] = [asked.answer, gone]
+            await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.gone = not asked.answer.done()
+            gone.cancel()
+        if asked.gone:
+            raise RefusedError(503, "timeout", "it took too long; try again", {"Retry-After": "1"})
+        verdicts = asked.answer.result()
+        if verdicts is None:
+            raise RefusedError(503, "engine", "the model gives no answer")
+        return verdicts
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer, which no cache keeps."""
+    from starlette.responses import Response
+
+    body = json.dumps(content, allow_nan=False).encode()
+    shared = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return Response(body, status, {**shared, **(headers or {})}, "application/json")
+
+
+def refusal(error: RefusedError) -> Response:
+    """The answer to a request that gets no verdict."""
+    return answer({"error": str(error)}, error.status, error.headers)
+
+
+class Guarded:
+    """The pages behind a guard."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app, self._guard = app, guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.requests import ClientDisconnect
+
+        if scope["type"] == "http":
+            try:
+                self._guard.check(scope["path"], scope["headers"])
+            except RefusedError as error:
+                await refusal(error)(scope, receive, send)
+                return
+        with suppress(ClientDisconnect):
+            await self._app(scope, receive, send)
+
+
+def make_app(service: Service, guard: Guard) -> Starlette:
+    """The pages of a service."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.routing import Route
+
+    def refuse(_request: Request, error: Any) -> Response:
+        return refusal(error)
+
+    def http(_request: Request, error: Any) -> Response:
+        words = {404: "there is no such page", 405: "not by this method"}
+        return answer({"error": words.get(error.status_code, "bad request")}, error.status_code, error.headers)
+
+    def failed(_request: Request, _error: Exception) -> Response:
+        return answer({"error": "the server failed; its log says more"}, 500)
+
+    app = Starlette(
+        routes=[
+            Route("/healthz", service.healthz),
+            Route("/readyz", service.readyz),
+            Route("/v1/predict", service.predict, methods=["POST"]),
+            Route("/v1/models/{name}/predict", service.predict, methods=["POST"]),
+        ],
+        middleware=[Middleware(Guarded, guard=guard)],
+        exception_handlers={RefusedError: refuse, HTTPException: http, Exception: failed},
+        lifespan=service.running,
+    )
+    app.router.redirect_slashes = False
+    return app
