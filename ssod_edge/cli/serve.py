@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ssod_edge.cli.device import ENGINES, PRECISIONS
-from ssod_edge.cli.options import COUNT, take, threads
+from ssod_edge.cli.options import COUNT, given, take, threads
 
 ABOVE_0 = click.FloatRange(0, min_open=True)
 
@@ -26,6 +26,10 @@ ABOVE_0 = click.FloatRange(0, min_open=True)
 @click.option("--timeout", type=ABOVE_0, default=30.0, help="Seconds for a request as a whole.")
 @click.option("--body-timeout", type=ABOVE_0, default=10.0, help="Seconds for its body.")
 @click.option("--stop-timeout", type=ABOVE_0, default=10.0, help="Seconds for what is in flight at the end.")
+@click.option("--monitor", metavar="[NAME=]FILE", multiple=True, help="Keep count of the scores, and tell of a drift.")
+@click.option("--collect", metavar="[NAME=]DIR", multiple=True, help="Keep what is unknown, or nearly, for review.")
+@click.option("--collect-most", type=COUNT, default=500, help="Images that DIR may hold; the most informative stay.")
+@click.option("--collect-mb", type=ABOVE_0, default=200.0, help="And their megabytes.")
 @click.option("--engine", type=ENGINES, default="auto", help="auto: the first that is there; eager: in PyTorch itself.")
 @click.option("--precision", type=PRECISIONS, default="auto", help="auto: the first that is there.")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
@@ -38,6 +42,8 @@ def serve(exports: tuple[str, ...], **options: Any) -> int:
     EXPORT is an export folder, or the run folder that holds it; NAME is what the model is called, by default the
     folder's name. POST the bytes of an image to /v1/predict, or to /v1/models/NAME/predict.
     """
+    if not options["collect"] and (lonely := sorted({"--collect-most", "--collect-mb"} & set(given()))):
+        raise click.UsageError(f"{lonely[0]} belongs to --collect DIR")
     from ssod_edge.serve.command import ServeOptions, run_serve
     from ssod_edge.serve.limits import Limits
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ssod_edge.runtime.predict import Verdict
 from ssod_edge.serve.bodies import Bodies
 from ssod_edge.serve.guard import Guard
-from ssod_edge.serve.lane import Asked, Lane
+from ssod_edge.serve.lane import Asked
 from ssod_edge.serve.limits import Limits, RefusedError
+from ssod_edge.serve.metrics import Metrics
+from ssod_edge.serve.models import Model
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -26,28 +28,34 @@ class Service:
     """What the pages do.
 
     Args:
-        lanes: of the models, by name.
+        models: by name.
         limits: of requests.
+        metrics: of all of it.
 
     Attributes:
         stopping: it takes no more requests.
     """
 
-    def __init__(self, lanes: Mapping[str, Lane], limits: Limits) -> None:
-        self.lanes, self.limits, self.stopping = lanes, limits, False
+    def __init__(self, models: Mapping[str, Model], limits: Limits, metrics: Metrics) -> None:
+        self.models, self.limits, self.metrics, self.stopping = models, limits, metrics, False
         self._bodies = Bodies(limits)
+        metrics.watch(models)
 
     @asynccontextmanager
     async def running(self, _app: object = None) -> AsyncIterator[None]:
         """The time in which the server answers."""
-        for lane in self.lanes.values():
-            lane.start()
+        for model in self.models.values():
+            model.lane.start()
+        following = [asyncio.ensure_future(model.follow()) for model in self.models.values()]
         try:
             yield
         finally:
             self.stopping = True
-            for lane in self.lanes.values():
-                await asyncio.to_thread(lane.stop)
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+            for model in self.models.values():
+                await asyncio.to_thread(model.stop)
 
     async def healthz(self, _request: Request) -> Response:
         """The process lives."""
@@ -55,36 +63,47 @@ class Service:
 
     async def readyz(self, _request: Request) -> Response:
         """Every model answers."""
-        ready = not self.stopping and all(lane.alive for lane in self.lanes.values())
+        ready = not self.stopping and all(model.lane.alive for model in self.models.values())
         return answer({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def list_models(self, _request: Request) -> Response:
+        """What answers, and since when."""
+        return answer({"models": [model.facts() for model in self.models.values()]})
+
+    async def show_metrics(self, _request: Request) -> Response:
+        """For Prometheus."""
+        from starlette.responses import Response
+
+        text, kind = self.metrics.text()
+        return Response(text, media_type=kind)
 
     async def predict(self, request: Request) -> Response:
         """Verdicts on the images of the body."""
-        until = time.monotonic() + self.limits.timeout
-        lane = self._lane(request.path_params.get("name"))
-        lane.check_room()  # before the body is read
+        began = time.monotonic()
+        model = self._model(request.path_params.get("name"))
+        model.lane.check_room()  # before the body is read
         sizes: list[int] = []
         try:
             images = await self._bodies.read(request, sizes)
-            asked = lane.admit(images)
-            verdicts = await self._wait(request, asked, until)
+            asked = model.lane.admit(images)
+            verdicts = await self._wait(request, asked, began + self.limits.timeout)
         finally:
             self._bodies.held -= sum(sizes)
-        alone = len(asked.jobs) == 1 and verdicts[0].error is not None
-        if alone and not request.headers.get("content-type", "").startswith("multipart/"):
+        if is_alone(request) and verdicts[0].error is not None:
             too_large = asked.jobs[0].too_large
-            raise RefusedError(413 if too_large else 422, "pixels" if too_large else "image", str(verdicts[0].error))
+            raise RefusedError(413 if too_large else 422, "pixels" if too_large else "image", verdicts[0].error)
+        self.metrics.took(model.name, time.monotonic() - began)
         version = asked.jobs[0].opened.predictor.runner.spec.version
-        return answer({"model": lane.name, "version": version, "verdicts": [v.to_dict() for v in verdicts]})
+        return answer({"model": model.name, "version": version, "verdicts": [v.to_dict() for v in verdicts]})
 
-    def _lane(self, name: str | None) -> Lane:
-        if name is None and len(self.lanes) == 1:
-            return next(iter(self.lanes.values()))
+    def _model(self, name: str | None) -> Model:
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
         if name is None:
             raise RefusedError(404, "model", "name a model: /v1/models/NAME/predict; /v1/models lists them")
-        if name not in self.lanes:
+        if name not in self.models:
             raise RefusedError(404, "model", "there is no model of that name; /v1/models lists them")
-        return self.lanes[name]
+        return self.models[name]
 
     async def _wait(self, request: Request, asked: Asked, until: float) -> list[Verdict]:
         """The verdicts, while the client waits for them and there is time."""
@@ -109,6 +128,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def is_alone(request: Request) -> bool:
+    """Whether the body of a request was one image, and no form."""
+    return not request.headers.get("content-type", "").lower().startswith("multipart/")
+
+
 def answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer, which no cache keeps."""
     from starlette.responses import Response
@@ -126,8 +150,8 @@ def refusal(error: RefusedError) -> Response:
 class Guarded:
     """The pages behind a guard."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
-        self._app, self._guard = app, guard
+    def __init__(self, app: ASGIApp, guard: Guard, metrics: Metrics) -> None:
+        self._app, self._guard, self._metrics = app, guard, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.requests import ClientDisconnect
@@ -136,6 +160,7 @@ class Guarded:
             try:
                 self._guard.check(scope["path"], scope["headers"])
             except RefusedError as error:
+                self._metrics.refuse(error.reason)
                 await refusal(error)(scope, receive, send)
                 return
         with suppress(ClientDisconnect):
@@ -150,6 +175,7 @@ def make_app(service: Service, guard: Guard) -> Starlette:
     from starlette.routing import Route
 
     def refuse(_request: Request, error: Any) -> Response:
+        service.metrics.refuse(error.reason)
         return refusal(error)
 
     def http(_request: Request, error: Any) -> Response:
@@ -163,10 +189,12 @@ def make_app(service: Service, guard: Guard) -> Starlette:
         routes=[
             Route("/healthz", service.healthz),
             Route("/readyz", service.readyz),
+            Route("/metrics", service.show_metrics),
+            Route("/v1/models", service.list_models),
             Route("/v1/predict", service.predict, methods=["POST"]),
             Route("/v1/models/{name}/predict", service.predict, methods=["POST"]),
         ],
-        middleware=[Middleware(Guarded, guard=guard)],
+        middleware=[Middleware(Guarded, guard=guard, metrics=service.metrics)],
         exception_handlers={RefusedError: refuse, HTTPException: http, Exception: failed},
         lifespan=service.running,
     )

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from ssod_edge.serve.app import Service
+    from ssod_edge.serve.models import Keeping
 
 #: What a model may be called: it stands in addresses and in metrics.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -40,12 +41,18 @@ class ServeOptions:
         host, port: 0 is any port that is free.
         token_file: a file with the token that requests carry.
         insecure: let other machines in without one.
+        collect, monitor: see `ssod_edge.serve.models.Keeping`; NAME=PATH, or of one model a path.
+        collect_most, collect_mb: its budget.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     token_file: str | None = None
     insecure: bool = False
+    collect: tuple[str, ...] = ()
+    monitor: tuple[str, ...] = ()
+    collect_most: int = 500
+    collect_mb: float = 200.0
 
 
 def run_serve(exports: Sequence[str], options: ServeOptions, limits: Limits, **opening: Any) -> int:
@@ -62,11 +69,18 @@ def run_serve(exports: Sequence[str], options: ServeOptions, limits: Limits, **o
     """
     require(("starlette", "uvicorn", "httptools", "python_multipart", "prometheus_client"), "ssod-edge serve")
     from ssod_edge.serve.app import make_app
+    from ssod_edge.serve.models import Keeping
 
     token = read_token(options.token_file)
     check_exposure(options.host, token, options.insecure)
     named = name_exports(exports)
-    with listen(options.host, options.port) as listener, serving(named, limits, opening) as service:
+    keeping = Keeping(
+        name_paths("--collect", options.collect, named),
+        name_paths("--monitor", options.monitor, named),
+        options.collect_most,
+        options.collect_mb,
+    )
+    with listen(options.host, options.port) as listener, serving(named, limits, opening, keeping) as service:
         app = make_app(service, Guard(token, is_loopback(options.host)))
         address = f"http://{_shown(options.host)}:{listener.getsockname()[1]}"
         tell(f"Serving {', '.join(named)} at {address}")
@@ -80,19 +94,18 @@ def run_serve(exports: Sequence[str], options: ServeOptions, limits: Limits, **o
 
 
 @contextmanager
-def serving(named: Mapping[str, Path], limits: Limits, opening: Mapping[str, Any]) -> Iterator[Service]:
+def serving(
+    named: Mapping[str, Path], limits: Limits, opening: Mapping[str, Any], keeping: Keeping | None = None
+) -> Iterator[Service]:
     """Open exports, by name, for the time of the block; errors as `run_serve`."""
-    from ssod_edge.runtime.open import open_runner
-    from ssod_edge.runtime.predict import Predictor
     from ssod_edge.serve.app import Service
-    from ssod_edge.serve.lane import Lane, Opened
+    from ssod_edge.serve.metrics import Metrics
+    from ssod_edge.serve.models import Keeping, Model
 
     with ThreadPoolExecutor(min(8, available_cores()), thread_name_prefix="decode") as decoders:
-        lanes = {}
-        for name, folder in named.items():
-            opened = Opened(Predictor(open_runner(folder, **opening)))
-            lanes[name] = Lane(name, opened, limits, decoders, log)
-        yield Service(lanes, limits)
+        metrics = Metrics()
+        shared = (opening, keeping or Keeping(), limits, decoders, log, metrics)
+        yield Service({name: Model(name, folder, *shared) for name, folder in named.items()}, limits, metrics)
 
 
 def name_exports(exports: Sequence[str]) -> dict[str, Path]:
@@ -113,6 +126,25 @@ def name_exports(exports: Sequence[str]) -> dict[str, Path]:
         if name in found:
             raise UsageError(f"two exports are called '{name}'; give NAME=EXPORT")
         found[name] = Path(folder)
+    return found
+
+
+def name_paths(option: str, given: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Model -> path of an option that is given as NAME=PATH, or of the only model as a path.
+
+    Raises:
+        UsageError: no such model, no model is named where there are several, or two paths for one.
+    """
+    names, found = list(names), {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if len(names) == 1 and (not equals or name not in names):
+            name, path = names[0], text
+        if name not in names or not path:
+            raise UsageError(f"{option} {text}: give NAME=PATH for one of the models {', '.join(names)}")
+        if name in found:
+            raise UsageError(f"{option} is given twice for '{name}'")
+        found[name] = path
     return found
 
 
@@ -154,10 +186,13 @@ def make_server(app: Any, limits: Limits) -> uvicorn.Server:
     """The server of an app; it tells nobody what it is."""
     import uvicorn
 
+    from ssod_edge.serve.protocol import protocol
+
     logger = logging.getLogger("uvicorn.error")
     logger.handlers, logger.propagate = [_Log(logging.WARNING)], False
     config = uvicorn.Config(
         app,
+        http=protocol(limits),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -35,12 +35,14 @@ class Opened:
 
     Attributes:
         predictor: of it.
+        close: releases it.
         pending: its images that are inside.
         retired: another one has taken its place; it is closed after its last image.
         failed: its last run failed.
     """
 
     predictor: Predictor
+    close: Callable[[], object]
     pending: int = 0
     retired: bool = False
     failed: bool = False
@@ -123,7 +125,7 @@ class Lane:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        self.opened.predictor.close()
+        self.opened.close()
 
     @property
     def alive(self) -> bool:
@@ -172,7 +174,7 @@ class Lane:
 
     def _close_if_done(self, opened: Opened) -> None:
         if opened.retired and not opened.pending:
-            self._decoders.submit(opened.predictor.close)
+            self._decoders.submit(opened.close)
 
     # On a decoding thread
 

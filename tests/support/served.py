@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ssod_edge.serve.app import Service, make_app
 from ssod_edge.serve.command import listen, make_server, serving
 from ssod_edge.serve.guard import Guard
 from ssod_edge.serve.limits import Limits
+from ssod_edge.serve.models import Keeping
 
 
 @dataclass
@@ -54,13 +55,39 @@ class Served:
             connection.close()
 
 
+def eventually(holds: Callable[[], bool], seconds: float = 15) -> bool:
+    """Wait until something holds; whether it did in time."""
+    until = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return held
+
+
+def say_slowly(engine: Any, seconds: float) -> Callable[..., Any]:
+    """A runner's `infer` that takes so long; it counts its runs in `runs`, a list of how many images each had."""
+    infer = engine.infer
+
+    def slow(inputs: Mapping[str, Any]) -> Any:
+        slow.runs.append(len(inputs["image"]))  # type: ignore[attr-defined]
+        time.sleep(seconds)
+        return infer(inputs)
+
+    slow.runs = []  # type: ignore[attr-defined]
+    engine.infer = slow
+    return slow
+
+
 @contextmanager
 def served(
-    named: Mapping[str, Path], token: str | None = None, loopback: bool = True, **limits: Any
+    named: Mapping[str, Path],
+    token: str | None = None,
+    loopback: bool = True,
+    keeping: Keeping | None = None,
+    **limits: Any,
 ) -> Iterator[Served]:
     """Exports by name, served for the time of the block."""
     bounds = Limits(**limits)
-    with listen("127.0.0.1", 0) as listener, serving(named, bounds, {}) as service:
+    with listen("127.0.0.1", 0) as listener, serving(named, bounds, {}, keeping) as service:
         server = make_server(make_app(service, Guard(token, loopback)), bounds)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
