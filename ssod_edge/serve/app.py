@@ -16,6 +16,7 @@ from ssod_edge.serve.lane import Asked
 from ssod_edge.serve.limits import Limits, RefusedError
 from ssod_edge.serve.metrics import Metrics
 from ssod_edge.serve.models import Model
+from ssod_edge.serve.pages import POLICY, docs, openapi
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -172,21 +173,33 @@ def make_app(service: Service, guard: Guard) -> Starlette:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
+    from starlette.responses import Response
     from starlette.routing import Route
 
-    def refuse(_request: Request, error: Any) -> Response:
+    async def refuse(_request: Request, error: Any) -> Response:
         service.metrics.refuse(error.reason)
         return refusal(error)
 
-    def http(_request: Request, error: Any) -> Response:
+    async def http(_request: Request, error: Any) -> Response:
         words = {404: "there is no such page", 405: "not by this method"}
         return answer({"error": words.get(error.status_code, "bad request")}, error.status_code, error.headers)
 
-    def failed(_request: Request, _error: Exception) -> Response:
+    async def failed(_request: Request, _error: Exception) -> Response:
         return answer({"error": "the server failed; its log says more"}, 500)
+
+    described = openapi(service.limits, guard.with_token)
+
+    async def show_openapi(_request: Request) -> Response:
+        return answer(described)
+
+    async def show_docs(_request: Request) -> Response:
+        headers = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+        return Response(docs(), 200, headers, "text/html")
 
     app = Starlette(
         routes=[
+            Route("/openapi.json", show_openapi),
+            Route("/docs", show_docs),
             Route("/healthz", service.healthz),
             Route("/readyz", service.readyz),
             Route("/metrics", service.show_metrics),

@@ -38,6 +38,10 @@ class Guard:
         self._token = None if token is None else token.encode()
         self._loopback = loopback
 
+    @property
+    def with_token(self) -> bool:
+        return self._token is not None
+
     def check(self, path: str, headers: Headers) -> None:
         """Raises RefusedError for a request that may not be."""
         found = dict(headers)
