@@ -35,6 +35,7 @@ PURPOSES = {
     "jetson": "running on a GPU",
     "report": "the plots of eval and bench",
     "video": "videos and cameras in predict",
+    "serve": "serve",
     "baselines": "eval --baselines",
     "heic": "HEIC pictures",
 }

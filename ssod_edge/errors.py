@@ -28,6 +28,11 @@ EXTRAS = {
     "cv2": "video",
     "pillow_heif": "heic",
     "pytorch_ood": "baselines",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httptools": "serve",
+    "python_multipart": "serve",
+    "prometheus_client": "serve",
 }
 
 

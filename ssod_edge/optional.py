@@ -21,6 +21,8 @@ DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",
     "pytorch_ood": "pytorch-ood",
     "pillow_heif": "pillow-heif",
+    "python_multipart": "python-multipart",
+    "prometheus_client": "prometheus-client",
 }
 
 #: Packages that report their use to their maker over the network, and write an id into the user's home folder for it;

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("detect",),
     ("ops",),
     ("runtime",),
+    ("serve",),
     ("training",),
     ("evaluation",),
     ("export",),

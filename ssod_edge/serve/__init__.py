@@ -1,0 +1,1 @@
+"""Verdicts over HTTP: `ssod-edge serve`. Needs the extra `serve`, and no PyTorch."""
