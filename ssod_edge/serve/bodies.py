@@ -80,8 +80,8 @@ class Bodies:
         parser.spool_max_size = self.limits.body + 1  # nothing is written to a disk
         try:
             form = await parser.parse()
-        except MultiPartException as error:
-            if "Too many files" in error.message:
+        except (MultiPartException, ValueError) as error:  # of a ValueError: a charset that decodes nothing
+            if "Too many files" in getattr(error, "message", ""):
                 raise RefusedError(413, "images", f"at most {self.limits.queue} images a request") from None
             raise RefusedError(400, "multipart", "the body is no multipart/form-data of files alone") from None
         found = [

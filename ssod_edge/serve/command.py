@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 #: Connections that are answered; the next ones get 503.
 CONNECTIONS = 512
+#: Seconds that an idle connection stays open: longer than proxies keep theirs, which is 60 in nginx.
+KEEP_ALIVE_S = 65
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,16 @@ def run_serve(exports: Sequence[str], options: ServeOptions, limits: Limits, **o
     )
     with listen(options.host, options.port) as listener, serving(named, limits, opening, keeping) as service:
         app = make_app(service, Guard(token, is_loopback(options.host)))
-        address = f"http://{_shown(options.host)}:{listener.getsockname()[1]}"
-        tell(f"Serving {', '.join(named)} at {address}")
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:  # when it is done, the server raises the signal again, which is to end nothing by then
-            make_server(app, limits).run(sockets=[listener])
+        server = make_server(app, limits)
+
+        def end(*_: object) -> None:
+            server.should_exit = True
+
+        # Before it listens to signals itself, and after: when it is done, it raises the one that ended it again.
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            tell(f"Serving {', '.join(named)} at http://{_shown(options.host)}:{listener.getsockname()[1]}")
+            server.run(sockets=[listener])
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -190,6 +197,7 @@ def make_server(app: Any, limits: Limits) -> uvicorn.Server:
 
     logger = logging.getLogger("uvicorn.error")
     logger.handlers, logger.propagate = [_Log(logging.WARNING)], False
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # clients could fill the log
     config = uvicorn.Config(
         app,
         http=protocol(limits),
@@ -201,6 +209,7 @@ def make_server(app: Any, limits: Limits) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(limits.stop_timeout)),
     )
     return uvicorn.Server(config)

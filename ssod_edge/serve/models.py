@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -83,6 +84,7 @@ class Model:
         self.name, self._folder, self._opening, self._keeping = name, folder, opening, keeping
         self._log, self._metrics = log, metrics
         self._state = self._look()
+        self._tried = self._flushed = time.monotonic()
         opened = self._open()
         path = keeping.monitor.get(name)
         self.counted = None if path is None else Counted(path, opened.predictor, log)
@@ -113,17 +115,21 @@ class Model:
 
     async def follow(self) -> None:
         """Swap in what takes the place of the export, until it is cancelled."""
-        tried = flushed = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(LOOK_S)
-            now = asyncio.get_running_loop().time()
-            if self.counted is not None and now - flushed >= FLUSH_S:
-                flushed = now
-                await asyncio.to_thread(self.counted.flush)
-            state = await asyncio.to_thread(self._look)
-            if state == self._state and (self.problem is None or now - tried < RETRY_S):
-                continue
-            tried, self._state = now, state
+            try:
+                await self._look_after()
+            except Exception as error:
+                self._log(f"error: '{self.name}': {type(error).__name__}: {error}")
+
+    async def _look_after(self) -> None:
+        now = time.monotonic()
+        if self.counted is not None and now - self._flushed >= FLUSH_S:
+            self._flushed = now
+            await asyncio.to_thread(self.counted.flush)
+        state = await asyncio.to_thread(self._look)
+        if state != self._state or (self.problem is not None and now - self._tried >= RETRY_S):
+            self._tried, self._state = now, state
             await self._renew()
 
     async def _renew(self) -> None:

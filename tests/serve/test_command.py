@@ -5,11 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +17,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from colour import paint
+from places import ROOT
+from served import eventually
 
 from ssod_edge.cli import main
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.field.monitor import read_monitor
-from ssod_edge.serve.command import name_exports, name_paths
+from ssod_edge.serve.command import ServeOptions, name_exports, name_paths
+from ssod_edge.serve.limits import Limits
+from ssod_edge.serve.models import Keeping
 
 #: No PyTorch on a device.
 START = """
@@ -62,6 +66,15 @@ def post(port: int, body: bytes, **headers: str) -> tuple[int, dict]:
     return response.status, json.loads(response.read())
 
 
+def queued(port: int) -> int:
+    """Images inside the server."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/metrics")
+    page = connection.getresponse().read().decode()
+    connection.close()
+    return int(float(page.partition("ssod_edge_queue_images{")[2].splitlines()[0].split()[-1]))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_peace(export: Path, tmp_path: Path, number: int) -> None:
     grey, monitor, kept = paint(tmp_path / "grey.png", "grey").read_bytes(), tmp_path / "m.json", tmp_path / "unknown"
@@ -76,6 +89,12 @@ def test_a_signal_ends_it_in_peace(export: Path, tmp_path: Path, number: int) ->
     assert read_monitor(monitor).unknown == 1 == len(list(kept.glob("*.png")))
 
 
+def test_a_signal_is_heard_from_the_first_line_on(export: Path) -> None:
+    with started(export) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
 def test_what_is_in_flight_is_finished_at_the_end(export: Path, tmp_path: Path) -> None:
     red = paint(tmp_path / "red.png", "red", (3000, 3000)).read_bytes()
     with started(export) as (process, port):
@@ -83,7 +102,7 @@ def test_what_is_in_flight_is_finished_at_the_end(export: Path, tmp_path: Path) 
         clients = [threading.Thread(target=lambda: answers.append(post(port, red))) for _ in range(6)]
         for client in clients:
             client.start()
-        time.sleep(0.1)
+        assert eventually(lambda: queued(port) + len(answers) == 6)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
         for client in clients:
@@ -146,3 +165,18 @@ def test_a_token_never_stands_on_the_command_line(export: Path, tmp_path: Path) 
     with started(export, "--host", "0.0.0.0", SSOD_EDGE_TOKEN="a-token-of-some-length") as (_, port):
         assert post(port, red)[0] == 401
         assert post(port, red, Authorization="Bearer a-token-of-some-length")[0] == 200
+
+
+def test_what_is_written_of_it_names_options_that_exist() -> None:
+    options = {option for p in main.commands["serve"].params for option in p.opts} | {"--requests", "--json", "--now"}
+    for file in (ROOT / "docs" / "serve.md", ROOT / "examples" / "systemd" / "ssod-edge.service"):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", file.read_text())) - {"--data-binary"} <= options
+
+
+def test_defaults_stand_once() -> None:
+    """Those of the command line are those of the settings."""
+    shown = {str(p.name): p.default for p in main.commands["serve"].params}
+    for settings in (Limits(), ServeOptions(), Keeping()):
+        for name, value in vars(settings).items():
+            if name not in ("collect", "monitor"):
+                assert not value or shown[name] == value, name

@@ -63,6 +63,7 @@ def test_each_wrong_request_has_its_code(server: Served, red: bytes) -> None:
         (server.ask(body=field, headers=header), 400),
         (server.ask(body=form[:-30], headers=header), 400),
         (server.ask(body=form, headers={"Content-Type": "multipart/form-data"}), 400),
+        (server.ask(body=form, headers={"Content-Type": header["Content-Type"] + "; charset=undefined"}), 400),
     ]
     for answer, status in cases:
         assert (answer.status, answer.headers["content-type"]) == (status, "application/json"), answer.body

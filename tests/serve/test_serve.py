@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def test_a_verdict_is_that_of_predict(server: Served, export: Path, photos: dict
                 assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
                 assert answer.json["verdicts"] == [model.predict(content).to_dict()]
                 assert (answer.json["model"], answer.json["version"]) == ("colours", 1)
+
+
+def test_it_says_what_the_command_says(server: Served, export: Path, tmp_path: Path, photos: dict[str, bytes]) -> None:
+    paths = [str(tmp_path / "photos" / name) for name in photos]
+    printed = CliRunner().invoke(main, ["predict", str(export), *paths, "--json"]).output.splitlines()
+    body, headers = files_body(photos)
+    verdicts = server.ask(body=body, headers=headers).json["verdicts"]
+    assert [{**json.loads(line), "image": Path(json.loads(line)["image"]).name} for line in printed] == verdicts
 
 
 def test_files_of_one_request_are_answered_in_order(server: Served, photos: dict[str, bytes]) -> None:
