@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -321,10 +322,11 @@ def test_table(export: Path, photos: Path) -> None:
     assert code == 0
     assert lines[1].split()[1:3] == ["KNOWN", "red"] and lines[3].split()[1:3] == ["UNKNOWN", "green"]
     assert lines[0].split()[-2:] == ["p", "known"] and "p known: of 100 new images of known classes" in lines[4]
-    with ssod_edge.open(export) as model:
+    with ssod_edge.open(export, artifact="onnx-fp16") as model:
         found = [model.predict(path).p_known for path in list_images([str(photos)])]
     assert [line.split()[-1] for line in lines[1:4]] == [f"{p:.1%}" for p in found]
-    assert "3 images: 2 known, 1 unknown, 0 failed; onnx-fp16 on onnxruntime in fp32 on CPU" in lines[5]
+    # Arm processors with half precision compute in it.
+    assert re.search("3 images: 2 known, 1 unknown, 0 failed; onnx-fp16 on onnxruntime in fp(16|32) on CPU", lines[5])
 
 
 def test_one_bad_image_does_not_stop_the_others(export: Path, photos: Path) -> None:
