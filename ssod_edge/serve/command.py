@@ -196,8 +196,8 @@ def make_server(app: Any, limits: Limits) -> uvicorn.Server:
     from ssod_edge.serve.protocol import protocol
 
     logger = logging.getLogger("uvicorn.error")
-    logger.handlers, logger.propagate = [_Log(logging.WARNING)], False
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # clients could fill the log
+    logger.handlers, logger.propagate = [_Log(logging.ERROR)], False  # clients could fill the log with warnings
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
         http=protocol(limits),

@@ -221,6 +221,8 @@ class Lane:
                 self._tell(jobs, verdicts)
             except Exception as error:
                 self._log(f"error: '{self.name}': {type(error).__name__}: {error}")
+            for job in jobs:  # a request and its images hold each other, and go when Python next looks for such
+                job.content, job.pixels = b"", None
 
     def _take(self) -> list[Job]:
         """The next run: what is ready, of one export; empty at the end."""

@@ -115,18 +115,24 @@ class Model:
 
     async def follow(self) -> None:
         """Swap in what takes the place of the export, until it is cancelled."""
+        said = ""
         while True:
             await asyncio.sleep(LOOK_S)
             try:
                 await self._look_after()
             except Exception as error:
-                self._log(f"error: '{self.name}': {type(error).__name__}: {error}")
+                if str(error) != said:
+                    self._log(f"error: '{self.name}': {type(error).__name__}: {error}")
+                said = str(error)
 
     async def _look_after(self) -> None:
         now = time.monotonic()
         if self.counted is not None and now - self._flushed >= FLUSH_S:
             self._flushed = now
             await asyncio.to_thread(self.counted.flush)
+        if self.lane.opened.failed:  # who asks only while it is ready would never ask again
+            await asyncio.to_thread(try_out, self.lane.opened.predictor, (1,))
+            self.lane.opened.failed = False
         state = await asyncio.to_thread(self._look)
         if state != self._state or (self.problem is not None and now - self._tried >= RETRY_S):
             self._tried, self._state = now, state
@@ -166,9 +172,7 @@ class Model:
         """The export that is in place, ready to answer at once."""
         with ExitStack() as stack:
             predictor = stack.enter_context(Predictor(open_runner(self._folder, **self._opening)))
-            size = predictor.runner.spec.preprocess.input_size
-            for images in (1, 2):  # OpenVINO compiles one model for one image, and one for more
-                predictor.runner.infer({"image": np.zeros((images, 3, size, size), np.uint8)})
+            try_out(predictor, (1, 2))  # OpenVINO compiles one model for one image, and one for more
             if (folder := self._keeping.collect.get(self.name)) is not None:
                 budget = self._keeping.collect_most, self._keeping.collect_mb
                 stack.enter_context(Collector(folder, predictor, *budget, say=self._log))
@@ -181,3 +185,10 @@ class Model:
                 self.counted.add(opened.predictor, verdicts)
             except SsodEdgeError as error:
                 self._log(f"error: '{self.name}': {error}")
+
+
+def try_out(predictor: Predictor, sizes: Sequence[int]) -> None:
+    """Run batches of these numbers of black images; whatever the engine raises is raised."""
+    size = predictor.runner.spec.preprocess.input_size
+    for images in sizes:
+        predictor.runner.infer({"image": np.zeros((images, 3, size, size), np.uint8)})

@@ -92,24 +92,53 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
+#: The pages that a token opens, where there is one.
+BEHIND_TOKEN = ("/v1/predict", "/v1/models/{name}/predict", "/v1/models", "/metrics")
+#: What every page may answer, whatever it is for.
+GUARDED = (401, 403, 421)
+
+
 def openapi(limits: Limits, with_token: bool) -> dict[str, Any]:
     """The description of the API, as OpenAPI 3.1."""
+    text = {"description": "Prometheus's format", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    paths: dict[str, Any] = {
+        **_predict(limits),
+        "/v1/models": {"get": {"summary": "The models", "responses": _answers("Models", "All of them", GUARDED)}},
+        "/healthz": {"get": {"summary": "The process lives", "responses": _answers("Status", "It does", GUARDED)}},
+        "/readyz": {"get": {"summary": "Models answer", "responses": _answers("Status", "Each does", (*GUARDED, 503))}},
+        "/metrics": {"get": {"summary": "Counts", "responses": {**_answers("Status", "", GUARDED), "200": text}}},
+    }
+    verdicts = _object(
+        {
+            "model": {"type": "string"},
+            "version": {"type": "integer", "description": "Of the export that answered"},
+            "verdicts": {"type": "array", "items": {"$ref": "#/components/schemas/Verdict"}},
+        }
+    )
+    models = _object({"models": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}})
+    words = {name: _object({name.lower(): {"type": "string"}}) for name in ("Status", "Error")}
+    schemas = {"Verdicts": verdicts, "Verdict": VERDICT, "Models": models, "Model": MODEL, **words}
+    components: dict[str, Any] = {"schemas": schemas}
+    if with_token:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for operation in (found for path in BEHIND_TOKEN for found in paths[path].values()):
+            operation["security"] = [{"token": []}]
+    info = {"title": "ssod-edge serve", "version": "1"}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
+
+
+def _predict(limits: Limits) -> dict[str, Any]:
+    """The two pages that judge."""
     image = {"type": "string", "contentMediaType": "application/octet-stream", "maxLength": limits.body}
     form = {
         "type": "object",
         "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}},
         "required": ["image"],
     }
-    body = {
-        "required": True,
-        "content": {
-            **{kind: {"schema": image} for kind in ("application/octet-stream", "image/jpeg", "image/png")},
-            "multipart/form-data": {"schema": form},
-        },
-    }
+    kinds = {kind: {"schema": image} for kind in ("application/octet-stream", "image/jpeg", "image/png")}
     predict = {
         "summary": "Verdicts on one image, or on the files of a form",
-        "requestBody": body,
+        "requestBody": {"required": True, "content": {**kinds, "multipart/form-data": {"schema": form}}},
         "responses": _answers("Verdicts", "A verdict for each image, in order", tuple(REFUSALS)),
     }
     name = {
@@ -118,53 +147,7 @@ def openapi(limits: Limits, with_token: bool) -> dict[str, Any]:
         "required": True,
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"},
     }
-    guarded = (401, 403, 421)
-    paths: dict[str, Any] = {
+    return {
         "/v1/predict": {"post": {**predict, "operationId": "predict", "description": "Where there is one model"}},
         "/v1/models/{name}/predict": {"post": {**predict, "operationId": "predictBy", "parameters": [name]}},
-        "/v1/models": {"get": {"summary": "The models", "responses": _answers("Models", "All of them", guarded)}},
-        "/healthz": {
-            "get": {"summary": "Whether the process lives", "responses": _answers("Status", "It does", guarded)}
-        },
-        "/readyz": {
-            "get": {
-                "summary": "Whether every model answers",
-                "responses": _answers("Status", "Each does", (*guarded, 503)),
-            }
-        },
-        "/metrics": {
-            "get": {
-                "summary": "For Prometheus",
-                "responses": {
-                    **_answers("Status", "", guarded),
-                    "200": {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}},
-                },
-            }
-        },
     }
-    schemas = {
-        "Verdicts": _object(
-            {
-                "model": {"type": "string"},
-                "version": {"type": "integer", "description": "Of the export that answered"},
-                "verdicts": {"type": "array", "items": {"$ref": "#/components/schemas/Verdict"}},
-            }
-        ),
-        "Verdict": VERDICT,
-        "Models": _object({"models": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}}),
-        "Model": MODEL,
-        "Status": _object({"status": {"type": "string"}}),
-        "Error": _object({"error": {"type": "string"}}),
-    }
-    described: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {"title": "ssod-edge serve", "version": "1"},
-        "paths": paths,
-        "components": {"schemas": schemas},
-    }
-    if with_token:
-        described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        for path in ("/v1/predict", "/v1/models/{name}/predict", "/v1/models", "/metrics"):
-            for operation in paths[path].values():
-                operation["security"] = [{"token": []}]
-    return described

@@ -54,6 +54,7 @@ def test_commands_are_listed_in_the_order_of_work() -> None:
         "bench",
         "package",
         "predict",
+        "serve",
         "monitor",
         "review",
         "teach",

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from colour import edit_spec, paint
+from click.testing import CliRunner
+from colour import edit_spec, paint, write_colours
 from served import Served, eventually, served
 
+from ssod_edge.cli import main
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.field.monitor import read_monitor
 from ssod_edge.serve.models import Keeping
-from ssod_edge.spec import SPEC_NAME, Spec, Threshold
+from ssod_edge.spec import SPEC_NAME, Spec, Threshold, load_spec
 
 
 def with_threshold(value: float, version: int) -> Callable[[Spec], Spec]:
@@ -78,8 +80,13 @@ def test_a_swap_under_load_loses_and_mixes_nothing(export: Path, tmp_path: Path)
 
 def test_a_threshold_of_calibrate_is_swapped_in(export: Path, tmp_path: Path) -> None:
     with served({"m": export}) as server:
-        edit_spec(export, with_threshold(-1.5, 1))
-        assert eventually(lambda: facts(server)["threshold"] == -1.5)
+        before = facts(server)["threshold"]
+        data = write_colours(tmp_path / "photos", 12)
+        result = CliRunner().invoke(main, ["calibrate", str(export), "--id", str(data)])
+        assert result.exit_code == 0, result.output
+        now = load_spec(export).artifact("openvino-fp32").threshold
+        assert now is not None and now.value != before
+        assert eventually(lambda: facts(server)["threshold"] == now.value)
 
 
 def test_what_cannot_be_opened_leaves_the_old_one(
