@@ -115,9 +115,11 @@ class Service:
             await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             asked.gone = not asked.answer.done()
+            left_us = gone.done()
             gone.cancel()
         if asked.gone:
-            raise RefusedError(503, "timeout", "it took too long; try again", {"Retry-After": "1"})
+            reason = "gone" if left_us else "timeout"
+            raise RefusedError(503, reason, "it took too long; try again", {"Retry-After": "1"})
         verdicts = asked.answer.result()
         if verdicts is None:
             raise RefusedError(503, "engine", "the model gives no answer")
