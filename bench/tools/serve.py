@@ -236,9 +236,9 @@ def main(
         return row
 
     try:
-        rate = 2 * keep(steady(server, known, requests, connections, alone, rounds))["per_s"]
+        keep(steady(server, known, requests, connections, alone, rounds))
         keep(vanishing(server, known, requests, connections))
-        keep(overload(server, known, rate, seconds, 160))
+        keep(overload(server, known, 2 * max(row["per_s"] for row in rows), seconds, 160))
         server, row = killed(server, known, max(requests // 4, 200), connections, start)
         keep(row)
         keep({"what": "stopped", "exit_code": server.stop()})
