@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -178,6 +179,14 @@ def test_nothing_of_an_image_is_kept(server: Served, red: bytes) -> None:
     assert server.ask(body=red).status == 200
     (job,) = asked[0].jobs
     assert eventually(lambda: job.content == b"" and job.pixels is None) and job.verdict is not None
+
+
+def test_requests_that_come_at_once_are_answered_in_order(server: Served, red: bytes) -> None:
+    one = HEAD + b"Content-Length: %d\r\n\r\n" % len(red) + red
+    wrong = HEAD + b"Content-Length: 3\r\n\r\nabc"
+    last = one.replace(b"Host", b"Connection: close\r\nHost", 1)
+    found = raw(server, one + wrong + one + last)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", found) == [b"200", b"422", b"200", b"200"]
 
 
 def test_a_client_that_vanishes_costs_nothing_further(export: Path, red: bytes) -> None:
