@@ -68,9 +68,11 @@ def read_images(data: str, count: int) -> list[bytes]:
     return [damage(image, rng) if rng.random() < DAMAGED else image for image in found]
 
 
-def judge(export: str, images: Sequence[bytes], threads: int, batch: int, count: int) -> tuple[list[Verdict], float]:
+def judge(
+    export: str, images: Sequence[bytes], engine: str, threads: int, batch: int, count: int
+) -> tuple[list[Verdict], float]:
     """Without a server: the verdicts, and milliseconds of processor time an image, of `count` after all were judged."""
-    with Predictor(open_runner(export, threads=threads)) as predictor:
+    with Predictor(open_runner(export, engine=engine, threads=threads)) as predictor:
         verdicts = list(predictor.predict_many(images, batch))
         before = resource.getrusage(resource.RUSAGE_SELF)
         for _ in predictor.predict_many(itertools.islice(itertools.cycle(images), count), batch):
@@ -207,25 +209,26 @@ def killed(
 @click.option("--connections", default=16, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Of the steady run, by turns with predict_many.")
 @click.option("--seconds", default=10.0, show_default=True, help="Of the overload.")
+@click.option("--engine", default="auto", show_default=True)
 @click.option("--threads", default=available_cores(), show_default=True, help="Of the engine.")
 @click.option("--batch", default=8, show_default=True)
 @click.option("--wait-ms", default=2.0, show_default=True)
 @json_option
 def main(
-    export: str, photos: str, requests: int, images: int, connections: int, rounds: int, seconds: float, threads: int,
-    batch: int, wait_ms: float, json_file: Path | None,
+    export: str, photos: str, requests: int, images: int, connections: int, rounds: int, seconds: float, engine: str,
+    threads: int, batch: int, wait_ms: float, json_file: Path | None,
 ) -> None:  # fmt: skip
     """Load a server, and check each answer."""
     contents = read_images(photos, images)
     count = max(requests // rounds, len(contents))
-    verdicts, _ = judge(export, contents, threads, batch, 1)
+    verdicts, _ = judge(export, contents, engine, threads, batch, 1)
     known = [Known(content, verdict) for content, verdict in zip(contents, verdicts, strict=True)]
 
     def alone() -> float:
-        return judge(export, contents, threads, batch, count)[1]
+        return judge(export, contents, engine, threads, batch, count)[1]
 
     def start(port: int = 0) -> Server:
-        return Server(export, threads, ["--batch", str(batch), "--wait-ms", str(wait_ms)], port)
+        return Server(export, threads, ["--engine", engine, "--batch", str(batch), "--wait-ms", str(wait_ms)], port)
 
     server = start()
     rows: list[dict[str, Any]] = []
@@ -236,9 +239,9 @@ def main(
         return row
 
     try:
-        rate = 2 * keep(steady(server, known, requests, connections, alone, rounds))["per_s"]
+        keep(steady(server, known, requests, connections, alone, rounds))
         keep(vanishing(server, known, requests, connections))
-        keep(overload(server, known, rate, seconds, 160))
+        keep(overload(server, known, 2 * max(row["per_s"] for row in rows), seconds, 160))
         server, row = killed(server, known, max(requests // 4, 200), connections, start)
         keep(row)
         keep({"what": "stopped", "exit_code": server.stop()})
@@ -246,7 +249,7 @@ def main(
         close(server.process)
     unreadable = sum(one.verdict.error is not None for one in known)
     settings = {"images": len(known), "unreadable": unreadable, "connections": connections}
-    write_rows(json_file, "serve", rows, **settings, threads=threads, batch=batch, wait_ms=wait_ms)
+    write_rows(json_file, "serve", rows, **settings, engine=engine, threads=threads, batch=batch, wait_ms=wait_ms)
     faults = [f"{row[kind]} {kind} ({row['what']})" for row in rows for kind in ("wrong", "lost") if row.get(kind)]
     if faults:
         raise VerificationError(f"answers: {', '.join(faults)}")

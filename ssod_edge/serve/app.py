@@ -32,13 +32,10 @@ class Service:
         models: by name.
         limits: of requests.
         metrics: of all of it.
-
-    Attributes:
-        stopping: it takes no more requests.
     """
 
     def __init__(self, models: Mapping[str, Model], limits: Limits, metrics: Metrics) -> None:
-        self.models, self.limits, self.metrics, self.stopping = models, limits, metrics, False
+        self.models, self.limits, self.metrics = models, limits, metrics
         self._bodies = Bodies(limits)
         metrics.watch(models)
 
@@ -51,7 +48,6 @@ class Service:
         try:
             yield
         finally:
-            self.stopping = True
             for task in following:
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
@@ -64,7 +60,7 @@ class Service:
 
     async def readyz(self, _request: Request) -> Response:
         """Every model answers."""
-        ready = not self.stopping and all(model.lane.alive for model in self.models.values())
+        ready = all(model.lane.alive for model in self.models.values())
         return answer({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def list_models(self, _request: Request) -> Response:
@@ -115,9 +111,11 @@ class Service:
             await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             asked.gone = not asked.answer.done()
+            left_us = gone.done()
             gone.cancel()
         if asked.gone:
-            raise RefusedError(503, "timeout", "it took too long; try again", {"Retry-After": "1"})
+            reason = "gone" if left_us else "timeout"
+            raise RefusedError(503, reason, "it took too long; try again", {"Retry-After": "1"})
         verdicts = asked.answer.result()
         if verdicts is None:
             raise RefusedError(503, "engine", "the model gives no answer")

@@ -195,8 +195,9 @@ def make_server(app: Any, limits: Limits) -> uvicorn.Server:
 
     from ssod_edge.serve.protocol import protocol
 
-    logger = logging.getLogger("uvicorn.error")
-    logger.handlers, logger.propagate = [_Log(logging.ERROR)], False  # clients could fill the log with warnings
+    for name in ("uvicorn.error", "asyncio"):  # errors alone: clients could fill the log with warnings
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [_Log(logging.ERROR)], False
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,

@@ -68,17 +68,8 @@ class Counted:
             threshold = predictor.runner.artifact.threshold
             if threshold is None or not threshold.id_quantiles:
                 raise
-        aside = self._set_aside()
+        path = Path(self._path)
+        aside = path.with_name(f"{path.stem}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}{path.suffix}")
+        path.rename(aside)
         self._log(f"note: '{self._path}' holds scores of the export before; it is '{aside}' now, and begun anew")
         return Monitor(self._path, predictor, say=self._log)
-
-    def _set_aside(self) -> Path:
-        path = Path(self._path)
-        name = f"{path.stem}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}{path.suffix}"
-        aside = path.with_name(name)
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{Path(name).stem}-{number}{path.suffix}")
-        path.rename(aside)
-        return aside

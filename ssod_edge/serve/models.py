@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssod_edge.errors import SsodEdgeError
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.field.collect import MEGABYTES, MOST, Collector
 from ssod_edge.runtime.open import open_runner
@@ -181,10 +180,7 @@ class Model:
     def _watch(self, opened: Opened, verdicts: Sequence[Verdict]) -> None:
         self._metrics.count(self.name, verdicts)
         if self.counted is not None:
-            try:
-                self.counted.add(opened.predictor, verdicts)
-            except SsodEdgeError as error:
-                self._log(f"error: '{self.name}': {error}")
+            self.counted.add(opened.predictor, verdicts)
 
 
 def try_out(predictor: Predictor, sizes: Sequence[int]) -> None:

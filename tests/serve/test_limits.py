@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from served import Served, eventually, files_body, say_slowly, served
 
 from ssod_edge.serve.bodies import clean
+from ssod_edge.serve.limits import Limits
 
 
 @pytest.fixture
@@ -104,6 +106,13 @@ def test_a_full_queue_says_come_again(export: Path, red: bytes) -> None:
         assert server.ask(body=red).status == 200
 
 
+def test_bodies_in_memory_are_bounded(server: Served, red: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Limits, "bodies", len(red) - 1)
+    assert server.ask(body=red).status == 429 and server.service._bodies.held == 0
+    monkeypatch.setattr(Limits, "bodies", len(red))
+    assert server.ask(body=red).status == 200 == server.ask(body=red).status and server.service._bodies.held == 0
+
+
 def test_what_waits_runs_together(export: Path, red: bytes) -> None:
     with served({"m": export}, batch=4) as server, ThreadPoolExecutor(9) as clients:
         slow = say_slowly(server.service.models["m"].lane.opened.predictor.runner, 0.2)
@@ -172,6 +181,14 @@ def test_nothing_of_an_image_is_kept(server: Served, red: bytes) -> None:
     assert eventually(lambda: job.content == b"" and job.pixels is None) and job.verdict is not None
 
 
+def test_requests_that_come_at_once_are_answered_in_order(server: Served, red: bytes) -> None:
+    one = HEAD + b"Content-Length: %d\r\n\r\n" % len(red) + red
+    wrong = HEAD + b"Content-Length: 3\r\n\r\nabc"
+    last = one.replace(b"Host", b"Connection: close\r\nHost", 1)
+    found = raw(server, one + wrong + one + last)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", found) == [b"200", b"422", b"200", b"200"]
+
+
 def test_a_client_that_vanishes_costs_nothing_further(export: Path, red: bytes) -> None:
     with served({"m": export}, batch=1) as server:
         lane = server.service.models["m"].lane
@@ -187,6 +204,8 @@ def test_a_client_that_vanishes_costs_nothing_further(export: Path, red: bytes) 
         first.join()
         assert eventually(lambda: lane.inside == 0)
         assert len(slow.runs) == 1 and server.service._bodies.held == 0
+        gone = b'ssod_edge_refused_requests_total{reason="gone"} 5.0'
+        assert eventually(lambda: gone in server.ask("/metrics").body)
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
         assert server.ask(body=red).status == 200 and lane.inside == 0

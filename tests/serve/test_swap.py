@@ -13,9 +13,12 @@ from click.testing import CliRunner
 from colour import edit_spec, paint, write_colours
 from served import Served, eventually, served
 
+import ssod_edge
 from ssod_edge.cli import main
+from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.field.monitor import read_monitor
+from ssod_edge.serve.counted import Counted
 from ssod_edge.serve.models import Keeping
 from ssod_edge.spec import SPEC_NAME, Spec, Threshold, load_spec
 
@@ -116,3 +119,33 @@ def test_a_monitor_is_begun_anew_and_the_old_one_kept(export: Path, tmp_path: Pa
         assert server.ask(body=image).status == 200 == server.ask(body=image).status
     found = sorted((tmp_path / "field").iterdir())
     assert [(path.name[:6], read_monitor(path).images) for path in found] == [("drift-", 1), ("drift.", 2)]
+
+
+def test_an_export_without_a_threshold_is_not_monitored(
+    export: Path, make_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    path = tmp_path / "drift.json"
+    with (
+        ssod_edge.open(export) as model,
+        ssod_edge.open(make_export(tmp_path / "raw", trained=False), allow_untrained=True) as raw,
+    ):
+        counted = Counted(str(path), model, lines.append)
+        verdict = model.predict(paint(tmp_path / "red.png", "red"))
+        counted.add(model, [verdict])
+        counted.swap(raw)
+        counted.add(model, [verdict])  # an image that was on its way
+        counted.add(raw, [verdict])
+        counted.flush()
+        assert counted.drifted is None and read_monitor(path).images == 1
+    assert len(lines) == 1 and "has no threshold" in lines[0] and lines[0].endswith("without the monitor.")
+
+
+def test_what_is_no_monitor_is_not_moved(export: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with ssod_edge.open(export) as model, pytest.raises(ArtifactError):
+        Counted(str(path), model, print)
+    with ssod_edge.open(export) as model, pytest.raises(UsageError):
+        Counted(str(tmp_path), model, print)
+    assert path.read_text() == "{}"
