@@ -22,6 +22,7 @@ from ssod_edge.runtime.engines.plans import (
     load_module,
     make_logger,
     plan_key,
+    without_collection,
 )
 from ssod_edge.runtime.export import Export
 from ssod_edge.spec import VERDICT_INPUTS, check_files
@@ -176,6 +177,11 @@ def build_plan(module: Any, onnx_path: Path, options: PlanOptions, capabilities:
         VerificationError: the graph cannot be parsed, or has no such input.
         EngineError: TensorRT builds nothing.
     """
+    with without_collection():
+        return _built(module, onnx_path, options, capabilities)
+
+
+def _built(module: Any, onnx_path: Path, options: PlanOptions, capabilities: Sequence[str]) -> bytes:
     title = f"{TITLES[module.__name__]} {module.__version__}"
     logger = make_logger(module)
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,23 @@ def load_for(artifact: Artifact) -> Any:
             )
         return load_module(name)
     raise missing_extra(MODULES[artifact.engine][0], f"running artifact '{artifact.name}'")
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A block without garbage collection, for calls in which TensorRT logs.
+
+    It calls the logger while it holds a lock of its own. A collection that begins there and frees an earlier builder or
+    runtime, which needs that lock, would wait for it for ever.
+    """
+    gc.collect()  # what was held in a cycle goes now
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def make_logger(module: Any) -> Any:

@@ -16,7 +16,15 @@ import numpy as np
 from ssod_edge.errors import ArtifactError, EngineError, OutputError
 from ssod_edge.files import write_atomic
 from ssod_edge.runtime.engines.cuda import Buffer, Gpu, Graph, GraphError, open_gpu
-from ssod_edge.runtime.engines.plans import CUDA_EXTRAS, build_command, check_build, check_plan, load_for, make_logger
+from ssod_edge.runtime.engines.plans import (
+    CUDA_EXTRAS,
+    build_command,
+    check_build,
+    check_plan,
+    load_for,
+    make_logger,
+    without_collection,
+)
 from ssod_edge.runtime.runner import Array, Runner, check_graph, check_images, check_process, closed_error
 from ssod_edge.spec import VERDICT_INPUTS, Artifact, Spec
 
@@ -127,7 +135,7 @@ class Session:
         self._free: list[_Lane] = []
         self._lost: str | None = None
         self._closed = False
-        with gpu.current():
+        with gpu.current(), without_collection():
             self._runtime: Any = module.Runtime(self._logger)
             if host_code:
                 self._runtime.engine_host_code_allowed = True

@@ -186,6 +186,39 @@ def test_all_means_plans_only_where_they_run(rtx: Any, monkeypatch: pytest.Monke
     assert artifact.build["compute_capabilities"] == ["8.9"], "the GPU that is here is enough"
 
 
+@needs_rtx
+def test_an_earlier_builder_that_is_garbage_does_not_stop_a_build(tmp_path: Path) -> None:
+    """A collection within TensorRT's own calls would free it, and wait for a lock that they hold."""
+    code = """
+import gc, sys
+import tensorrt_rtx
+from pathlib import Path
+from ssod_edge.export.engines import tensorrt
+from ssod_edge.runtime.engines.plans import make_logger
+gc.disable()
+class Cycle: pass
+earlier = Cycle()
+earlier.itself, earlier.builder = earlier, tensorrt_rtx.Builder(make_logger(tensorrt_rtx))
+del earlier
+def logger(module):
+    found = make_logger(module)
+    log = type(found).log
+    def collecting(self, level, message):
+        if gc.isenabled():  # as any allocation may
+            gc.collect()
+        log(self, level, message)
+    type(found).log = collecting
+    return found
+tensorrt.make_logger = logger
+gc.enable()
+print(len(tensorrt.build_plan(tensorrt_rtx, Path(sys.argv[1]), tensorrt.PlanOptions(), ["8.9"])))
+assert gc.isenabled()
+"""
+    graph = save_graph(tmp_path / "g.onnx", RELU)
+    done = subprocess.run([sys.executable, "-c", code, graph], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+
+
 @pytest.fixture
 def tensorrt_10(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """TensorRT 10 on an Orin: the library for RTX under the other's name, whose interface it shares."""
