@@ -10,7 +10,6 @@ call of its own graph.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ssod_edge.bench.plain import ENGINES, PRECISIONS, Pair, export_plain
 from ssod_edge.bench.tools.command import Tool, json_option, write_rows
 from ssod_edge.bench.tools.overhead import bare_call
 from ssod_edge.errors import UsageError
+from ssod_edge.files import temporary_folder
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.spec import Spec
@@ -52,7 +52,7 @@ def price(export: Export, pair: Pair, seconds: float, rounds: int) -> dict[str, 
     size = spec.preprocess.input_size
     image = {"image": np.random.default_rng(0).integers(0, 256, (1, 3, size, size), np.uint8)}
     with (
-        tempfile.TemporaryDirectory() as folder,
+        temporary_folder() as folder,
         open_runner(export.folder, artifact=pair.fused, allow_untrained=True) as runner,
     ):
         cut = export_plain(export, pair, Path(folder))

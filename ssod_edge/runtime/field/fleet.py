@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
 import numpy as np
 from rich.table import Table
 
@@ -100,7 +99,7 @@ def run_fleet(paths: Sequence[str], as_json: bool) -> int:
     for row in found["devices"]:
         table.add_row(*_cells(row))
     Screen(wide=200).print(table)
-    click.echo("\n".join(_together(found)))
+    tell("\n".join(_together(found)))
     return EXIT_OK
 
 
