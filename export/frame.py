@@ -105,12 +105,14 @@ def _onnx(export: Export, runner: Runner, place: Path, channels: Channels) -> Ma
     found = frame_graph(graph, spec.preprocess, channels)
     path = save_onnx(found, place / f"{artifact.name}.onnx")
 
-    def opened(model: ModelProto) -> Infer:
-        session = new_session(model.SerializeToString(), session_options())
-        names = [output.name for output in session.get_outputs()]
-        return lambda frame: dict(zip(names, session.run(names, {FRAME: frame}), strict=True))
+    return [path], infer_onnx(found), infer_onnx(pixels_graph(spec.preprocess, channels))
 
-    return [path], opened(found), opened(pixels_graph(spec.preprocess, channels))
+
+def infer_onnx(graph: ModelProto) -> Infer:
+    """A graph with the input `frame`, open in ONNX Runtime."""
+    session = new_session(graph.SerializeToString(), session_options())
+    names = [output.name for output in session.get_outputs()]
+    return lambda frame: dict(zip(names, session.run(names, {FRAME: frame}), strict=True))
 
 
 def _openvino(export: Export, runner: Runner, place: Path, channels: Channels) -> Made:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssod_edge.errors import VerificationError
-from ssod_edge.files import write_atomic
+from ssod_edge.files import write_bytes
 from ssod_edge.runtime.engines.onnxruntime import new_session
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def save_onnx(graph: onnx.ModelProto, path: str | Path) -> Path:
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(f"the graph for '{path}' is not valid ONNX: {error}") from error
-    return write_atomic(path, lambda temporary: temporary.write_bytes(graph.SerializeToString(deterministic=True)))
+    return write_bytes(path, graph.SerializeToString(deterministic=True))
 
 
 def close_inputs(graph: onnx.ModelProto, values: Mapping[str, NDArray[np.float32]]) -> None:

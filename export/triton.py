@@ -8,19 +8,18 @@ largest; TensorRT's plans take the threshold as an input, which a repository can
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ssod_edge.detect.confidence import verdict_inputs
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError, VerificationError
-from ssod_edge.export.frame import check_frames
-from ssod_edge.export.frame_graph import FRAME, IMAGE, Channels, frame_graph, pixels_graph
+from ssod_edge.export.frame import check_frames, infer_onnx
+from ssod_edge.export.frame_graph import IMAGE, Channels, frame_graph, pixels_graph
 from ssod_edge.export.frame_samples import make_frames
 from ssod_edge.export.onnx_file import close_inputs, open_session, save_onnx
-from ssod_edge.files import make_directory, write_atomic
+from ssod_edge.files import make_directory, write_bytes
 from ssod_edge.optional import load
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
@@ -77,7 +76,9 @@ def write_triton(
                 close_inputs(graph, verdict_inputs(artifact.threshold))
                 _check(runner, graph, images[:CHECKED])
                 framed = frame_graph(graph, export.spec.preprocess, channels)
-                _check_frames(runner, framed, make_frames(images, export.spec.preprocess, channels), channels)
+                pixels = pixels_graph(export.spec.preprocess, channels)
+                frames = make_frames(images, export.spec.preprocess, channels)
+                check_frames(runner, infer_onnx(framed), infer_onnx(pixels), frames, channels)
         except (EngineError, MissingExtraError) as error:
             say(f"left out {artifact.name}, which does not run here: {error}")
             continue
@@ -102,26 +103,12 @@ def _check(runner: Runner, graph: ModelProto, images: Array) -> None:
                 raise VerificationError(f"the model of '{runner.artifact.name}' for Triton gives another {name}")
 
 
-def _check_frames(runner: Runner, graph: ModelProto, frames: list[Array], channels: Channels) -> None:
-    def opened(model: ModelProto) -> Any:
-        session = open_session(model)
-        names = [output.name for output in session.get_outputs()]
-        return lambda frame: dict(zip(names, session.run(names, {FRAME: frame}), strict=True))
-
-    pixels = pixels_graph(runner.spec.preprocess, channels)
-    check_frames(runner, opened(graph), opened(pixels), frames, channels)
-
-
 def _save(folder: Path, graph: ModelProto, spec: Spec) -> None:
     make_directory(folder / VERSION)
     save_onnx(graph, folder / VERSION / "model.onnx")
     labels = "".join(f"{name}\n" for name in spec.classes)
     for name, text in (("config.pbtxt", config(folder.name, graph)), (LABELS, labels)):
-        write_atomic(folder / name, partial(_write, text.encode()))
-
-
-def _write(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
+        write_bytes(folder / name, text.encode())
 
 
 def config(name: str, graph: ModelProto) -> str:

@@ -3,8 +3,8 @@
     pip install ultralytics anomalib        # in an environment of their own, with ssod-edge
     python scripts/file_to_answer.py EXPORT PHOTOS --json FILE
 
-EXPORT is an export of ssod-edge with an OpenVINO artifact, and a photo of PHOTOS is the file: as it is, and enlarged to
-12 megapixels. The peers have networks with random weights, which run as fast as trained ones: Ultralytics' yolo11n-cls
+EXPORT is an export of ssod-edge with an OpenVINO artifact, and a photo of PHOTOS is the file, resized to 0.2 and to 12
+megapixels. The peers have networks with random weights, which run as fast as trained ones: Ultralytics' yolo11n-cls
 at the same input size, anomalib's FastFlow on ResNet-18 at its own, 256 px. Each opens its model as its documents show,
 and is asked for one file at a time. What is subtracted is the same compiled model called on an input that is ready.
 anomalib's graph holds its resize; its bare engine gets an image that needs none.

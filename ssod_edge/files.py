@@ -376,6 +376,11 @@ def free_path(folder: Path, source: Path) -> Path:
     return path
 
 
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a file whole or not at all; see `write_atomic`."""
+    return write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a JSON document atomically, with a final newline. NaN and infinity are refused."""
     text = json_text(value, indent=2) + "\n"

@@ -118,14 +118,14 @@ def board_files(folder: Path, processor: Processor, cores: int) -> list[Mount]:
 
 
 class Board:
-    """The emulated Debian: BUILD is in /work, the repository in /src, a virtual environment in /ssod."""
+    """The emulated Debian: BUILD is in /trial, the repository in /src, a virtual environment in /ssod."""
 
     def __init__(self, suite: str, processor: Processor) -> None:
         self.processor = processor
         self.root = make_root("arm64", suite, PACKAGES)
         self.mounts = [
-            Mount(BUILD / "material", "/work/material"),
-            Mount(BUILD / "board", "/work/board", writable=True),
+            Mount(BUILD / "material", "/trial/material"),
+            Mount(BUILD / "board", "/trial/board", writable=True),
         ]
         self.mounts += [Mount(BUILD / "dist", "/dist"), Mount(ROOT, "/src")]
         cores = os.cpu_count() or 1
@@ -138,7 +138,7 @@ class Board:
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        options = {"capture_output": True, "cwd": "/work/board", **options}
+        options = {"capture_output": True, "cwd": "/trial/board", **options}
         mounts = [*self.mounts, *options.pop("more", ())]
         try:
             return enter(self.root, [str(word) for word in command], mounts, environment, timeout=LONGEST, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ssod_edge.errors import EngineError, MissingExtraError, UsageError
-from ssod_edge.files import make_directory, sha256_file, write_atomic, write_json
+from ssod_edge.files import make_directory, sha256_file, write_atomic, write_bytes, write_json
 from ssod_edge.runtime.export import Export
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.runner import Array, Runner
@@ -66,13 +65,9 @@ def write_golden(folder: str | Path, out: str | Path, say: Callable[[str], None]
 
 def write_input(place: Path, name: str, data: bytes, shown: Array) -> dict[str, str]:
     """Write `NAME.bin` with these bytes and `NAME.png` with these pixels, uint8 [H, W, 3], RGB; what tells of them."""
-    write_atomic(place / f"{name}.bin", partial(_write_bytes, data))
+    write_bytes(place / f"{name}.bin", data)
     write_atomic(place / f"{name}.png", Image.fromarray(np.ascontiguousarray(shown)).save)
     return {"file": f"{name}.bin", "sha256": sha256_file(place / f"{name}.bin"), "picture": f"{name}.png"}
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def choose(reference: dict[str, Array], spec: Spec) -> Array:
@@ -91,7 +86,7 @@ def _describe(
     beside = {}
     for name, value in (runner.verdict_inputs() if artifact.threshold else {}).items():  # else their defaults will do
         file = f"{artifact.name}-{name}.bin"
-        write_atomic(place / file, partial(_write_bytes, value.astype(value.dtype.newbyteorder("<")).tobytes()))
+        write_bytes(place / file, value.astype(value.dtype.newbyteorder("<")).tobytes())
         beside[name] = {"dtype": str(value.dtype), "shape": list(value.shape), "file": file}
     return {
         "engine": artifact.engine,

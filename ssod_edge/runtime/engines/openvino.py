@@ -37,7 +37,7 @@ class OpenVinoRunner(Runner):
     runs its convolutions so, and what it falls back to elsewhere.
 
     One image is run by a model that was compiled for one: of any number, OpenVINO works out every layer's shape anew
-    each time, which takes a tenth of the time of a small network. More images have one for any number, compiled when
+    each time. More images have one for any number, compiled when
     they first come.
 
     With `bf16` an fp32 artifact is computed in bf16, to measure what that would bring; nothing ships so.
