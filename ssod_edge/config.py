@@ -68,7 +68,8 @@ DEFAULT_SCORE: ScoreName = "energy"
 #: from all of them.
 PRIOR_SCORE = "gen+mahalanobispp"
 #: The same where training has left published features alone: or outside of what all training images span. Features that
-#: were tuned to the known classes span little else, and a class that looks like these lies in it (docs/detection.md).
+#: were tuned to the known classes span little else, and a class that looks like these lies in it
+#: (docs/lab/detection.md).
 UNTOUCHED_SCORE = f"{PRIOR_SCORE}+residual"
 
 
