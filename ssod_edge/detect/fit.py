@@ -29,8 +29,8 @@ RANK = 64
 LEAST_DEVIATION = 0.1
 #: Training images for each direction that ViM and the residual keep, at least.
 IMAGES_A_DIRECTION = 4
-#: Share of the distance by which a class of few photos is off that is taken from it. All of it would accept too much of what
-#: looks like the class (docs/lab/results.md).
+#: Share of the distance by which a class of few photos is off that is taken from it. All of it would accept
+#: too much of what looks like the class (docs/lab/results.md).
 FEW_SHARE = 0.5
 #: Least variance of unit-length features in a direction: fp32 loses the distances of a smaller one.
 LEAST_VARIANCE = 1e-5
