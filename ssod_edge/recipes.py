@@ -68,13 +68,15 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     tune = given.get("tune", base.get("tune", "all"))
     if tune != "all":
         if whole:
-            raise UsageError(f"{', '.join(whole)}: for training of the whole network, which is --tune all")
+            raise UsageError(
+                f"{', '.join(whole)}: only training of the whole network reads this. Add --tune all, or leave it out"
+            )
         base, loss = {**base, "head": "blocks"}, {"method": "ce"}
     config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
     unused = sorted(PATCH_SETTINGS & set(asked))
     if unused and "method" not in asked and config.loss.method == "ce":
         raise UsageError(
-            f"{', '.join(unused)}: a setting of background patches, and recipe '{recipe}' trains on none by itself. "
+            f"{', '.join(unused)}: a setting of background patches, which recipe '{recipe}' does not train on. "
             "Add --method ssod (or lbf, both)"
         )
     return config

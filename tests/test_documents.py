@@ -80,5 +80,7 @@ def test_code_says_its_language(page: Path) -> None:
         if fence and not inside:
             assert fence[1], f"{name_of(page)}:{number}: a block of code without a language"
         inside ^= fence is not None
-        assert inside or not re.match(r" {4,}(ssod-edge|pip|make) ", line), f"{name_of(page)}:{number}: indented commands"
+        assert inside or not re.match(r" {4,}(ssod-edge|pip|make) ", line), (
+            f"{name_of(page)}:{number}: indented commands"
+        )
     assert not inside
