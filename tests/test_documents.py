@@ -84,3 +84,20 @@ def test_code_says_its_language(page: Path) -> None:
             f"{name_of(page)}:{number}: indented commands"
         )
     assert not inside
+
+
+def test_the_method_names_functions_that_exist() -> None:
+    """`NAME` in `FILE.py`, as the page of the equations has them: a function, a class, or an attribute of one."""
+    text = " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
+    places = re.findall(r"`([\w.]+)` in `([\w/]+\.py)`", text)
+    assert len(places) >= 10
+    for names, file in places:
+        path = ROOT / file if file.startswith("export/") else ROOT / "ssod_edge" / file
+        code = path.read_text(encoding="utf-8")
+        for name in names.split("."):
+            assert re.search(rf"(def|class) {name}\b|self\.{name} = ", code), f"{name} is not in {file}"
+
+
+def test_pictures_are_shown() -> None:
+    shown = {where(page, link) for page in ALL for link in links(page)}
+    assert set((DOCS / "images").iterdir()) <= shown

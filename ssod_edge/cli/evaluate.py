@@ -37,8 +37,8 @@ from ssod_edge.cli.options import baselines, check_paths, named_data, newest, ta
     "--mistakes",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Copy the images that got the wrong class into DIR, a new folder. Their names sort the most confident first, and "
-    "hold both classes.",
+    help="Copy the images that got the wrong class into DIR, a new folder. Their names sort the most confident first, "
+    "and hold both classes.",
 )
 def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
