@@ -69,18 +69,22 @@ class GrowingTable(AbstractContextManager["GrowingTable"]):
     Args:
         path: of the file; made if it is not there.
         header: names of the columns.
+        plain: for programs alone: a cell that a spreadsheet would take for a formula stays as it is.
+        anew: rows that are there go.
 
     Raises:
         UsageError: the file has other columns, is no table, or another process is writing to it.
         OutputError: it cannot be written; also from `add`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Sequence[str]) -> None:
-        self._path = check_output(path)
+    def __init__(
+        self, path: str | os.PathLike[str], header: Sequence[str], plain: bool = False, anew: bool = False
+    ) -> None:
+        self._path, self._plain = check_output(path), plain
         try:
             self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 (closed when the block ends)
             try:
-                self._begin(list(header))
+                self._begin(list(header), anew)
             except BaseException:
                 self._file.close()
                 raise
@@ -90,7 +94,11 @@ class GrowingTable(AbstractContextManager["GrowingTable"]):
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _begin(self, header: list[str]) -> None:
+    def remove(self) -> None:
+        """Delete the file, as the last of all."""
+        self._path.unlink()
+
+    def _begin(self, header: list[str], anew: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,6 +107,8 @@ class GrowingTable(AbstractContextManager["GrowingTable"]):
             ) from None
         except OSError:
             pass  # a file system without locks
+        if anew:
+            self._file.truncate(0)
         start, end = codecs.BOM_UTF8 + _row(header), _end_of_rows(self._file)
         self._file.seek(0)
         # Where no row is whole, a kill may have left a part of the header.
@@ -123,7 +133,7 @@ class GrowingTable(AbstractContextManager["GrowingTable"]):
     def add(self, cells: Sequence[object]) -> None:
         """A row, which is on the disk afterwards as far as a kill of this process goes."""
         try:
-            self._write(_row(cells))
+            self._write(_row(cells, self._plain))
         except OSError as error:
             raise self._cannot(error) from error
 
@@ -163,9 +173,11 @@ def _end_of_rows(file: BinaryIO) -> int:
     return end
 
 
-def _row(cells: Sequence[object]) -> bytes:
+def _row(cells: Sequence[object], plain: bool = False) -> bytes:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])  # so that it quotes both
+    csv.writer(line, lineterminator="\r\n").writerow(
+        cells if plain else [_cell(cell) for cell in cells]
+    )  # so that it quotes both
     return f"{line.getvalue().removesuffix(chr(13) + chr(10))}\n".encode(errors="surrogateescape")
 
 

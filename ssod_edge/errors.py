@@ -33,6 +33,8 @@ EXTRAS = {
     "httptools": "serve",
     "python_multipart": "serve",
     "prometheus_client": "serve",
+    "fsspec": "buckets",
+    "pyarrow": "parquet",
 }
 
 
@@ -48,6 +50,10 @@ class ImageError(SsodEdgeError):
 
 class OutputError(SsodEdgeError):
     """A result could not be written (read-only folder, full disk). Nothing half-written is left."""
+
+
+class ServerError(SsodEdgeError):
+    """A server does not answer, or with something else than was asked for. Others are asked nevertheless."""
 
 
 class TrainingError(SsodEdgeError):

@@ -6,6 +6,9 @@ import os
 import re
 import shlex
 
+#: Schemes of buckets and other file systems, from which images are read through fsspec.
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf", "hdfs", "sftp", "ssh", "memory")
+_BUCKET = re.compile(rf"(?:{'|'.join(BUCKETS)})://", re.IGNORECASE)
 #: What an address begins with; with a known scheme also where slashes were left out, or `Path` took one away.
 _ADDRESS = re.compile(
     r"[a-z][a-z0-9+.-]*://|(?:rtsps?|rtmp[a-z]*|rtp|srt|https?|wss?|udp|tcp|mms|s?ftps?):[/\\]{0,2}", re.IGNORECASE
@@ -30,6 +33,11 @@ _PLAIN = re.compile(r"(\(\w+\))?([-+]?[\d./:]+|true|false|\.\.\.)", re.IGNORECAS
 _HARMLESS = frozenset(
     ("device", "location", "uri", "name", "format", "media", "encoding-name", "io-mode", "protocols", "stream-format")
 )
+
+
+def is_bucket(source: str) -> bool:
+    """Whether a source is the address of something in a bucket: s3://bucket/photos/1.jpg."""
+    return _BUCKET.match(source) is not None
 
 
 def is_address(source: str) -> bool:
@@ -60,11 +68,18 @@ def without_secrets(source: str, camera: bool = False) -> str:
 def scrubbed(text: str) -> str:
     """A message without the secrets of addresses and pipelines that it quotes: the last line of defence."""
     if ":/" in text:
-        text = _ADDRESS_IN_TEXT.sub(lambda match: match[1] + _rest(match[2]), _USER_IN_TEXT.sub(r"\1", text))
+        text = _ADDRESS_IN_TEXT.sub(_address_in_text, _USER_IN_TEXT.sub(r"\1", text))
     return _PROPERTY_IN_TEXT.sub(r"\1...", text) if "!" in text else text
 
 
+def _address_in_text(match: re.Match[str]) -> str:
+    return _address(match[0]) if is_bucket(match[0]) else match[1] + _rest(match[2])
+
+
 def _address(address: str) -> str:
+    if (bucket := _BUCKET.match(address)) is not None:  # whose path is one of files, and no camera's
+        host, slash, path = address[bucket.end() :].partition("/")
+        return bucket[0] + host.rpartition("@")[2] + slash + path
     scheme = _ADDRESS.match(address)
     start = scheme.end() if scheme else 0
     return address[:start] + _rest(address[start:])

@@ -25,7 +25,8 @@ else:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "json_reader", "external_data", "machine", "memory", "optional", "sources", "terminal"),
-    ("csv_table",),
+    ("csv_table", "names"),
+    ("parquet_table",),
     ("config",),
     ("recipes", "spec"),
     ("data",),

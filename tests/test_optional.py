@@ -88,7 +88,10 @@ def test_an_export_says_so(export: Path, place: Path, engine: str) -> None:
 
 
 #: Modules of others that are imported where this package needs them at any rate, or that are no extra.
-OWN_WAY = {"ssod_edge.bench.images", "ssod_edge.data.jpeg", "ssod_edge.data.tables", "ssod_edge.data.readers"}
+OWN_WAY = {
+    *(f"ssod_edge.data.{name}" for name in ("jpeg", "tables", "readers", "stored")),
+    "ssod_edge.bench.images",
+}
 
 
 def test_no_module_handles_a_failed_import_by_itself() -> None:

@@ -101,8 +101,9 @@ def rollback(folder: str, to: str | None) -> int:
 @click.option(
     "--csv", metavar="FILE", type=click.Path(dir_okay=False), help="Write the verdicts to FILE too, as a table."
 )
+@click.option("--parquet", metavar="FILE", type=click.Path(dir_okay=False), help="The same as a Parquet file.")
 @click.option(
-    "--resume", is_flag=True, help="With --csv: write each row at once, and go on with the rows that FILE has."
+    "--resume", is_flag=True, help="With one of them: write each row at once, and go on with the rows that FILE has."
 )
 @click.option(
     "--sort-into",
@@ -131,7 +132,8 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     """Classify images, and say which ones are UNKNOWN to the model.
 
     DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
-    'photos/**/*.jpg', or - for a list on standard input. In their place, one video file, one address of a stream
+    'photos/**/*.jpg', a .tar file of images, the same in a bucket (s3://bucket/photos/), or - for a list on standard
+    input. In their place, one video file, one address of a stream
     (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the images are taken, and no videos.
     """
     from ssod_edge.runtime.field.capture import holds_video, is_stream
@@ -143,8 +145,10 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     wanted = take(PredictOptions, options)
     if wanted.collect is None and (lonely := sorted({"--collect-most", "--collect-mb"} & set(given()))):
         raise click.UsageError(f"{lonely[0]} belongs to --collect DIR")
-    if wanted.resume and wanted.csv is None:
-        raise click.UsageError("--resume belongs to --csv FILE, whose rows it goes on with")
+    if wanted.csv is not None and wanted.parquet is not None:
+        raise click.UsageError("give --csv FILE or --parquet FILE: one of them")
+    if wanted.resume and wanted.csv is None and wanted.parquet is None:
+        raise click.UsageError("--resume belongs to --csv FILE or --parquet FILE, whose rows it goes on with")
     if not images and wanted.camera is None:
         raise click.UsageError("give at least one IMAGE, or --camera")
     alone = len(images) == 1 and not is_stream(images[0]) and holds_video(images[0])
@@ -164,9 +168,12 @@ def monitor(files: tuple[str, ...], as_json: bool) -> int:
     """Show what predict --monitor has counted, and any drift.
 
     Of several files, of as many devices, a table: each device, all together, and which have drifted, by a limit that
-    grows with the number of devices so that false alarms do not.
+    grows with the number of devices so that false alarms do not. The address of a server (http://device:8000) stands
+    for the models that `serve --monitor` counts there; SSOD_EDGE_TOKEN holds its token.
     """
-    if len(files) > 1:
+    from ssod_edge.runtime.field.scraped import is_served
+
+    if len(files) > 1 or is_served(files[0]):
         from ssod_edge.runtime.field.fleet import run_fleet
 
         return run_fleet(files, as_json)

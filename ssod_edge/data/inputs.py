@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.data.layout import left_out, same_name, walk_images
+from ssod_edge.data.stored import bucket_names, is_shard
 from ssod_edge.errors import UsageError
-from ssod_edge.sources import is_address, without_secrets
+from ssod_edge.sources import is_address, is_bucket, without_secrets
 
 
 def list_images(
@@ -18,6 +19,7 @@ def list_images(
     stdin: Iterable[str] | None = None,
     failed: dict[str, str] | None = None,
     others: set[str] | None = None,
+    stored: bool = False,
 ) -> list[str]:
     """The paths meant by the arguments, in their order; within a folder or pattern, sorted by name.
 
@@ -32,6 +34,8 @@ def list_images(
         failed: gets each argument and line that stands for no image, with the reason; it stays in the list. None
             raises the first of them.
         others: gets the paths of the files in folders that are no images, see `ssod_edge.data.layout.left_out`.
+        stored: addresses in buckets are taken too (`ssod_edge.data.stored`): a pattern or a folder there stands for
+            what it holds. A .tar file stays one name; `ssod_edge.data.listing.Listing` gives its images.
 
     Raises:
         UsageError: no argument, a folder without images, a pattern without a match, or an empty list; where `failed`
@@ -40,6 +44,9 @@ def list_images(
     paths: list[str] = []
     for name, expand in _names(arguments, stdin or ()):
         try:
+            if stored and is_bucket(name):
+                paths += bucket_names(name) if expand is _expand else [name]
+                continue
             _check_path(name)
             paths += expand(name, set() if others is None else others)
         except UsageError as error:
@@ -131,5 +138,7 @@ def _expand(argument: str, others: set[str]) -> list[str]:
 def _folder(folder: str, others: set[str]) -> list[str]:
     images = list(walk_images(folder, others))
     if not images:
+        if shard := next((name for name in sorted(os.listdir(folder)) if is_shard(name)), None):
+            raise UsageError(f"the folder '{folder}' holds .tar files such as '{shard}': give '{folder}/*.tar'")
         raise UsageError(f"the folder '{folder}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return images

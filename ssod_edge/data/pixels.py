@@ -97,8 +97,16 @@ class Picture:
         return hashlib.sha256(content if isinstance(content, bytes) else load_image(content).tobytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Stored:
+    """An image that is no file of this machine, by its name. `read` gives the file, or raises whatever is wrong."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
 #: What `load_image` takes.
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8] | Picture"
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8] | Picture | Stored"
 
 
 def read_pixels(
@@ -145,8 +153,8 @@ def load_image(source: ImageLike, settings: Preprocess | None = None, damaged: D
     name = _name(source)
     # Pillow's decoders raise whatever a damaged file leads them to (OSError, SyntaxError, struct.error, ...).
     try:
-        if isinstance(source, Picture):
-            source = source.content
+        if isinstance(source, (Picture, Stored)):
+            source = source.content if isinstance(source, Picture) else source.read()
         if isinstance(source, Image.Image):
             return _decode(source, settings)
         if isinstance(source, np.ndarray):
@@ -306,6 +314,8 @@ def _name(source: object) -> str:
         return f"'{file}'" if file else "PIL image"
     if isinstance(source, Picture):
         return source.name
+    if isinstance(source, Stored):
+        return f"'{source.name}'"
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         return f"'{without_secrets(name) if is_address(name) else name}'"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssod_edge.data.jpeg import tells_damage
-from ssod_edge.data.pixels import ImageLike, read_pixels
+from ssod_edge.data.pixels import ImageLike, Stored, read_pixels
 from ssod_edge.detect.confidence import p_known, verdict_inputs
 from ssod_edge.errors import ImageError, MissingExtraError, UsageError
 from ssod_edge.machine import available_cores
@@ -294,6 +294,8 @@ def _name(source: ImageLike) -> str:
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         return without_secrets(name) if is_address(name) else name
+    if isinstance(source, Stored):
+        return source.name
     if isinstance(source, Image.Image):
         return "PIL image"
     if isinstance(source, np.ndarray):

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ssod_edge.csv_table import path_cell
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.layout import left_out
+from ssod_edge.data.listing import Listing
 from ssod_edge.detect.confidence import explain_p_known
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 from ssod_edge.runtime.field.collect import MEGABYTES, MOST, Collector
@@ -29,7 +29,7 @@ class PredictOptions:
 
     Attributes:
         as_json: one JSON object a line, as soon as it is known.
-        csv: a file of `ssod_edge.runtime.written.VerdictTable`.
+        csv, parquet: a file of `ssod_edge.runtime.written.VerdictTable`; one of them at most.
         resume: rows that are in it are not made again.
         sort_into: a folder of `ssod_edge.runtime.written.Sorter`, which gets copies of the images.
         monitor: a file of `ssod_edge.runtime.field.monitor.Monitor`, which takes the verdicts.
@@ -42,6 +42,7 @@ class PredictOptions:
 
     as_json: bool = False
     csv: str | None = None
+    parquet: str | None = None
     resume: bool = False
     sort_into: str | None = None
     monitor: str | None = None
@@ -65,18 +66,17 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
     """
     no_images: dict[str, str] = {}
     others: set[str] = set()
-    paths = list_images(images, standard_input(), no_images, others)
+    names = list_images(images, standard_input(), no_images, others, stored=True)
     if note := left_out(others):
         tell(note, err=True)
     with (
         Predictor(open_runner(folder, **opening), options.strict_images) as predictor,
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
-        open_table(options.csv, resume=options.resume) as table,
+        open_table(options) as table,
         open_sorter(options.sort_into, predictor) as sorter,
     ):
-        if table is not None and options.resume:
-            paths = _left(paths, table, predictor)
+        listing = _listing(names, table if options.resume else None, predictor)
         if not predictor.runner.spec.trained:
             tell("warning: untrained weights; these verdicts mean nothing", err=True)
         elif predictor.threshold is None:
@@ -84,35 +84,36 @@ def run_predict(folder: str, images: Sequence[str], options: PredictOptions, **o
             tell(
                 f"note: {predictor.runner.artifact.name} has no threshold, so nothing is told unknown. {fix}", err=True
             )
-        verdicts = _in_place(predictor, predictor.predict_many(paths, options.batch), no_images)
+        verdicts = _in_place(predictor, predictor.predict_many(listing, options.batch), no_images)
         if watch is not None:
             verdicts = map(watch.add, verdicts)
-        verdicts = _written(verdicts, table, sorter)
+        verdicts = _written(verdicts, table)
         if options.as_json:
             failed = _print_json(verdicts)
         else:
-            failed = _print_table(verdicts, len(paths), predictor.runner, rows=not options.resume)
+            failed = _print_table(verdicts, listing, predictor.runner, rows=not options.resume)
     problems = any(one is not None and one.problem for one in (watch, collector))
     problems = problems or (sorter is not None and sorter.failed > 0)
     return EXIT_SOME_FAILED if failed or problems else EXIT_OK
 
 
-def open_table(
-    path: str | None, more: Sequence[str] = (), resume: bool = False
-) -> AbstractContextManager[VerdictTable | None]:
-    """A table of verdicts, with more columns; none without a path."""
-    return nullcontext() if path is None else VerdictTable(path, more, resume)
+def open_table(options: PredictOptions, more: Sequence[str] = ()) -> AbstractContextManager[VerdictTable | None]:
+    """The table of verdicts that is asked for, with more columns; none without a file."""
+    path = options.csv or options.parquet
+    if path is None:
+        return nullcontext()
+    return VerdictTable(path, more, options.resume, parquet=options.parquet is not None)
 
 
-def _left(paths: list[str], table: VerdictTable, predictor: Predictor) -> list[str]:
-    """The images that the table has no rows of; says how many it has."""
+def _listing(names: list[str], table: VerdictTable | None, predictor: Predictor) -> Listing:
+    """The images, but for those that a table has rows of; says how many it has."""
+    if table is None:
+        return Listing(names)
     runner = predictor.runner
     model = {"engine": runner.engine, "precision": runner.precision, "threshold": predictor.threshold}
-    done = table.done(model)
-    left = [path for path in paths if path_cell(path) not in done]
-    if done:
-        tell(f"resuming: {len(paths) - len(left):,} of {len(paths):,} images have their rows", err=True)
-    return left
+    if rows := table.resume(model):
+        tell(f"resuming: {rows:,} image{'s have' if rows > 1 else ' has'} a row already", err=True)
+    return Listing(names, table.is_done)
 
 
 @contextmanager
@@ -122,18 +123,17 @@ def open_sorter(folder: str | None, predictor: Predictor) -> Iterator[Sorter | N
         yield None
         return
     sorter = Sorter(folder, predictor.runner.spec.classes, lambda line: tell(line, err=True))
+    predictor.watchers.append(sorter.add)
     try:
         yield sorter
     finally:  # after Ctrl-C too
         tell(sorter.summary(), err=True)
 
 
-def _written(verdicts: Iterable[Verdict], table: VerdictTable | None, sorter: Sorter | None) -> Iterator[Verdict]:
+def _written(verdicts: Iterable[Verdict], table: VerdictTable | None) -> Iterator[Verdict]:
     for verdict in verdicts:
         if table is not None:
             table.add(verdict.to_dict())
-        if sorter is not None:
-            sorter.add(verdict)
         yield verdict
 
 
@@ -177,7 +177,7 @@ def _print_json(verdicts: Iterable[Verdict]) -> int:
     return failed
 
 
-def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner, rows: bool = True) -> int:
+def _print_table(verdicts: Iterable[Verdict], listing: Listing, runner: Runner, rows: bool = True) -> int:
     """Returns how many images failed. An interrupt still prints the rows that are done.
 
     Args:
@@ -186,7 +186,7 @@ def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner, rows: 
     done: list[Verdict] = []
     counts: Counter[str] = Counter()
     try:
-        for verdict in _with_progress(verdicts, total):
+        for verdict in _with_progress(verdicts, listing):
             counts["failed" if verdict.error is not None else f"known {verdict.known}"] += 1
             if rows:
                 done.append(verdict)
@@ -196,9 +196,13 @@ def _print_table(verdicts: Iterable[Verdict], total: int, runner: Runner, rows: 
     return counts["failed"]
 
 
-def _with_progress(verdicts: Iterable[Verdict], total: int) -> Iterator[Verdict]:
-    with Bars(shown=total >= 20) as progress:
-        yield from progress.track(verdicts, total, description="images")
+def _with_progress(verdicts: Iterable[Verdict], listing: Listing) -> Iterator[Verdict]:
+    total = listing.left()
+    with Bars(shown=total is None or total >= 20) as progress:
+        task = progress.add_task("images", total=total)
+        for verdict in verdicts:
+            yield verdict
+            progress.update(task, advance=1, total=listing.left())
 
 
 def _print_rows(verdicts: Sequence[Verdict], counts: Counter[str], runner: Runner) -> None:

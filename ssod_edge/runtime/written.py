@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -12,11 +13,17 @@ from typing import Any
 
 from ssod_edge.csv_table import CsvTable, GrowingTable, path_cell
 from ssod_edge.data.layout import same_name
-from ssod_edge.errors import UsageError
-from ssod_edge.files import copy_into, make_directory
-from ssod_edge.runtime.predict import Verdict
+from ssod_edge.data.pixels import Stored
+from ssod_edge.errors import SsodEdgeError, UsageError
+from ssod_edge.files import copy_into, make_directory, temporary_folder, write_bytes
+from ssod_edge.names import Names
+from ssod_edge.parquet_table import ParquetTable, utf8
+from ssod_edge.runtime.predict import Seen, Verdict
 
-#: Columns of the table; of a video with those of `FRAME_COLUMNS` after them.
+#: Columns of the table, with their types in a Parquet file; of a video with those of `FRAME_COLUMNS` after them.
+_TYPES = {"class_index": "int64", "known": "bool"}
+_TYPES |= dict.fromkeys(("confidence", "ood_score", "threshold", "p_known", "time_s", "fps"), "double")
+_TYPES |= {"frame": "int64"}
 COLUMNS = tuple(field.name for field in fields(Verdict))
 FRAME_COLUMNS = ("frame", "time_s", "fps")
 #: The folder of images that are unknown.
@@ -24,26 +31,33 @@ UNKNOWN = "unknown"
 
 
 class VerdictTable(AbstractContextManager["VerdictTable"]):
-    """A CSV file of verdicts, with the keys of a JSON line as columns; it appears whole when the block ends.
+    """A CSV or Parquet file of verdicts, with the keys of a JSON line as columns; it appears whole when the block ends.
 
     Args:
         path: of the file.
         more: columns beside those of a verdict.
         resume: rows go to the disk at once, and those that are there stay.
+        parquet: of this kind.
 
     Raises:
         UsageError, OutputError: see `ssod_edge.csv_table.CsvTable`, and `GrowingTable` with `resume`.
+        MissingExtraError: see `ssod_edge.parquet_table.ParquetTable`.
     """
 
-    def __init__(self, path: str, more: Sequence[str] = (), resume: bool = False) -> None:
-        self._path, self._columns = path, (*COLUMNS, *more)
-        self._table = GrowingTable(path, self._columns) if resume else CsvTable(path, self._columns)
+    def __init__(self, path: str, more: Sequence[str] = (), resume: bool = False, parquet: bool = False) -> None:
+        self._path, self._columns, self._done = path, (*COLUMNS, *more), Names()
+        self._cell = utf8 if parquet else path_cell
+        self._table: CsvTable | GrowingTable | ParquetTable
+        if parquet:
+            self._table = ParquetTable(path, {name: _TYPES.get(name, "string") for name in self._columns}, resume)
+        else:
+            self._table = GrowingTable(path, self._columns) if resume else CsvTable(path, self._columns)
 
     def __exit__(self, *exception: Any) -> None:
         self._table.__exit__(*exception)
 
-    def done(self, model: Mapping[str, object]) -> set[str]:
-        """The images that have rows already, as their cells are written; none but with `resume`.
+    def resume(self, model: Mapping[str, object]) -> int:
+        """Look up the images that have rows already, for `is_done`; returns how many rows there are.
 
         Args:
             model: what the rows' `engine`, `precision` and `threshold` must be.
@@ -51,20 +65,26 @@ class VerdictTable(AbstractContextManager["VerdictTable"]):
         Raises:
             UsageError: they are verdicts of another model.
         """
-        found: set[str] = set()
-        for row in self._table.rows() if isinstance(self._table, GrowingTable) else ():
+        self._done = Names(self._names(model))
+        return len(self._done)
+
+    def is_done(self, image: str) -> bool:
+        """Whether an image has a row already."""
+        return self._cell(image) in self._done
+
+    def _names(self, model: Mapping[str, object]) -> Iterator[str]:
+        for row in () if isinstance(self._table, CsvTable) else self._table.rows():
             for column, value in model.items():
                 if row[column] != ("" if value is None else str(value)):
                     raise UsageError(
                         f"'{self._path}' holds verdicts of another model: {column} {row[column] or 'none'}, not "
                         f"{value}. Name another file"
                     )
-            found.add(row["image"])
-        return found
+            yield row["image"]
 
     def add(self, verdict: Mapping[str, Any]) -> None:
         """A row, of what `to_dict` gives."""
-        row = {**verdict, "image": path_cell(str(verdict["image"]))}
+        row = {**verdict, "image": self._cell(str(verdict["image"]))}
         self._table.add([row[column] for column in self._columns])
 
 
@@ -89,16 +109,23 @@ class Sorter:
         self._names = folder_names(classes, taken=(UNKNOWN,))
         self._counts: Counter[str] = Counter()
 
-    def add(self, verdict: Verdict) -> None:
-        """Copy the image of a verdict; one without a verdict has no place. Without a threshold its class is."""
-        if verdict.error is not None or verdict.class_name is None:
+    def add(self, seen: Seen) -> None:
+        """Copy an image by its verdict; without a threshold by its class."""
+        verdict, source = seen.verdict, seen.source
+        if verdict.class_name is None:
             return
         name = UNKNOWN if verdict.known is False else self._names[verdict.class_name]
         try:
-            copy_into(Path(verdict.image), make_directory(self._folder / name))
-        except OSError as error:
+            folder = make_directory(self._folder / name)
+            if isinstance(source, Stored):
+                with temporary_folder() as place:
+                    copy_into(write_bytes(Path(place, posixpath.basename(source.name)), source.read()), folder)
+            else:
+                copy_into(Path(verdict.image), folder)
+        except (OSError, SsodEdgeError) as error:
             self.failed += 1
-            self._say(f"error: '{verdict.image}' is not copied to '{self._folder / name}': {error.strerror or error}")
+            reason = getattr(error, "strerror", None) or error
+            self._say(f"error: '{verdict.image}' is not copied to '{self._folder / name}': {reason}")
         else:
             self._counts[name] += 1
 

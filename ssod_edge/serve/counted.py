@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ssod_edge.errors import SsodEdgeError, UsageError
-from ssod_edge.runtime.field.monitor import Monitor, read_monitor
+from ssod_edge.runtime.field.monitor import Monitor, Record, read_monitor
 from ssod_edge.runtime.predict import Predictor, Verdict
 
 
@@ -34,6 +34,11 @@ class Counted:
     def drifted(self) -> bool | None:
         """As of what was written last; None where it cannot be told, because the export has no threshold."""
         return None if self._monitor is None else self._monitor.drifted
+
+    @property
+    def record(self) -> Record | None:
+        """What was written last; None as `drifted`."""
+        return None if self._monitor is None else self._monitor.record
 
     def add(self, predictor: Predictor, verdicts: Sequence[Verdict]) -> None:
         """Count what an export said; of one that is no longer in use nothing is counted."""

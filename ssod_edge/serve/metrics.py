@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssod_edge.runtime.field.fleet import device_row
+from ssod_edge.runtime.field.scraped import families
 from ssod_edge.runtime.predict import Verdict
 
 if TYPE_CHECKING:
@@ -96,5 +98,7 @@ class _States:
         drifts = {name: model.counted.drifted for name, model in models.items() if model.counted is not None}
         told = {name: float(drifted) for name, drifted in drifts.items() if drifted is not None}
         yield gauge("drift", "1: the scores are no longer those of known images.", told)
+        records = {name: model.counted.record for name, model in models.items() if model.counted is not None}
+        yield from families({name: device_row(record) for name, record in records.items() if record is not None})
         stale = {name: float(model.problem is not None) for name, model in models.items()}
         yield gauge("stale", "1: the export in a model's place cannot be opened.", stale)

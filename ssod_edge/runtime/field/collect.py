@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from ssod_edge.config import IMAGE_SUFFIXES
-from ssod_edge.data.pixels import ImageLike, load_image, read_pixels
+from ssod_edge.data.pixels import ImageLike, Stored, load_image, read_pixels
 from ssod_edge.errors import ImageError, OutputError, SsodEdgeError, UsageError
 from ssod_edge.files import append_lines, exclusive, make_directory, write_atomic
 from ssod_edge.runtime.field.decided import DECISIONS, Decided, hash_of
@@ -212,11 +212,11 @@ class Collector(AbstractContextManager["Collector"]):
     def _content(self, seen: Seen) -> tuple[bytes, str] | None:
         """The image as a file, and its suffix; None where the file is another one by now."""
         source: ImageLike = seen.source
-        if isinstance(source, (str, os.PathLike)):
-            suffix = Path(source).suffix.lower()
+        if isinstance(source, (str, os.PathLike, Stored)):
+            suffix = Path(source.name if isinstance(source, Stored) else source).suffix.lower()
             settings = self._model.runner.spec.preprocess
             try:
-                content = Path(source).read_bytes()
+                content = source.read() if isinstance(source, Stored) else Path(source).read_bytes()
                 if not np.array_equal(read_pixels(content, settings), seen.pixels):
                     return None
             except (OSError, ImageError):

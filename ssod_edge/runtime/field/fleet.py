@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from ssod_edge.detect.metrics import tpr_interval
-from ssod_edge.errors import EXIT_OK, UsageError
+from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED, ServerError, UsageError
 from ssod_edge.files import real_path
 from ssod_edge.runtime.field.drift import FALSE_ALARM_RATE, coarse, reference, stability_index
 from ssod_edge.runtime.field.monitor import Record, read_monitor
+from ssod_edge.runtime.field.scraped import is_served, scrape
 from ssod_edge.runtime.field.summary import summary
+from ssod_edge.sources import without_secrets
 from ssod_edge.terminal import Screen, printable, tell
 
 #: Of a device's own summary, what stands in its row.
@@ -37,61 +40,100 @@ ROW: tuple[str, ...] = (
 ROW += ("expected_unknown_rate", "recent_unknown_rate", "stability_index", "drifted", "alarms")
 
 
-def fleet_summary(records: Mapping[str, Record]) -> dict[str, Any]:
-    """What several monitor files say, JSON-ready; rates are shares of 1.
+def device_row(record: Record) -> dict[str, Any]:
+    """What the table says of one device: figures of its summary, and `log10_evidence`, the most that there ever was."""
+    figures = summary(record)
+    return {**{key: figures[key] for key in ROW}, "log10_evidence": record.drift.whole.peak / math.log(10)}
+
+
+def fleet_summary(
+    devices: Mapping[str, Record | Mapping[str, Any]], problems: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What the monitors of several devices say, JSON-ready; rates are shares of 1.
 
     Args:
-        records: by the name of the device.
+        devices: by name, what its file holds, or its `device_row`.
+        problems: why nothing is known of others; they count for the limit as if it were.
 
     Returns:
-        `devices`, a row for each, with `log10_evidence` (the most that there ever was) and `fleet_drifted`; `together`,
-        the sums, and where all monitors are of one artifact the stability index of all images; `log10_evidence_limit`.
+        `devices`, a row for each, with `fleet_drifted`; `together`, the sums, and where all are files of one artifact
+        the stability index of all images; `log10_evidence_limit`; `problems`.
     """
-    limit = math.log(len(records) / FALSE_ALARM_RATE)
-    devices = []
-    for name, record in records.items():
-        figures = summary(record)
-        peak = record.drift.whole.peak
-        row = {"device": name, **{key: figures[key] for key in ROW}}
-        devices.append({**row, "log10_evidence": peak / math.log(10), "fleet_drifted": peak >= limit})
-    images, unknown, failed = (sum(row[key] for row in devices) for key in ("images", "unknown", "failed"))
+    problems = problems or {}
+    limit = math.log10((len(devices) + len(problems)) / FALSE_ALARM_RATE)
+    rows = []
+    for name, device in devices.items():
+        row = device_row(device) if isinstance(device, Record) else device
+        rows.append({"device": name, **row, "fleet_drifted": row["log10_evidence"] >= limit})
+    images, unknown, failed = (sum(row[key] for row in rows) for key in ("images", "unknown", "failed"))
     together: dict[str, Any] = {
-        "devices": len(devices),
+        "devices": len(rows),
         "images": images,
         "failed": failed,
         "unknown": unknown,
         "unknown_rate": unknown / images if images else None,
         "unknown_rate_ci": list(tpr_interval(unknown, images)) if images else None,
-        "fleet_drifted": sum(row["fleet_drifted"] for row in devices),
-        "stability_index": None,
+        "fleet_drifted": sum(row["fleet_drifted"] for row in rows),
+        "stability_index": _index([device for device in devices.values() if isinstance(device, Record)], len(devices)),
     }
-    first = next(iter(records.values()))
-    if images and len({record.identity for record in records.values()}) == 1:
-        bins = reference(first.threshold)
-        histogram = np.sum([record.histogram for record in records.values()], axis=0)
-        together["stability_index"] = stability_index(coarse(histogram.tolist(), bins), bins.gaps)
     return {
-        "devices": devices,
+        "devices": rows,
         "together": together,
-        "log10_evidence_limit": limit / math.log(10),
+        "log10_evidence_limit": limit,
         "false_alarm_rate": FALSE_ALARM_RATE,
+        "problems": dict(problems),
     }
 
 
-def run_fleet(paths: Sequence[str], as_json: bool) -> int:
-    """Print what several monitor files say; returns the exit code.
+def _index(records: Sequence[Record], devices: int) -> float | None:
+    """The stability index of all images; None unless all devices came as files, of one artifact."""
+    if len(records) < devices or len({record.identity for record in records}) != 1:
+        return None
+    bins = reference(records[0].threshold)
+    histogram = np.sum([record.histogram for record in records], axis=0)
+    return stability_index(coarse(histogram.tolist(), bins), bins.gaps) if histogram.sum() else None
+
+
+def run_fleet(places: Sequence[str], as_json: bool) -> int:
+    """Print what several monitors say; returns the exit code, which is 1 where a server does not answer.
+
+    Args:
+        places: monitor files, and addresses of servers, each with a row for each model that it monitors.
 
     Raises:
-        UsageError: there is no such file, or one is given twice.
-        ArtifactError: one is damaged, or no monitor file.
+        UsageError: there is no such file, or a place is given twice.
+        ArtifactError: a file is damaged, or no monitor file.
+        ServerError: no server answers, and there is no file.
+        MissingExtraError: see `ssod_edge.runtime.field.scraped.scrape`.
     """
-    real = [real_path(path) for path in paths]
-    if twice := sorted({path for path, place in zip(paths, real, strict=True) if real.count(place) > 1}):
-        raise UsageError(f"'{twice[0]}' is given twice, and its images would count twice")
-    found = fleet_summary({path: read_monitor(path) for path in paths})
+    real = [place if is_served(place) else str(real_path(place)) for place in places]
+    if twice := sorted({place for place, path in zip(places, real, strict=True) if real.count(path) > 1}):
+        raise UsageError(f"'{without_secrets(twice[0])}' is given twice, and its images would count twice")
+    devices: dict[str, Record | Mapping[str, Any]] = {}
+    problems: dict[str, str] = {}
+    with ThreadPoolExecutor(16) as pool:
+        waiting = {place: pool.submit(scrape, place) for place in places if is_served(place)}
+    for place in places:
+        if place not in waiting:
+            devices[place] = read_monitor(place)
+            continue
+        try:
+            devices |= {f"{without_secrets(place)} {model}": row for model, row in waiting[place].result().items()}
+        except ServerError as error:
+            problems[without_secrets(place)] = str(error)
+    if not devices:
+        raise ServerError(next(iter(problems.values())))
+    found = fleet_summary(devices, problems)
     if as_json:
         tell(json.dumps(found, allow_nan=False))
-        return EXIT_OK
+    else:
+        _print(found)
+    for problem in problems.values():
+        tell(f"error: {problem}", err=True)
+    return EXIT_SOME_FAILED if problems else EXIT_OK
+
+
+def _print(found: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("device", overflow="fold")
     for heading in ("images", "failed", "unknown", "usual", "lately", "PSI", "evidence", "drift"):
@@ -100,7 +142,6 @@ def run_fleet(paths: Sequence[str], as_json: bool) -> int:
         table.add_row(*_cells(row))
     Screen(wide=200).print(table)
     tell("\n".join(_together(found)))
-    return EXIT_OK
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

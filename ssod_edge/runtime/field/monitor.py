@@ -100,7 +100,8 @@ class Monitor(AbstractContextManager["Monitor"]):
             opened, which is then not raised: verdicts matter more. None says nothing, and raises.
 
     Attributes:
-        drifted: as of the last scores that were written, at most `FLUSH_S` seconds ago.
+        record: what the file held when scores were last written, at most `FLUSH_S` seconds ago.
+        drifted: as of then.
         problem: the error that `say` was told of; None while all is well.
 
     Raises:
@@ -124,7 +125,11 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._failed = self._interruptions = 0
         self._flushed = time.monotonic()
         self.problem: SsodEdgeError | None = None
-        self.drifted = self._merge().drift.drifted
+        self.record = self._merge()
+
+    @property
+    def drifted(self) -> bool:
+        return self.record.drift.drifted
 
     def __exit__(self, *_: object) -> None:
         self.flush()
@@ -157,10 +162,9 @@ class Monitor(AbstractContextManager["Monitor"]):
         """Write what has been added. What cannot be written is lost, so that memory stays bounded."""
         try:
             if self._scores or self._failed or self._interruptions:
-                record, before = self._merge(), self.drifted
-                self.drifted = record.drift.drifted
+                before, self.record = self.drifted, self._merge()
                 if self.drifted != before and self._say is not None:
-                    self._say(_change(record, self._path))
+                    self._say(_change(self.record, self._path))
         except SsodEdgeError as error:
             if self._say is None:
                 raise

@@ -169,7 +169,7 @@ def run_stream(folder: str, sources: Sequence[str], options: PredictOptions, **o
         Predictor(open_runner(folder, **opening)) as predictor,
         open_monitor(options.monitor, predictor) as watch,
         open_collector(options, predictor) as collector,
-        open_table(options.csv, FRAME_COLUMNS) as written,
+        open_table(options, FRAME_COLUMNS) as written,
         FrameReader(sources[0] if sources else None, camera, options.realtime, _warn) as frames,
     ):
         if not predictor.runner.spec.trained:
