@@ -71,7 +71,7 @@ def _check_path(name: str) -> None:
     if name.lower().startswith("file://"):
         raise UsageError(f"'{shown}' is an address of a file: give its path")
     raise UsageError(
-        f"'{shown}' is written as an address, and images are not read from addresses: download it first. A stream is "
+        f"'{shown}' is written as an address, of a kind that no image is read from: download it first. A stream is "
         "given alone, as rtsp, rtmp, rtp, srt, http(s), udp or tcp"
     )
 
