@@ -325,7 +325,7 @@ def test_a_name_that_is_no_data_set_is_refused_with_the_reason(folder, tmp_path)
     for name, reason in (
         ("", "name of the data set is empty"),
         ("@imagenet-objects", "name of the data set is empty"),
-        (str(folder / "class0" / "00.png"), r"is a file, and no \.tar, \.csv, \.parquet file"),
+        (str(folder / "class0" / "00.png"), r"is a file, but not a \.tar, \.csv, \.parquet file"),
     ):
         with pytest.raises(UsageError, match=reason):
             open_dataset(name)

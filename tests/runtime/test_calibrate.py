@@ -253,7 +253,7 @@ def test_the_training_data_gives_its_calibration_split_alone(export: Path, tmp_p
     source = {"data": str(photos), "data_fingerprint": dataset.fingerprint, "splits_hash": splits.hash}
     edit_spec(export, lambda spec: replace(spec, source=source))
     code, _, err = run(export, "--id", photos)
-    assert code == 2 and "the model was trained on" in err and "which of its images were held out" in err
+    assert code == 2 and "the model was trained on" in err and "which of these images were held out" in err
     (export.parent / "splits.json").write_text(json.dumps({"val": [1], "calib": [*calib, 3]}))  # 3 was trained on
     code, _, err = run(export, "--id", photos)
     assert code == 2 and "was changed after training" in err
