@@ -105,7 +105,8 @@ class TargetOptions:
         engines, plans = engines_for(self.target), PlanOptions(parse_batch(self.batch), self.version_compatible)
         if plans.batch != PlanOptions().batch and not set(engines) & set(PLAN_ENGINES):
             raise UsageError(
-                f"--batch is for TensorRT's plans, and this makes: {', '.join(engines)}. Others take any number"
+                f"--batch is for TensorRT's plans, and this makes: {', '.join(engines)}. These take any number of "
+                "images"
             )
         if self.version_compatible and "tensorrt" not in engines:
             raise UsageError(
@@ -245,8 +246,8 @@ def choose_source(options: SourceOptions) -> Source:
             return untrained(backbone, runs, **shape)
     if given := [f"--{name}" for name in ("size", "fit", "roi") if getattr(options, name) is not None]:
         raise UsageError(
-            f"{', '.join(given)}: for weights that were not trained here. A run has its own, which its network has "
-            "learnt; for another one train again"
+            f"{', '.join(given)}: for weights that were not trained here. A run keeps what it was trained with; "
+            "to change it, train again"
         )
     return from_run(run, options.data)
 

@@ -91,7 +91,9 @@ def deploy(
 def _check_images(data: str | None, target_tpr: float) -> None:
     """Before any work; other data sets than folders are opened with PyTorch."""
     if data is not None and not Path(data).is_dir():
-        raise UsageError(f"--id with --from takes a folder of in-distribution images, got '{data}', which is none")
+        raise UsageError(
+            f"--id with --from takes a folder of in-distribution images, got '{data}', which is not a folder"
+        )
     check_target_tpr(target_tpr, None if data is None else len(list_images([data])))
 
 

@@ -193,9 +193,9 @@ def check_frames(
     limit, flips_may = tolerance.logit * scale, max(1, round(tolerance.flip_share * len(frames)))
     if farthest > 1 or not difference <= limit or flips > flips_may:
         raise VerificationError(
-            f"the graph of '{runner.artifact.name}' for frames is not its artifact: pixels are up to {farthest} levels "
-            f"off, of which 1 is allowed, logits {difference:.2g}, of which {limit:.2g} are, and {flips} verdicts of "
-            f"{len(frames)} are other ones, of which {flips_may} may be"
+            f"the graph of '{runner.artifact.name}' for frames does not compute what its artifact does: pixels are up "
+            f"to {farthest} levels off (1 is allowed), logits {difference:.2g} ({limit:.2g} is allowed), and {flips} "
+            f"of {len(frames)} verdicts are other ones ({flips_may} may be)"
         )
     found_out = {"frames": len(frames), "max_pixel_diff": farthest, "max_abs_logit_diff": difference}
     return {**found_out, "logit_limit": limit, "decision_flips": flips}

@@ -68,7 +68,8 @@ DEFAULT_SCORE: ScoreName = "energy"
 #: from all of them.
 PRIOR_SCORE = "gen+mahalanobispp"
 #: The same where training has left published features alone: or outside of what all training images span. Features that
-#: were tuned to the known classes span little else, and a class that looks like these lies in it (docs/detection.md).
+#: were tuned to the known classes span little else, and a class that looks like these lies in it
+#: (docs/lab/detection.md).
 UNTOUCHED_SCORE = f"{PRIOR_SCORE}+residual"
 
 
@@ -372,7 +373,9 @@ class TrainConfig:
         auto = self.epochs == AUTO_EPOCHS
         check(self, "epochs", self.epochs >= 1 or auto, "at least 1")
         if auto and self.weights == NO_WEIGHTS:
-            raise UsageError("epochs auto is for published weights; random ones need more. Give a number to --epochs")
+            raise UsageError(
+                "epochs auto is for published weights; random ones need more epochs. Give a number to --epochs"
+            )
         check(self, "batch_size", self.batch_size >= 2, "at least 2 (batch norm needs two images)")
         check(self, "recipe", self.recipe in get_args(Recipe), f"one of {', '.join(get_args(Recipe))}")
         check(self, "precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
@@ -394,7 +397,10 @@ class TrainConfig:
         check(self, "head", self.head in get_args(Head), f"one of {', '.join(get_args(Head))}")
         check(self, "tune", self.tune in get_args(Tune), f"one of {', '.join(get_args(Tune))}")
         if self.tune != "all" and self.weights == NO_WEIGHTS:
-            raise UsageError(f"tune {self.tune} keeps the features of trained weights, and random ones have none")
+            raise UsageError(
+                f"tune {self.tune} keeps the features of trained weights, and random weights have none to keep. Use "
+                "--tune all"
+            )
         check(self, "class_weights", self.class_weights in CLASS_WEIGHTS, f"one of {', '.join(CLASS_WEIGHTS)}")
         check(self, "weights", self.weights != "", f"'{PUBLISHED}', '{NO_WEIGHTS}' or a file")
 

@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in the process, for the next tensors; returns whether the C library can do that.
 
     By default glibc gives every large tensor back to the system. The next batch gets the same pages anew, and the
-    system clears each of them first: a fifth of the processor's time in training on a CPU (docs/results.md).
+    system clears each of them first: a fifth of the processor's time in training on a CPU (docs/lab/results.md).
     """
     mallopt = _of_glibc("mallopt")
     return mallopt is not None and bool(

@@ -239,7 +239,7 @@ def _compiled(device: str) -> bool:
         if reason:
             warnings.warn(
                 f"patches are sampled in plain PyTorch, because the compiled kernel cannot run on {device}: {reason}. "
-                "README.md says how to build it",
+                "docs/kernel.md says how to build it",
                 stacklevel=4,
             )
     return _runs_on[device]

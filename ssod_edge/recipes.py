@@ -9,7 +9,7 @@ from ssod_edge.config import AUTO_EPOCHS, NO_WEIGHTS, OUTLIERS, PUBLISHED, LossC
 from ssod_edge.errors import UsageError
 
 #: What the recipes but the paper's teach: made images and no patches. Until a network is good, most of the patches that
-#: Eq. 12 calls OOD are of images it gets wrong, and they undo what the made ones teach (docs/detection.md).
+#: Eq. 12 calls OOD are of images it gets wrong, and they undo what the made ones teach (docs/lab/detection.md).
 #: Of the kinds "rotate" finds unknown objects best; where training images lie in all orientations, it costs little.
 _MADE_IMAGES = {"method": "ce", "outliers": OUTLIERS}
 #: Settings that a recipe changes; an option on the command line wins over them.
@@ -22,11 +22,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 #: What --epochs auto brings along with recipe "short". At 128 photos a step, a thousand of them are eight steps an
-#: epoch; docs/results.md has both side by side.
+#: epoch; docs/lab/results.md has both side by side.
 _AUTO = {"batch_size": 32, "lr": 5e-4}
 
 #: Where a method with patches is given: their loss has to wait. While next to no patch is labelled ID, LWB gives these
-#: few half of it, and MobileNetV3 stops learning (docs/results.md).
+#: few half of it, and MobileNetV3 stops learning (docs/lab/results.md).
 PATCH_WARMUP_EPOCHS = {"scratch": 10.0}
 
 #: Settings of `LossConfig` that say how patches are labelled and weighed.
@@ -68,13 +68,15 @@ def train_config(recipe: str, options: dict[str, Any]) -> TrainConfig:
     tune = given.get("tune", base.get("tune", "all"))
     if tune != "all":
         if whole:
-            raise UsageError(f"{', '.join(whole)}: for training of the whole network, which is --tune all")
+            raise UsageError(
+                f"{', '.join(whole)}: only training of the whole network reads this. Add --tune all, or leave it out"
+            )
         base, loss = {**base, "head": "blocks"}, {"method": "ce"}
     config: TrainConfig = from_dict(TrainConfig, {**base, **given, "recipe": recipe, "loss": loss})
     unused = sorted(PATCH_SETTINGS & set(asked))
     if unused and "method" not in asked and config.loss.method == "ce":
         raise UsageError(
-            f"{', '.join(unused)}: a setting of background patches, and recipe '{recipe}' trains on none by itself. "
+            f"{', '.join(unused)}: a setting of background patches, which recipe '{recipe}' does not train on. "
             "Add --method ssod (or lbf, both)"
         )
     return config

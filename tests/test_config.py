@@ -132,7 +132,7 @@ def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
     """Given beside `--method ce`, as in a grid, it stays."""
     options = {"backbone": "resnet18", "data": "photos", **setting}
     with pytest.raises(
-        UsageError, match=f"{next(iter(setting))}: a setting of .* 'short' trains on none .* --method ssod"
+        UsageError, match=f"{next(iter(setting))}: a setting of .* 'short' does not train on.* --method ssod"
     ):
         train_config("short", options)
     assert train_config("short", {**options, "method": "ce"}).loss.method == "ce"

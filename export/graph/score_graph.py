@@ -1,6 +1,6 @@
 """The end of the fused graph: a fitted score, a detector's or a sum's, in few operations.
 
-An operation on a few hundred numbers costs an engine microseconds, however little it computes (docs/results.md). So
+An operation on a few hundred numbers costs an engine microseconds, however little it computes (docs/lab/results.md). So
 factors and the OOD row, which are linear, are folded into rows of the Gemm; squares that differ in sign are added at
 once; and the energy, which ViM holds too, is computed once.
 """

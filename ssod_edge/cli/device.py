@@ -65,7 +65,7 @@ def teach(folder: str, out: str | None, keep: int | None, **options: Any) -> int
 
 @click.command()
 @click.argument("folder", metavar="EXPORT")
-@click.option("--keep", type=click.IntRange(min=0), help="Remove the oldest versions but for so many.")
+@click.option("--keep", type=click.IntRange(min=0), help="Keep so many versions, and remove the older ones.")
 @as_json
 def history(folder: str, keep: int | None, as_json: bool) -> int:
     """List the versions of an export that was taught.
@@ -119,7 +119,7 @@ def rollback(folder: str, to: str | None) -> int:
     help="Keep unknown images, and known ones that nearly were, in DIR, for review: the whole pictures.",
 )
 @click.option("--collect-most", type=COUNT, default=500, help="Images that DIR may hold; the most informative stay.")
-@click.option("--collect-mb", type=click.FloatRange(0, min_open=True), default=200, help="And their megabytes.")
+@click.option("--collect-mb", type=click.FloatRange(0, min_open=True), default=200, help="Megabytes that DIR may hold.")
 @click.option("--engine", type=ENGINES, default="auto", help="auto: the first that is there; eager: in PyTorch itself.")
 @click.option("--precision", type=PRECISIONS, default="auto", help="auto: the first that is there.")
 @click.option("--artifact", help="Name of the artifact to run, e.g. onnx-fp16.")
@@ -187,7 +187,7 @@ def monitor(files: tuple[str, ...], as_json: bool) -> int:
 @click.option("--folders", is_flag=True, help="No page: sort the images into folders for you to rename.")
 @click.option("--done", is_flag=True, help="With --folders: take the renamed folders as decisions.")
 @click.option("-o", "--out", type=click.Path(file_okay=False), help="Where classes go. Default: DIR/classes.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of the page; 0: any that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; 0: any that is free.")
 @click.option("--no-browser", is_flag=True, help="Print the page's address, and open no browser.")
 def review(folder: str, folders: bool, done: bool, out: str | None, port: int, no_browser: bool) -> int:
     """Sort what predict --collect kept into classes.

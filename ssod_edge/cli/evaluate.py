@@ -37,7 +37,8 @@ from ssod_edge.cli.options import baselines, check_paths, named_data, newest, ta
     "--mistakes",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Copy the images that got the wrong class into DIR, a new folder: the most confident first, named by both.",
+    help="Copy the images that got the wrong class into DIR, a new folder. Their names sort the most confident first, "
+    "and hold both classes.",
 )
 def eval(run: str | None, **options: Any) -> None:
     """Measure accuracy, and how well scores tell the unknown.
@@ -55,12 +56,14 @@ def eval(run: str | None, **options: Any) -> None:
 
 @click.command()
 @click.argument("path", metavar="RUN|EXPORT")
-@click.option("-o", "--out", default="report.html", type=click.Path(dir_okay=False), help="The page.")
+@click.option("-o", "--out", default="report.html", type=click.Path(dir_okay=False), help="File of the page.")
 @named_data
 @click.option("--bench", "bench_file", type=click.Path(), metavar="FILE", help="Show latency: what bench --json wrote.")
 @click.option("--monitor", "monitor_file", type=click.Path(), metavar="FILE", help="Show drift: of predict --monitor.")
 @click.option("--no-images", "images", flag_value=False, default=True, show_default=False, help="Leave photos out.")
-@click.option("--most-mb", type=click.FloatRange(0, min_open=True), default=15.0, help="Megabytes of the page.")
+@click.option(
+    "--most-mb", type=click.FloatRange(0, min_open=True), default=15.0, help="Megabytes that the page may have."
+)
 def report(path: str, out: str, **options: Any) -> int:
     """Make a page of a model: one HTML file that shows what it does.
 

@@ -18,7 +18,7 @@ from ssod_edge.spec import FEATURE_OUTPUTS
 @click.option("--fp16", is_flag=True, help="Make fp16 artifacts. Default: fp32 and fp16.")
 @click.option("--fp32", is_flag=True, help="Make fp32 artifacts.")
 @click.option("--int8", is_flag=True, help="Make int8 artifacts, quantised with real images (extra int8).")
-@click.option("--calib", metavar="DATA", help="Images to quantise with. Default: those of the thresholds.")
+@click.option("--calib", metavar="DATA", help="Images to quantise with. Default: training images of the run.")
 @click.option("--max-drop", type=float, default=1.0, help="Percentage points of accuracy and of AUROC int8 may cost.")
 @click.option(
     "--target",
@@ -47,7 +47,10 @@ from ssod_edge.spec import FEATURE_OUTPUTS
 @click.option("--classes", metavar="FILE", help="Their class names, one a line. Default: of --id, or ImageNet.")
 @click.option("--size", type=COUNT, help="Input size in pixels, of weights not trained here.")
 @click.option(
-    "--features", type=click.Choice(list(FEATURE_OUTPUTS)), multiple=True, help="Features that the graph gives besides."
+    "--features",
+    type=click.Choice(list(FEATURE_OUTPUTS)),
+    multiple=True,
+    help="Another output of the graph: what its last layer reads.",
 )
 @click.option(
     "--golden",
@@ -107,7 +110,7 @@ def export(fp16: bool, fp32: bool, int8: bool, bundle: str | None, **options: An
 
 @click.command()
 @click.argument("folder", metavar="DIR")
-@click.option("-o", "--out", type=click.Path(), default="bundle.tar", help="The bundle.")
+@click.option("-o", "--out", type=click.Path(), default="bundle.tar", help="File of the bundle.")
 @click.option("--bench", metavar="FILE", help="A record of bench --json to put in. Default: bench.json of DIR, if any.")
 def package(folder: str, out: str, bench: str | None) -> int:
     """Pack an export into one file for a device.

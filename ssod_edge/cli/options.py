@@ -94,7 +94,9 @@ def newest(what: str) -> Decorator:
 
 COUNT = click.IntRange(min=1)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-backbone = click.option("--backbone", default="mobilenetv3", help="Of the paper's Table 6, or a model of timm.")
+backbone = click.option(
+    "--backbone", default="mobilenetv3", help="Network: one of the paper's Table 6, or a model of timm."
+)
 size = click.option("--size", type=COUNT, help="Input height and width in pixels. Default: the backbone's.")
 shape = together(
     click.option(

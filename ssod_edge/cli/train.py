@@ -71,7 +71,7 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
 @size
 @click.option("-o", "--out", required=True, help="Folder of the study; its runs lie in it.")
 @vary
-@click.option("--seeds", default="0,1,2", metavar="N,...", help="One run of each setting a seed.")
+@click.option("--seeds", default="0,1,2", metavar="N,...", help="Seeds; each setting is trained once with each.")
 @named_data
 @baselines
 @click.option("--score", metavar="NAME|auto", help="Also export every run with this score, and evaluate it: `shipped`.")
@@ -104,7 +104,7 @@ def study(data: str, out: str, **options: Any) -> int:
 @click.option("--lists", "folder", metavar="DIR", help="Use these image lists. Default: OUT/lists, made on first use.")
 @click.option("--images", type=click.IntRange(min=20), default=10_000, help="Images of each ID and OOD set.")
 @vary
-@click.option("--seeds", default="0", metavar="N,...", help="One run of each setting a seed.")
+@click.option("--seeds", default="0", metavar="N,...", help="Seeds; each setting is trained once with each.")
 @via
 @baselines
 @click.option("--backbone", help="Another backbone than the table's.")

@@ -14,7 +14,7 @@ from ssod_edge.data.splits import Indices
 from ssod_edge.errors import ImageError
 
 #: Least cosine of near-copies. On two sets of photos all pairs from here on show one object from one side (28 of 1,571
-#: photos of waste, 2 of 2,747 photos of clothes), and the first of two objects comes at 0.83 (docs/results.md).
+#: photos of waste, 2 of 2,747 photos of clothes), and the first of two objects comes at 0.83 (docs/lab/results.md).
 ALIKE = 0.85
 #: Near-copies of an image that are kept, those that are most alike; so no group is larger than one more.
 MOST_ALIKE = 32

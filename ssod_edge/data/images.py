@@ -149,7 +149,9 @@ class Images:
         training, choices, thresholds = self.training, self.choices, self.thresholds
         if training is None:
             if thresholds is None:
-                raise UsageError("a score with a state is fitted on in-distribution images. Name some: --id DATA")
+                raise UsageError(
+                    "this score is fitted on in-distribution images, and there are none. Name some: --id DATA"
+                )
             training, rest = thresholds.halves("half that fits the detector", "the other half")
             say(
                 f"note: the images that the model was trained on are not at hand: the detector is fitted on "

@@ -71,8 +71,8 @@ def _check_path(name: str) -> None:
     if name.lower().startswith("file://"):
         raise UsageError(f"'{shown}' is an address of a file: give its path")
     raise UsageError(
-        f"'{shown}' is written as an address, and no image is read from one: download it first. A stream is taken "
-        "alone, from rtsp, rtmp, rtp, srt, http(s), udp or tcp"
+        f"'{shown}' is written as an address, of a kind that no image is read from: download it first. A stream is "
+        "given alone, as rtsp, rtmp, rtp, srt, http(s), udp or tcp"
     )
 
 

@@ -192,7 +192,7 @@ class TarReader(FileReader):
                 return name
             base = "" if member.islnk() else posixpath.dirname(name)
             name = _plain(posixpath.normpath(posixpath.join(base, member.linkname)))
-        raise UsageError(f"'{name}' in '{self._path}' is a link that leads round in a circle. Pack it without")
+        raise UsageError(f"'{name}' in '{self._path}' is a link that leads back to itself. Pack the archive without it")
 
     def _below(
         self, name: str, end: str, link: tarfile.TarInfo, files: dict[str, tarfile.TarInfo]

@@ -51,7 +51,9 @@ class NamedData:
 
     def __post_init__(self) -> None:
         if self.via is None and self.via_jpeg is not None:
-            raise UsageError("via_jpeg needs a via_size: the codec is to be the same at one size")
+            raise UsageError(
+                "via_jpeg needs a via_size: the size to which every image is brought before it is saved as JPEG"
+            )
 
     @property
     def via(self) -> Via | None:

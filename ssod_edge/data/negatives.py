@@ -137,8 +137,8 @@ def read_negatives(folder: str | Path, meta: Mapping[str, Any], fix: str) -> Neg
         opened = open_dataset(name, labelled=False)
     except UsageError as error:
         raise UsageError(
-            f"{error}. '{name}' is the path of the negatives that was recorded at training, relative to the folder of "
-            f"that time: go there, or {fix}"
+            f"{error}. '{name}' is the path of the negatives that was recorded at training, relative to the folder "
+            f"in which train was started: go there, or {fix}"
         ) from error
     if opened.fingerprint != meta.get("negatives_fingerprint"):
         raise UsageError(f"the negatives '{name}' changed since training; {fix}")

@@ -113,7 +113,7 @@ def _open_path(name: str) -> tuple[Any, Indices, tuple[str, ...]]:
     if not path.exists():
         raise UsageError(f"data set '{name}' does not exist. {EXPECTED}")
     if path.is_file() and path.suffix.lower() not in DATA_FILES:
-        raise UsageError(f"data set '{name}' is a file, and no {', '.join(DATA_FILES)} file. {EXPECTED}")
+        raise UsageError(f"data set '{name}' is a file, but not a {', '.join(DATA_FILES)} file. {EXPECTED}")
     if path.is_file() and path.suffix.lower() != ".tar":
         table = TableReader(place, part)
         return table, table.labels, table.classes

@@ -30,7 +30,7 @@ from ssod_edge.errors import UsageError
 #: What a score may add to the network's multiply-adds, as a share.
 MOST_COST = 0.01
 #: A kind that is not made: held-out images that the network gets wrong. Made images are far from the known classes;
-#: these are what comes closest to a class that looks like one of them (docs/detection.md).
+#: these are what comes closest to a class that looks like one of them (docs/lab/detection.md).
 MISTAKEN = "mistaken"
 #: Fewer of them say nothing.
 LEAST_MISTAKES = 20
@@ -57,7 +57,7 @@ def chooses_unasked(outliers: Sequence[str], training: int, choices: int) -> boo
 
     Without made outliers in training nothing is chosen unasked: a network that was taught by its classes alone may give
     unknown images scores so close to the threshold that the best of them by AUROC does not hold there
-    (docs/detection.md).
+    (docs/lab/detection.md).
     """
     return bool(outliers) and min(training, choices) >= LEAST_UNASKED
 

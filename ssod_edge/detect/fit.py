@@ -23,14 +23,14 @@ PRINCIPAL = 64
 #: Largest term over the result (ViM's squared residual) or its spread (Mahalanobis), up to which a difference is taken
 #: in fp32: it loses 1e-7 of the term.
 CANCELLATION = 1e3
-#: Directions that ViM, the residual and Mahalanobis++ keep (docs/detection.md).
+#: Directions that ViM, the residual and Mahalanobis++ keep (docs/lab/detection.md).
 RANK = 64
 #: Least deviation of a feature that is divided by, as a share of the mean one.
 LEAST_DEVIATION = 0.1
 #: Training images for each direction that ViM and the residual keep, at least.
 IMAGES_A_DIRECTION = 4
-#: Share of the distance by which a class of few photos is off that is taken from it (docs/results.md). All of it would
-#: accept too much of what looks like the class.
+#: Share of the distance by which a class of few photos is off that is taken from it. All of it would accept
+#: too much of what looks like the class (docs/lab/results.md).
 FEW_SHARE = 0.5
 #: Least variance of unit-length features in a direction: fp32 loses the distances of a smaller one.
 LEAST_VARIANCE = 1e-5
@@ -127,7 +127,7 @@ def fit_vim(data: FitData) -> Detector:
     middle of the training features: R does not see that, and both terms become small.
 
     d is `RANK`, or as many as there are classes; a quarter of the images at most, because what few images span leaves
-    nothing out. The paper's 1000 takes four times the rows (docs/detection.md).
+    nothing out. The paper's 1000 takes four times the rows (docs/lab/detection.md).
     """
     origin = -np.linalg.pinv(data.weight.astype(np.float64)) @ data.bias
     found, norms = _residual("vim", data, origin, np.ones(1))
@@ -175,7 +175,7 @@ def fit_mahalanobis(data: FitData) -> Detector:
 
     S is the covariance within the classes plus `RIDGE` times its mean variance in every direction. Of its D variances
     the d largest are kept, and the others take their mean v (the covariance of probabilistic PCA, Tipping and Bishop,
-    1999), which tells images apart as well (docs/detection.md) and takes d + C rows instead of D + C:
+    1999), which tells images apart as well (docs/lab/detection.md) and takes d + C rows instead of D + C:
     S^-1 = I / v - A' A with A [d, D] the d directions, each times sqrt(1 / v - 1 / its variance).
 
     With m the mean of all features and o_c = m_c - m, the distance is

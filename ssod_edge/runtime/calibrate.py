@@ -117,7 +117,7 @@ def _set_threshold(runner: Runner, folder: str | Path, threshold: Threshold) -> 
 def trained_on(data: str) -> UsageError:
     """The error for training data where no run folder says which of its images were held out."""
     return UsageError(
-        f"the model was trained on '{data}', and which of its images were held out says only its run folder. Name "
+        f"the model was trained on '{data}', and only its run folder says which of these images were held out. Name "
         "images that it was not trained on, or calibrate the export inside that folder: ssod-edge calibrate RUN --id"
     )
 
@@ -241,8 +241,9 @@ def _id_images(data: str, export: Export) -> tuple[Draw, str]:
             raise trained_on(data)
         if facts.get("pooled"):
             raise UsageError(
-                f"the thresholds of this export come from the images of '{data}' that it was trained on, out of fold: "
-                f"{'teach it' if export.spec.taught else 'export the run'} again for these, or name new images"
+                f"the model was trained on all images of '{data}', and only an export can set thresholds by them (out "
+                f"of fold). {'Teach it' if export.spec.taught else 'Export the run'} again for these, or name new "
+                "images"
             )
         source = open_training_data(data, facts.get("val_data"), facts.get("val_fingerprint"))
         splits = read_splits(export.run_folder, source, str(splits_hash))

@@ -7,7 +7,7 @@ of the known classes' distances, times one factor, is added to the mean of their
 
 A second row is learnt by logistic regression against the known classes' logits, which stay: p(new) = 1 / (1 + exp(s -
 v'x - c)) with s their logsumexp. The distance knows more from five photos, the regression from fifty, and their
-weighted mean is as good as the better one from 5 to 50 (docs/results.md).
+weighted mean is as good as the better one from 5 to 50 (docs/lab/results.md).
 
 The bias is then the highest at which a small share of the known images, by models that have not seen them, change to
 the new class. Of the shares `TAKEN` it is the one with the best balanced accuracy, so that a class that looks like a

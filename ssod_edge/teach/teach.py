@@ -252,15 +252,17 @@ def _check_data(data: Given | None, export: Export) -> None:
         return
     place = Path(data)
     if real_path(data) in (real_path(export.folder), export.run_folder):
-        raise UsageError(f"'{data}' is the model, and no photos. Give DATA, CLASS/IMAGE folders of photos, after it")
+        raise UsageError(
+            f"'{data}' is the model itself, not photos. Give DATA, CLASS/IMAGE folders of photos, after it"
+        )
     if (place / INDEX).is_file():
         raise UsageError(
-            f"'{data}' is what predict --collect kept, and has no classes. Sort it with: ssod-edge review {data}; and "
-            f"teach '{place / CLASSES}'"
+            f"'{data}' is what predict --collect kept, which is not sorted into classes yet. Sort it with: ssod-edge "
+            f"review {data}; and teach '{place / CLASSES}'"
         )
     if (place / GROUP_LIST).is_file():
         raise UsageError(
-            f"'{data}' are groups that nobody has decided on. Rename them, then: ssod-edge review {place.parent} "
+            f"'{data}' are groups that are not named yet. Rename them, then: ssod-edge review {place.parent} "
             f"--folders --done; and teach '{place.parent / CLASSES}'"
         )
 

@@ -62,7 +62,7 @@ def fitting_data(model: SSODClassifier, features: NDArray[np.float32], labels: I
     """What detectors are fitted on: images, or images and then a disturbed copy of each.
 
     Distances read the last features; where those were tuned, every stage, because tuned ones see less of what is far
-    (docs/detection.md).
+    (docs/lab/detection.md).
 
     Args:
         model: on any device.

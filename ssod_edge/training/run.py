@@ -158,8 +158,8 @@ class Run:
             source = self._data if place is None else self._open_data(data)
         except UsageError as error:
             raise UsageError(
-                f"{error}. '{data}' is the path that was recorded at training, relative to the folder of that time: "
-                f"go there, or {fix}"
+                f"{error}. '{data}' is the path that was recorded at training, relative to the folder in which train "
+                f"was started: go there, or {fix}"
             ) from error
         if source.fingerprint != self.meta["data_fingerprint"]:
             raise UsageError(f"the data set '{data}' changed since training; {fix}")

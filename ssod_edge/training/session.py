@@ -74,7 +74,9 @@ class Session:
         except UsageError as error:
             if not resume:
                 raise
-            raise UsageError(f"{error}. The run was started with this path: go to the folder of that time") from error
+            raise UsageError(
+                f"{error}. The run was started with this path: go to the folder that it was started in"
+            ) from error
         if config.weights == PUBLISHED and not restored:  # a hub that is not there takes half a minute to say so
             check_published(config.backbone)
         if self.source.left_out:

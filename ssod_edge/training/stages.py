@@ -87,7 +87,7 @@ def find_stages(
     finally:
         backbone.train(was_training)
     if not usable or not all(m.dim() == 4 for m in maps):
-        raise UsageError(f"the stages of '{name}' are no maps that a head could read. Train with --head last")
+        raise UsageError(f"the stages of '{name}' are no feature maps for a head to read. Train with --head last")
     found: list[tuple[Place, int]] = []
     for stage, stage_map in enumerate(maps):
         if stage_map.shape[-1] * REDUCTION <= size:

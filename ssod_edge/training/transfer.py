@@ -193,7 +193,7 @@ class HeldOut:
         """Whether more of the images and copies are right.
 
         More than that is not asked for: 200 images cannot prove a point or two, which is what tuning brings where it
-        brings anything (docs/results.md).
+        brings anything (docs/lab/results.md).
         """
         return bool(self.right.sum() > other.right.sum())
 

@@ -167,7 +167,10 @@ def border_maps(
             maps[index] = border.half().cpu()
             below.append(means.cpu())
             if not maps[index].isfinite().all():
-                raise UsageError("the maps of the border are beyond half precision. Use --tune head or all")
+                raise UsageError(
+                    "the values between the lower and the upper part are too large for half precision. Use --tune head "
+                    "or all"
+                )
             for version, rows in zip((PLAIN, DISTURBED), features, strict=True):
                 z = parts.features(border[:, version], means[:, version])
                 rows[index.numpy()] = z.float().cpu().numpy()

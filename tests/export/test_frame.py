@@ -159,7 +159,7 @@ def test_what_comes_out_otherwise_is_refused(export: Path, tmp_path: Path, monke
 
     real = module.pixels_graph
     monkeypatch.setattr(module, "pixels_graph", other)
-    with pytest.raises(VerificationError, match="for frames is not its artifact: pixels are up to"):
+    with pytest.raises(VerificationError, match="for frames does not compute what its artifact does: pixels are up to"):
         write_frame_graphs(export, tmp_path / "frames")
 
 

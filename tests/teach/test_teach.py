@@ -252,7 +252,7 @@ def test_what_cannot_be_read_among_good_photos_is_named(light, tmp_path):
 @pytest.mark.parametrize("inner", ["", "export"])
 def test_the_model_is_no_photos(exported, tmp_path, inner):
     done = run("teach", exported.parent, exported.parent / inner, "-o", tmp_path / "taught")
-    assert done.exit_code == 2 and "is the model, and no photos. Give DATA" in done.output
+    assert done.exit_code == 2 and "is the model itself, not photos. Give DATA" in done.output
 
 
 def test_what_nobody_has_reviewed_is_no_lesson(light, tmp_path):

@@ -114,7 +114,7 @@ def test_new_images_are_accepted_about_as_often_as_asked_for(exported, tmp_path)
 def test_a_threshold_is_not_fitted_to_images_that_were_trained_on(exported):
     run, _ = exported
     done = command("calibrate", run.folder, "--id", run.meta["data"])
-    assert done.exit_code == 2 and "out of fold: export the run again for these, or name new images" in done.output
+    assert done.exit_code == 2 and "Export the run again for these, or name new images" in done.output
 
 
 def test_training_on_from_such_a_run_forgets_its_last_layer(exported, tmp_path):

@@ -81,9 +81,9 @@ class Record:
             raise UsageError("its counts do not add up")
         ends = [score for score in (self.lowest, self.highest) if score is not None]
         if len(ends) != 2 * (self.images > 0) or ends != sorted(ends):
-            raise UsageError("its lowest and highest score are none of its images")
+            raise UsageError("its lowest and highest score do not fit its number of images")
         if self.images and not sum(self.drift.recent[-1]) > 0:
-            raise UsageError("its recent images are none")
+            raise UsageError("it has images, and none of them are recent")
 
 
 class Monitor(AbstractContextManager["Monitor"]):
@@ -219,7 +219,7 @@ def read_monitor(path: str | os.PathLike[str]) -> Record:
         record: Record = from_json(Record, values)
         threshold = record.threshold
         if max(map(abs, (threshold.value, *threshold.id_quantiles))) > _LARGEST_SCORE or threshold.n > _MOST_IMAGES:
-            raise UsageError("its threshold is none of any scores")
+            raise UsageError("its threshold is larger than any score")
         bins = reference(threshold) if threshold.id_quantiles else None
         if bins is None or len(record.histogram) != len(bins.id_shares) or not fits(record.drift, len(bins.gaps)):
             raise UsageError("its bins are not those of its threshold")

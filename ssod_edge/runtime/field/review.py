@@ -320,7 +320,8 @@ def _check(groups: Path, found: dict[str, list[str]], placed: dict[str, str]) ->
             where[file] = name
             if name in placed.values() and file not in placed:
                 raise UsageError(
-                    f"'{groups / name / file}' was not collected, and its folder has no class. Rename that"
+                    f"'{groups / name / file}' was not collected, and its folder is not named after a class. Rename "
+                    "the folder"
                 )
 
 
