@@ -33,6 +33,7 @@ EXTRAS = {
     "httptools": "serve",
     "python_multipart": "serve",
     "prometheus_client": "serve",
+    "ray": "ray",
 }
 
 
