@@ -84,7 +84,7 @@ def test_a_batch_that_cannot_be_read_has_the_same_types(export: Path, tmp_path: 
 
 def test_no_secret_of_an_address_is_in_a_row(export: Path) -> None:
     rows = Verdicts(export, engine=ENGINE)(pa.table({"bytes": [b"?"], "path": ["s3://user:word@bucket/1.jpg?sign=2"]}))
-    assert rows.column("image").to_pylist() == ["s3://bucket/1.jpg"] and "word" not in str(rows.to_pylist())
+    assert rows.column("image").to_pylist() == ["s3://bucket/1.jpg?..."] and "word" not in str(rows.to_pylist())
 
 
 def test_a_table_without_images_is_wrong_usage(export: Path) -> None:
