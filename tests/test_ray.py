@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import time
@@ -132,14 +133,27 @@ def test_images_that_cannot_be_listed_are_wrong_usage(images: Any, message: str,
         _listed([name.format(tmp_path) for name in names], ROWS)
 
 
+@needs_ray
+def test_addresses_are_read_by_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cluster: of the file system file:// it was tried by hand."""
+    asked: list[Any] = []
+    monkeypatch.setattr("ray.data.read_binary_files", lambda paths, **options: asked.append((paths, options)))
+    _listed("s3://bucket/photos", ROWS)
+    [(paths, options)] = asked
+    assert paths == ["s3://bucket/photos"] and options["include_paths"]
+    assert {"jpg", "png"} <= set(options["file_extensions"])
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """A local cluster of four cores, whether there are so many or not."""
     import ray
 
-    ray.init(num_cpus=ACTORS, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written into the home folder
+        ray.init(num_cpus=ACTORS, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+        yield ray
+        ray.shutdown()
 
 
 def mortal(folder: Path) -> type[Verdicts]:
@@ -171,10 +185,6 @@ def test_four_actors_of_which_one_is_killed_say_what_one_process_says(
 
 
 @needs_ray
-def test_a_dataset_keeps_its_other_columns_and_ray_reports_nothing(ray: Any, export: Path, photos: list[str]) -> None:
-    del photos[20]
-    dataset = ray.data.read_binary_files(photos[:12], include_paths=True).add_column("day", lambda table: table["path"])
-    rows = predict(dataset, export, batch_size=ROWS, engine=ENGINE).take_all()
-    assert {row["image"]: row["day"] for row in rows} == {path: path for path in photos[:12]}
-    assert [row["image"] for row in rows if row["error"] is not None] == [photos[7]]
+def test_a_local_cluster_is_one_node_and_ray_reports_nothing(ray: Any) -> None:
+    assert _one_a_node(ray.nodes()) == (1, ACTORS - 1)
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
