@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -34,7 +33,7 @@ from ssod_edge.ops import kernel_in_use
 from ssod_edge.recipes import train_config
 from ssod_edge.terminal import TrainingBar
 from ssod_edge.training.checkpoint import AVERAGE, BEST, LAST, load_checkpoint, save_checkpoint
-from ssod_edge.training.distributed import check_same_images, from_main
+from ssod_edge.training.distributed import check_same_images, check_same_start, from_main
 from ssod_edge.training.loop import _Loop, resume_run, train
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import build_model
@@ -689,16 +688,6 @@ def test_an_epoch_without_patches_has_no_shares():
     assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
 
 
-def test_torchrun_trains_one_run_folder(pictures, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ssod_edge", "train",
-               str(pictures), "--backbone", "test_efficientnet", "--weights", "none", "--size", "40", "--epochs", "2",
-               "--batch-size", "4", "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert len(rows(tmp_path / "run")) == 2 and Run.at(tmp_path / "run").meta["epoch"] >= 1
-
-
 def test_an_epoch_that_several_processes_shared_is_not_gone_on_with_by_fewer(config, tmp_path, capsys):
     run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
     for epochs, step, shared in ((0, 2, True), (1, 0, False)):
@@ -717,17 +706,23 @@ def two_processes(rank, folder, same):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         assert from_main(rank + 0.5) == 0.5
-        check_same_images("one" if same else f"{rank}")
-    except UsageError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-    dist.destroy_process_group()
+        for check in (check_same_images, check_same_start):
+            try:
+                check("one" if same else "one" * rank)
+            except UsageError as error:
+                (folder / f"{rank}-{check.__name__}.txt").write_text(str(error))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_processes_compare_what_they_train_on(tmp_path, same):
+def test_processes_compare_what_they_train_on_and_what_they_go_on_from(tmp_path, same):
     mp.spawn(two_processes, (tmp_path, same), nprocs=2)
-    found = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
-    assert len(found) == (0 if same else 2) and all("process 1 of 2 sees other images" in text for text in found)
+    for check, what in ((check_same_images, "images or labels"), (check_same_start, "checkpoints of the run")):
+        found = [path.read_text() for path in tmp_path.glob(f"*-{check.__name__}.txt")]
+        assert len(found) == (0 if same else 2)
+        said = f"process 1 of 2 sees other {what} than process 0 (fingerprints one and none)"
+        assert all(said in text for text in found)
 
 
 @pytest.mark.parametrize("backbone", [*sorted(set(ALIASES.values())), "tf_efficientnet_lite0"])
