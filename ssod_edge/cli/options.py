@@ -100,8 +100,8 @@ shape = together(
     click.option(
         "--fit",
         type=click.Choice(FITS),
-        help="How a picture becomes a square. `crop` keeps its centre, `squash` all of it in another ratio, `pad` all of "
-        "it between bars. Default: crop.",
+        help="How a picture becomes a square. `crop` keeps its centre, `squash` all of it in another ratio, `pad` all "
+        "of it between bars. Default: crop.",
     ),
     click.option(
         "--roi",

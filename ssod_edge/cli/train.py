@@ -23,7 +23,6 @@ from ssod_edge.cli.options import (
 )
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 
-
 #: Settings that `--help` shows.
 EVERYDAY = " val negatives epochs tune weights"
 
