@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := ssod_edge export bench scripts tests setup.py
+SOURCES := ssod_edge export bench scripts tests examples setup.py
 TYPED := build/typed
 # Test files that run at a time, each with one OpenMP thread: two processes that want all cores wait for each other.
 JOBS := 2

@@ -96,6 +96,11 @@ def write_data(folder: Path) -> None:
     (folder / "other" / "photos").mkdir(parents=True)
     for index, image in enumerate(random_images(40, seed=9, size=SIZE).numpy()):
         Image.fromarray(255 - image.transpose(1, 2, 0) // 2).save(folder / "other" / "photos" / f"{index:03}.jpg")
+    write_weights(folder)
+
+
+def write_weights(folder: Path) -> None:
+    """Random weights of a small network, as a file to start from, which stand for published ones."""
     torch.manual_seed(3)
     model = build_model("test_efficientnet", CLASSES, Preprocess(input_size=SIZE))
     save_file(model.backbone.state_dict(), folder / WEIGHTS)
