@@ -56,6 +56,19 @@ cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a rel
 wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
 	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
 
+dist: $(VENV)/.release ## what a release is made of, checked: the sdist, and wheels with the kernel and without
+	rm -rf dist
+	SSOD_EDGE_EXT=none $(BIN)/python -m build --no-isolation --outdir dist .
+	SSOD_EDGE_EXT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/ssod_edge-*.tar.gz
+	$(BIN)/auditwheel repair --exclude 'lib*torch*.so*' --exclude 'libc10*.so*' -w dist build/wheel/*.whl
+	rm -r build/wheel
+	$(BIN)/twine check --strict dist/*
+	@du -b dist/*
+
+$(VENV)/.release: $(STAMP)
+	$(BIN)/python -m pip install --quiet "ssod-edge[release]"
+	@touch $@
+
 # Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie or BOARD=pi4 in the environment.
 arm64: $(STAMP) ## tests, predict and teach on an emulated 64-bit Arm Debian; needs root, debootstrap, qemu-user-static
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/devices/arm64.py \
