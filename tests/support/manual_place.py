@@ -40,7 +40,22 @@ REPLACED = {"--epochs": "1"}
 #: What begins from a run has that run's network.
 FROM_A_RUN = {"--from", "--resume"}
 #: Commands that install, build, or belong to other machines.
-NOT_RUN = ("pip", "python -m pip", "make", "git", "docker", "sudo", "apt", "apt-get", "cmake", "curl", "cd", "torchrun")
+NOT_RUN = (
+    "pip",
+    "python -m pip",
+    "make",
+    "git",
+    "docker",
+    "sudo",
+    "apt",
+    "apt-get",
+    "cmake",
+    "curl",
+    "cd",
+    "torchrun",
+    "scp",
+    "ssh",
+)
 #: Commands that wait for a person, a camera or requests: their words are checked, and no more.
 WAITS = ("serve", "review", "--camera")
 
