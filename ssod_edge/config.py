@@ -287,12 +287,12 @@ class TrainConfig:
     Attributes:
         backbone: timm model name (aliases resolved).
         data: what `ssod_edge.data.sources.open_dataset` takes.
-        val: validation photos of their own, as DATA; then DATA is for training and calibration alone.
-        group: regular expression that is searched for in the name of each photo within DATA ("cat/video3_0012.jpg").
-            What its first group matches, or without one all of it, names the burst, video or camera of the photo;
-            photos of one never lie in two splits. Default: the column `group` of a table.
-        negatives: photos of what must be unknown, as DATA without classes: the empty belt, a hand, another product.
-            60% are learnt from, 20% choose the score, and eval judges by the rest. Default: none.
+        val: validation photos of their own, as DATA. Then DATA is for training and calibration alone.
+        group: regular expression that finds the burst, video or camera of a photo in its name. It is searched for in
+            the name within DATA ("cat/video3_0012.jpg"); what its first group matches counts, or without one all of
+            it. Photos of one never lie in two splits. Default: the column `group` of a table.
+        negatives: photos of what must be unknown, as DATA without classes. Such as the empty belt, a hand, another
+            product: 60% are learnt from, 20% choose the score, and eval judges by the rest. Default: none.
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ssod_edge.cli.help import Command
 from ssod_edge.cli.options import COUNT, as_json, check_paths, given, named_data, newest, take, threads, tpr
 from ssod_edge.errors import OutputError
 
@@ -91,7 +92,10 @@ def rollback(folder: str, to: str | None) -> int:
     return run_rollback(folder, to)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="camera smooth as_json csv resume sort_into monitor collect engine precision device batch",
+)
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1)
 @click.option("--camera", metavar="CAMERA", help="Instead of IMAGE: a number, a device file, or a GStreamer pipeline.")
