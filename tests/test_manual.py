@@ -41,7 +41,7 @@ else:
 FIRST_PAGES = ("README.md", "docs/quickstart.md")
 #: Options of other programs that the text names by themselves.
 FOREIGN = {"--cpus", "--memory", "--system-site-packages", "--no-build-isolation", "--read-only"}
-FOREIGN |= {"--nproc-per-node", "--max-restarts"}  # torchrun's
+FOREIGN |= {"--nproc-per-node", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf"}  # torchrun's
 ALL = "SSOD_EDGE_MANUAL" in os.environ
 
 
