@@ -54,7 +54,12 @@ def ways(export: str, paths: list[str], engine: str, batch: int, cores: int) -> 
 
     def actors(count: int) -> Callable[[], Iterable[int]]:
         def run() -> Iterable[int]:
-            options = {"concurrency": count, "batch_size": batch, "num_cpus": cores // count, "engine": engine}
+            options: dict[str, Any] = {
+                "concurrency": count,
+                "batch_size": batch,
+                "num_cpus": cores // count,
+                "engine": engine,
+            }
             for rows in ssod_edge.ray.predict(paths, Path(export).resolve(), **options).iter_batches(
                 batch_size=None, batch_format="pyarrow"
             ):
