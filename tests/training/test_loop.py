@@ -688,6 +688,16 @@ def test_an_epoch_without_patches_has_no_shares():
     assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
 
 
+def test_what_torchrun_starts_again_goes_on_with_its_run(config, tmp_path, monkeypatch, capsys):
+    once = replace(config, epochs=1, half_size_epochs=0)
+    run = train(once, tmp_path)
+    for restarts, asked in (("0", once), ("3", replace(once, seed=1))):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        with pytest.raises(UsageError, match="exists already"):
+            train(asked, tmp_path)
+    assert train(once, tmp_path) == run and "is finished already (1 epochs)" in capsys.readouterr().err
+
+
 def test_an_epoch_that_several_processes_shared_is_not_gone_on_with_by_fewer(config, tmp_path, capsys):
     run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
     for epochs, step, shared in ((0, 2, True), (1, 0, False)):
