@@ -2,14 +2,15 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := ssod_edge export bench scripts tests setup.py
+SOURCES := ssod_edge export bench scripts tests examples setup.py
 TYPED := build/typed
 # Test files that run at a time, each with one OpenMP thread: two processes that want all cores wait for each other.
 JOBS := 2
 # Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
 PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 
-.PHONY: help venv demo test test-gpu faults plans cuda wheel arm64 container lint format coverage clean
+.PHONY: help venv demo test test-gpu docs docs-test faults plans cuda wheel dist arm64 container lint typed format \
+	coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +30,16 @@ test: $(STAMP) ## run the tests that need no GPU
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
+docs: $(VENV)/.docs typed ## build the manual with its reference: build/docs/index.html
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
+docs-test: $(STAMP) ## run the commands of every page of the manual on small data; minutes
+	OMP_NUM_THREADS=1 SSOD_EDGE_MANUAL=all $(BIN)/python -m pytest -q tests/test_manual.py
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet "ssod-edge[docs]"
+	@touch $@
+
 # SEED=2 tries other things; MINUTES is for all parts together; PART=images and ONLY=100017 replay what was found.
 SEED := 1
 MINUTES := 15
@@ -45,6 +56,19 @@ cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a rel
 wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
 	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
 
+dist: $(VENV)/.release ## what a release is made of, checked: the sdist, and wheels with the kernel and without
+	rm -rf dist
+	SSOD_EDGE_EXT=none $(BIN)/python -m build --no-isolation --outdir dist .
+	SSOD_EDGE_EXT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/ssod_edge-*.tar.gz
+	$(BIN)/auditwheel repair --exclude 'lib*torch*.so*' --exclude 'libc10*.so*' -w dist build/wheel/*.whl
+	rm -r build/wheel
+	$(BIN)/twine check --strict dist/*
+	@du -b dist/*
+
+$(VENV)/.release: $(STAMP)
+	$(BIN)/python -m pip install --quiet "ssod-edge[release]"
+	@touch $@
+
 # Beside these words: EXPORT=DIR PHOTOS=DIR LESSON=DIR, and SUITE=trixie or BOARD=pi4 in the environment.
 arm64: $(STAMP) ## tests, predict and teach on an emulated 64-bit Arm Debian; needs root, debootstrap, qemu-user-static
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/devices/arm64.py \
@@ -53,13 +77,15 @@ arm64: $(STAMP) ## tests, predict and teach on an emulated 64-bit Arm Debian; ne
 container: $(STAMP) ## the Dockerfile's steps in a bare Debian, without Docker; needs root and debootstrap
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python scripts/devices/container.py
 
-lint: $(STAMP) ## formatter, linter and type checker
+lint: $(STAMP) typed ## formatter, linter and type checker
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	@# mypy does not follow the mapping of export/ and bench/, so it reads the packages where they would be installed.
+	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p ssod_edge
+
+# mypy and the manual's reference do not follow the mapping of export/ and bench/: here they lie where they are installed.
+typed:
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/ssod_edge
 	@ln -s $(addprefix $(CURDIR)/,$(wildcard ssod_edge/*) export bench) $(TYPED)/ssod_edge/
-	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p ssod_edge
 
 format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff format $(SOURCES)

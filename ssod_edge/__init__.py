@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ssod_edge.runtime.field.monitor import Monitor
     from ssod_edge.runtime.predict import Predictor, Verdict
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Collector", "Monitor", "Verdict", "__version__", "evaluate", "export", "open", "train"]
 __all__ += ["ArtifactError", "BusyError", "EngineError", "ImageError", "MissingExtraError", "OutputError"]
 __all__ += ["SsodEdgeError", "TrainingError", "UsageError", "VerificationError"]

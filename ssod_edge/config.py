@@ -287,12 +287,12 @@ class TrainConfig:
     Attributes:
         backbone: timm model name (aliases resolved).
         data: what `ssod_edge.data.sources.open_dataset` takes.
-        val: validation photos of their own, as DATA; then DATA is for training and calibration alone.
-        group: regular expression that is searched for in the name of each photo within DATA ("cat/video3_0012.jpg").
-            What its first group matches, or without one all of it, names the burst, video or camera of the photo;
-            photos of one never lie in two splits. Default: the column `group` of a table.
-        negatives: photos of what must be unknown, as DATA without classes: the empty belt, a hand, another product.
-            60% are learnt from, 20% choose the score, and eval judges by the rest. Default: none.
+        val: validation photos of their own, as DATA. Then DATA is for training and calibration alone.
+        group: regular expression that finds the burst, video or camera of a photo in its name. It is searched for in
+            the name within DATA ("cat/video3_0012.jpg"); what its first group matches counts, or without one all of
+            it. Photos of one never lie in two splits. Default: the column `group` of a table.
+        negatives: photos of what must be unknown, as DATA without classes. Such as the empty belt, a hand, another
+            product: 60% are learnt from, 20% choose the score, and eval judges by the rest. Default: none.
         name: of the run folder.
         recipe: where the other settings come from. `short`: AdamW, for few epochs. `scratch`: SGD, which gets a network
             without pretrained weights further. `paper`: the SSOD paper's, Appendix A.4.
@@ -318,7 +318,6 @@ class TrainConfig:
         workers: processes that read photos.
         seed: of the splits, the order of photos, the augmentation and new weights.
         compile: use torch.compile.
-        sync_bn: share the statistics of batch norm between GPUs.
         head: what the last layer reads. `blocks`: every block of the backbone; `stages`: the last of each stage;
             `last`: its last features alone.
         tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `upper`: after that
@@ -356,7 +355,6 @@ class TrainConfig:
     workers: int = 1
     seed: int = 0
     compile: bool = False
-    sync_bn: bool = False
     head: Head = "last"
     tune: Tune = "all"
     weights: str = NO_WEIGHTS
@@ -406,10 +404,10 @@ class TrainConfig:
 
     @staticmethod
     def complete(values: dict[str, Any]) -> dict[str, Any]:
-        """The settings of an earlier release, which had `pretrained` beside `weights`."""
+        """The settings of an earlier release, which had `sync_bn`, and `pretrained` beside `weights`."""
+        values = {name: value for name, value in values.items() if name != "sync_bn"}
         if "pretrained" not in values:
             return values
-        values = dict(values)
         published = values.pop("pretrained")
         return {**values, "weights": PUBLISHED if published else values.get("weights") or NO_WEIGHTS}
 

@@ -36,6 +36,7 @@ PURPOSES = {
     "report": "the plots of eval and bench",
     "video": "videos and cameras in predict",
     "serve": "serve",
+    "ray": "verdicts on a Ray cluster",
     "baselines": "eval --baselines",
     "heic": "HEIC pictures",
 }

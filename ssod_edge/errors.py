@@ -35,6 +35,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "fsspec": "buckets",
     "pyarrow": "parquet",
+    "ray": "ray",
 }
 
 

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("detect",),
     ("ops",),
     ("runtime",),
-    ("serve",),
+    ("serve", "ray"),
     ("training",),
     ("evaluation",),
     ("export",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -240,8 +241,8 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
         "LICENSE",
         "README.md",
         "CHANGELOG.md",
-        "Makefile",
-        "tests/test_packaging.py",
+        "docs/install.md",
+        "examples/cpp/main.cpp",
         "export/__init__.py",
         "kernels/patch_sample.cpp",
     ):
@@ -249,11 +250,21 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
     assert names_in(build("wheel", unpacked, tmp_path / "wheel")) == names_in(wheel)
 
 
-def test_sdist_leaves_the_records_out_and_is_small(sdist: Path) -> None:
+def test_sdist_leaves_records_pictures_and_tests_out_and_is_small(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         inside = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
-    assert not [path for path in inside if path.is_relative_to("bench/results")]
-    assert sdist.stat().st_size < 2_200_000  # the pictures of docs/ and tests/golden are 1.2 MB of it
+    for folder in ("bench/results", "docs/images", "tests"):
+        assert not [path for path in inside if path.is_relative_to(folder)]
+    assert sdist.stat().st_size < 1_000_000
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## \[(\d[\d.]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited and newest and cited[1] == newest[1] == ssod_edge.__version__
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"ssod_edge-(\d[\d.]*\d)-", page.read_text(encoding="utf-8")):
+            assert name == ssod_edge.__version__, page
 
 
 def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:

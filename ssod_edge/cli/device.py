@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ssod_edge.cli.help import Command
 from ssod_edge.cli.options import COUNT, as_json, check_paths, given, named_data, newest, take, threads, tpr
 from ssod_edge.errors import OutputError
 
@@ -91,7 +92,10 @@ def rollback(folder: str, to: str | None) -> int:
     return run_rollback(folder, to)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="camera smooth as_json csv resume sort_into monitor collect engine precision device batch",
+)
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1)
 @click.option("--camera", metavar="CAMERA", help="Instead of IMAGE: a number, a device file, or a GStreamer pipeline.")
@@ -131,9 +135,8 @@ def rollback(folder: str, to: str | None) -> int:
 def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     """Classify images, and say which ones are UNKNOWN to the model.
 
-    DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern such as
-    'photos/**/*.jpg', a .tar file of images, the same in a bucket (s3://bucket/photos/), or - for a list on standard
-    input. In their place, one video file, one address of a stream
+    DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern ('photos/**/*.jpg'),
+    a .tar file, the same in a bucket (s3://bucket/photos/), or - for a list on standard input. In their place, one video file, one address of a stream
     (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the images are taken, and no videos.
     """
     from ssod_edge.runtime.field.capture import holds_video, is_stream

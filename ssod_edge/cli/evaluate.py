@@ -6,10 +6,14 @@ from typing import Any
 
 import click
 
+from ssod_edge.cli.help import Command
 from ssod_edge.cli.options import baselines, check_paths, named_data, newest, take
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="backbone runs id_data ood_data via_size leave_out baselines json_file png_file pictures mistakes",
+)
 @click.argument("run", required=False)
 @newest("Without RUN: the newest run of this backbone.")
 @named_data

@@ -6,12 +6,16 @@ from typing import Any
 
 import click
 
+from ssod_edge.cli.help import Command
 from ssod_edge.cli.options import COUNT, check_paths, given, newest, shape, take, tpr
 from ssod_edge.config import PRIOR_SCORE, SHIPPED_SCORES
 from ssod_edge.spec import FEATURE_OUTPUTS
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="backbone runs out fp16 fp32 int8 target score tpr data golden frame triton bundle",
+)
 @click.argument("run", required=False)
 @newest("Without RUN: the newest run of this backbone, or its untrained weights.")
 @click.option("-o", "--out", type=click.Path(), help="Export folder. Default: RUN/export.")
@@ -24,7 +28,8 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     "--target",
     type=click.Choice(["onnx", "openvino", "tensorrt", "tensorrt-rtx", "all"]),
     default="all",
-    help="all: what is installed and runs here. tensorrt-rtx also builds without a GPU, for any from Ampere on.",
+    help="What runs the artifacts; all: what is installed and runs here. `tensorrt-rtx` also builds without a GPU, for "
+    "any from Ampere on.",
 )
 @click.option("--batch", metavar="MIN,OPT,MAX", default="1,1,8", help="Images per run that a TensorRT plan is for.")
 @click.option(
@@ -35,10 +40,10 @@ from ssod_edge.spec import FEATURE_OUTPUTS
 @click.option(
     "--score",
     metavar="NAME|NAME+NAME...|auto",
-    help=f'Which score says "unknown": {", ".join(SHIPPED_SCORES)}, or a sum of some; auto: the best on held-out '
-    "images for at most 1% more multiply-adds. Default: that of the export that is there, else auto for a network "
-    f"that was trained with spoiled copies (--outliers), else {PRIOR_SCORE} (and residual, where training left "
-    "the features alone), or energy without training images.",
+    help=f'Which score says "unknown". One of {", ".join(SHIPPED_SCORES)}, or a sum of some; auto: the best on '
+    "held-out images for at most 1% more multiply-adds. Left out, it is that of the export that is there, else auto "
+    f"for a network that was trained with spoiled copies (--outliers), else {PRIOR_SCORE} (and residual, where "
+    "training left the features alone), or energy without training images.",
 )
 @tpr
 @click.option("--id", "data", metavar="DATA", help="Images for the thresholds. Default: the run's calibration split.")
@@ -56,20 +61,21 @@ from ssod_edge.spec import FEATURE_OUTPUTS
     "--golden",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Write ten inputs with their outputs and verdicts into DIR, to test a client in another language with.",
+    help="Write ten inputs with their outputs and verdicts into DIR. To test a client in another language with.",
 )
 @click.option(
     "--frame",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Write graphs into DIR that take a frame of any size, uint8 [height, width, 3], and give its verdict; and "
-    "golden frames to test a client with.",
+    help="Write graphs into DIR that take a frame of any size and give its verdict. A frame is uint8 [height, width, "
+    "3]; golden frames to test a client with come along.",
 )
 @click.option(
     "--triton",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Write a model repository for NVIDIA Triton Inference Server into DIR: the verdict on pixels and on frames.",
+    help="Write a model repository for NVIDIA Triton Inference Server into DIR. It has the verdict on pixels and on "
+    "frames.",
 )
 @click.option(
     "--channels",

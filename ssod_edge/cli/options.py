@@ -102,14 +102,14 @@ shape = together(
     click.option(
         "--fit",
         type=click.Choice(FITS),
-        help="How a picture becomes a square: crop keeps its centre, squash all of it in another ratio, pad all of it "
-        "between bars. Default: crop.",
+        help="How a picture becomes a square. `crop` keeps its centre, `squash` all of it in another ratio, `pad` all "
+        "of it between bars. Default: crop.",
     ),
     click.option(
         "--roi",
         metavar="X,Y,W,H",
         callback=lambda _context, _option, text: None if text is None else _region(text),
-        help="Look at this region alone, in pixels of the upright picture: for a camera that does not move.",
+        help="Look at this region alone. In pixels of the upright picture; for a camera that does not move.",
     ),
 )
 threads = click.option("--threads", type=COUNT, help="Threads of an engine. Default: its own choice.")

@@ -7,12 +7,16 @@ from typing import Any
 import click
 
 from ssod_edge.cli.device import ENGINES, PRECISIONS
+from ssod_edge.cli.help import Command
 from ssod_edge.cli.options import COUNT, given, take, threads
 
 ABOVE_0 = click.FloatRange(0, min_open=True)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="host port token_file insecure batch wait_ms queue max_mb monitor collect engine precision device",
+)
 @click.argument("exports", metavar="[NAME=]EXPORT...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; other than this machine's needs a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any that is free.")

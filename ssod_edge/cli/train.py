@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ssod_edge.cli.help import Command
 from ssod_edge.cli.options import (
     COUNT,
     backbone,
@@ -22,8 +23,14 @@ from ssod_edge.cli.options import (
 )
 from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
 
+#: Settings that `--help` shows.
+EVERYDAY = " val negatives epochs tune weights"
 
-@click.command()
+
+@click.command(
+    cls=Command,
+    everyday="backbone size fit roi name out begun_from resume group recipe" + EVERYDAY,
+)
 @click.argument("data", required=False)
 @backbone
 @size
@@ -34,17 +41,21 @@ from ssod_edge.errors import EXIT_OK, EXIT_SOME_FAILED
     "--from",
     "begun_from",
     metavar="EXPORT|RUN",
-    help="Begin with the trunk, the class rows and the settings of a trained run, or of an export that was taught.",
+    help="Begin with a trained run, or with an export that was taught. Its trunk, class rows and settings are taken.",
 )
-@click.option("--resume", metavar="RUN", help="Go on with an interrupted run folder, with its own settings.")
+@click.option("--resume", metavar="RUN", help="Go on with an interrupted run. It keeps its folder and settings.")
 @train_options()
 def train(data: str | None, resume: str | None, out: str, **options: Any) -> None:
     """Train a classifier that knows when to say "unknown".
 
-    DATA is a folder of CLASS/IMAGE files, or of train/, val/ and test/ folders of that layout (test/ is not read); a
-    .tar file of either; a .csv or .parquet file with columns path and label, and maybe split (train, val, test) and
-    group; demo, torch/NAME:ROOT or hfds/NAME. FILE/test is the test part of a .tar, .csv or .parquet file.
-    DATA@LIST has only the classes that a text file names, one a line.
+    DATA is a folder of CLASS/IMAGE files, a .tar file of it, or a .csv or .parquet file with the columns path and
+    label. From 10 photos a class on it works.
+
+    A folder or a .tar file may also hold train/, val/ and test/ folders of classes, and a table the columns split
+    (train, val, test) and group. The test part is not read; FILE/test names that of a .tar, .csv or .parquet file.
+    DATA@LIST has only the classes that a text file names, one a line. DATA may also be demo, torch/NAME:ROOT or
+    hfds/NAME.
+
     Several processes: torchrun --nproc-per-node N -m ssod_edge train DATA ...
     """
     if (data is None) == (resume is None):
@@ -65,7 +76,10 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
     tell(str(run))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="backbone size out vary seeds id_data ood_data baselines score" + EVERYDAY,
+)
 @click.argument("data")
 @backbone
 @size
@@ -79,8 +93,9 @@ def train(data: str | None, resume: str | None, out: str, **options: Any) -> Non
 def study(data: str, out: str, **options: Any) -> int:
     """Train and evaluate a grid of settings, each with several seeds.
 
-    The table has means and deviations over the seeds.
-    A setting is an option of train, with any of its values: --vary method=ce,ssod --vary outliers=none,rotate+zoom.
+    The table has means and deviations over the seeds. A setting is an option of train, with any of its values:
+    --vary method=ce,ssod --vary outliers=none,rotate+zoom.
+
     What is done is not done again: run the same command once more after an interruption, or with more seeds. Processes
     of one command share the grid: start it once for each GPU, with CUDA_VISIBLE_DEVICES. They lock files in OUT, so
     all must see it on one file system whose locks hold: a local disk, not most network shares.
@@ -96,7 +111,10 @@ def study(data: str, out: str, **options: Any) -> int:
     return EXIT_OK if done else EXIT_SOME_FAILED
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    everyday="root out check folder images vary seeds baselines backbone size epochs",
+)
 @click.argument("table", type=click.Choice(["imagenet", "cifar10", "hard", "alpha", "balance", "backbones"]))
 @click.option("--root", required=True, metavar="DIR", help="Folder of the data sets; what is missing is named.")
 @click.option("-o", "--out", required=True, help="Folder of the study; its runs, lists and table lie in it.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from ssod_edge.data.stored import Shard, Stored, bucket_image, is_shard
+from ssod_edge.data.pixels import Stored
+from ssod_edge.data.stored import Shard, bucket_image, is_shard
 from ssod_edge.sources import is_address, is_bucket, without_secrets
 
 

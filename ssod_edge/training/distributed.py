@@ -43,19 +43,38 @@ def from_main(value: float) -> float:
     return shared[0]
 
 
+def may_start_again() -> bool:
+    """Whether torchrun was told to start the processes again where one of them dies (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def check_same_images(fingerprint: str) -> None:
     """Compare what every process is about to train on.
 
     Raises:
         UsageError: one sees other images, or labels them otherwise; each would teach its own classes.
     """
+    _compare(fingerprint, "images or labels", "Give all of them the same data")
+
+
+def check_same_start(fingerprint: str) -> None:
+    """Compare the checkpoint that every process goes on from, "" for none.
+
+    Raises:
+        UsageError: one has another checkpoint, or none: the run folder is not shared.
+    """
+    _compare(fingerprint, "checkpoints of the run", "All of them need its folder, on one file system")
+
+
+def _compare(fingerprint: str, what: str, fix: str) -> None:
     if not dist.is_initialized():
         return
     found: list[str] = [""] * world_size()
     dist.all_gather_object(found, fingerprint)
     others = [process for process, other in enumerate(found) if other != found[0]]
     if others:
+        theirs, ours = (found[process][:12] or "none" for process in (others[0], 0))
         raise UsageError(
-            f"process {others[0]} of {len(found)} sees other images or labels than process 0 (fingerprints "
-            f"{found[others[0]][:12]} and {found[0][:12]}). Give all of them the same data"
+            f"process {others[0]} of {len(found)} sees other {what} than process 0 (fingerprints {theirs} and "
+            f"{ours}). {fix}"
         )

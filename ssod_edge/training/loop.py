@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ssod_edge.config import AUTO_EPOCHS, TrainConfig
 from ssod_edge.data.negatives import Negatives, WithNegatives
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
-from ssod_edge.files import claim, real_path
+from ssod_edge.files import claim, real_path, sha256_file
 from ssod_edge.json_reader import from_json
 from ssod_edge.ops import kernel_in_use
 from ssod_edge.training.batches import TrainImages, load_batches
@@ -40,7 +40,15 @@ from ssod_edge.training.checkpoint import (
     model_tensors,
     optimizer_tensors,
 )
-from ssod_edge.training.distributed import from_main, is_main, rank, start_processes, world_size
+from ssod_edge.training.distributed import (
+    check_same_start,
+    from_main,
+    is_main,
+    may_start_again,
+    rank,
+    start_processes,
+    world_size,
+)
 from ssod_edge.training.disturbed import judge_disturbed, some
 from ssod_edge.training.features import compute_features
 from ssod_edge.training.meters import Meters, epoch_figures
@@ -89,7 +97,8 @@ class _Progress:
 def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, save_minutes: float = 5.0) -> Path:
     """Train a classifier with its OOD row; returns the run folder.
 
-    Under `torchrun` the same loop runs in every process (`config.batch_size` images each); process 0 writes.
+    Under `torchrun` the same loop runs in every process (`config.batch_size` images each); process 0 writes. Where it
+    may start the processes again (--max-restarts), they go on with a run of that name and these settings.
 
     Args:
         config: the settings; `config.name` names the run folder, by default "<backbone>-<data>".
@@ -112,6 +121,7 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
     device = start_processes()
     try:
         with _claimed(run):
+            resume = resume or (may_start_again() and (run / LAST).exists() and load_config(run) == config)
             if not resume and any((run / kept).exists() for kept in (BEST, LAST)):
                 raise UsageError(f"the run '{run}' exists already. Go on with --resume, or choose another --name")
             if config.tune != "all":
@@ -202,6 +212,7 @@ class _Loop(Session):
     def __init__(self, config: TrainConfig, run: Path, resume: bool, device: torch.device, save_minutes: float):
         restored = resume and (run / LAST).exists()
         super().__init__(config, run, device, restored, resume)
+        check_same_start(sha256_file(run / LAST) if restored else "")
         self.save_minutes, self.interrupted = save_minutes, False
         self.optimizer = make_optimizer(self.model, config)
         # Of weights and norms, over the longer a time the more steps there were: no setting of its own.
@@ -263,8 +274,8 @@ class _Loop(Session):
             if meta["progress"]["step"]:
                 raise UsageError(
                     f"the run '{self.run}' was stopped in the middle of an epoch that {processes} process(es) shared, "
-                    f"and there are {world_size()} now: the images that are left are not the same. Resume it with "
-                    f"--nproc-per-node {processes}"
+                    f"and there are {world_size()} now: the images that are left are not the same. Resume it with as "
+                    f"many: on one machine --nproc-per-node {processes}"
                 )
             trained = len(self.splits.train)
             before, now = (count * min(self.config.batch_size, trained // count) for count in (processes, world_size()))

@@ -24,13 +24,13 @@ def write_photos(folder: Path, classes: str, each: int, seed: int) -> Path:
     return folder
 
 
-def write_class(folder: Path, each: int, rng: np.random.Generator) -> None:
+def write_class(folder: Path, each: int, rng: np.random.Generator, suffix: str = ".png") -> None:
     """Images of the class that the folder is called after: its colour depends on the name alone."""
     folder.mkdir(parents=True, exist_ok=True)
     colour = np.random.default_rng((5, *map(ord, folder.name))).integers(0, 256, 3)
     for index, image in enumerate(random_images(each, seed=rng.integers(1 << 30)).numpy()):
         mixed = 0.4 * image.transpose(1, 2, 0) + 0.6 * colour + rng.normal(0, 3, (SIZE, SIZE, 3))
-        Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(folder / f"{index:03}.png")
+        Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)).save(folder / f"{index:03}{suffix}")
 
 
 def train_run(root: Path) -> Path:

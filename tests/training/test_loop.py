@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -26,7 +25,7 @@ import ssod_edge.training.loop
 import ssod_edge.training.session
 from ssod_edge import terminal
 from ssod_edge.cli import main
-from ssod_edge.config import ALIASES, AUTO_EPOCHS, LossConfig, Preprocess, TrainConfig
+from ssod_edge.config import AUTO_EPOCHS, LossConfig, Preprocess, TrainConfig
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
@@ -34,7 +33,7 @@ from ssod_edge.ops import kernel_in_use
 from ssod_edge.recipes import train_config
 from ssod_edge.terminal import TrainingBar
 from ssod_edge.training.checkpoint import AVERAGE, BEST, LAST, load_checkpoint, save_checkpoint
-from ssod_edge.training.distributed import check_same_images, from_main
+from ssod_edge.training.distributed import check_same_images, check_same_start, from_main
 from ssod_edge.training.loop import _Loop, resume_run, train
 from ssod_edge.training.meters import Meters, epoch_figures
 from ssod_edge.training.model import build_model
@@ -689,14 +688,14 @@ def test_an_epoch_without_patches_has_no_shares():
     assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
 
 
-def test_torchrun_trains_one_run_folder(pictures, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ssod_edge", "train",
-               str(pictures), "--backbone", "test_efficientnet", "--weights", "none", "--size", "40", "--epochs", "2",
-               "--batch-size", "4", "--workers", "0", "-o", str(tmp_path), "--name", "run"]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert len(rows(tmp_path / "run")) == 2 and Run.at(tmp_path / "run").meta["epoch"] >= 1
+def test_what_torchrun_starts_again_goes_on_with_its_run(config, tmp_path, monkeypatch, capsys):
+    once = replace(config, epochs=1, half_size_epochs=0)
+    run = train(once, tmp_path)
+    for restarts, asked in (("0", once), ("3", replace(once, seed=1))):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        with pytest.raises(UsageError, match="exists already"):
+            train(asked, tmp_path)
+    assert train(once, tmp_path) == run and "is finished already (1 epochs)" in capsys.readouterr().err
 
 
 def test_an_epoch_that_several_processes_shared_is_not_gone_on_with_by_fewer(config, tmp_path, capsys):
@@ -717,31 +716,23 @@ def two_processes(rank, folder, same):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         assert from_main(rank + 0.5) == 0.5
-        check_same_images("one" if same else f"{rank}")
-    except UsageError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
-    dist.destroy_process_group()
+        for check in (check_same_images, check_same_start):
+            try:
+                check("one" if same else "one" * rank)
+            except UsageError as error:
+                (folder / f"{rank}-{check.__name__}.txt").write_text(str(error))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_processes_compare_what_they_train_on(tmp_path, same):
+def test_processes_compare_what_they_train_on_and_what_they_go_on_from(tmp_path, same):
     mp.spawn(two_processes, (tmp_path, same), nprocs=2)
-    found = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
-    assert len(found) == (0 if same else 2) and all("process 1 of 2 sees other images" in text for text in found)
-
-
-@pytest.mark.parametrize("backbone", [*sorted(set(ALIASES.values())), "tf_efficientnet_lite0"])
-def test_synchronised_norms_keep_what_a_network_says(backbone):
-    """timm's norms hold the activation behind them; torch's own converter drops it."""
-    torch.manual_seed(0)
-    model = build_model(backbone, ("a", "b"), Preprocess(input_size=64)).eval()
-    image = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        before = model(image)[0]
-        converted = ssod_edge.training.session.convert_sync_batchnorm(model).eval()
-        after = converted(image)[0]
-    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
-    torch.testing.assert_close(after, before)
+    for check, what in ((check_same_images, "images or labels"), (check_same_start, "checkpoints of the run")):
+        found = [path.read_text() for path in tmp_path.glob(f"*-{check.__name__}.txt")]
+        assert len(found) == (0 if same else 2)
+        said = f"process 1 of 2 sees other {what} than process 0 (fingerprints one and none)"
+        assert all(said in text for text in found)
 
 
 @pytest.mark.parametrize(
