@@ -45,33 +45,35 @@ def rate(counts: Iterable[int]) -> Rate:
         UsageError: they came all at once.
     """
     started = first = last = time.perf_counter()
-    spent, after = cpu_s(), -1
+    before, after = spent(), -1
     for count in counts:
         last = time.perf_counter()
         if after < 0:
-            first, spent, after = last, cpu_s(), 0
+            first, before, after = last, spent(), 0
         else:
             after += count
     if after <= 0:
         raise UsageError("all verdicts came at once: give more photos, or a smaller --batch")
-    return Rate(first - started, after / (last - first), 1e3 * (cpu_s() - spent) / after)
+    seconds = sum(value - before.get(process, 0.0) for process, value in spent().items())
+    return Rate(first - started, after / (last - first), 1e3 * seconds / after)
 
 
-def cpu_s() -> float:
-    """Seconds of processor time so far of this process and those below it that live; Ray's are below the driver."""
+def spent() -> dict[int, float]:
+    """Seconds of processor time so far of this process and of those below it, by their ids; Ray's are below it."""
     parents: dict[int, int] = {}
-    spent: dict[int, int] = {}
+    ticks: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
             fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            parents[int(stat.parent.name)], spent[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
+            parents[int(stat.parent.name)], ticks[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
 
     def is_ours(process: int) -> bool:
         while process not in (0, os.getpid()):
             process = parents.get(process, 0)
         return process != 0
 
-    return sum(ticks for process, ticks in spent.items() if is_ours(process)) / os.sysconf("SC_CLK_TCK")
+    second = os.sysconf("SC_CLK_TCK")
+    return {process: count / second for process, count in ticks.items() if is_ours(process)}
 
 
 def ways(export: str, paths: list[str], engine: str, batch: int, cores: int) -> dict[str, Callable[[], Iterable[int]]]:
