@@ -45,16 +45,19 @@ def rate(counts: Iterable[int]) -> Rate:
         UsageError: they came all at once.
     """
     started = first = last = time.perf_counter()
-    before, after = spent(), -1
+    before: dict[int, float] = {}
+    latest: dict[int, float] = {}
+    after = -1
     for count in counts:
         last = time.perf_counter()
+        latest |= spent()  # an actor without work ends before the last verdicts are here
         if after < 0:
-            first, before, after = last, spent(), 0
+            first, before, after = last, dict(latest), 0
         else:
             after += count
     if after <= 0:
         raise UsageError("all verdicts came at once: give more photos, or a smaller --batch")
-    seconds = sum(value - before.get(process, 0.0) for process, value in spent().items())
+    seconds = sum(value - before.get(process, 0.0) for process, value in latest.items())
     return Rate(first - started, after / (last - first), 1e3 * seconds / after)
 
 
