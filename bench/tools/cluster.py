@@ -45,44 +45,54 @@ def rate(counts: Iterable[int]) -> Rate:
         UsageError: they came all at once.
     """
     started = first = last = time.perf_counter()
-    spent, after = cpu_s(), -1
+    before: dict[int, float] = {}
+    latest: dict[int, float] = {}
+    after = -1
     for count in counts:
         last = time.perf_counter()
+        latest |= spent()  # an actor without work ends before the last verdicts are here
         if after < 0:
-            first, spent, after = last, cpu_s(), 0
+            first, before, after = last, dict(latest), 0
         else:
             after += count
     if after <= 0:
         raise UsageError("all verdicts came at once: give more photos, or a smaller --batch")
-    return Rate(first - started, after / (last - first), 1e3 * (cpu_s() - spent) / after)
+    seconds = sum(value - before.get(process, 0.0) for process, value in latest.items())
+    return Rate(first - started, after / (last - first), 1e3 * seconds / after)
 
 
-def cpu_s() -> float:
-    """Seconds of processor time so far of this process and those below it that live; Ray's are below the driver."""
+def spent() -> dict[int, float]:
+    """Seconds of processor time so far of this process and of those below it, by their ids; Ray's are below it."""
     parents: dict[int, int] = {}
-    spent: dict[int, int] = {}
+    ticks: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
             fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            parents[int(stat.parent.name)], spent[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
+            parents[int(stat.parent.name)], ticks[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
 
     def is_ours(process: int) -> bool:
         while process not in (0, os.getpid()):
             process = parents.get(process, 0)
         return process != 0
 
-    return sum(ticks for process, ticks in spent.items() if is_ours(process)) / os.sysconf("SC_CLK_TCK")
+    second = os.sysconf("SC_CLK_TCK")
+    return {process: count / second for process, count in ticks.items() if is_ours(process)}
 
 
 def ways(export: str, paths: list[str], engine: str, batch: int, cores: int) -> dict[str, Callable[[], Iterable[int]]]:
-    """One process, an actor with all cores, and as many actors of one core: how many verdicts come at a time."""
+    """One process of as many threads as there are cores, and of one; one actor of all cores, and as many actors of one:
+    how many verdicts come at a time.
+    """
 
-    def one_process() -> Iterable[int]:
-        with Predictor(open_runner(export, engine=engine, threads=cores)) as model:
-            for number, verdict in enumerate(model.predict_many(paths, workers=cores), 1):
-                assert verdict.error is None, verdict.error
-                if number % batch == 0:
-                    yield batch
+    def process(threads: int) -> Callable[[], Iterable[int]]:
+        def run() -> Iterable[int]:
+            with Predictor(open_runner(export, engine=engine, threads=threads)) as model:
+                for number, verdict in enumerate(model.predict_many(paths, workers=threads), 1):
+                    assert verdict.error is None, verdict.error
+                    if number % batch == 0:
+                        yield batch
+
+        return run
 
     def actors(count: int) -> Callable[[], Iterable[int]]:
         def run() -> Iterable[int]:
@@ -100,7 +110,10 @@ def ways(export: str, paths: list[str], engine: str, batch: int, cores: int) -> 
 
         return run
 
-    return {"predict_many": one_process, **{f"actors_{count}": actors(count) for count in sorted({1, cores})}}
+    counts = sorted({1, cores})
+    return {f"process_{cores // count}": process(cores // count) for count in counts} | {
+        f"actors_{count}": actors(count) for count in counts
+    }
 
 
 @click.command(cls=Tool)
@@ -125,17 +138,22 @@ def main(
     ray.shutdown()
     rows: list[dict[str, Any]] = []
     for name, measured in found.items():
-        pairs = list(zip(measured, found["predict_many"], strict=True))
-        row: dict[str, Any] = {"run": name}
+        kind, number = name.split("_")
+        threads = int(number) if kind == "process" else cores // int(number)
+        # Two threads of an engine that wait for each other take more of the processor than one does.
+        bases = {"ips": found[f"process_{cores}"], "cpu_ms": found[f"process_{threads}"]}
+        row: dict[str, Any] = {"run": name, "threads": threads}
         row |= {
             what: statistics.median(getattr(one, what) for one in measured) for what in ("start_s", "ips", "cpu_ms")
         }
-        row["ips_ratio"] = statistics.median(one.ips / base.ips for one, base in pairs)
-        row["cpu_ratio"] = statistics.median(one.cpu_ms / base.cpu_ms for one, base in pairs)
+        for what, base in bases.items():
+            ratios = [getattr(a, what) / getattr(b, what) for a, b in zip(measured, base, strict=True)]
+            row[f"{what}_ratio"] = statistics.median(ratios)
         rows.append({**row, "rounds": [asdict(one) for one in measured]})
         click.echo(
             f"{name}: {row['ips']:.0f} photos/s ({row['ips_ratio']:.2f} of one process), {row['cpu_ms']:.1f} ms of "
-            f"processor time a photo ({row['cpu_ratio']:.2f}), after {row['start_s']:.1f} s"
+            f"processor time a photo ({row['cpu_ms_ratio']:.2f} of one process with as many threads), after "
+            f"{row['start_s']:.1f} s"
         )
     settings = {"images": len(paths), "cores": cores, "engine": engine, "batch": batch, "rounds": rounds}
     write_rows(json_file, "cluster", rows, settings=settings)
