@@ -94,7 +94,7 @@ def rollback(folder: str, to: str | None) -> int:
 
 @click.command(
     cls=Command,
-    everyday="camera smooth as_json csv resume sort_into monitor collect engine precision device batch",
+    everyday="camera smooth as_json csv resume sort_into monitor collect engine precision device",
 )
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1)
@@ -107,7 +107,7 @@ def rollback(folder: str, to: str | None) -> int:
 )
 @click.option("--parquet", metavar="FILE", type=click.Path(dir_okay=False), help="The same as a Parquet file.")
 @click.option(
-    "--resume", is_flag=True, help="With one of them: write each row at once, and go on with the rows that FILE has."
+    "--resume", is_flag=True, help="With --csv or --parquet: write each row at once, and go on with those FILE has."
 )
 @click.option(
     "--sort-into",
