@@ -31,7 +31,7 @@ test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
 docs: $(VENV)/.docs typed ## build the manual with its reference: build/docs/index.html
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs-test: $(STAMP) ## run the commands of every page of the manual on small data; minutes
 	OMP_NUM_THREADS=1 SSOD_EDGE_MANUAL=all $(BIN)/python -m pytest -q tests/test_manual.py
