@@ -60,7 +60,7 @@ dist: $(VENV)/.release ## what a release is made of, checked: the sdist, and whe
 	rm -rf dist
 	SSOD_EDGE_EXT=none $(BIN)/python -m build --no-isolation --outdir dist .
 	SSOD_EDGE_EXT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/ssod_edge-*.tar.gz
-	$(BIN)/auditwheel repair --exclude 'lib*torch*.so*' --exclude 'libc10*.so*' -w dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'lib*torch*.so*' --exclude 'libc10*.so*' -w dist build/wheel/*.whl
 	rm -r build/wheel
 	$(BIN)/twine check --strict dist/*
 	@du -b dist/*
