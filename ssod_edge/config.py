@@ -318,7 +318,6 @@ class TrainConfig:
         workers: processes that read photos.
         seed: of the splits, the order of photos, the augmentation and new weights.
         compile: use torch.compile.
-        sync_bn: share the statistics of batch norm between GPUs.
         head: what the last layer reads. `blocks`: every block of the backbone; `stages`: the last of each stage;
             `last`: its last features alone.
         tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `upper`: after that
@@ -356,7 +355,6 @@ class TrainConfig:
     workers: int = 1
     seed: int = 0
     compile: bool = False
-    sync_bn: bool = False
     head: Head = "last"
     tune: Tune = "all"
     weights: str = NO_WEIGHTS
@@ -406,10 +404,10 @@ class TrainConfig:
 
     @staticmethod
     def complete(values: dict[str, Any]) -> dict[str, Any]:
-        """The settings of an earlier release, which had `pretrained` beside `weights`."""
+        """The settings of an earlier release, which had `sync_bn`, and `pretrained` beside `weights`."""
+        values = {name: value for name, value in values.items() if name != "sync_bn"}
         if "pretrained" not in values:
             return values
-        values = dict(values)
         published = values.pop("pretrained")
         return {**values, "weights": PUBLISHED if published else values.get("weights") or NO_WEIGHTS}
 

@@ -34,7 +34,7 @@ PATCH_SETTINGS = {"gamma", "alpha", "patch_balance", "norm_weight"}
 
 #: Settings that only training of the whole network reads: --tune all is meant where one of them is given.
 WHOLE_SETTINGS = {
-    *("batch_size", "weight_decay", "half_size_epochs", "crop_scale_min", "compile", "sync_bn"),
+    *("batch_size", "weight_decay", "half_size_epochs", "crop_scale_min", "compile"),
     *("epochs", "lr", *(field.name for field in dataclasses.fields(LossConfig))),
 }
 

@@ -141,7 +141,7 @@ def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
 @pytest.mark.parametrize(
     ("earlier", "now"),
     [
-        ({"pretrained": False, "weights": None}, "none"),
+        ({"pretrained": False, "weights": None, "sync_bn": True}, "none"),
         ({"pretrained": True, "weights": None}, "published"),
         ({"pretrained": False, "weights": "w.pth"}, "w.pth"),
     ],

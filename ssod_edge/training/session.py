@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
@@ -195,8 +194,6 @@ class Session:
             model.classifier.reset_parameters()
         if config.half_size_epochs:
             check_size(model, config.preprocess.input_size // 2, "Train without it: --half-size-epochs 0")
-        if config.sync_bn and self.device.type == "cuda":
-            model = cast(SSODClassifier, convert_sync_batchnorm(model))
         return model.to(self.device, memory_format=torch.channels_last)
 
     def _take_rows(self, model: SSODClassifier, same: bool) -> None:

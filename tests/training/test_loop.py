@@ -25,7 +25,7 @@ import ssod_edge.training.loop
 import ssod_edge.training.session
 from ssod_edge import terminal
 from ssod_edge.cli import main
-from ssod_edge.config import ALIASES, AUTO_EPOCHS, LossConfig, Preprocess, TrainConfig
+from ssod_edge.config import AUTO_EPOCHS, LossConfig, Preprocess, TrainConfig
 from ssod_edge.data.sources import open_dataset
 from ssod_edge.errors import EXIT_INTERRUPTED, ArtifactError, BusyError, ImageError, TrainingError, UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions, evaluate
@@ -688,6 +688,16 @@ def test_an_epoch_without_patches_has_no_shares():
     assert epoch_figures({"images": 4.0})["id_patches"] == 0.0
 
 
+def test_what_torchrun_starts_again_goes_on_with_its_run(config, tmp_path, monkeypatch, capsys):
+    once = replace(config, epochs=1, half_size_epochs=0)
+    run = train(once, tmp_path)
+    for restarts, asked in (("0", once), ("3", replace(once, seed=1))):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        with pytest.raises(UsageError, match="exists already"):
+            train(asked, tmp_path)
+    assert train(once, tmp_path) == run and "is finished already (1 epochs)" in capsys.readouterr().err
+
+
 def test_an_epoch_that_several_processes_shared_is_not_gone_on_with_by_fewer(config, tmp_path, capsys):
     run = train(replace(config, epochs=1, half_size_epochs=0), tmp_path)
     for epochs, step, shared in ((0, 2, True), (1, 0, False)):
@@ -723,20 +733,6 @@ def test_processes_compare_what_they_train_on_and_what_they_go_on_from(tmp_path,
         assert len(found) == (0 if same else 2)
         said = f"process 1 of 2 sees other {what} than process 0 (fingerprints one and none)"
         assert all(said in text for text in found)
-
-
-@pytest.mark.parametrize("backbone", [*sorted(set(ALIASES.values())), "tf_efficientnet_lite0"])
-def test_synchronised_norms_keep_what_a_network_says(backbone):
-    """timm's norms hold the activation behind them; torch's own converter drops it."""
-    torch.manual_seed(0)
-    model = build_model(backbone, ("a", "b"), Preprocess(input_size=64)).eval()
-    image = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        before = model(image)[0]
-        converted = ssod_edge.training.session.convert_sync_batchnorm(model).eval()
-        after = converted(image)[0]
-    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
-    torch.testing.assert_close(after, before)
 
 
 @pytest.mark.parametrize(
