@@ -137,8 +137,8 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
 
     DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern ('photos/**/*.jpg'),
     a .tar file, the same in a bucket (s3://bucket/photos/), or - for a list on standard input. In their place, one
-    video file, one address of a stream (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the images are
-    taken, and no videos.
+    video file, one address of a stream (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the
+    images are taken, and no videos.
     """
     from ssod_edge.runtime.field.capture import holds_video, is_stream
     from ssod_edge.runtime.field.stream import run_stream
