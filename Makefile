@@ -31,7 +31,7 @@ test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
 docs: $(VENV)/.docs typed ## build the manual with its reference: build/docs/index.html
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs-test: $(STAMP) ## run the commands of every page of the manual on small data; minutes
 	OMP_NUM_THREADS=1 SSOD_EDGE_MANUAL=all $(BIN)/python -m pytest -q tests/test_manual.py
@@ -60,7 +60,7 @@ dist: $(VENV)/.release ## what a release is made of, checked: the sdist, and whe
 	rm -rf dist
 	SSOD_EDGE_EXT=none $(BIN)/python -m build --no-isolation --outdir dist .
 	SSOD_EDGE_EXT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/ssod_edge-*.tar.gz
-	$(BIN)/auditwheel repair --exclude 'lib*torch*.so*' --exclude 'libc10*.so*' -w dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'lib*torch*.so*' --exclude 'libc10*.so*' -w dist build/wheel/*.whl
 	rm -r build/wheel
 	$(BIN)/twine check --strict dist/*
 	@du -b dist/*

@@ -47,6 +47,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return "".join(text if code else spaced(linked(text, beside, place)) for code, text in fenced(markdown))
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """The page without what mkdocs-click writes for an option without a default."""
+    return html.replace("<code>Sentinel.UNSET</code>", "")
+
+
 def fenced(markdown: str) -> list[tuple[bool, str]]:
     """The text in parts, and of each whether it is a fenced block."""
     parts: list[tuple[bool, str]] = [(False, "")]

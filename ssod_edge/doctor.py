@@ -38,6 +38,8 @@ PURPOSES = {
     "serve": "serve",
     "ray": "verdicts on a Ray cluster",
     "baselines": "eval --baselines",
+    "buckets": "images in a bucket",
+    "parquet": "Parquet files",
     "heic": "HEIC pictures",
 }
 #: Of no use without a GPU, and each on machines of its own.

@@ -48,6 +48,11 @@ def test_the_kernel_that_samples_patches_is_named() -> None:
     assert details["CPU"].endswith(f"kernel: {ops.kernel_in_use('cpu')}")
 
 
+def test_what_each_extra_is_for_is_known() -> None:
+    """A bare environment shows all of them as missing."""
+    assert set(EXTRAS.values()) <= set(doctor.PURPOSES)
+
+
 def test_wrong_result_is_a_failure() -> None:
     device, status, detail = probe.check("CPU", lambda: np.zeros((2, 2)))
     assert (device, status) == ("CPU", "failed")

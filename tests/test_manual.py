@@ -15,7 +15,6 @@ import click
 import pytest
 from manual import (
     INDENTED,
-    OPTIONS,
     PAGES,
     SHELLS,
     Block,
@@ -39,9 +38,6 @@ else:
 
 #: Pages that `make test` runs, in one folder: a line that both have is run once.
 FIRST_PAGES = ("README.md", "docs/quickstart.md")
-#: Options of other programs that the text names by themselves.
-FOREIGN = {"--cpus", "--memory", "--system-site-packages", "--no-build-isolation", "--read-only"}
-FOREIGN |= {"--nproc-per-node", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf"}  # torchrun's
 ALL = "SSOD_EDGE_MANUAL" in os.environ
 
 
@@ -66,12 +62,13 @@ def test_commands_are_ones_that_there_are(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_options_in_the_text_are_ones_that_there_are(page: str) -> None:
+def test_options_of_commands_in_the_text_are_ones_that_there_are(page: str) -> None:
     for code in inline_code(page):
         name, *rest = code.removeprefix("ssod-edge ").split() or [""]
-        if name in main.commands or (name.startswith("--") and not rest):
-            flags = {word.partition("=")[0] for word in (name, *rest) if word.startswith("--")}
-            assert flags <= OPTIONS | FOREIGN, f"{page}: `{code}`"
+        if name in main.commands:
+            flags = {word.partition("=")[0] for word in rest if word.startswith("--")}
+            own = {flag for option in main.commands[name].params for flag in option.opts} | {"--help", "--help-all"}
+            assert flags <= own, f"{page}: `{code}`"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -114,7 +111,7 @@ def test_the_first_pages_run(template: Path, tmp_path: Path, monkeypatch: pytest
 
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    place = Place(left_out=() if ALL else ("ssod-edge bench", "ssod-edge doctor"))
+    place = Place(quick=not ALL)
     for page in FIRST_PAGES:
         place.run_page(page)
     assert sum(line.startswith("ssod-edge") for line in place.done) >= 6

@@ -94,7 +94,7 @@ def rollback(folder: str, to: str | None) -> int:
 
 @click.command(
     cls=Command,
-    everyday="camera smooth as_json csv resume sort_into monitor collect engine precision device batch",
+    everyday="camera smooth as_json csv resume sort_into monitor collect engine precision device",
 )
 @click.argument("folder", metavar="DIR")
 @click.argument("images", metavar="IMAGE...", nargs=-1)
@@ -107,7 +107,7 @@ def rollback(folder: str, to: str | None) -> int:
 )
 @click.option("--parquet", metavar="FILE", type=click.Path(dir_okay=False), help="The same as a Parquet file.")
 @click.option(
-    "--resume", is_flag=True, help="With one of them: write each row at once, and go on with the rows that FILE has."
+    "--resume", is_flag=True, help="With --csv or --parquet: write each row at once, and go on with those FILE has."
 )
 @click.option(
     "--sort-into",
@@ -136,8 +136,9 @@ def predict(folder: str, images: tuple[str, ...], **options: Any) -> int:
     """Classify images, and say which ones are UNKNOWN to the model.
 
     DIR is an export folder, or the run folder that holds it. IMAGE is a file, a folder, a pattern ('photos/**/*.jpg'),
-    a .tar file, the same in a bucket (s3://bucket/photos/), or - for a list on standard input. In their place, one video file, one address of a stream
-    (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the images are taken, and no videos.
+    a .tar file, the same in a bucket (s3://bucket/photos/), or - for a list on standard input. In their place, one
+    video file, one address of a stream (rtsp://, http:// ...) or --camera gives a verdict a frame; of a folder the
+    images are taken, and no videos.
     """
     from ssod_edge.runtime.field.capture import holds_video, is_stream
     from ssod_edge.runtime.field.stream import run_stream

@@ -33,5 +33,5 @@ def test_it_tells_where_the_answer_changes_and_keeps_what_is_unknown(
 
 
 def test_a_file_that_is_not_there_is_told(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Exception, match="there is no"):
+    with pytest.raises(Exception, match="nothing.mp4"):
         run(export, "nothing.mp4", monkeypatch=monkeypatch)

@@ -117,14 +117,6 @@ def parse(arguments: list[str]) -> None:
         pass  # --help
 
 
-#: Every option there is, of whatever command.
-OPTIONS = {flag for command in (main, *main.commands.values()) for param in command.params for flag in param.opts} | {
-    "-h",
-    "--help",
-    "--help-all",
-}
-
-
 def imported(code: str) -> Iterator[str]:
     """The modules and names that Python code imports from here, and what it takes from `ssod_edge` by a dot."""
     for node in ast.walk(ast.parse(code)):
