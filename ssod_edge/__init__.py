@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ImageError,
         MissingExtraError,
         OutputError,
+        ServerError,
         SsodEdgeError,
         TrainingError,
         UsageError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Collector", "Monitor", "Verdict", "__version__", "evaluate", "export", "open", "train"]
 __all__ += ["ArtifactError", "BusyError", "EngineError", "ImageError", "MissingExtraError", "OutputError"]
-__all__ += ["SsodEdgeError", "TrainingError", "UsageError", "VerificationError"]
+__all__ += ["ServerError", "SsodEdgeError", "TrainingError", "UsageError", "VerificationError"]
 
 #: `export` is the subpackage, which may be called.
 _HOMES = {

@@ -47,6 +47,7 @@ def test_the_import_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_model_is_trained_judged_exported_and_asked_from_python(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     from pictures import write_folder
 
     data = write_folder(tmp_path / "photos", per_class=48)

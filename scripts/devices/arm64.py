@@ -81,7 +81,7 @@ TESTS = (
     "test_spec.py",
 )
 #: A program that begins with its input closed finds it open there: the emulator's own file takes the place.
-NOT_THERE = ("runtime/test_predict.py::test_streams_that_are_closed",)
+NOT_THERE = ("runtime/test_predict.py::test_streams_that_are_closed", "test_face.py::test_the_import_is_quick")
 NOT_RUN = "not run: a real board, its speed, cameras, GPUs and accelerators; TensorRT (docs/jetson.md); int8"
 
 

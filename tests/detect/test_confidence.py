@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssod_edge.detect.confidence import LEAST_IMAGES, P_SIZE, fit_temperature, p_known, verdict_inputs
@@ -28,6 +28,7 @@ def test_with_few_images_it_is_the_conformal_p_value(n: int, seed: int, tpr: flo
     np.testing.assert_allclose(found, conformal(scores, calibration), atol=1e-6)
 
 
+@settings(deadline=None)  # an emulator takes longer
 @given(st.integers(100, 3000), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.99]))
 def test_with_many_it_is_never_below_and_by_a_hundredth_at_most_above(n: int, seed: int, tpr: float) -> None:
     rng = np.random.default_rng(seed)

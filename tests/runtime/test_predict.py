@@ -22,6 +22,7 @@ from PIL import Image
 import ssod_edge
 from ssod_edge.cli import main
 from ssod_edge.data.inputs import list_images
+from ssod_edge.data.listing import Listing
 from ssod_edge.errors import ImageError, UsageError
 from ssod_edge.runtime.open import open_runner
 from ssod_edge.runtime.predict import Predictor, available_cores
@@ -487,10 +488,11 @@ def test_progress_is_shown_on_a_terminal_alone(
 ) -> None:
     from ssod_edge.runtime.report import _with_progress
 
-    assert list(_with_progress(range(50), 50)) == list(range(50))
+    listing = Listing([f"{number}.png" for number in range(50)])
+    assert list(_with_progress(range(50), listing)) == list(range(50))
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(_with_progress(range(50), 50)) == list(range(50))
+    assert list(_with_progress(range(50), listing)) == list(range(50))
     assert capsys.readouterr().out == "", "standard output is for results"
 
 
@@ -504,4 +506,4 @@ def test_an_interrupt_still_prints_the_rows_that_are_done(export: Path, photos: 
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            _print_table(interrupted(), 2, model.runner)
+            _print_table(interrupted(), Listing(["red.png", "blue.png"]), model.runner)

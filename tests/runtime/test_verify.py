@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,9 @@ def test_a_faithful_artifact_passes_with_its_figures(export: Path, artifact: str
     assert figures.passed and figures.failures == ()
     assert (figures.n, figures.decision_flips, figures.decision_flip_share) == (40, 0, 0.0)
     assert figures.class_agreement == 1.0
-    largest = 1e-4 if artifact.endswith("fp32") else 1e-2
+    # On 64-bit Arm ONNX Runtime computes fp16 in fp16; on x86-64 it widens it.
+    halves = 0.1 if platform.machine() == "aarch64" else 1e-2
+    largest = 1e-4 if artifact.endswith("fp32") else halves
     assert 0 <= figures.mean_abs_logit_diff <= figures.max_abs_logit_diff < largest
     assert figures.relative_logit_error < TOLERANCES[artifact[-4:]].noise
     logits, id_logit = colour_outputs(load_reference(export, load_spec(export))["image"])
