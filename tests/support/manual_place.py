@@ -61,8 +61,9 @@ NOT_RUN = (
     "scp",
     "ssh",
 )
-#: Pages whose Python belongs to other machines: it is compiled, and what it imports is looked for.
-ELSEWHERE = ("docs/cluster.md",)
+#: Pages whose Python needs a cluster, or a trained network (to another one everything looks alike): it is compiled, and
+#: what it imports is looked for.
+ELSEWHERE = ("docs/cluster.md", "docs/teaching.md")
 #: Commands that wait for a person, a camera or requests: their words are checked, and no more.
 WAITS = ("serve", "review", "--camera")
 
@@ -115,7 +116,7 @@ def write_data(folder: Path) -> None:
     rng = np.random.default_rng(1)
     for name in CLASSES:
         write_class(folder / "photos" / name, 30, rng, ".jpg")
-    write_class(folder / "new-classes" / "jug", 12, rng, ".jpg")
+    write_class(folder / "new-classes" / "mug", 12, rng, ".jpg")
     for path in folder.rglob("*.jpg"):  # soft edges, as a lens makes them
         with Image.open(path) as image:
             image.resize((160, 120), Image.Resampling.BILINEAR).save(path)
