@@ -125,7 +125,7 @@ def test_a_check_finds_what_training_would_refuse_before_a_list_is_made(root, tm
 
 
 def test_help_shows_what_a_grid_takes():
-    pages = {name: CliRunner().invoke(main, [name, "--help"]).output for name in ("train", "study", "reproduce")}
+    pages = {name: CliRunner().invoke(main, [name, "--help-all"]).output for name in ("train", "study", "reproduce")}
     assert ["--seed " in page for page in pages.values()] == [True, False, False]
     recipes = [re.search(r"--recipe \[.*?default: (\w+)", page, re.DOTALL)[1] for page in pages.values()]
     assert recipes == ["short", "short", "paper"]
