@@ -9,7 +9,7 @@ JOBS := 2
 # Where scripts/venv.sh found a Python 3.10, the tests of what goes onto a device run on it too. Read when it is used.
 PYTHON310 = $(shell ls $(abspath $(VENV))/python310/bin/python 2>/dev/null)
 
-.PHONY: help venv demo test test-gpu docs docs-test faults plans cuda wheel dist arm64 container lint typed format \
+.PHONY: help venv demo test test-slow test-gpu docs docs-test faults plans cuda wheel dist arm64 container lint typed format \
 	coverage clean
 
 help: ## list the targets
@@ -25,7 +25,10 @@ demo: $(STAMP) ## train, evaluate, export, bench, predict and teach on the embed
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
 
 test: $(STAMP) ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 SSOD_EDGE_PYTHON310="$(PYTHON310)" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu"
+	OMP_NUM_THREADS=1 SSOD_EDGE_PYTHON310="$(PYTHON310)" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not slow"
+
+test-slow: $(STAMP) ## run the tests that take long and guard little more than others do
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu"
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

@@ -165,6 +165,7 @@ def test_words_of_a_model_without_unknown_images() -> None:
     assert page["told_apart"] == [] and page["expected"] is None and page["artifacts"] == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_make_a_page_within_half_a_minute() -> None:
     classes = tuple(f"class {number}" for number in range(20))
     model = made(6000, classes, {"near": 2000, "far": 2000}, side=1600)

@@ -104,6 +104,7 @@ def test_torchrun_trains_one_run_folder(unbroken):
     assert len(rows(unbroken)) == EPOCHS and Run.at(unbroken).meta["epoch"] >= 1
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_and_started_again_loses_nothing(pictures, unbroken, tmp_path):
     run, port, command, nodes = tmp_path / "run", free_port(), train(pictures, tmp_path), []
 

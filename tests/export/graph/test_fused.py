@@ -88,7 +88,10 @@ def test_graph_ends_in_one_gemm_of_all_rows(small_model: SSODClassifier, small_g
         check_fused(small_graph, rows=9)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "regnety_008_tv", "densenet121"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("regnety_008_tv", "densenet121"))],
+)
 def test_other_families_keep_the_form(backbone: str) -> None:
     model = make_model(backbone, size=64)
     graph = fused_graph(model, "posterior", trained=False)
