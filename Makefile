@@ -56,8 +56,8 @@ plans: $(STAMP) ## build real plans of every backbone with TensorRT for RTX, no 
 cuda: $(STAMP) ## compile and link the CUDA code for every architecture of a release, no GPU needed (ARCHS="87 90a")
 	$(BIN)/python scripts/cuda.py $(ARCHS)
 
-wheel: $(STAMP) ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl
-	SSOD_EDGE_EXT=none $(BIN)/pip wheel -q --no-deps -w dist .
+wheel: ## a wheel without compiled code, for devices: dist/ssod_edge-VERSION-py3-none-any.whl; installs nothing
+	SSOD_EDGE_EXT=none $(or $(wildcard $(BIN)/python),python3) -m pip wheel -q --no-deps -w dist .
 
 dist: $(VENV)/.release ## what a release is made of, checked: the sdist, and wheels with the kernel and without
 	rm -rf dist

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssod_edge.data.inputs import known_images, list_images
 from ssod_edge.detect.metrics import check_target_tpr
 from ssod_edge.errors import UsageError
@@ -139,9 +141,13 @@ def _take_over(runner: Runner, bundled: Export, say: Say) -> Mapping[str, Verifi
     doubt: str | None = "the bundle has none"
     if graph is not None and graph.threshold is not None:
         figures = verify_runner(runner, bundled.folder, graph.threshold.value)
-        doubt = _doubt(figures, bundled, graph.threshold)
+        cut = _cut(bundled, graph.threshold)
+        there = figures if cut == graph.threshold.value else verify_runner(runner, bundled.folder, cut)
+        doubt = _doubt(there)
         if doubt is None:
-            evidence = f"{figures.decision_flips} of {figures.n} reference images change sides"
+            evidence = f"{there.decision_flips} of {there.n} reference images change sides"
+            if there is not figures:
+                evidence += f" at the {graph.threshold.target_tpr:.0%} quantile of their own scores"
             say(f"{artifact.name}: takes over the threshold of {graph.name}: {evidence}")
             data = f"{graph.threshold.data}; fitted to {graph.name} and taken over: {evidence}"
             runner.artifact = replace(artifact, threshold=replace(graph.threshold, data=data))
@@ -150,15 +156,22 @@ def _take_over(runner: Runner, bundled: Export, say: Say) -> Mapping[str, Verifi
     return {}
 
 
-def _doubt(figures: Verification, bundled: Export, threshold: Threshold) -> str | None:
-    """Why the reference does not show that an artifact decides as the trained model does; None if it does."""
-    scores = bundled.reference()[f"score_{bundled.spec.score_name}"]
+def _cut(bundled: Export, threshold: Threshold) -> float:
+    """The score at which the reference shows whether an artifact decides as its ONNX graph does: the threshold.
+
+    Where all reference images lie on one side of that, as few photos do that the model was trained on, their sides say
+    nothing. Then it is the quantile of their own scores that belongs to the threshold's share of known images.
+    """
+    scores = np.sort(bundled.reference()[f"score_{bundled.spec.score_name}"].astype(np.float64))
     known = int((scores <= threshold.value).sum())
-    if not 0 < known < figures.n:
-        side = "unknown" if known == 0 else "known"
-        return (
-            f"all {figures.n} reference images are {side} at the ONNX graph's, so they cannot show that it holds here"
-        )
+    if 0 < known < len(scores):
+        return threshold.value
+    place = min(max(1, round(threshold.target_tpr * len(scores))), len(scores) - 1)
+    return float(scores[place - 1 : place + 1].mean())
+
+
+def _doubt(figures: Verification) -> str | None:
+    """Why the reference does not show that an artifact decides as the trained model does; None if it does."""
     if figures.decision_flips is None or figures.decision_flips > MAX_FLIPS:
         flips = f"{figures.decision_flips} of {figures.n} reference images"
         return f"{flips} change sides at the ONNX graph's, at most {MAX_FLIPS} may"

@@ -36,7 +36,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-echo "Installing ssod-edge[$extras] into $venv (about 5.5 GB with PyTorch; a few minutes the first time)"
+echo "Installing ssod-edge[$extras] into $venv (about 7 GB with PyTorch; a few minutes the first time)"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 # setuptools warns at every editable install that folders may shadow it; there is nothing to act on.
 PYTHONWARNINGS="ignore:Editable" "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"

@@ -287,6 +287,8 @@ def load_spec(folder: str | Path) -> Spec:
     try:
         values = read_json(path)
     except FileNotFoundError:
+        if not Path(folder).exists():
+            raise UsageError(f"'{folder}' does not exist. Make an export with: ssod-edge export") from None
         raise UsageError(f"'{path}' does not exist. Make an export with: ssod-edge export") from None
     except NotADirectoryError:
         raise UsageError(f"'{folder}' is not an export folder; give the folder that holds {SPEC_NAME}") from None

@@ -173,7 +173,7 @@ def test_a_line_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(manual_place, "blocks", lambda *_: [made("ssod-edge predict runs/nothing new.jpg")])
-    with pytest.raises(AssertionError, match=r"page.md:1: ssod-edge predict runs/nothing new.jpg\n.*ssod.json"):
+    with pytest.raises(AssertionError, match=r"page.md:1: ssod-edge predict runs/nothing new.jpg\n.*does not exist"):
         manual_place.Place().run_page("page.md")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -166,8 +167,10 @@ def _file_system(address: str) -> tuple[Any, str]:
     try:
         system, path = core.url_to_fs(address)
     except ImportError as error:  # such as s3fs
+        wanted = re.search(r"nstall (\w+)", str(error))
+        fix = f". Install it with: pip install {wanted[1]}" if wanted else ""
         raise MissingExtraError(
-            f"'{without_secrets(address)}' needs a package that is not installed: {error}"
+            f"'{without_secrets(address)}' needs a package that is not installed ({error}){fix}"
         ) from error
     except Exception as error:
         raise UsageError(f"'{without_secrets(address)}' cannot be opened: {_reason(error)}") from error

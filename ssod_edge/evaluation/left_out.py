@@ -68,10 +68,14 @@ def leave_out(
     classes = np.unique(labels)
     if len(classes) < 3:
         return
+    from threadpoolctl import threadpool_limits
+
     for label in np.sort(np.random.default_rng(0).permutation(classes)[:MOST_CLASSES]):
         count = len(folds.weight)
         parts = range(count) if n <= FEW else [int(label) % count]
-        yield LeftOut(int(label), *_fit_without(names, data, folds, int(label), parts))
+        with threadpool_limits(1):  # many small fits: threads would wait for each other, for ever where others compute
+            found = _fit_without(names, data, folds, int(label), parts)
+        yield LeftOut(int(label), *found)
         advance(1)
 
 

@@ -222,7 +222,7 @@ def build_model(
         ArtifactError: the weights file is unreadable or of another model.
     """
     if len(classes) < 2:
-        raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}")
+        raise UsageError(f"a classifier needs at least 2 classes, got {len(classes)}. Give a folder for each class")
     keep_freed_memory()
     name, cfg = _look_up(backbone)
     other_size = cfg.fixed_input_size and cfg.input_size[-1] != preprocess.input_size

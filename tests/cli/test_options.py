@@ -163,7 +163,7 @@ def test_the_list_of_commands_is_in_whole_sentences() -> None:
         (["export", "--weights", "typo.pth", "--backbone", "mobilenetv3"], "weights file 'typo.pth' does not exist"),
         (["export", "--from", "typo.tar"], "'typo.tar' does not exist"),
         (["bench", "--id", "typo"], "data set 'typo' does not exist"),
-        (["calibrate", "typo", "--id", "demo"], "'typo/ssod.json' does not exist"),
+        (["calibrate", "typo", "--id", "demo"], "'typo' does not exist"),
         (["train", "--resume", "typo"], "there is no run 'typo' to resume"),
         (["explain", "typo", "photo.jpg"], "checkpoint 'typo' does not exist"),
         (["train", "demo", "-o", "a-file/runs"], "a-file' is a file; give another folder than 'a-file/runs'"),

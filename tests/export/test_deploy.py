@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ import ssod_edge
 from ssod_edge.cli import main
 from ssod_edge.errors import ArtifactError, MissingExtraError, UsageError, VerificationError
 from ssod_edge.export.bundle import write_bundle
-from ssod_edge.export.deploy import deploy
+from ssod_edge.export.deploy import _doubt, deploy
 from ssod_edge.export.release import Targets
 from ssod_edge.files import sha256_file
 from ssod_edge.runtime.open import open_runner
+from ssod_edge.runtime.verify import Verification
 from ssod_edge.spec import Spec, Threshold, load_spec
 
 MakeExport = Callable[..., Path]
@@ -106,17 +107,25 @@ def test_a_new_artifact_takes_over_a_threshold_with_the_evidence(
     assert made.verification["decision_flips"] == 0
 
 
-@pytest.mark.parametrize(("shift", "side"), [(1.0, "known"), (-9.0, "unknown")])
-def test_no_threshold_is_taken_over_that_the_reference_cannot_show(
-    export: Path, tmp_path: Path, out: Path, shift: float, side: str
+@pytest.mark.parametrize("shift", [1.0, -9.0])
+def test_where_all_of_the_reference_is_on_one_side_its_own_quantile_decides(
+    export: Path, tmp_path: Path, out: Path, shift: float
 ) -> None:
-    edit_spec(export, with_threshold(float(reference_scores(export)[-1]) + shift))
+    """As where the reference is photos that the model was trained on, and the threshold is that of others."""
+    value = float(reference_scores(export)[-1]) + shift
+    edit_spec(export, with_threshold(value))
     write_bundle(export, tmp_path / "b.tar")
-    lines: list[str] = []
-    (made,) = deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",)), say=lines.append).artifacts
-    assert made.threshold is None and made.verification["decision_flips"] is None
-    assert f"openvino-fp32: no threshold: all 40 reference images are {side}" in lines[-1]
-    assert "calibrate DIR --id DATA" in lines[-1]
+    (made,) = deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",))).artifacts
+    assert made.threshold is not None and made.threshold.value == value
+    assert "0 of 40 reference images change sides at the 95% quantile of their own scores" in made.threshold.data
+
+
+def test_at_that_quantile_too_images_that_change_sides_are_a_doubt() -> None:
+    figures = Verification(
+        **{field.name: None for field in fields(Verification) if field.init} | {"n": 40, "decision_flips": 2}
+    )
+    assert _doubt(figures) == "2 of 40 reference images change sides at the ONNX graph's, at most 1 may"
+    assert _doubt(replace(figures, decision_flips=1)) is None
 
 
 def test_no_threshold_is_taken_over_at_which_images_change_sides(export: Path, tmp_path: Path, out: Path) -> None:

@@ -31,8 +31,10 @@ VIDEO_SUFFIXES = frozenset(
 )
 _URL = re.compile(r"(rtsps?|rtmps?|rtp|srt|https?|udp|tcp)://", re.IGNORECASE)
 _HTTP = re.compile(r"https?://", re.IGNORECASE)
-#: FFmpeg takes these for pictures made of letters, or for karaoke, whatever they hold.
-_NO_VIDEOS = frozenset((".ans", ".art", ".asc", ".cdg", ".diz", ".ice", ".idf", ".nfo", ".txt", ".vt"))
+#: FFmpeg takes these for pictures made of letters, for karaoke, or an archive of JPEG files for a video.
+_NO_VIDEOS = frozenset(
+    (".tar", ".tgz", ".gz", ".ans", ".art", ".asc", ".cdg", ".diz", ".ice", ".idf", ".nfo", ".txt", ".vt")
+)
 #: Lists of addresses, whose own length says nothing of the stream.
 _LISTS = ("mpegurl", "dash+xml")
 
@@ -91,7 +93,7 @@ def opencv() -> Any:
     # What goes wrong is said here, once; OpenCV and FFmpeg would say it in ten lines.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    return load("cv2")
+    return load("cv2", "a video or a camera")
 
 
 @dataclass(frozen=True)
