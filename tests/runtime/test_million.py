@@ -74,6 +74,16 @@ def test_the_images_of_a_tar_file_get_the_verdicts_of_files(
         assert {**one, "image": 0} == {**other, "image": 0}
 
 
+def test_a_tar_file_of_jpeg_files_is_no_video(export: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        paint(tmp_path / "photos" / f"{number}.jpg", "red")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "photos", "photos")
+    assert [Path(name).name for name in verdicts(run(export, tmp_path / "s.tar", "--json"))] == [
+        f"{number}.jpg" for number in range(4)
+    ]
+
+
 def test_files_and_tar_files_in_the_order_in_which_they_are_named(export: Path, photos: Path, tmp_path: Path) -> None:
     shard = pack(tmp_path / "s.tar", photos)
     done = run(export, "-", "--json", stdin=f"{photos}/a/0.png\n{shard}\n{photos}/b/1.png\n")
