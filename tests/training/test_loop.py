@@ -725,7 +725,7 @@ def two_processes(rank, folder, same):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("same", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_processes_compare_what_they_train_on_and_what_they_go_on_from(tmp_path, same):
     mp.spawn(two_processes, (tmp_path, same), nprocs=2)
     for check, what in ((check_same_images, "images or labels"), (check_same_start, "checkpoints of the run")):

@@ -224,6 +224,7 @@ def test_artifacts_of_a_run_that_was_copied_are_kept_with_their_thresholds(
     assert sum(line.startswith("kept ") for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_artifacts_of_another_score_are_removed_and_named(small_run: Path, exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(exported, out)
@@ -235,7 +236,8 @@ def test_artifacts_of_another_score_are_removed_and_named(small_run: Path, expor
     assert sum("is of another model, score" in line for line in lines) == 3
 
 
-@pytest.mark.parametrize(("factor", "kept"), [(1 + 1e-6, 3), pytest.param(1 + 1e-2, 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "kept"), [(1 + 1e-6, 3), (1 + 1e-2, 0)])
 def test_artifacts_are_kept_though_the_last_bits_of_the_reference_differ(
     small_run: Path, exported: Path, tmp_path: Path, factor: float, kept: int
 ) -> None:
