@@ -9,6 +9,8 @@ import shlex
 #: Schemes of buckets and other file systems, from which images are read through fsspec.
 BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf", "hdfs", "sftp", "ssh", "memory")
 _BUCKET = re.compile(rf"(?:{'|'.join(BUCKETS)})://", re.IGNORECASE)
+#: What may sign an address of a bucket; a "?" may be in a pattern, too.
+_QUERY = re.compile(r"\?[\w-]+=.*", re.DOTALL)
 #: What an address begins with; with a known scheme also where slashes were left out, or `Path` took one away.
 _ADDRESS = re.compile(
     r"[a-z][a-z0-9+.-]*://|(?:rtsps?|rtmp[a-z]*|rtp|srt|https?|wss?|udp|tcp|mms|s?ftps?):[/\\]{0,2}", re.IGNORECASE
@@ -79,7 +81,7 @@ def _address_in_text(match: re.Match[str]) -> str:
 def _address(address: str) -> str:
     if (bucket := _BUCKET.match(address)) is not None:  # whose path is one of files, and no camera's
         host, slash, path = address[bucket.end() :].partition("/")
-        return bucket[0] + host.rpartition("@")[2] + slash + path
+        return bucket[0] + host.rpartition("@")[2] + slash + _QUERY.sub("?...", path)
     scheme = _ADDRESS.match(address)
     start = scheme.end() if scheme else 0
     return address[:start] + _rest(address[start:])

@@ -44,8 +44,9 @@ def test_text_on_a_screen_is_what_it_says() -> None:
     assert file.getvalue().count(SHOWN) == 4 and "\x1b" not in file.getvalue()
 
 
-#: Lines with colours of our own, whose words from outside went through `printable`.
-COLOURED = {"ssod_edge.runtime.field.stream", "ssod_edge.runtime.field.summary"}
+#: Lines with colours of our own, whose words from outside went through `printable`; help has none from outside, and
+#: loads nothing.
+COLOURED = {"ssod_edge.cli.help", "ssod_edge.runtime.field.stream", "ssod_edge.runtime.field.summary"}
 
 
 def test_every_module_prints_through_the_one_that_makes_text_harmless() -> None:

@@ -116,6 +116,7 @@ def test_without_id_data_the_recorded_validation_split_is_used(place):
     assert "validation split" in report["id_data"]
 
 
+@pytest.mark.slow
 def test_the_score_of_the_runs_export_is_evaluated(small_run, tmp_path, capsys):
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
     images = {"same": str(small_run.parent / "data")}

@@ -291,6 +291,7 @@ def test_a_run_whose_export_was_taught_is_judged_by_that(colours: tuple[Path, Pa
 # ---- a run, in PyTorch
 
 
+@pytest.mark.slow
 def test_a_run_is_judged_as_eval_does(small_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from ssod_edge.evaluation.evaluate import EvalOptions, evaluate

@@ -154,6 +154,7 @@ def test_without_a_threshold_in_the_bundle_there_is_none(export: Path, tmp_path:
     assert sum("no threshold: the bundle has none" in line for line in lines) == 4
 
 
+@pytest.mark.slow
 def test_untrained_weights_are_deployed_for_their_latency(make_export: MakeExport, tmp_path: Path, out: Path) -> None:
     write_bundle(make_export(tmp_path / "untrained", trained=False), tmp_path / "b.tar")
     lines: list[str] = []

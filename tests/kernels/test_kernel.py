@@ -146,6 +146,7 @@ def test_autocast_leaves_it_in_the_precision_it_is_given():
     assert torch.equal(outside, inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same(instructions, tmp_path):
     """One that this processor lacks falls back to the portable code."""

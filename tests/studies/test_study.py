@@ -207,6 +207,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path, monke
     assert "| method=ssod | 1 |" in result.stdout
 
 
+@pytest.mark.slow
 def test_every_run_can_be_exported_and_its_score_evaluated(data, tmp_path, monkeypatch):
     out = tmp_path / "study"
     result = study(data, out, "--seeds", "0", "--score", "energy+knn", "--calib-fraction", "0.4")
@@ -254,6 +255,7 @@ def test_a_run_that_ended_by_itself_is_not_gone_on_with(data, tmp_path, monkeypa
 CALIBRATED = ("--calib-fraction", "0.5", "--seeds", "0")
 
 
+@pytest.mark.slow
 def test_an_export_that_is_lost_or_another_is_made_again(data, tmp_path, monkeypatch):
     out = tmp_path / "study"
     assert one_cell(data, out, *CALIBRATED, "--score", "msp").exit_code == 0
@@ -412,6 +414,7 @@ def test_a_run_that_an_earlier_default_trained_is_not_mixed_with_new_ones(data, 
     assert one_cell(data, out, "--seeds", "0").exit_code == 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_other_images_or_weights_is_made_again(data, tmp_path, monkeypatch):
     from ssod_edge.studies import study as module
 

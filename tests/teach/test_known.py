@@ -94,7 +94,7 @@ def test_the_checkpoint_is_not_run_for_a_taught_export(run_folder: Path) -> None
 
 def test_calibrate_in_the_run_folder(run_folder: Path) -> None:
     done = run("calibrate", run_folder, "--id", load_spec(run_folder / "export").source["data"])
-    assert done.exit_code == 2 and "teach it again for these, or name new images" in done.output
+    assert done.exit_code == 2 and "Teach it again for these, or name new images" in done.output
 
 
 def measured(folder: Path, file: Path, data: Path | None = None) -> dict[str, Any]:

@@ -568,6 +568,7 @@ def test_a_detector_that_fp32_does_not_hold_is_no_candidate() -> None:
     assert any(line.startswith("no candidate: rmd: fp32 does not hold it") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_transformer_ships_a_detector(tmp_path: Path) -> None:
     """Its blocks are linear layers too, and KNN's norm reads the features without one."""
     write_images(tmp_path / "data", 168)

@@ -94,7 +94,7 @@ def test_choose_source(small_run: Path, tmp_path: Path) -> None:
         ({"run": None, "weights": "w.pth"}, "--backbone"),
         ({"run": "x", "classes": "names.txt"}, "--classes"),
         ({"run": "x", "size": 64}, "--size: for weights that were not trained here"),
-        ({"run": "x", "fit": "pad", "roi": (0, 0, 9, 9)}, "--fit, --roi: .* A run has its own"),
+        ({"run": "x", "fit": "pad", "roi": (0, 0, 9, 9)}, "--fit, --roi: .* A run keeps what it was trained with"),
         ({"run": None, "runs": "nothing-here", "backbone": "resnet18", "data": "demo"}, "leave --id out"),
         ({"run": None, "runs": "nothing-here", "backbone": "resnet-18"}, "unknown backbone"),
     ],

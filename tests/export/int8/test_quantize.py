@@ -228,6 +228,7 @@ def control(fp32: onnx.ModelProto) -> AccuracyControl:
     return AccuracyControl(DrawnImages(images(24), known, labels, "noise", "noise"), infer_onnx(fp32), max_drop=10.0)
 
 
+@pytest.mark.slow
 def test_the_layer_that_costs_accuracy_goes_back_to_floating_point(
     fp32: onnx.ModelProto, control: AccuracyControl
 ) -> None:
