@@ -142,8 +142,8 @@ def _take_over(runner: Runner, bundled: Export, say: Say) -> Mapping[str, Verifi
     if graph is not None and graph.threshold is not None:
         figures = verify_runner(runner, bundled.folder, graph.threshold.value)
         cut = _cut(bundled, graph.threshold)
-        there = figures if cut == graph.threshold.value else verify_runner(runner, bundled.folder, cut)
-        doubt = _doubt(there)
+        there = figures if cut in (None, graph.threshold.value) else verify_runner(runner, bundled.folder, cut)
+        doubt = _doubt(there, cut)
         if doubt is None:
             evidence = f"{there.decision_flips} of {there.n} reference images change sides"
             if there is not figures:
@@ -156,22 +156,27 @@ def _take_over(runner: Runner, bundled: Export, say: Say) -> Mapping[str, Verifi
     return {}
 
 
-def _cut(bundled: Export, threshold: Threshold) -> float:
+def _cut(bundled: Export, threshold: Threshold) -> float | None:
     """The score at which the reference shows whether an artifact decides as its ONNX graph does: the threshold.
 
-    Where all reference images lie on one side of that, as few photos do that the model was trained on, their sides say
-    nothing. Then it is the quantile of their own scores that belongs to the threshold's share of known images.
+    Where all reference images are known at that, as photos are that the model was trained on, their sides say nothing.
+    Then it is the quantile of their own scores that belongs to the threshold's share of known images. None where all
+    are unknown: such a threshold fits no model.
     """
     scores = np.sort(bundled.reference()[f"score_{bundled.spec.score_name}"].astype(np.float64))
     known = int((scores <= threshold.value).sum())
-    if 0 < known < len(scores):
-        return threshold.value
+    if known < len(scores):
+        return threshold.value if known else None
     place = min(max(1, round(threshold.target_tpr * len(scores))), len(scores) - 1)
     return float(scores[place - 1 : place + 1].mean())
 
 
-def _doubt(figures: Verification) -> str | None:
+def _doubt(figures: Verification, cut: float | None) -> str | None:
     """Why the reference does not show that an artifact decides as the trained model does; None if it does."""
+    if cut is None:
+        return (
+            f"all {figures.n} reference images are unknown at the ONNX graph's, so they cannot show that it holds here"
+        )
     if figures.decision_flips is None or figures.decision_flips > MAX_FLIPS:
         flips = f"{figures.decision_flips} of {figures.n} reference images"
         return f"{flips} change sides at the ONNX graph's, at most {MAX_FLIPS} may"

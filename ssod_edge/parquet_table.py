@@ -47,9 +47,7 @@ class ParquetTable(AbstractContextManager["ParquetTable"]):
     def __init__(self, path: str | os.PathLike[str], columns: Mapping[str, str], resume: bool = False) -> None:
         self._parquet, self._arrow = load("pyarrow.parquet", "a Parquet file"), load("pyarrow", "a Parquet file")
         self._path, self._columns = check_output(path), columns
-        kinds = {"string": "string", "int64": "int64", "double": "float64", "bool": "bool_"}
-        types = [(name, getattr(self._arrow, kinds[kind])()) for name, kind in columns.items()]
-        self._schema = self._arrow.schema(types)
+        self._schema = arrow_schema(columns)
         self._key = next(iter(columns))
         self._old = self._path if resume and self._path.exists() else None
         self._in_old = Names(row[self._key] for row in self._old_rows([self._key]))
@@ -101,6 +99,13 @@ class ParquetTable(AbstractContextManager["ParquetTable"]):
                     for name, kind in self._columns.items()
                 }
                 writer.write_table(self._arrow.table(values, schema=self._schema))
+
+
+def arrow_schema(columns: Mapping[str, str]) -> Any:
+    """Arrow's schema of columns as `ParquetTable` takes them; raises MissingExtraError without pyarrow."""
+    arrow = load("pyarrow", "a Parquet file")
+    kinds = {"string": arrow.string(), "int64": arrow.int64(), "double": arrow.float64(), "bool": arrow.bool_()}
+    return arrow.schema([(name, kinds[kind]) for name, kind in columns.items()])
 
 
 def utf8(text: str) -> str:

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssod_edge.config import IMAGE_SUFFIXES
 from ssod_edge.data.inputs import list_images
 from ssod_edge.data.pixels import ImageLike, Picture
 from ssod_edge.errors import UsageError
 from ssod_edge.optional import load
+from ssod_edge.parquet_table import arrow_schema
 from ssod_edge.runtime.open import open_runner
-from ssod_edge.runtime.predict import Predictor, Verdict
-from ssod_edge.runtime.written import COLUMNS
+from ssod_edge.runtime.predict import Predictor
+from ssod_edge.runtime.written import COLUMNS, column_types
 from ssod_edge.sources import is_address, without_secrets
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Verdicts:
     def __init__(self, export: Path, **opening: Any) -> None:
         self._model = Predictor(open_runner(export, **opening))
         self._threads: int | None = opening.get("threads")
-        self._schema = verdict_schema()
+        self._schema = arrow_schema(column_types())
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The verdicts on a batch, in its order.
@@ -93,14 +94,6 @@ def _images(batch: pa.Table) -> list[tuple[ImageLike, str | None]]:
         for content, name in zip(contents, names, strict=True)
     ]
     return list(zip(pictures, names, strict=True))
-
-
-def verdict_schema() -> pa.Schema:
-    """The columns of `predict --csv` with their types: a batch of images that cannot be read has the same ones."""
-    pa = _pyarrow()
-    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    hints = get_type_hints(Verdict)
-    return pa.schema([(name, kinds[(get_args(hints[name]) or (hints[name],))[0]]) for name in COLUMNS])
 
 
 def predict(

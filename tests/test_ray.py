@@ -19,8 +19,9 @@ import ssod_edge
 import ssod_edge.ray
 from ssod_edge.errors import MissingExtraError, UsageError
 from ssod_edge.optional import is_there
-from ssod_edge.ray import Verdicts, _listed, _one_a_node, predict, verdict_schema
-from ssod_edge.runtime.written import COLUMNS
+from ssod_edge.parquet_table import arrow_schema
+from ssod_edge.ray import Verdicts, _listed, _one_a_node, predict
+from ssod_edge.runtime.written import COLUMNS, column_types
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra `ray`")
 needs_ray = pytest.mark.skipif(not is_there("ray"), reason="the extra `ray` is not installed")
@@ -73,7 +74,7 @@ def test_bytes_are_judged_as_their_files_are(export: Path, photos: list[str]) ->
 def test_a_batch_that_cannot_be_read_has_the_same_types(export: Path, tmp_path: Path) -> None:
     actor = Verdicts(export, engine=ENGINE, threads=1)
     nothing = actor(pa.table({"path": pa.array([str(tmp_path / "no.png"), None], pa.string())}))
-    assert nothing.schema == verdict_schema()
+    assert nothing.schema == arrow_schema(column_types())
     assert nothing.column("class_index").to_pylist() == [None, None] and nothing.column("error").null_count == 0
     assert actor(pa.table({"bytes": pa.array([b"", None], pa.binary())})).column("error").null_count == 0
     assert dict(zip(nothing.column_names, map(str, nothing.schema.types), strict=True)) == {

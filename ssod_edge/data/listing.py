@@ -22,15 +22,19 @@ class Listing:
 
     def __init__(self, names: Sequence[str], is_done: Callable[[str], bool] | None = None):
         self._names, self._is_done = names, is_done
-        self._shards = {name: Shard(name) for name in names if is_shard(name)}
-        self._bytes = sum(shard.size() for shard in self._shards.values())
+        self._shards = sum(map(is_shard, names))
+        self._passed = self._images = 0  # .tar files that are done, and the images in them
+        self._shard: Shard | None = None
         self.skipped = 0
 
     def __iter__(self) -> Iterator[str | Stored]:
         """Paths of files, and what is stored elsewhere."""
         for name in self._names:
-            if name in self._shards:
-                yield from self._shards[name].wanted(self._is_wanted)
+            if is_shard(name):
+                self._shard = Shard(name)
+                yield from self._shard.wanted(self._is_wanted)
+                self._passed, self._images = self._passed + 1, self._images + self._shard.images
+                self._shard = None
             elif self._is_wanted(without_secrets(name) if is_address(name) else name):
                 yield bucket_image(name) if is_bucket(name) else name
 
@@ -40,13 +44,15 @@ class Listing:
         return not done
 
     def left(self) -> int | None:
-        """About how many images there are but for those that were passed over: of .tar files, as their bytes go.
+        """About how many images there are but for those that were passed over.
 
-        None as long as nothing is known of them.
+        .tar files are taken to hold as many as those before them; the one that is read, as its bytes go. None as long
+        as nothing is known of them.
         """
-        shards = self._shards.values()
-        files, found = len(self._names) - len(shards), sum(shard.images for shard in shards)
-        read = sum(shard.at for shard in shards)
-        if shards and not (found and read and self._bytes):
+        passed, images = float(self._passed), self._images
+        if self._shard is not None:
+            passed, images = passed + self._shard.share, images + self._shard.images
+        if self._shards and not (passed and images):
             return None
-        return files + round(found * max(1.0, self._bytes / read if read else 1.0)) - self.skipped
+        found = images * self._shards / passed if self._shards else 0
+        return len(self._names) - self._shards + round(found) - self.skipped

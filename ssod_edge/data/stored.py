@@ -6,7 +6,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from glob import has_magic
 from typing import IO, Any
 
@@ -84,48 +83,36 @@ class Shard:
 
     Attributes:
         images: that were found so far.
-        at: bytes of the file that were read or passed over.
+        share: of the file's bytes that were read or passed over, in [0, 1].
     """
 
     def __init__(self, name: str):
         self._name = name
         self.shown = without_secrets(name)
-        self.images = self.at = 0
-
-    def size(self) -> int:
-        """Bytes of the file; 0 where that cannot be told."""
-        try:
-            if not is_bucket(self._name):
-                return os.path.getsize(self._name)
-            system, path = _file_system(self._name)
-            return int(system.size(path) or 0)
-        except Exception:  # reading it says what is wrong
-            return 0
-
-    def __iter__(self) -> Iterator[Stored]:
-        yield from self.wanted(lambda _: True)
+        self.images, self.share = 0, 0.0
 
     def wanted(self, name_is: Callable[[str], bool]) -> Iterator[Stored]:
         """Those of the images whose names are wanted; of the others no bytes are read."""
         try:
-            with ExitStack() as stack:
-                file = stack.enter_context(_open(self._name))
-                tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:*"))
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    self.at = file.tell()
-                    plain = member.name.removeprefix("./")
-                    if not (is_shown(plain) and is_image(plain)) or member.isdir():
-                        continue
-                    self.images += 1
-                    if name_is(name := f"{self.shown}/{plain}"):
-                        yield Stored(name, _content(tar, member))
-                _check_end(tar)
+            with _open(self._name) as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                with tarfile.open(fileobj=file, mode="r:*") as tar:
+                    while (member := tar.next()) is not None:
+                        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                        self.share = file.tell() / size
+                        plain = member.name.removeprefix("./")
+                        if not (is_shown(plain) and is_image(plain)) or member.isdir():
+                            continue
+                        self.images += 1
+                        if name_is(name := f"{self.shown}/{plain}"):
+                            yield Stored(name, _content(tar, member))
+                    _check_end(tar)
             if not self.images:
                 raise ImageError("it holds no images")
         except Exception as error:  # damage raises whatever it leads to
-            yield Stored(self.shown, _raises(error))
-        self.at = max(self.at, self.size())
+            if name_is(self.shown):
+                yield Stored(self.shown, _raises(error))
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], bytes]:

@@ -73,7 +73,8 @@ def leave_out(
     for label in np.sort(np.random.default_rng(0).permutation(classes)[:MOST_CLASSES]):
         count = len(folds.weight)
         parts = range(count) if n <= FEW else [int(label) % count]
-        with threadpool_limits(1):  # many small fits: threads would wait for each other, for ever where others compute
+        # Many small fits, whose threads would wait for each other where the cores do other work too.
+        with threadpool_limits(1 if n <= FEW else None):
             found = _fit_without(names, data, folds, int(label), parts)
         yield LeftOut(int(label), *found)
         advance(1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ssod_edge.csv_table import CsvTable, GrowingTable, path_cell
 from ssod_edge.data.layout import same_name
@@ -20,12 +20,19 @@ from ssod_edge.names import Names
 from ssod_edge.parquet_table import ParquetTable, utf8
 from ssod_edge.runtime.predict import Seen, Verdict
 
-#: Columns of the table, with their types in a Parquet file; of a video with those of `FRAME_COLUMNS` after them.
-_TYPES = {"class_index": "int64", "known": "bool"}
-_TYPES |= dict.fromkeys(("confidence", "ood_score", "threshold", "p_known", "time_s", "fps"), "double")
-_TYPES |= {"frame": "int64"}
+#: Columns of the table; of a video with those of `FRAME_COLUMNS` after them.
 COLUMNS = tuple(field.name for field in fields(Verdict))
 FRAME_COLUMNS = ("frame", "time_s", "fps")
+
+
+def column_types(more: Sequence[str] = ()) -> dict[str, str]:
+    """Column -> its type, as `ssod_edge.parquet_table.arrow_schema` takes it, of a verdict and of columns beside it."""
+    kinds = {str: "string", int: "int64", float: "double", bool: "bool"}
+    hints = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Verdict).items()}
+    hints |= {"frame": int, "time_s": float, "fps": float}
+    return {name: kinds[hints[name]] for name in (*COLUMNS, *more)}
+
+
 #: The folder of images that are unknown.
 UNKNOWN = "unknown"
 
@@ -49,7 +56,7 @@ class VerdictTable(AbstractContextManager["VerdictTable"]):
         self._cell = utf8 if parquet else path_cell
         self._table: CsvTable | GrowingTable | ParquetTable
         if parquet:
-            self._table = ParquetTable(path, {name: _TYPES.get(name, "string") for name in self._columns}, resume)
+            self._table = ParquetTable(path, column_types(more), resume)
         else:
             self._table = GrowingTable(path, self._columns) if resume else CsvTable(path, self._columns)
 

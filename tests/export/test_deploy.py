@@ -107,12 +107,9 @@ def test_a_new_artifact_takes_over_a_threshold_with_the_evidence(
     assert made.verification["decision_flips"] == 0
 
 
-@pytest.mark.parametrize("shift", [1.0, -9.0])
-def test_where_all_of_the_reference_is_on_one_side_its_own_quantile_decides(
-    export: Path, tmp_path: Path, out: Path, shift: float
-) -> None:
+def test_where_all_of_the_reference_is_known_its_own_quantile_decides(export: Path, tmp_path: Path, out: Path) -> None:
     """As where the reference is photos that the model was trained on, and the threshold is that of others."""
-    value = float(reference_scores(export)[-1]) + shift
+    value = float(reference_scores(export)[-1]) + 1
     edit_spec(export, with_threshold(value))
     write_bundle(export, tmp_path / "b.tar")
     (made,) = deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",))).artifacts
@@ -120,12 +117,24 @@ def test_where_all_of_the_reference_is_on_one_side_its_own_quantile_decides(
     assert "0 of 40 reference images change sides at the 95% quantile of their own scores" in made.threshold.data
 
 
+def test_no_threshold_is_taken_over_at_which_all_of_the_reference_is_unknown(
+    export: Path, tmp_path: Path, out: Path
+) -> None:
+    edit_spec(export, with_threshold(float(reference_scores(export)[-1]) - 9))
+    write_bundle(export, tmp_path / "b.tar")
+    lines: list[str] = []
+    (made,) = deploy(tmp_path / "b.tar", out, Targets(("fp32",), ("openvino",)), say=lines.append).artifacts
+    assert made.threshold is None and made.verification["decision_flips"] is None
+    assert "openvino-fp32: no threshold: all 40 reference images are unknown" in lines[-1]
+    assert "calibrate DIR --id DATA" in lines[-1]
+
+
 def test_at_that_quantile_too_images_that_change_sides_are_a_doubt() -> None:
     figures = Verification(
         **{field.name: None for field in fields(Verification) if field.init} | {"n": 40, "decision_flips": 2}
     )
-    assert _doubt(figures) == "2 of 40 reference images change sides at the ONNX graph's, at most 1 may"
-    assert _doubt(replace(figures, decision_flips=1)) is None
+    assert _doubt(figures, 0.0) == "2 of 40 reference images change sides at the ONNX graph's, at most 1 may"
+    assert _doubt(replace(figures, decision_flips=1), 0.0) is None
 
 
 def test_no_threshold_is_taken_over_at_which_images_change_sides(export: Path, tmp_path: Path, out: Path) -> None:

@@ -114,6 +114,15 @@ def test_a_damaged_tar_file_costs_no_other_image(
     assert all(found[f"{good}/{name}"]["error"] is None for name in ("a/0.png", "b/5.png"))
 
 
+def test_the_row_of_a_damaged_tar_file_is_written_once(export: Path, photos: Path, tmp_path: Path) -> None:
+    bad, table = pack(tmp_path / "bad.tar", photos), tmp_path / "out.csv"
+    bad.write_bytes(damaged(bad.read_bytes(), "cut"))
+    run(export, bad, "--csv", table, "--resume")
+    rows = table.read_text()
+    assert rows.count("Copy or pack it again") == 1
+    assert run(export, bad, "--csv", table, "--resume").exit_code == 0 and table.read_text() == rows
+
+
 def test_a_tar_file_without_images_and_one_that_is_not_there(export: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "empty.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
@@ -128,7 +137,7 @@ def test_a_link_in_a_tar_file_is_told(photos: Path, tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "0.png"
         tar.addfile(link)
         tar.add(photos / "a" / "0.png", "a/0.png")
-    first, second = Shard(str(tmp_path / "s.tar"))
+    first, second = Shard(str(tmp_path / "s.tar")).wanted(lambda _: True)
     with pytest.raises(Exception, match="it is a link"):
         first.read()
     assert second.read() == (photos / "a" / "0.png").read_bytes()
