@@ -204,11 +204,9 @@ class LossConfig:
         alpha: weight of what patches teach about "unknown" (Eq. 14); 0 leaves it out.
         patch_balance: how the few patches of known things count beside the many of background (Table 5). `lwb`: half
             each; `lw`: background weighted down to their number; `dr`: as many of each, drawn at random.
-        norm_weight: weight of the size of background features, with `lbf` and `both`.
         outliers: training also shows the network spoiled copies of your photos (turned, shuffled, zoomed, blended) and
             teaches it to call them unknown. Which kinds, comma-separated; with --method only those named here.
         outlier_share: spoiled copies in a batch, as a share of its photos, in (0, 1].
-        outlier_weight: weight of what spoiled copies teach; 0 leaves it out.
         warmup_epochs: epochs that teach the classes alone, before anything about "unknown"; with a --method of patches
             and --recipe scratch 10.
     """
@@ -217,10 +215,8 @@ class LossConfig:
     gamma: float = 0.95
     alpha: float = 1.0
     patch_balance: Balance = "lwb"
-    norm_weight: float = 0.05
     outliers: tuple[Outlier, ...] = ()
     outlier_share: float = 0.5
-    outlier_weight: float = 1.0
     warmup_epochs: float = 1.0
 
     def __post_init__(self) -> None:
@@ -233,12 +229,13 @@ class LossConfig:
                 f"outliers must be different ones of {', '.join(OUTLIERS)}, got '{','.join(self.outliers)}'"
             )
         check(self, "outlier_share", 0 < self.outlier_share <= 1, "in (0, 1]")
-        for name in ("alpha", "norm_weight", "outlier_weight", "warmup_epochs"):
+        for name in ("alpha", "warmup_epochs"):
             check(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more")
 
     @staticmethod
     def complete(values: dict[str, Any]) -> dict[str, Any]:
-        """The settings of an earlier release, which called `patch_balance` `balance`."""
+        """The settings of an earlier release, which called `patch_balance` `balance` and had two weights more."""
+        values = {key: value for key, value in values.items() if key not in ("norm_weight", "outlier_weight")}
         if "balance" not in values or "patch_balance" in values:
             return values
         return {"patch_balance" if key == "balance" else key: value for key, value in values.items()}
@@ -251,7 +248,7 @@ class LossConfig:
     @property
     def shrinks_background(self) -> bool:
         """Whether the norm of background features is part of the loss."""
-        return self.method in ("lbf", "both") and self.norm_weight > 0
+        return self.method in ("lbf", "both")
 
     @property
     def labels_patches(self) -> bool:
@@ -261,7 +258,7 @@ class LossConfig:
     @property
     def trains_row_on_outliers(self) -> bool:
         """Whether images that were made teach the OOD row."""
-        return bool(self.outliers) and self.outlier_weight > 0
+        return bool(self.outliers)
 
     @property
     def trains_row(self) -> bool:

@@ -30,7 +30,7 @@ _AUTO = {"batch_size": 32, "lr": 5e-4}
 PATCH_WARMUP_EPOCHS = {"scratch": 10.0}
 
 #: Settings of `LossConfig` that say how patches are labelled and weighed.
-PATCH_SETTINGS = {"gamma", "alpha", "patch_balance", "norm_weight"}
+PATCH_SETTINGS = {"gamma", "alpha", "patch_balance"}
 
 #: Settings that only training of the whole network reads: --tune all is meant where one of them is given.
 WHOLE_SETTINGS = {

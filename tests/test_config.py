@@ -127,7 +127,7 @@ def test_a_recipe_trains_on_made_images_and_a_method_on_what_its_name_says(recip
     )
 
 
-@pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"patch_balance": "dr"}, {"norm_weight": 0.1}])
+@pytest.mark.parametrize("setting", [{"gamma": 0.9}, {"alpha": 0.0}, {"patch_balance": "dr"}])
 def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
     """Given beside `--method ce`, as in a grid, it stays."""
     options = {"backbone": "resnet18", "data": "photos", **setting}
@@ -136,6 +136,11 @@ def test_a_setting_of_patches_without_patches_is_no_silent_one(setting):
     ):
         train_config("short", options)
     assert train_config("short", {**options, "method": "ce"}).loss.method == "ce"
+
+
+def test_weights_of_the_loss_that_an_earlier_release_had_are_read_over():
+    values = {"method": "lbf", "balance": "dr", "norm_weight": 0.3, "outlier_weight": 0.0}
+    assert from_dict(LossConfig, values) == LossConfig(method="lbf", patch_balance="dr")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ssod_edge.cli.options import baselines, check_paths, named_data, newest, ta
 
 @click.command(
     cls=Command,
-    everyday="backbone runs id_data ood_data via_size leave_out baselines json_file png_file pictures mistakes",
+    everyday="backbone runs id_data ood_data via_size leave_out details baselines json_file png_file pictures mistakes",
 )
 @click.argument("run", required=False)
 @newest("Without RUN: the newest run of this backbone.")
@@ -31,6 +31,11 @@ from ssod_edge.cli.options import baselines, check_paths, named_data, newest, ta
     is_flag=True,
     help="Leave out each known class in turn, fit the last layer and the score without it, and show them its images.",
 )
+@click.option(
+    "--details",
+    is_flag=True,
+    help="Print every score, the confusion matrix, the wrong answers and each kind of disturbance.",
+)
 @baselines
 @click.option("--json", "json_file", type=click.Path(), help="Where the figures go. Default: RUN/eval-PROTOCOL.json.")
 @click.option("--png", "png_file", type=click.Path(), help="Histograms. Default: RUN/eval-PROTOCOL.png.")
@@ -45,12 +50,14 @@ from ssod_edge.cli.options import baselines, check_paths, named_data, newest, ta
     "and hold both classes.",
 )
 def eval(run: str | None, **options: Any) -> None:
-    """Measure accuracy, and how well scores tell the unknown.
+    """Measure accuracy, and how many images are called known.
 
-    Of the known classes it shows precision, recall, F1, the confusion matrix, the calibration of the confidence and the
-    mistakes. RUN is a run folder or a checkpoint. DATA as in train, DATA@LIST too. Of a run with negatives (train
-    --negatives) those that were held out are an OOD set of that name. The PROTOCOL in file names is native, via32 with
-    --via 32, or via32-jpeg75 with --via 32,jpeg75: so that neither size nor codec tells the sets apart.
+    With --details it shows every score, the confusion matrix, the calibration of the confidence, the wrong answers, and
+    each kind of disturbance too. The JSON file has all of it in any case. RUN is a run folder or a checkpoint.
+
+    DATA as in train, DATA@LIST too. Of a run with negatives (train --negatives) those that were held out are an OOD set
+    of that name. The PROTOCOL in file names is native, via32 with --via 32, or via32-jpeg75 with --via 32,jpeg75: so
+    that neither size nor codec tells the sets apart.
     """
     check_paths(run, id_data=options["id_data"], ood_data=options["ood_data"])
     from ssod_edge.evaluation.evaluate import EvalOptions, run_eval

@@ -15,6 +15,16 @@ from ssod_edge.errors import EXIT_INTERRUPTED, EXIT_SOME_FAILED, SsodEdgeError
 from ssod_edge.machine import limit_threads
 from ssod_edge.optional import failed_import
 
+#: What a command that was interrupted leaves. `train`, `bench` and `predict` say it themselves.
+LEFT = {
+    "export": "an export that was there is as it was",
+    "calibrate": "the export is as it was",
+    "teach": "the export is as it was",
+    "study": "the same command goes on with the runs that are there",
+    "eval": "no figures were written",
+    "report": "no page was written",
+}
+
 
 class Commands(click.Group):
     """The group of commands: lists them in the order of work, and turns results and errors into exit codes."""
@@ -50,6 +60,8 @@ class Commands(click.Group):
             if ctx.params.get("debug"):
                 _say(traceback.format_exc().rstrip())
             message, code = describe(error)
+            if isinstance(error, KeyboardInterrupt) and ctx.invoked_subcommand in LEFT:
+                message = f"{message}: {LEFT[ctx.invoked_subcommand]}"
             _say(message)
             ctx.exit(code)
 

@@ -193,13 +193,17 @@ def class_lines(found: Mapping[str, Any]) -> list[str]:
     named = ", ".join(f"{name} ({100 * rows[name]['recall']:.0f} of 100 images are found)" for name in weakest)
     balanced, f1 = found["balanced_accuracy"], found["macro_f1"]
     lines = [f"classes: balanced accuracy {balanced:.1%}, mean F1 {f1:.1%}; weakest: {named}"]
-    if found["confused"]:
-        pairs = [
-            f"{pair['label']} for {pair['class_name']} ({pair['n']} of {rows[pair['label']]['n']})"
-            for pair in found["confused"][:3]
-        ]
-        lines.append(f"most often taken: {', '.join(pairs)}")
-    return [*lines, _confidence_line(found)]
+    return [*lines, *filter(None, [pair_line(found)]), _confidence_line(found)]
+
+
+def pair_line(found: Mapping[str, Any]) -> str:
+    """Which classes were taken for which others, of what `classification` found; empty where none was."""
+    rows = found["by_class"]
+    pairs = [
+        f"{pair['label']} for {pair['class_name']} ({pair['n']} of {rows[pair['label']]['n']})"
+        for pair in found["confused"][:3]
+    ]
+    return f"most often taken: {', '.join(pairs)}" if pairs else ""
 
 
 def _confidence_line(found: Mapping[str, Any]) -> str:

@@ -37,8 +37,9 @@ from ssod_edge.evaluation.images import (
 from ssod_edge.evaluation.known import judge_known, shipped_temperature
 from ssod_edge.evaluation.mistakes import check_mistakes, save_mistakes
 from ssod_edge.evaluation.pictures import save_evaluation, save_histograms
-from ssod_edge.evaluation.report import print_report
+from ssod_edge.evaluation.report import print_details
 from ssod_edge.evaluation.shift import ShiftedImages, judge_shifted, sample, shift_rows
+from ssod_edge.evaluation.summary import print_summary
 from ssod_edge.files import check_output, real_path, write_json
 from ssod_edge.spec import Spec, Threshold
 from ssod_edge.terminal import image_bar, printable, tell
@@ -374,14 +375,16 @@ def run_eval(
     png_file: str | None = None,
     pictures: str | None = None,
     mistakes: str | None = None,
+    details: bool = False,
 ) -> None:
-    """The command `eval`: evaluate, print the table, write JSON and pictures.
+    """The command `eval`: evaluate, print what it comes to, write JSON and pictures.
 
     Args:
         run: run folder or checkpoint; None: the newest run under `runs`, of this backbone if one is given.
         json_file, png_file: of figures and histograms; None leaves them to the run's folder.
         pictures: folder of all pictures; None makes no others.
         mistakes: new folder of copies of the images that got the wrong class; None makes none.
+        details: print all of it; without, what fits on a screen. What baselines bring is a detail.
     """
     if run and backbone:
         raise UsageError("give a run, or --backbone for the newest run of it, not both")
@@ -410,7 +413,7 @@ def run_eval(
             raise
         tell(f"no histograms: {error}", err=True)
     finally:
-        print_report(report)
+        (print_details if details or options.baselines else print_summary)(report)
     if mistakes:
         written.append(save_mistakes(mistakes, report["classification"]["mistakes"], found.sets["id"]))
     tell("written: " + ", ".join(str(path) for path in written), err=True)

@@ -20,7 +20,7 @@ MOST_CLASSES, MOST_IN_MATRIX, MOST_MISTAKES = 20, 12, 10
 def known_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
     """Tables, and lines of text, of the parts `classification` and `deployment` of a report."""
     found = report["classification"]
-    yield _classes(found)
+    yield class_table(found)
     if found["confusion"] is not None and len(found["by_class"]) <= MOST_IN_MATRIX:
         yield _matrix(found)
     yield from map(printable, class_lines(found))
@@ -30,7 +30,7 @@ def known_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
             yield explain_p_known(report["deployment"][report["default_score"]]["threshold"]["target_tpr"])
 
 
-def _classes(found: Mapping[str, Any]) -> Table:
+def class_table(found: Mapping[str, Any]) -> Table:
     """A row for each class, that of the lowest F1 first."""
     rows = sorted(found["by_class"].items(), key=lambda item: 2 if item[1]["f1"] is None else item[1]["f1"])
     shown = "" if len(rows) <= MOST_CLASSES else f", the worst {MOST_CLASSES} of {len(rows)}"

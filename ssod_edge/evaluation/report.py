@@ -1,4 +1,4 @@
-"""The terminal's view of an evaluation: what is told apart, what shipping it means, and what the peers cost."""
+"""All of an evaluation on the terminal: what is told apart, what shipping it means, and what the peers cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ssod_edge.terminal import Screen, printable
 Report = Mapping[str, Any]
 
 
-def print_report(report: Report) -> None:
+def print_details(report: Report) -> None:
     """The report of `ssod_edge.evaluation.evaluate.evaluate` as tables; figures in percent, the best score first."""
     console = Screen()
 
@@ -40,7 +40,7 @@ def print_report(report: Report) -> None:
     else:
         console.print("No OOD set was given; add some with --ood NAME=DATA")
     if "negatives" in report:
-        say(_negatives(report["negatives"]))
+        say(negatives_line(report["negatives"]))
     if report["deployment"]:
         console.print(_deployment(report, names or list(report["deployment"])))
         say(_shipped(report))
@@ -48,8 +48,8 @@ def print_report(report: Report) -> None:
         console.print(_shift(report))
         say(_worst_shift(report))
     if "leave_out" in report:
-        console.print(_left_out(report["leave_out"]))
-        for line in _expected(report["leave_out"]):
+        console.print(left_out_table(report["leave_out"]))
+        for line in expected_lines(report["leave_out"]):
             say(line)
     if "baselines" in report:
         console.print(_costs(report, names))
@@ -86,7 +86,7 @@ def _detection(report: Report, names: list[str]) -> Table:
     return table
 
 
-def _negatives(found: Mapping[str, Any]) -> str:
+def negatives_line(found: Mapping[str, Any]) -> str:
     return (
         f"negatives: {found['held_out']} of '{found['data']}' that were held out; {found['learnt_from']} others were "
         f"learnt from, and {found['chosen_by']} are there to choose a score by"
@@ -160,7 +160,7 @@ def _worst_shift(report: Report) -> str:
     return text
 
 
-def _left_out(found: Report) -> Table:
+def left_out_table(found: Report) -> Table:
     """A row for each class that was left out, then their mean and the worst of each column."""
     title = f"Classes left out in turn, by {found['score']} at 95% of the others, %"
     table = _table(title, "class")
@@ -176,7 +176,7 @@ def _left_out(found: Report) -> Table:
     return table
 
 
-def _expected(found: Report) -> list[str]:
+def expected_lines(found: Report) -> list[str]:
     """What to expect in the field, in words."""
     lines = expectation_lines(found)
     if found["other_photos"] is None:

@@ -118,7 +118,7 @@ class Service:
             raise RefusedError(503, reason, "it took too long; try again", {"Retry-After": "1"})
         verdicts = asked.answer.result()
         if verdicts is None:
-            raise RefusedError(503, "engine", "the model gives no answer")
+            raise RefusedError(503, "engine", "the model failed; the log of the server says why")
         return verdicts
 
 

@@ -36,7 +36,7 @@ class Bodies:
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise RefusedError(415, "type", "a body is sent as it is, without Content-Encoding")
+            raise RefusedError(415, "type", "send the body as it is, without Content-Encoding")
         if kind != "multipart/form-data" and kind not in BYTES and not kind.startswith("image/"):
             kinds = "image/..., application/octet-stream or multipart/form-data"
             raise RefusedError(415, "type", f"send the bytes of an image as {kinds}")
@@ -47,7 +47,8 @@ class Bodies:
             reading = self._multipart(request, sizes) if kind == "multipart/form-data" else self._bytes(request, sizes)
             return await asyncio.wait_for(reading, self.limits.body_timeout)
         except asyncio.TimeoutError:
-            raise RefusedError(408, "slow", "the body took too long", {"Connection": "close"}) from None
+            message = f"the body did not arrive within {self.limits.body_timeout:g} seconds"
+            raise RefusedError(408, "slow", message, {"Connection": "close"}) from None
 
     def _too_large(self) -> RefusedError:
         return RefusedError(413, "body", f"a body has at most {self.limits.body} bytes")
@@ -83,7 +84,9 @@ class Bodies:
         except (MultiPartException, ValueError) as error:  # of a ValueError: a charset that decodes nothing
             if "Too many files" in getattr(error, "message", ""):
                 raise RefusedError(413, "images", f"at most {self.limits.queue} images a request") from None
-            raise RefusedError(400, "multipart", "the body is no multipart/form-data of files alone") from None
+            raise RefusedError(
+                400, "multipart", "a multipart/form-data body must hold files and nothing else"
+            ) from None
         found = [
             (clean(part.filename or ""), await part.read())
             for _, part in form.multi_items()

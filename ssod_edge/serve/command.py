@@ -185,7 +185,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # Python's own text of a taken address names the address again.
+        plain = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
+        reason = os.strerror(error.errno) if plain else getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen on {_shown(host)}:{port} ({reason}). Give another --host or --port") from error
 
 

@@ -47,14 +47,17 @@ class Guard:
         found = dict(headers)
         if self._token is not None:
             if path not in OPEN and not self._carries(found.get(b"authorization", b"")):
-                raise RefusedError(401, "token", "a token is required", {"WWW-Authenticate": "Bearer"})
+                message = "a token is required: send it as the header 'Authorization: Bearer TOKEN'"
+                raise RefusedError(401, "token", message, {"WWW-Authenticate": "Bearer"})
             return
         host = found.get(b"host", b"").decode("latin-1").lower()
         if self._loopback and not is_loopback(_without_port(host)):
-            raise RefusedError(421, "host", "this server answers to this machine's own names alone")
+            raise RefusedError(
+                421, "host", "this server answers only as localhost or 127.0.0.1. Ask for it by that name"
+            )
         origin = found.get(b"origin", b"").decode("latin-1").lower()
         if origin and origin.partition("://")[2] != host:
-            raise RefusedError(403, "origin", "a page of another site may not ask")
+            raise RefusedError(403, "origin", "a page of another site may not ask this server")
 
     def _carries(self, header: bytes) -> bool:
         scheme, _, token = header.partition(b" ")

@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ssod_edge.config import AUTO_EPOCHS, TrainConfig
-from ssod_edge.data.negatives import Negatives, WithNegatives
+from ssod_edge.data.negatives import WithNegatives
 from ssod_edge.errors import ArtifactError, TrainingError, UsageError
 from ssod_edge.files import claim, real_path, sha256_file
 from ssod_edge.json_reader import from_json
@@ -138,8 +138,8 @@ def train(config: TrainConfig, out: str | Path = "runs", resume: bool = False, s
                 loop.say_validation()
             _warn_of_untrained_row(loop.config, loop.model)
     except KeyboardInterrupt:
-        if (run / LAST).exists():
-            say(f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}")
+        kept = f"'{run / LAST}' holds the run so far. Go on with: ssod-edge train --resume {shlex.quote(str(run))}"
+        say(kept if (run / LAST).exists() else "the run has no model yet. The same command begins it again")
         raise
     finally:
         if dist.is_initialized():
@@ -177,7 +177,7 @@ def _kernel_in_use(device: torch.device, kernel: str) -> str:
 
 def _warn_of_untrained_row(config: TrainConfig, model: SSODClassifier) -> None:
     """Say so where the OOD loss was wanted and never moved the OOD row from zero."""
-    taught = config.loss.trains_row or (config.negatives is not None and config.loss.outlier_weight > 0)
+    taught = config.loss.trains_row or config.negatives is not None
     if not taught or model.ood.weight.any():
         return
     if config.epochs <= config.loss.warmup_epochs:
@@ -228,7 +228,7 @@ class _Loop(Session):
         if not restored and is_main():
             self.begin_folder()
         self.meters = Meters(device, self.progress.meters)
-        taught = self.source if self.shown_negatives is None else WithNegatives(self.source, self.shown_negatives)
+        taught = self.source if self.negatives is None else WithNegatives(self.source, self.negatives)
         self.images = TrainImages(taught, config.preprocess, config.seed, config.crop_scale_min, config.hflip)
         self.kernel = _kernel_in_use(device, config.kernel)
         weights = class_weights(self.source.labels[self.splits.train], config.class_weights)
@@ -248,11 +248,6 @@ class _Loop(Session):
     def batch_size(self) -> int:
         """Images in a step of each process: never more than its share of all."""
         return min(self.config.batch_size, len(self.splits.train) // world_size())
-
-    @property
-    def shown_negatives(self) -> Negatives | None:
-        """The negatives, if the loss has a term that reads them."""
-        return self.negatives if self.config.loss.outlier_weight > 0 else None
 
     @property
     def finished(self) -> bool:
@@ -365,7 +360,7 @@ class _Loop(Session):
         order = np.random.default_rng((self.config.seed, epoch)).permutation(self.splits.train)
         world, size = world_size(), self.batch_size * world_size()
         batches = [order[i : i + size][rank() :: world] for i in range(0, len(order) - size + 1, size)]
-        if (negatives := self.shown_negatives) is not None and epoch + 1 > self.config.loss.warmup_epochs:
+        if (negatives := self.negatives) is not None and epoch + 1 > self.config.loss.warmup_epochs:
             share = self.config.loss.outlier_share / (2 if self.config.loss.outliers else 1)
             count, seed = max(1, round(share * self.batch_size)), (self.config.seed, epoch)
             drawn = draw_negatives(negatives, len(self.source), len(batches), count * world, seed)
@@ -398,7 +393,7 @@ class _Loop(Session):
             "started_from": self.started_from,
         }
         best = accuracy >= progress.best_accuracy  # of equals the later: its OOD row saw more
-        plain = config.loss.is_plain and self.shown_negatives is None
+        plain = config.loss.is_plain and self.negatives is None
         warming = not plain and progress.epoch < config.loss.warmup_epochs
         self.progress = progress.next_epoch(accuracy, val_loss, warming)
         self.meters = Meters(self.device, {})

@@ -16,6 +16,9 @@ from ssod_edge.errors import UsageError
 from ssod_edge.ops import background_norm, ood_loss, sample_patches
 from ssod_edge.training.model import SSODClassifier, normalise
 
+#: Of the size of background features (arXiv 2510.12259).
+NORM_WEIGHT = 0.05
+
 
 class TrainStep(nn.Module):
     """uint8 images and labels -> the loss of Eq. 14 with the terms of `LossConfig`, and what there is to log.
@@ -69,7 +72,7 @@ class TrainStep(nn.Module):
             loss, log = loss + extra, {**log, **stats}
         if outliers:
             term = outlier_loss(self.model.head(pooled)[1], n)
-            loss, log["outlier"] = loss + config.outlier_weight * term, term.detach()
+            loss, log["outlier"] = loss + term, term.detach()
         return loss, log
 
     def _patch_terms(self, z: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -82,7 +85,7 @@ class TrainStep(nn.Module):
         sampled = sample_patches(z, classifier.weight, bias, ood_weight, ood_bias, target, config.gamma, self.kernel)
         if config.shrinks_background:
             norm, stats = background_norm(z, sampled[1])
-            total, log = total + config.norm_weight * norm, {**stats, "norm": norm.detach()}
+            total, log = total + NORM_WEIGHT * norm, {**stats, "norm": norm.detach()}
         if config.trains_row_on_patches:
             ood, stats = ood_loss(sampled, target, config.patch_balance, math.prod(z.shape[1:-1]))
             total, log = total + config.alpha * ood, {**log, "ood": ood.detach(), **stats}

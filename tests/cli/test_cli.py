@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 
 from ssod_edge import __version__, errors
 from ssod_edge.cli import main
-from ssod_edge.cli.group import Commands, describe
+from ssod_edge.cli.group import LEFT, Commands, describe
 
 COMMAND = [sys.executable, "-m", "ssod_edge"]
 
 
-def run_raising(error: BaseException, *arguments: str, env: dict[str, str] | None = None) -> Result:
+def run_raising(error: BaseException, *arguments: str, env: dict[str, str] | None = None, name: str = "work") -> Result:
     """Invoke a command that raises `error`, inside the same frame as every real command."""
 
     @click.group(cls=Commands)
@@ -29,11 +29,11 @@ def run_raising(error: BaseException, *arguments: str, env: dict[str, str] | Non
     def group(debug: bool) -> None:
         pass
 
-    @group.command()
+    @group.command(name)
     def work() -> None:
         raise error
 
-    return CliRunner().invoke(group, [*arguments, "work"], env=env)
+    return CliRunner().invoke(group, [*arguments, name], env=env)
 
 
 def test_version_and_help() -> None:
@@ -159,6 +159,9 @@ def test_traceback_only_when_asked_for() -> None:
 def test_interrupt_ends_with_130() -> None:
     result = run_raising(KeyboardInterrupt())
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    result = run_raising(KeyboardInterrupt(), name="export")
+    assert (result.exit_code, result.stderr) == (130, "interrupted: an export that was there is as it was\n")
+    assert set(LEFT) <= set(main.commands)
 
 
 def test_ctrl_c_in_a_running_command() -> None:

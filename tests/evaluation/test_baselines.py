@@ -418,7 +418,7 @@ def test_deployment_figures_stand_at_the_calibration_splits_threshold(report_of,
 def test_the_tables_fit_on_a_terminal_and_name_what_failed(report_of, capsys, monkeypatch):
     report = report_of[0]
     monkeypatch.setattr(evaluation_report, "Screen", lambda **settings: Screen(width=80, **settings))
-    evaluation_report.print_report(report)
+    evaluation_report.print_details(report)
     shown = capsys.readouterr().out
     rows = [re.split(r"  +", line.strip()) for line in shown.splitlines() if re.search(r"\)\s*$", line)]
     rows = [row for row in rows if len(row) == 4][-len(report["mean"]) :]

@@ -88,7 +88,7 @@ def test_a_score_that_is_not_yet_exported_says_nothing_of_other_photos(head_run:
     done = command("eval", run, "--ood", f"o={head_run.parent.parent / 'other'}", "--shift-images", 0, "--leave-out")
     assert done.exit_code == 0, done.output
     assert "expect of other photos: of gen+mahalanobispp+residual once there is an export" in done.output
-    assert "* energy stands here as long as there is no export: `ssod-edge export` would ship gen+" in done.output
+    assert "The score is energy as long as there is no export. `ssod-edge export` would ship gen+" in done.output
 
 
 def test_figures_of_a_network_that_learnt_every_class_are_a_stand_in(whole_run: Path, tmp_path: Path) -> None:

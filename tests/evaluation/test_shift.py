@@ -19,7 +19,7 @@ from ssod_edge.data.sources import open_dataset
 from ssod_edge.detect.classes import tempered_classification
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.evaluate import EvalOptions
-from ssod_edge.evaluation.report import print_report
+from ssod_edge.evaluation.report import print_details
 from ssod_edge.evaluation.shift import CASES, SEED, ShiftedImages, judge_shifted, sample, shift_rows
 from ssod_edge.training.outputs import collect
 
@@ -89,7 +89,7 @@ def test_a_sample_is_seeded_and_no_larger_than_what_there_is():
 
 def test_eval_reports_the_shifts_of_what_ships_at_the_same_threshold(small_run, tmp_path):
     json_file, data = tmp_path / "report.json", small_run.parent / "data"
-    arguments = ["eval", str(small_run), "--id", str(data), "--ood", f"other={data}", "--bootstrap", "0"]
+    arguments = ["eval", str(small_run), "--id", str(data), "--ood", f"other={data}", "--bootstrap", "0", "--details"]
     arguments += ["--json", str(json_file), "--png", str(tmp_path / "x.png"), "--shift-images"]
     shown = CliRunner().invoke(main, [*arguments, "6"], catch_exceptions=False)
     report = json.loads(json_file.read_text())
@@ -105,7 +105,7 @@ def test_without_a_threshold_the_report_has_accuracy_alone(capsys):
     row = {"n": 3, "accepted": None, "accepted_ci": None, "accuracy": 0.5, "accuracy_ci": [0, 1], "accuracy_drop": 0.25}
     rows = [{"kind": kind, "strength": strength, **row} for kind, strength in (("none", "none"), *CASES)]
     known = tempered_classification([0, 1], np.eye(2), ("a", "b"), 1.0) | {"mistakes": []}
-    print_report(
+    print_details(
         {"classification": known,
          "run": "r", "backbone": "b", "input_size": 8, "protocol": "native", "equalised": "", "id_accuracy": 0.5,
          "n_id": 3, "id_data": "d", "mean": {}, "deployment": None, "shift": rows, "default_score": "energy",

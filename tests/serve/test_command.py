@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from served import eventually
 from ssod_edge.cli import main
 from ssod_edge.errors import UsageError
 from ssod_edge.runtime.field.monitor import read_monitor
-from ssod_edge.serve.command import ServeOptions, name_exports, name_paths
+from ssod_edge.serve.command import ServeOptions, listen, name_exports, name_paths
 from ssod_edge.serve.limits import Limits
 from ssod_edge.serve.models import Keeping
 
@@ -142,6 +143,15 @@ def test_wrong_arguments_are_one_line(
     result = CliRunner().invoke(main, ["serve", *(argument.format(export=place) for argument in arguments)])
     assert result.exit_code == 2 and message in result.output, result.output
     assert "Traceback" not in result.output
+
+
+def test_a_taken_port_is_named_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError) as caught:
+            listen("127.0.0.1", port)
+    fix = "Give another --host or --port"
+    assert str(caught.value) == f"cannot listen on 127.0.0.1:{port} (Address already in use). {fix}"
 
 
 def test_names_of_models(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_failing_engine_is_told_without_its_words(
 
     runner.infer = fails
     answer = server.ask(body=red)
-    assert (answer.status, answer.json) == (503, {"error": "the model gives no answer"})
+    assert (answer.status, answer.json) == (503, {"error": "the model failed; the log of the server says why"})
     assert server.ask("/readyz").status == 503 and server.ask("/healthz").status == 200
     runner.infer = infer
     assert eventually(lambda: server.ask("/readyz").status == 200), "without a request"

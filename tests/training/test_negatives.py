@@ -139,14 +139,14 @@ def step_of(loss: LossConfig) -> tuple[TrainStep, torch.Tensor, torch.Tensor]:
 
 
 def test_negatives_behind_a_batch_are_outliers_of_the_loss() -> None:
-    step, image, target = step_of(LossConfig(method="ce", outlier_weight=2.0))
+    step, image, target = step_of(LossConfig(method="ce"))
     loss, log = step(image, target, True)
     cold, _ = step(image, target, False)
     alone, _ = step(image[:8], target, True)
     assert torch.equal(cold, step(image[:8], target, False)[0]) and torch.equal(cold, alone)
     id_logit = step.model(normalise(image, step.model.preprocess))[1]
     torch.testing.assert_close(log["outlier"], outlier_loss(id_logit, 8).detach())
-    torch.testing.assert_close(loss, cold + 2 * outlier_loss(id_logit, 8))
+    torch.testing.assert_close(loss, cold + outlier_loss(id_logit, 8))
 
 
 def test_where_images_are_made_too_they_are_half_as_many(monkeypatch) -> None:
@@ -211,8 +211,6 @@ def test_batches_end_in_negatives_to_learn_from_in_an_order_that_resuming_repeat
     assert {index - n for batch in shown for index in batch} <= set(one.negatives.parts["train"].tolist())
     half = loop(replace(config, loss=replace(config.loss, outliers=("rotate",))), "half")
     assert {len(batch) for batch in half._batches(1)} == {32 + 8}
-    none = loop(replace(config, loss=replace(config.loss, outlier_weight=0.0)), "none")
-    assert {len(batch) for batch in none._batches(1)} == {32}
 
 
 DEFAULT = "gen+mahalanobispp+residual"

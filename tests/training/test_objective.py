@@ -16,7 +16,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.ops import background_norm, patch_sample
 from ssod_edge.training import objective
 from ssod_edge.training.model import build_model, normalise
-from ssod_edge.training.objective import TrainStep, class_weights, outlier_loss
+from ssod_edge.training.objective import NORM_WEIGHT, TrainStep, class_weights, outlier_loss
 
 
 def test_torch_compile_takes_the_step():
@@ -35,7 +35,7 @@ def seeded_step():
     torch.nn.init.normal_(model.ood.weight)
     torch.nn.init.normal_(model.classifier.weight, std=0.5)
     image = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    return TrainStep(model, LossConfig(method="both", gamma=0.7, norm_weight=0.3)), image, torch.randint(0, 3, (8,))
+    return TrainStep(model, LossConfig(method="both", gamma=0.7)), image, torch.randint(0, 3, (8,))
 
 
 def two_processes(rank, folder):
@@ -92,7 +92,7 @@ def test_before_it_is_warm_and_by_method_ce_the_loss_is_cross_entropy():
 
 
 def test_each_method_adds_its_own_term():
-    losses = {m: grads(*made_step(method=m, norm_weight=0.3)) for m in ("ce", "ssod", "lbf", "both")}
+    losses = {m: grads(*made_step(method=m)) for m in ("ce", "ssod", "lbf", "both")}
     ce = losses["ce"][0]
     assert losses["ssod"][0] > ce and losses["lbf"][0] > ce
     torch.testing.assert_close(losses["both"][0] - ce, losses["ssod"][0] + losses["lbf"][0] - 2 * ce)
@@ -101,10 +101,10 @@ def test_each_method_adds_its_own_term():
 
 
 def test_outliers_teach_the_row_on_pooled_features():
-    step, image, target = made_step(method="ce", outliers=("shuffle",), outlier_share=0.5, outlier_weight=2.0)
+    step, image, target = made_step(method="ce", outliers=("shuffle",), outlier_share=0.5)
     loss, log, gradients = grads(step, image, target)
     assert gradients["ood.weight"].any() and log["outlier"] > 0
-    torch.testing.assert_close(loss, log["ce"] + 2 * log["outlier"])
+    torch.testing.assert_close(loss, log["ce"] + log["outlier"])
     s = torch.tensor([2.0, -1.0, 3.0])
     expected = 0.5 * ((F.softplus(-s[0]) + F.softplus(-s[1])) / 2 + F.softplus(s[2]))
     torch.testing.assert_close(outlier_loss(s, 2), expected)
@@ -124,13 +124,13 @@ def test_patches_are_sampled_once_whatever_reads_them(method, row, monkeypatch):
 def test_both_is_the_sum_of_its_terms():
     logs = {}
     for method in ("ssod", "lbf", "both"):
-        step, image, target = made_step(method=method, alpha=0.7, norm_weight=0.2)
+        step, image, target = made_step(method=method, alpha=0.7)
         torch.manual_seed(5)
         logs[method] = step(image, target, True)
     (loss, log), ssod, lbf = logs["both"], logs["ssod"][1], logs["lbf"][1]
     assert torch.equal(log["ood"], ssod["ood"]) and torch.equal(log["norm"], lbf["norm"])
     assert all(torch.equal(log[name], ssod[name]) for name in ("n_id", "n_ood", "n_ignored", "n_invalid"))
-    torch.testing.assert_close(loss, log["ce"] + 0.7 * log["ood"] + 0.2 * log["norm"])
+    torch.testing.assert_close(loss, log["ce"] + 0.7 * log["ood"] + NORM_WEIGHT * log["norm"])
 
 
 def test_background_norm_is_the_mean_over_ood_patches_alone():
@@ -166,7 +166,7 @@ def test_background_norm_of_nothing_and_of_a_nan_that_is_ignored():
         ({"outliers": ("rotate", "cutmix")}, "outliers must be different ones of rotate, shuffle, zoom, blend"),
         ({"outliers": ("zoom", "zoom")}, "outliers must be different ones"),
         ({"outlier_share": 0.0}, "outlier_share must be in"),
-        ({"norm_weight": -1.0}, "norm_weight must be 0 or more"),
+        ({"alpha": -1.0}, "alpha must be 0 or more"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
