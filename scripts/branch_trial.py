@@ -4,8 +4,9 @@
 
 RUN was trained with --tune head, and its data is where it was. The branch: 1x1 convolutions on the maps of the last
 four stages, averaged onto the last grid, and two depthwise blocks; its mean and maximum stand beside the features
-that the last layer reads. It is trained on maps that are computed once: of each photo, its mirror image and a disturbed copy.
-All three are judged by the score that an export of them takes by default.
+that the last layer reads. It is trained on maps that are computed once, of each photo, its mirror image and a
+disturbed copy. All three are judged by
+the score that an export of them takes by default.
 """
 
 from __future__ import annotations

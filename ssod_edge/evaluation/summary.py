@@ -104,7 +104,7 @@ def _explained(report: Report) -> Iterator[str]:
 
 def _deployed(report: Report, name: str) -> Mapping[str, Any]:
     """What a score does at its threshold; of a report without thresholds, the same shape without figures."""
-    nothing = {"threshold": None, "id_tpr": None, "id_tpr_ci": None, "ood": {}}
+    nothing: dict[str, Any] = {"threshold": None, "id_tpr": None, "id_tpr_ci": None, "ood": {}}
     found: Mapping[str, Any] = (report["deployment"] or {}).get(name, nothing)
     return found
 

@@ -186,8 +186,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         # Python's own text of a taken address names the address again.
-        plain = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
-        reason = os.strerror(error.errno) if plain else getattr(error, "strerror", None) or error
+        number = None if isinstance(error, socket.gaierror) else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen on {_shown(host)}:{port} ({reason}). Give another --host or --port") from error
 
 
