@@ -60,10 +60,10 @@ def export(make_export: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_model() -> SSODClassifier:
-    """A MobileNetV3-Small of random weights for 64 px and 7 classes."""
+    """An EfficientNet of 60 thousand random weights for 64 px and 7 classes."""
     from small import make_model
 
-    return make_model("mobilenetv3_small_050")
+    return make_model("test_efficientnet")
 
 
 @pytest.fixture(scope="session")

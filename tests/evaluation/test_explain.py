@@ -105,7 +105,7 @@ def test_where_a_picture_goes(run, image, tmp_path):
     assert command(run, image).exit_code == 0 and (run / "explain" / "photo.png").is_file()
     assert command(run / BEST, image, "-o", tmp_path / "one.png", "--class", "b").exit_code == 0
     assert (tmp_path / "one.png").is_file()
-    assert command("--backbone", "mobilenetv3_small_050", "--runs", tmp_path, image).exit_code == 0
+    assert command("--backbone", "test_efficientnet", "--runs", tmp_path, image).exit_code == 0
     two = command(run, image, image, "-o", tmp_path / "two.png")
     assert two.exit_code == 2 and "give a folder" in two.stderr and not (tmp_path / "two.png").exists()
 

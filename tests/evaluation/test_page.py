@@ -316,7 +316,7 @@ def test_a_run_is_judged_as_eval_does(small_run: Path, tmp_path: Path) -> None:
         if known["file"][row] in names:
             assert page["near"]["file"][near] == known["file"][row], "nothing is nearer than the image itself"
     settings = dict(dict(page["card"])["All settings of the training"])
-    assert settings["backbone"] == "mobilenetv3_small_050"
+    assert settings["backbone"] == "test_efficientnet"
 
 
 def test_what_the_temperature_changes_is_said() -> None:

@@ -308,6 +308,7 @@ def test_paper_has_no_controls(page: Page) -> None:
     assert len(made_pdf["data"]) > 50_000
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_open_within_two_seconds(driver: Any, tmp_path: Path) -> None:
     classes = tuple(f"class {number}" for number in range(20))
     path = tmp_path / "report.html"

@@ -246,6 +246,7 @@ def test_a_kernel_that_is_not_there_is_said_once(monkeypatch, recwarn):
     assert "it was not built" in messages[1]
 
 
+@pytest.mark.slow
 def test_many_classes_take_little_memory():
     """At 21,841 classes plain PyTorch holds the logits of all patches; the kernel one tile of a chunk."""
     code = """

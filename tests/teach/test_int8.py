@@ -50,6 +50,7 @@ def test_the_trunk_of_an_ir_gets_the_end_of_another_graph(exported, tmp_path):
         grafted(trunk, 3, end, rows[1])
 
 
+@pytest.mark.slow
 def test_an_artifact_in_int8_that_does_not_hold_is_left_out_and_the_others_are_released(
     exported, tmp_path, monkeypatch
 ):

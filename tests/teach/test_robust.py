@@ -132,6 +132,7 @@ versions.roll_back(*sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_kill_after_each_step_of_a_rollback(door: Path, photos: Path, tmp_path: Path) -> None:
     """The same steps as those that a lesson in place ends with."""
     assert run("teach", door, photos, *FREELY).exit_code == 0

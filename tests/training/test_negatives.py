@@ -262,6 +262,7 @@ def test_what_the_row_does_not_find_leaves_the_default_as_it_is(taught, monkeypa
     assert fit_default(untaught, DEFAULT, data, outputs(200, 1, row=4.0, distance=0), quiet)[1] == {}
 
 
+@pytest.mark.slow
 def test_negatives_are_a_kind_of_evidence_of_auto(taught: Path, monkeypatch) -> None:
     source = from_run(taught)
     wanted = want_score(source, "auto", None, quiet)

@@ -100,6 +100,7 @@ class Node:
         assert self.process.wait(300) == 0, self.log.read_text()[-4000:]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_run_folder(unbroken):
     assert len(rows(unbroken)) == EPOCHS and Run.at(unbroken).meta["epoch"] >= 1
 

@@ -138,6 +138,7 @@ def test_a_split_that_is_asked_for_or_needed_is_kept(options, tmp_path, weights)
     assert np.intersect1d(images.training.indices, images.thresholds.indices).size == 0
 
 
+@pytest.mark.slow
 def test_ten_images_a_class_are_enough(tmp_path, weights):
     run = train(tmp_path / "runs", write_photos(tmp_path / "photos", 10), weights)
     done = command("export", run.folder, "--target", "onnx", "--score", "auto", "--fp32")

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ssod_edge.bench.tools import backbones
 
 
+@pytest.mark.slow
 def test_the_smallest_of_each_family_is_built_and_exported(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     families = ["mambaout", "efficientvit_msra", "vgg", "nobody"]

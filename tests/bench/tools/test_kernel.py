@@ -13,6 +13,7 @@ from ssod_edge import ops
 from ssod_edge.bench.tools import kernel as bench
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_steps_agree(dtype: str) -> None:
     steps = bench.contestants("cifar", 3, dtype, torch.device("cpu"))

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from ssod_edge.bench.tools import plans
 
 
+@pytest.mark.slow
 def test_a_plan_in_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which the extra 'dev' brings")
     pytest.importorskip("nncf", reason="needs the extra int8")
@@ -19,6 +20,7 @@ def test_a_plan_in_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({row[-1] for row in rows}) == 3, "each has a key of its own"
 
 
+@pytest.mark.slow
 def test_without_nncf_int8_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which the extra 'dev' brings")
     monkeypatch.setattr(plans, "find_spec", lambda name: None)

@@ -73,7 +73,7 @@ def save_graph(path: Path, *nodes: onnx.NodeProto, dims: tuple = ("N", 3, 8, 8),
 RELU = oh.make_node("Relu", ["x"], ["y"], name="relu")
 
 
-@pytest.fixture(scope="module", params=["mobilenetv3", "regnet"])
+@pytest.fixture(scope="module", params=["mobilenetv3", pytest.param("regnet", marks=pytest.mark.slow)])
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model-fp32.onnx, model-fp16.onnx and model-int8.onnx of a backbone with random weights."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -53,7 +53,7 @@ def traced_once(small_graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -
     """Exports of the small model take the graph that was traced already: tracing it takes most of the time."""
 
     def same(model: SSODClassifier, score: str, trained: bool, *others: object) -> onnx.ModelProto:
-        assert (model.backbone_name, model.classes) == ("mobilenetv3_small_050", CLASSES)
+        assert (model.backbone_name, model.classes) == ("test_efficientnet", CLASSES)
         assert (score, trained, *others) == ("energy", True, None, 1.0, ())
         graph = onnx.ModelProto()
         graph.CopyFrom(small_graph)
@@ -125,7 +125,7 @@ def test_onnx_file_tells_what_it_is_and_nothing_about_this_machine(exported: Pat
         graph = onnx.load(exported / f"model-{precision}.onnx")
         properties = {p.key: p.value for p in graph.metadata_props}
         assert properties["ssod.schema_version"] == "4"
-        assert properties["ssod.backbone"] == "mobilenetv3_small_050"
+        assert properties["ssod.backbone"] == "test_efficientnet"
         assert json.loads(properties["ssod.classes"]) == list(CLASSES)
         assert json.loads(properties["ssod.preprocess"])["input_size"] == SIZE
         assert (properties["ssod.score"], properties["ssod.trained"]) == ("energy", "true")

@@ -286,6 +286,7 @@ def shipped_by(source: Source, name: str | None, say: Say, earlier: Export | Non
     return ship_score(replace(source, images=wanted.divide(source.images, source.folds is not None, say)), wanted, say)
 
 
+@pytest.mark.slow
 def test_a_detector_goes_all_the_way_to_a_device(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     spec = export_source(from_run(run), None, ExportOptions(("fp32", "fp16"), score="rmd"), lines.append)

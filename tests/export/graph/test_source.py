@@ -75,7 +75,7 @@ def test_choose_source(small_run: Path, tmp_path: Path) -> None:
     assert choose_source(SourceOptions(str(small_run))).checkpoint == small_run / BEST
     assert choose_source(SourceOptions(str(small_run / BEST))).folder == small_run
     assert choose_source(SourceOptions(None, runs)).folder == small_run
-    assert choose_source(SourceOptions(None, runs, "mobilenetv3_small_050")).trained
+    assert choose_source(SourceOptions(None, runs, "test_efficientnet")).trained
     fresh = choose_source(SourceOptions(None, str(tmp_path), "mobilenetv3_small_050", size=32))
     assert not fresh.trained and len(fresh.model.classes) == 1000 and fresh.model.preprocess.input_size == 32
     assert fresh.folder == tmp_path / "mobilenetv3_small_050-untrained"
@@ -108,7 +108,7 @@ def test_weights_from_a_file_must_have_the_named_classes(
     small_model: SSODClassifier, small_run: Path, tmp_path: Path
 ) -> None:
     torch.save(small_model.backbone.state_dict(), tmp_path / "w.pth")
-    arguments = ("mobilenetv3_small_050", str(tmp_path / "w.pth"), tmp_path)
+    arguments = ("test_efficientnet", str(tmp_path / "w.pth"), tmp_path)
     with pytest.raises(UsageError, match="does not have 1000 classes"):
         from_weights(*arguments)
     source = from_weights(

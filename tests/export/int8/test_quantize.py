@@ -119,10 +119,10 @@ def test_onnx_graph_is_symmetric_and_weights_are_per_channel(quantized: dict[str
             assert producer[node.input[0]].op_type in ("DequantizeLinear", "MaxPool")
 
 
-def test_both_ends_stay_in_floating_point(small_graph: onnx.ModelProto) -> None:
-    scope = set(float_scope(small_graph, ROWS))
-    names = layer_names(small_graph)
-    layers = {names[node.name] for node in small_graph.graph.node if node.op_type in ("Conv", "Gemm")}
+def test_both_ends_stay_in_floating_point() -> None:
+    graph = fused_graph(make_model("mobilenetv3_small_050"), "energy", trained=True)
+    scope, names = set(float_scope(graph, ROWS)), layer_names(graph)
+    layers = {names[node.name] for node in graph.graph.node if node.op_type in ("Conv", "Gemm")}
     assert {names[name] for name in scope} & layers == {"head", "backbone.conv_head"}
     assert any(name not in layers for name in (names[name] for name in scope)), "normalisation and scores too"
 
@@ -444,6 +444,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_or_reported_and_a_signal_is_survived(fp32: onnx.ModelProto, tmp_path: Path) -> None:
     """NNCF draws its progress on standard output, makes OpenVINO Cores of its own, and would, as OpenVINO does, report
     its use by an id that lies in the home folder.
@@ -459,6 +460,7 @@ def test_nothing_is_printed_or_reported_and_a_signal_is_survived(fp32: onnx.Mode
     assert signal.Signals.SIGUSR1
 
 
+@pytest.mark.slow
 def test_untrained_weights_are_quantised_with_noise(tmp_path: Path) -> None:
     arguments = ["export", "--backbone", BACKBONE, "--size", str(SIZE), "--runs", str(tmp_path), "--int8"]
     result = CliRunner().invoke(main, [*arguments, "--target", "openvino"])
