@@ -75,9 +75,7 @@ def test_the_temperature_is_that_of_held_out_labels_and_no_score_knows_it(export
         found, expected = eager.infer({"image": images}), runner.infer({"image": images})
     assert tuple(found) == tuple(expected)
     for name, value in expected.items():
-        if (
-            name != "known"
-        ):  # these very images bound the steps of p_known, 0.01 each: one or two apart
+        if name != "known":  # these very images bound the steps of p_known, 0.01 each: one or two apart
             np.testing.assert_allclose(found[name], value, atol=0.021 if name == "p_known" else 1e-3)
 
 
