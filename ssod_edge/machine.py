@@ -17,6 +17,11 @@ ROOT = Path("/")
 #: A limit of memory from here on is none: version 1 of control groups writes the largest number of pages there is.
 NO_LIMIT = 1 << 60
 
+#: How long a thread of PyTorch's OpenMP runs in a circle for its next work before it sleeps. GNU's default is 300,000.
+#: Where another program keeps one of two cores busy, threads that run in a circle hold up the one that they wait for:
+#: six to eight times (docs/lab/results.md).
+SPIN = "10000"
+
 
 def available_cores() -> int:
     """Cores that this process may keep busy, at least one: those it may run on, or fewer by `cpu_quota`, rounded up."""
@@ -41,7 +46,11 @@ def engine_threads(threads: int | None) -> int | None:
 
 
 def limit_threads() -> None:
-    """Tell libraries that read OMP_NUM_THREADS when they are loaded (PyTorch) what `engine_threads` tells engines."""
+    """Tell OpenMP (of PyTorch), which reads its variables when it is loaded, what `engine_threads` tells engines, and
+    to let other programs have the cores while its threads wait. What is set already stays.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN
     threads = engine_threads(None)
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

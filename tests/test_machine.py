@@ -117,6 +117,22 @@ def test_engines_start_as_many_threads_as_a_container_may_use(
         assert runner.details["threads"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, machine.SPIN), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_that_wait_leave_the_cores_to_others(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # whatever is set here is put back in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    machine.limit_threads()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 def test_the_commands_tell_the_libraries_of_numpy_and_pytorch(tmp_path: Path) -> None:
     code = (
         "import os; from ssod_edge import machine; machine.cpu_quota = lambda: 0.5; "

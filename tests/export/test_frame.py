@@ -17,11 +17,13 @@ from PIL import Image
 import ssod_edge
 from ssod_edge.cli import main
 from ssod_edge.config import Preprocess
+from ssod_edge.data.pixels import read_pixels
 from ssod_edge.errors import UsageError, VerificationError
 from ssod_edge.export import frame as module
-from ssod_edge.export.frame import FRAME_JSON, write_frame_graphs
+from ssod_edge.export.frame import FRAME_JSON, check_frames, write_frame_graphs
 from ssod_edge.export.frame_graph import Channels
 from ssod_edge.export.frame_samples import colours_of, make_frames, to_nv12
+from ssod_edge.runtime.open import open_runner
 
 pytest.importorskip("onnxruntime")
 ov = pytest.importorskip("openvino")
@@ -161,6 +163,30 @@ def test_what_comes_out_otherwise_is_refused(export: Path, tmp_path: Path, monke
     monkeypatch.setattr(module, "pixels_graph", other)
     with pytest.raises(VerificationError, match="for frames does not compute what its artifact does: pixels are up to"):
         write_frame_graphs(export, tmp_path / "frames")
+
+
+@pytest.mark.parametrize(("levels", "share", "passes"), [(2, 0.001, True), (2, 0.01, False), (3, 0.001, False)])
+def test_two_levels_beside_a_hard_edge_are_allowed_and_no_more(
+    export: Path, levels: int, share: float, passes: bool
+) -> None:
+    frames = [np.full((SIZE, SIZE, 3), 100, np.uint8)]
+    with open_runner(export, artifact="onnx-fp32") as runner:
+        settings = runner.spec.preprocess
+
+        def pixels(frame: np.ndarray) -> dict[str, np.ndarray]:
+            made = read_pixels(colours_of(frame, "RGB"), settings).copy()
+            made.reshape(-1)[: max(1, round(share * made.size))] += levels
+            return {"image": made[None]}
+
+        def graph(frame: np.ndarray) -> dict[str, np.ndarray]:
+            return runner.infer(pixels(frame))
+
+        if passes:
+            found = check_frames(runner, graph, pixels, frames, "RGB")
+            assert found["max_pixel_diff"] == levels
+        else:
+            with pytest.raises(VerificationError, match=f"up to {levels} levels off"):
+                check_frames(runner, graph, pixels, frames, "RGB")
 
 
 def test_the_frames_that_are_checked_hold_the_region() -> None:
