@@ -13,7 +13,7 @@ step() {
     ssod-edge "$@"
 }
 
-step train demo --name demo --backbone efficientnet_lite0 --size 64 --tune upper
+step train demo --name demo --backbone test_resnet --weights none --size 64 --epochs 9 --batch-size 64 --lr 3e-3
 # By name: what `export` would choose here by itself might not be teachable.
 step export "$run" --fp32 --fp16 --features pooled --score gen+mahalanobispp
 step eval "$run" --id demo:test --ood near=demo:near --ood photos=demo:photos --ood shapes=demo:shapes --json "$run/eval.json"
@@ -35,7 +35,7 @@ step review "$run/unknown" --folders --done
 step teach "$run" "$run/unknown/classes" -o "$run/taught" --max-drop 2
 printf '\n'
 python scripts/demo_lesson.py photos "$run/photos" "$run/unknown"
-step train "$run/photos" --from "$run/taught" -o "$run" --name desk --tune head
+step train "$run/photos" --from "$run/taught" -o "$run" --name desk --tune all --epochs 3 --batch-size 32 --lr 2e-3 --hflip 0
 step export "$run/desk" --fp32 --target onnx --score gen+mahalanobispp
 python scripts/demo_lesson.py compare "$run" "$run/taught" "$run/desk"
 
