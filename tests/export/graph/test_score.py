@@ -394,7 +394,9 @@ def test_auto_is_not_told_by_images_that_training_taught(run: Path, tiny) -> Non
     assert any("trained to reject them: shuffle" in line for line in lines)
 
 
-@pytest.mark.parametrize("score", ["auto", "energy+rmd", "msp"])
+@pytest.mark.parametrize(
+    "score", [pytest.param("auto", marks=pytest.mark.slow), "energy+rmd", pytest.param("msp", marks=pytest.mark.slow)]
+)
 def test_an_export_keeps_the_score_of_the_one_that_is_there(
     run: Path, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str
 ) -> None:

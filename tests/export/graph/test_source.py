@@ -146,11 +146,11 @@ def test_untrained_weights_have_the_biases_of_a_trained_network() -> None:
 
 def test_untrained_weights_are_exported_loudly_and_refused_by_predict(tmp_path: Path) -> None:
     runs = str(tmp_path)
-    arguments = ["export", "--backbone", "mobilenetv3_small_050", "--fp16", "--size", "32", "--runs", runs]
+    arguments = ["export", "--backbone", "test_efficientnet", "--fp16", "--size", "32", "--runs", runs]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert "UNTRAINED" in result.stderr and "onnx-fp16" in result.stdout and "openvino-fp16" in result.stdout
-    folder = tmp_path / "mobilenetv3_small_050-untrained"
+    folder = tmp_path / "test_efficientnet-untrained"
     spec = load_spec(folder / "export")
     assert not spec.trained and all(artifact.threshold is None for artifact in spec.artifacts)
     with pytest.raises(UsageError, match="allow-untrained"):
