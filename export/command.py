@@ -200,7 +200,8 @@ def run_package(folder: str, out: str, bench: str | None = None) -> int:
     """`package`: pack an export into one file; returns the exit code. See `ssod_edge.export.bundle.write_bundle`."""
     spec = write_bundle(folder, out, bench, say=partial(say, style="yellow"))
     held = ", ".join(artifact.name for artifact in spec.artifacts)
-    say(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB")
+    names = ", ".join(spec.classes[:20]) + (", ..." if len(spec.classes) > 20 else "")
+    say(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB; {len(spec.classes)} classes: {names}")
     return EXIT_OK
 
 

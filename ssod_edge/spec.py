@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -288,8 +289,11 @@ def load_spec(folder: str | Path) -> Spec:
         values = read_json(path)
     except FileNotFoundError:
         if not Path(folder).exists():
-            raise UsageError(f"'{folder}' does not exist. Make an export with: ssod-edge export") from None
-        raise UsageError(f"'{path}' does not exist. Make an export with: ssod-edge export") from None
+            raise UsageError(f"'{folder}' does not exist. Give the folder of a run or an export: runs/NAME") from None
+        if (Path(folder) / "best.safetensors").exists():
+            command = f"ssod-edge export {shlex.quote(str(folder))}"
+            raise UsageError(f"the run '{folder}' has no export yet. Make one with: {command}") from None
+        raise UsageError(f"'{path}' does not exist. Give the folder of a run or an export: runs/NAME") from None
     except NotADirectoryError:
         raise UsageError(f"'{folder}' is not an export folder; give the folder that holds {SPEC_NAME}") from None
     except (OSError, ValueError) as error:

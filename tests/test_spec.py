@@ -204,10 +204,16 @@ def test_a_file_that_is_no_spec_is_refused(folder, content):
         load_spec(folder)
 
 
-def test_no_spec_at_all(tmp_path):
-    with pytest.raises(UsageError, match="does not exist. Make an export"):
+def test_a_run_without_an_export_gets_the_command(tmp_path):
+    (tmp_path / "best.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=f"has no export yet. Make one with: ssod-edge export {tmp_path}$"):
         load_spec(tmp_path)
-    with pytest.raises(UsageError, match="does not exist. Make an export"):
+
+
+def test_no_spec_at_all(tmp_path):
+    with pytest.raises(UsageError, match="does not exist. Give the folder of a run or an export"):
+        load_spec(tmp_path)
+    with pytest.raises(UsageError, match="does not exist. Give the folder of a run or an export"):
         load_spec(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="not an export folder"):

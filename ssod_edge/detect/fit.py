@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from ssod_edge.config import DETECTORS, DetectorName
 from ssod_edge.detect.covariance import largest_variances, shrinkage_of
 from ssod_edge.detect.detectors import TINY, Array, Detector, Wide
 from ssod_edge.errors import UsageError
+from ssod_edge.optional import is_there
 
 Labels = npt.NDArray[np.int64]
 
@@ -37,6 +39,9 @@ LEAST_VARIANCE = 1e-5
 #: Prototypes of a class, as long as all classes together have no more than so many. So many images are all prototypes.
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
 KMEANS_ROUNDS = 20
+#: Rows up to which one thread fits: products of so few take as long by one, and several wait for each other where other
+#: programs use the cores too, ten times as long.
+FEW_ROWS = 2000
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,18 @@ def fit(name: DetectorName, data: FitData) -> Detector:
         raise UsageError(f"detector must be one of {', '.join(DETECTORS)}, got '{name}'")
     fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn}
     fits |= {"mahalanobispp": fit_mahalanobispp, "rmdpp": fit_rmdpp, "residual": fit_residual}
-    return fits[name](data)
+    with _one_thread() if len(data.features) <= FEW_ROWS else nullcontext():
+        return fits[name](data)
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """For numpy's and SciPy's products; scikit-learn brings what tells them, and a device may do without."""
+    if not is_there("threadpoolctl"):
+        return nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    limit: AbstractContextManager[object] = threadpool_limits(1)
+    return limit
 
 
 def fit_vim(data: FitData) -> Detector:

@@ -26,8 +26,9 @@ Indices = NDArray[np.int64]
 
 #: Classes that are left out: of more, so many are drawn, seeded.
 MOST_CLASSES = 10
-#: Of so few images every part is left out too, one after the other; of more, one part for each class.
-FEW = 500
+#: Of so few images every part is left out too, one after the other; of up to so many three parts for each class, which
+#: are a hundred images and more; and of more than that one.
+VERY_FEW, FEW = 150, 500
 #: Share of known images that is accepted in these figures.
 TPR = 0.95
 
@@ -68,15 +69,11 @@ def leave_out(
     classes = np.unique(labels)
     if len(classes) < 3:
         return
-    from threadpoolctl import threadpool_limits
-
     for label in np.sort(np.random.default_rng(0).permutation(classes)[:MOST_CLASSES]):
         count = len(folds.weight)
-        parts = range(count) if n <= FEW else [int(label) % count]
-        # Many small fits, whose threads would wait for each other where the cores do other work too.
-        with threadpool_limits(1 if n <= FEW else None):
-            found = _fit_without(names, data, folds, int(label), parts)
-        yield LeftOut(int(label), *found)
+        most = count if n <= VERY_FEW else min(3 if n <= FEW else 1, count)
+        parts = [(int(label) + step) % count for step in range(most)]
+        yield LeftOut(int(label), *_fit_without(names, data, folds, int(label), parts))
         advance(1)
 
 

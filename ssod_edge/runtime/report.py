@@ -217,7 +217,7 @@ def _print_rows(verdicts: Sequence[Verdict], counts: Counter[str], runner: Runne
     for verdict in verdicts:
         name = Text(printable(verdict.image))
         if verdict.error is not None:
-            table.add_row(name, Text("ERROR", "red"), Text(printable(verdict.error)))
+            table.add_row(name, Text("ERROR", "red"))
             continue
         text, style = WORDS[verdict.known]
         p = "" if verdict.p_known is None else f"{verdict.p_known:.1%}"
@@ -228,7 +228,10 @@ def _print_rows(verdicts: Sequence[Verdict], counts: Counter[str], runner: Runne
     console = Screen(wide=WIDE)
     if verdicts:
         console.print(table)
-        if note := p_known_note(runner):
+        for verdict in verdicts:
+            if verdict.error is not None:
+                console.print(Text(f"ERROR {printable(verdict.error)}", "red"), soft_wrap=True)
+        if counts["failed"] < counts.total() and (note := p_known_note(runner)):
             console.print(note)
     console.print(_summary(counts, runner))
 

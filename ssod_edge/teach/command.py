@@ -56,7 +56,7 @@ def run_history(folder: str, keep: int | None = None, as_json: bool = False) -> 
         return EXIT_OK
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("version", "what", "proof", "when (UTC)", "where"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "when (UTC)")
     for row in rows:
         table.add_row(*(Text(printable(text)) for text in _cells(row)), style="bold" if row["current"] else None)
     Screen(wide=WIDE).print(table)
@@ -83,7 +83,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     words = [f"{name} ({count} photos)" for name, count in lesson.get("photos", {}).items()]
     words += [f"without {name}" for name in lesson.get("forgotten", [])]
     where = "in use" if row["current"] else "/".join(Path(row["folder"]).parts[-2:]) if row["folder"] else "not here"
-    return (row["name"], ", ".join(words) or "exported", _proof(lesson), row["time"] or "-", where)
+    return (row["name"], ", ".join(words) or "exported", _proof(lesson), _when(row["time"]), where)
+
+
+def _when(time: str | None) -> str:
+    """A time of a spec, to the minute: "2026-11-30T17:54:56+00:00" -> "2026-11-30 17:54"."""
+    return "-" if time is None else time[:16].replace("T", " ")
 
 
 def _proof(lesson: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from sklearn.covariance import ledoit_wolf
 
 from ssod_edge.config import DETECTORS, DetectorName
+from ssod_edge.detect import fit as fit_module
 from ssod_edge.detect.covariance import largest_variances, shrinkage_of
 from ssod_edge.detect.detectors import Detector, read_detector, write_detector
 from ssod_edge.detect.fit import (
@@ -390,3 +391,16 @@ def test_the_covariance_is_shrunk_as_ledoit_and_wolf_say(count: int) -> None:
     assert shrinkage_of(z.astype(np.float32), covariance) == pytest.approx(
         ledoit_wolf(z, assume_centered=True)[1], rel=1e-3, abs=1e-5
     )
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_rows_are_fitted_by_one_thread(data: FitData, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a machine has several."""
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    found: list[int] = []
+    monkeypatch.setattr(fit_module, "fit_vim", lambda _: found.extend(one["num_threads"] for one in threadpool_info()))
+    monkeypatch.setattr(fit_module, "FEW_ROWS", len(data.features) - (0 if few else 1))
+    with threadpool_limits(2):
+        fit("vim", data)
+    assert found and set(found) == ({1} if few else {2})

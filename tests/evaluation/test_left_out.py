@@ -49,7 +49,17 @@ def test_a_class_is_judged_by_models_that_have_not_seen_it() -> None:
     assert (found[0].taken_for == 1).mean() > 0.9 and (found[1].taken_for == 0).mean() > 0.9
 
 
+def test_a_few_hundred_images_are_left_out_in_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_out, "VERY_FEW", 50)
+    data, folds = material()
+    for left in leave_out(("gen",), data, folds):
+        three = [(left.label + step) % PARTS for step in range(3)]
+        outside = np.isin(folds.fold, three) & (data.labels[:N] != left.label)
+        assert len(left.known["gen"]) == outside.sum()
+
+
 def test_many_images_are_left_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_out, "VERY_FEW", 20)
     monkeypatch.setattr(left_out, "FEW", 50)
     monkeypatch.setattr(left_out, "MOST_CLASSES", 2)
     data, folds = material()

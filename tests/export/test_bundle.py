@@ -355,13 +355,14 @@ def test_the_command(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["package", str(export)])
     assert done.exit_code == 0 and "packed onnx-fp32, onnx-fp16 into bundle.tar" in done.stderr
+    assert f"classes: {', '.join(load_spec(export).classes)}" in done.stderr
     assert list(read(tmp_path / "bundle.tar")) == NAMES
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["{}/nowhere"], 2, "ssod-edge export"),
+        (["{}/nowhere"], 2, "Give the folder of a run or an export"),
         (["{}/export", "-o", "{}/export"], 2, "it is a folder"),
         (["{}/export", "-o", "/proc/b.tar"], 1, "cannot write"),
         (["{}/export", "--bench", "{}/nowhere.json"], 2, "cannot be read as a bench record"),

@@ -338,7 +338,13 @@ def test_one_bad_image_does_not_stop_the_others(export: Path, photos: Path) -> N
     assert [row["error"] is None for row in rows] == [False, True, True, True]
     assert "bad.png" in rows[0]["error"] and rows[0]["threshold"] == -2.0
     code, out, _ = run(export, photos)
-    assert code == 1 and "1 failed" in out and "ERROR" in out
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert code == 1 and "1 failed" in out and "p known: " in out
+    assert [line.split()[-1] for line in lines if line.startswith(f"{photos}/bad.png")] == ["ERROR"]
+    (told,) = [line for line in lines if line.startswith("ERROR ")]
+    assert told == f"ERROR {rows[0]['error']}"
+    code, out, _ = run(export, photos / "bad.png")
+    assert code == 1 and "p known: " not in out
 
 
 @pytest.fixture
@@ -390,7 +396,7 @@ def test_control_characters_stay_in_their_row(export: Path, photos: Path) -> Non
     odd = paint(photos / "two\nlines\x1b[31m\u2028.png", "red")
     gone = photos / "gone\t.png"
     code, out, _ = run(export, odd, gone)
-    assert code == 1 and len(out.splitlines()) == 5, "a heading, two rows, what p known is, and the sum"
+    assert code == 1 and len(out.splitlines()) == 6, "a heading, two rows, the error, what p known is, and the sum"
     assert r"two\nlines\x1b[31m\u2028.png" in out and r"gone\t.png': no such file" in out
     _, out, _ = run(export, odd, "--json")
     assert json.loads(out)["image"] == str(odd)
@@ -440,7 +446,7 @@ def test_a_name_that_is_not_utf8(export: Path, photos: Path) -> None:
     [
         (["{export}"], 2, "IMAGE"),
         (["{export}", "{photos}/*.bmp"], 2, "no image matches"),
-        (["{export}/nowhere", "{photos}"], 2, "ssod-edge export"),
+        (["{export}/nowhere", "{photos}"], 2, "Give the folder of a run or an export"),
         (["{export}", "{photos}", "--artifact", "tensorrt"], 2, "it has"),
         (["{export}", "{photos}", "--device", "NPU"], 3, "NPU"),
         (["{export}", "{photos}", "--batch", "0"], 2, "batch"),

@@ -171,7 +171,7 @@ def test_an_export_that_was_never_taught(light: Path) -> None:
     assert done.exit_code == 2 and "was not taught" in done.output
     for command in ("history", "rollback"):
         done = run(command, light.parent / "nowhere")
-        assert done.exit_code == 2 and "does not exist. Make an export with" in done.output
+        assert done.exit_code == 2 and "does not exist. Give the folder of a run or an export" in done.output
 
 
 def test_a_damaged_version_is_not_swapped_in(door: Path) -> None:

@@ -60,7 +60,10 @@ GROUP_LIST = "groups.json"
 SINGLES, DISCARD = "singles", "discard"
 #: Groups are joined while the mean cosine between their images is at least this.
 TOGETHER = {"pixels": 0.6, "features": 0.5}
-BY_PIXELS = "pixels tell little; images are sorted better of a model that was exported --features pooled"
+BY_PIXELS = (
+    "these images are sorted by their pixels, which tell little. To sort by what the network sees: "
+    "ssod-edge export RUN --features pooled, and collect them again"
+)
 
 
 @dataclass(frozen=True)
