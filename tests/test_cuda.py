@@ -39,6 +39,7 @@ def test_orin_and_hopper_compile_without_a_warning_or_a_spill_and_the_library_lo
     assert shown.stdout == "[True, True]\n", shown.stderr
 
 
+@pytest.mark.slow
 def test_a_spill_fails_the_build(tmp_path: Path) -> None:
     files, folders = ("setup.py", "pyproject.toml", "README.md", "LICENSE"), ("ssod_edge", "kernels", "export", "bench")
     for name in (*files, *folders, "scripts"):

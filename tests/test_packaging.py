@@ -200,6 +200,7 @@ def test_torch_is_not_needed_to_build() -> None:
     assert not [requirement for requirement in requires if requirement.startswith("torch")]
 
 
+@pytest.mark.slow
 def test_one_wheel_with_the_kernel_serves_every_python(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     if shutil.which("c++") is None:

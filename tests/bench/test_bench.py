@@ -347,7 +347,7 @@ def test_options_below_one(field: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere"], 2, "does not exist. Make an export"),
+        (["nowhere"], 2, "does not exist. Give the folder of a run"),
         (["{export}", "--backbone", "mobilenetv3"], 2, "either DIR or --backbone"),
         (["{export}", "--ood", "far"], 2, "NAME=DATA"),
         (["{export}", "--batch", "0"], 2, "--batch"),

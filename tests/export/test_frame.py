@@ -88,7 +88,8 @@ def test_blue_first(export: Path, tmp_path: Path) -> None:
         assert document["graphs"][name]["max_pixel_diff"] <= 1 and document["graphs"][name]["threshold"] == -2.0
 
 
-@pytest.mark.parametrize("channels", [pytest.param("RGB", marks=pytest.mark.slow), "BGR"])
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
 def test_golden_frames(export: Path, tmp_path: Path, channels: Channels) -> None:
     """A client that reads `golden.json` alone gets what stands in it, from bytes in the order of the graphs."""
     write_frame_graphs(export, tmp_path, channels)

@@ -310,7 +310,10 @@ def test_an_interrupt_changes_nothing(export: Path, tmp_path: Path) -> None:
     for index in range(1, 4000):  # more than are read before a busy machine looks
         (folder / f"{index}.png").hardlink_to(folder / "0.png")
     before = (export / "ssod.json").read_bytes()
-    assert interrupt_while_reading(folder, "calibrate", export, "--id", folder) == (130, "interrupted\n")
+    assert interrupt_while_reading(folder, "calibrate", export, "--id", folder) == (
+        130,
+        "interrupted: the export is as it was\n",
+    )
     assert (export / "ssod.json").read_bytes() == before
 
 

@@ -389,7 +389,7 @@ def test_an_unknown_device_is_refused(export: Path, engine: str) -> None:
 
 
 def test_missing_folder_and_run_folder(export: Path) -> None:
-    with pytest.raises(UsageError, match="ssod-edge export"):
+    with pytest.raises(UsageError, match="does not exist. Give the folder of a run or an export"):
         open_runner(export / "nowhere")
     assert Export.at(export.parent).folder == export
     with open_runner(export.parent) as runner:

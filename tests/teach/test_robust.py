@@ -76,6 +76,7 @@ def killed(door: Path, photos: Path, share: float, lasts: float, *options: str) 
     return process.returncode == -signal.SIGKILL, time.monotonic() - begun
 
 
+@pytest.mark.slow
 def test_a_lesson_that_is_killed_at_any_instant(door: Path, photos: Path, tmp_path: Path) -> None:
     """In place and, every other time, into a new folder. Two thirds over all of it, the others where files appear."""
     original, out, rng = snapshot(door), tmp_path / "new", random.Random(24)

@@ -19,6 +19,7 @@ from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.objective import NORM_WEIGHT, TrainStep, class_weights, outlier_loss
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_step():
     model = build_model("test_efficientnet", ("a", "b"), Preprocess(32))
     step = TrainStep(model, LossConfig())

@@ -104,6 +104,7 @@ def page(template: Path, tmp_path: Path, driver: Any) -> Iterator[Page]:
 LOADED = "return [...document.images].filter(one => one.complete && one.naturalWidth > 0).length"
 
 
+@pytest.mark.slow
 def test_thumbnails_are_loaded_when_they_come_into_view(page: Page) -> None:
     assert page.ask("return document.querySelectorAll('figure').length") == 500
     page.until(lambda: page.ask(LOADED) > 12)
