@@ -136,7 +136,7 @@ def write_pictures(folder: Path) -> list[Path]:
     return [*paths, folder / "L.jpg", folder / "progressive.jpg"]
 
 
-@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+@pytest.mark.parametrize("channels", ["RGB", pytest.param("BGR", marks=pytest.mark.slow)])
 def test_verdicts_of_predict(
     export: Path, run: Run, program: Path, tmp_path: Path, channels: Any, frames: Path
 ) -> None:
