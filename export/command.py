@@ -26,7 +26,7 @@ from ssod_edge.export.staging import check_place
 from ssod_edge.optional import require
 from ssod_edge.runtime.open import ENGINES, PLAN_ENGINES, is_installed
 from ssod_edge.spec import Artifact, Spec
-from ssod_edge.terminal import Screen, printable_lines
+from ssod_edge.terminal import Screen, printable, printable_lines
 
 if TYPE_CHECKING:
     from ssod_edge.export.graph.source import Source
@@ -200,7 +200,7 @@ def run_package(folder: str, out: str, bench: str | None = None) -> int:
     """`package`: pack an export into one file; returns the exit code. See `ssod_edge.export.bundle.write_bundle`."""
     spec = write_bundle(folder, out, bench, say=partial(say, style="yellow"))
     held = ", ".join(artifact.name for artifact in spec.artifacts)
-    names = ", ".join(spec.classes[:20]) + (", ..." if len(spec.classes) > 20 else "")
+    names = ", ".join(map(printable, spec.classes[:20])) + (", ..." if len(spec.classes) > 20 else "")
     say(f"packed {held} into {out}, {Path(out).stat().st_size / 1e6:.1f} MB; {len(spec.classes)} classes: {names}")
     return EXIT_OK
 

@@ -169,7 +169,7 @@ def judge(
     return figures
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--id", required=True, help="known photos that the run has not seen")
@@ -178,7 +178,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--without-upper", action="store_true", help="leave the tuned blocks out")
     parser.add_argument("--json", required=True)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse()
     run = Run.at(given.run)
     source, splits = run.splits("go to the folder where it was trained")
     model, train = run.model.eval(), np.sort(np.concatenate([splits.train, splits.calib]))

@@ -60,7 +60,7 @@ def export(make_export: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_model() -> SSODClassifier:
-    """An EfficientNet of 60 thousand random weights for 64 px and 7 classes."""
+    """A small EfficientNet of random weights for 64 px and 7 classes."""
     from small import make_model
 
     return make_model("test_efficientnet")

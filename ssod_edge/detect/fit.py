@@ -39,8 +39,8 @@ LEAST_VARIANCE = 1e-5
 #: Prototypes of a class, as long as all classes together have no more than so many. So many images are all prototypes.
 PROTOTYPES, MOST_PROTOTYPES = 10, 1000
 KMEANS_ROUNDS = 20
-#: Rows up to which one thread fits: products of so few take as long by one, and several wait for each other where other
-#: programs use the cores too, ten times as long.
+#: Rows up to which one thread fits: several wait for each other where other programs use the cores too, six times as
+#: long (bench/results/few-rows.json).
 FEW_ROWS = 2000
 
 
