@@ -36,7 +36,7 @@ PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 Recipe = Literal["short", "scratch", "paper"]
 Head = Literal["last", "stages", "blocks"]
-Tune = Literal["auto", "head", "upper", "all"]
+Tune = Literal["auto", "head", "branch", "upper", "all"]
 Method = Literal["ssod", "lbf", "both", "ce"]
 Balance = Literal["lwb", "lw", "dr"]
 ClassWeights = Literal["none", "balanced"]
@@ -71,11 +71,13 @@ PRIOR_SCORE = "gen+mahalanobispp"
 #: were tuned to the known classes span little else, and a class that looks like these lies in it
 #: (docs/lab/detection.md).
 UNTOUCHED_SCORE = f"{PRIOR_SCORE}+residual"
+#: What a run's `tuned` says where training has left the backbone alone.
+UNTOUCHED = ("head", "branch")
 
 
 def prior_score(tuned: str) -> str:
-    """`UNTOUCHED_SCORE` or `PRIOR_SCORE`, by a run's `tuned`: "head" where training has left the features alone."""
-    return UNTOUCHED_SCORE if tuned == "head" else PRIOR_SCORE
+    """`UNTOUCHED_SCORE` or `PRIOR_SCORE`, by a run's `tuned`: see `UNTOUCHED`."""
+    return UNTOUCHED_SCORE if tuned in UNTOUCHED else PRIOR_SCORE
 
 
 def resolve_backbone(name: str) -> str:
@@ -317,9 +319,9 @@ class TrainConfig:
         compile: use torch.compile.
         head: what the last layer reads. `blocks`: every block of the backbone; `stages`: the last of each stage;
             `last`: its last features alone.
-        tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `upper`: after that
-            the upper half of the backbone too, gently. `all`: everything. `auto`: `head`, and `upper` where held-out
-            photos say that it pays.
+        tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `branch`: after that
+            a small branch beside the backbone. `upper`: the upper half of the backbone, gently. `all`: everything.
+            `auto`: `head`, and `branch` where held-out photos say that it pays.
         weights: what training starts from. `published`: timm's weights of the backbone; `none`: random ones; or a
             .safetensors or .pth file, or a run's checkpoint.
         begun_from: the run or export that training goes on from, whose checkpoint `weights` names (`train --from`).

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, prior_score, score_parts
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, UNTOUCHED, has_state, prior_score, score_parts
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
@@ -20,8 +20,9 @@ from ssod_edge.detect.detectors import Detector
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.sums import FittedScore, Outputs, ScoreSum, fit_score, held_out_scores
-from ssod_edge.errors import ArtifactError, UsageError
-from ssod_edge.evaluation.left_out import expectation, expectation_lines
+from ssod_edge.errors import ArtifactError, ImageError, UsageError
+from ssod_edge.evaluation.expect import TaughtImages
+from ssod_edge.evaluation.left_out import WITHOUT_BRANCH, expectation, expectation_lines
 from ssod_edge.export.graph.auto_score import OUT_OF_FOLD, choose
 from ssod_edge.export.graph.negatives import DEFAULTS, fit_default, with_row
 from ssod_edge.export.graph.reference import eager_outputs, run_eager
@@ -181,7 +182,7 @@ def ship_score(source: Source, wanted: WantedScore, say: Say) -> ShippedScore:
             say(f"{wanted.told} ({error}), so it is {DEFAULT_SCORE}")
             shipped = ShippedScore(DEFAULT_SCORE, wanted.evidence)
     if folded is None or source.images.thresholds is None:
-        return shipped
+        return replace(shipped, expected=_expected_beside_branch(source, shipped.name, say))
     return replace(shipped, out_of_fold=folded.of(shipped), expected=folded.expected(shipped.name))
 
 
@@ -254,6 +255,23 @@ class _Folded:
         for line in expectation_lines(found):
             self._say(line)
         return found
+
+
+def _expected_beside_branch(source: Source, score: str, say: Say) -> dict[str, Any]:
+    """What `_Folded.expected` gives, of a run that taught a branch: by its backbone, which has learnt no class.
+
+    Empty where there is no branch, where the training data is not at hand, or where there are too few images.
+    """
+    if source.run is None or source.model.branch is None or source.tuned not in UNTOUCHED:
+        return {}
+    try:
+        found = TaughtImages.of(source.run).expect(score)
+    except (UsageError, ImageError) as error:
+        say(f"what to expect of new classes is not known: {error}")
+        return {}
+    for line in (*expectation_lines(found), WITHOUT_BRANCH):
+        say(line)
+    return {key: found[key] for key in ("new_class", "disturbed", "without_branch")}
 
 
 def _check_rounding(score: FittedScore, known: Outputs) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ssod_edge.config import score_parts
+from ssod_edge.config import UNTOUCHED, score_parts
 from ssod_edge.data.sources import ImageSource, model_labels
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.fit import FitData
@@ -61,8 +61,8 @@ class TaughtImages:
 
     @property
     def stand_in(self) -> bool:
-        """Whether the features have learnt the classes that are left out."""
-        return self.run.meta.get("tuned") != "head"
+        """Whether the features have learnt the classes that are left out; a branch's are not read."""
+        return self.run.meta.get("tuned") not in UNTOUCHED
 
     def expect(self, score: str, workers: int = 1) -> dict[str, Any]:
         """What to expect of a score: the JSON face of `eval --leave-out`, without photos of other things.
@@ -72,8 +72,9 @@ class TaughtImages:
             workers: processes that read images.
 
         Returns:
-            `score`, `images` (n), `stand_in`, `new_class` and `disturbed` of `expectation`, and of the classes left
-            out `mean` and `worst` (least AUROC, most accepted).
+            `score`, `images` (n), `stand_in`, `without_branch` (whether there is one, which has learnt the classes),
+            `new_class` and `disturbed` of `expectation`, and of the classes left out `mean` and `worst` (least AUROC,
+            most accepted).
 
         Raises:
             UsageError: too few images of a class.
@@ -89,6 +90,7 @@ class TaughtImages:
             "score": score,
             "images": len(self.images),
             "stand_in": self.stand_in,
+            "without_branch": self.run.model.branch is not None,
             **found,
             "mean": {"auroc": float(np.mean(aurocs)), "accepted": float(np.mean(accepted))},
             "worst": {"auroc": min(aurocs), "accepted": max(accepted)},
@@ -110,7 +112,12 @@ class TaughtImages:
         )
         if run.folds is not None:
             return data, run.folds
-        head = fit_head(plain, disturbed, labels, len(run.model.classes))
+        width = run.model.branch_width
+        head = fit_head(plain[:, width:], disturbed[:, width:], labels, len(run.model.classes))
+        if width:
+            backbone = data.features[:, width:]
+            weight, bias = head.weight.astype(np.float32), head.bias.astype(np.float32)
+            data = replace(data, features=backbone, weight=weight, bias=bias, logits=backbone @ weight.T + bias)
         if not len(head.fold):
             raise UsageError(f"--leave-out needs two training images of each class or more. Add some, {FIX}")
         counts = np.ones(len(images), np.float32)

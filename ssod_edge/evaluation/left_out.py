@@ -29,6 +29,8 @@ MOST_CLASSES = 10
 #: Of so few images every part is left out too, one after the other; of up to so many three parts for each class, which
 #: are a hundred images and more; and of more than that one.
 VERY_FEW, FEW = 150, 500
+#: Said of these figures where a branch has learnt every class, and they do without it.
+WITHOUT_BRANCH = "these figures of new classes are of the network without its branch, which has learnt every class"
 #: Share of known images that is accepted in these figures.
 TPR = 0.95
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ssod_edge.data.disturbances import STRENGTHS
 from ssod_edge.evaluation.known_report import known_tables
-from ssod_edge.evaluation.left_out import expectation_lines
+from ssod_edge.evaluation.left_out import WITHOUT_BRANCH, expectation_lines
 from ssod_edge.terminal import Screen, printable
 
 Report = Mapping[str, Any]
@@ -190,6 +190,8 @@ def expected_lines(found: Report) -> list[str]:
             "which is left out too, and find one that is really new less often. To know, train without a class "
             "(DATA@LIST) and give it to eval as --ood"
         )
+    if found["without_branch"]:
+        lines.append(WITHOUT_BRANCH)
     return lines
 
 

@@ -192,10 +192,11 @@ def _teach(export: Export, place: Path, options: TeachOptions, say: Say) -> Taug
     started = time.monotonic()
     in_place = place == real_path(export.folder)
     model = Model(export)
-    if "tuned" in model.spec.features:
+    if (tuned := model.spec.features.get("tuned")) is not None:
+        what = "taught a branch" if tuned == "branch" else "tuned the features to"
         say(
-            "note: training tuned the features to the classes that it had. Another class may look more like these than "
-            "with features left alone (train --tune head); the figures below are of images that training has not seen"
+            f"note: training {what} the classes that it had. Another class may look more like these than with features "
+            "left alone (train --tune head); the figures below are of images that training has not seen"
         )
     gone = _forgotten(model.spec.classes, options.forget)
     stored, heads = without_classes(model.stored, model.heads, gone) if len(gone) else (model.stored, model.heads)

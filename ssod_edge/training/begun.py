@@ -138,13 +138,16 @@ class Begun:
     def give_rows(self, model: SSODClassifier) -> str:
         """Put the rows of the classes that both have into a model; its other rows are new.
 
+        What a branch made is not begun with: the rows do without its columns, which stand first.
+
         Returns:
             a line on which classes are new and which are gone.
         """
         places = {same_name(name): place for place, name in enumerate(self.classes)}
         kept = [(row, places[same_name(name)]) for row, name in enumerate(model.classes) if same_name(name) in places]
-        weight, bias = self.rows()
         classifier = model.classifier
+        weight, bias = self.rows()
+        weight = weight[:, -classifier.in_features :]
         with torch.no_grad():
             nn.init.normal_(classifier.weight, std=0.01)
             if classifier.bias is not None:

@@ -116,12 +116,12 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def trunk_hash(model: SSODClassifier) -> str:
-    """SHA-256 of the backbone's tensors but its classifier's: which weights a training started from, hex."""
+    """SHA-256 of what computes the features, hex: the backbone without its classifier, and a branch if there is one."""
     classifier = f"{model.backbone.default_cfg['classifier']}."
-    state = model.backbone.state_dict()
-    return tensors_hash(
-        {name: value.cpu().contiguous() for name, value in state.items() if not name.startswith(classifier)}
-    )
+    state = {name: value for name, value in model.backbone.state_dict().items() if not name.startswith(classifier)}
+    if model.branch is not None:
+        state |= {f"branch.{name}": value for name, value in model.branch.state_dict().items()}
+    return tensors_hash({name: value.cpu().contiguous() for name, value in state.items()})
 
 
 def model_meta(model: SSODClassifier) -> dict[str, Any]:
@@ -131,6 +131,7 @@ def model_meta(model: SSODClassifier) -> dict[str, Any]:
         "classes": list(model.classes),
         "preprocess": asdict(model.preprocess),
         "head": model.head_kind,
+        **({} if model.branch is None else {"branch": asdict(model.branch.shape)}),
     }
 
 

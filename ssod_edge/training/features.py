@@ -48,14 +48,11 @@ class Features:
 
 
 class Versions(EvalImages):
-    """(uint8 [V, 3, S, S]: the image, its mirror image if `mirrored`, and its disturbed copy; label, index)."""
-
-    mirrored = False
+    """(uint8 [2, 3, S, S]: the image and its disturbed copy; label, index)."""
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         image, label, index = super().__getitem__(position)
-        versions = [image, image.flip(2)] if self.mirrored else [image]
-        return torch.stack([*versions, torch.from_numpy(seeded_copy(image.numpy()))]), label, index
+        return torch.stack([image, torch.from_numpy(seeded_copy(image.numpy()))]), label, index
 
 
 def fitting_data(model: SSODClassifier, features: NDArray[np.float32], labels: Indices, tuned: str) -> FitData:
@@ -78,8 +75,14 @@ def fitting_data(model: SSODClassifier, features: NDArray[np.float32], labels: I
 
 
 def distance_features(model: SSODClassifier, tuned: str) -> int:
-    """How many features, the last ones, distances read; 0: all of them. See `fitting_data`."""
-    return 0 if tuned == "upper" else model.last_width
+    """How many features, the last ones, distances read; 0: all of them. See `fitting_data`.
+
+    Never what a branch makes: it learnt to tell the known classes, and far photos lie among these in it
+    (docs/lab/results.md).
+    """
+    if tuned != "upper":
+        return model.last_width
+    return model.classifier.in_features - model.branch_width if model.branch_width else 0
 
 
 def check_features(model: SSODClassifier, source: ImageSource) -> None:

@@ -18,7 +18,7 @@ from ssod_edge.config import ALIASES, Head, Preprocess, resolve_backbone
 from ssod_edge.errors import ArtifactError, UsageError
 from ssod_edge.memory import keep_freed_memory
 from ssod_edge.training.published import packaged_weights, unavailable
-from ssod_edge.training.stages import Place, find_stages, pooled, stage_maps
+from ssod_edge.training.stages import Branch, BranchShape, Place, find_stages, pooled, stage_maps
 
 _OWN = "model.backbone."  # before a backbone's keys in a checkpoint of ssod-edge
 _CHOOSE = "Choose another; most of timm's have one linear classifier on pooled features"
@@ -31,13 +31,16 @@ class SSODClassifier(nn.Module):
     """Classes and ID logit from one feature vector: [logits | s] = z @ [W; w_ood].T + [b; b_ood].
 
     z is what the timm model's own classifier reads, of width D. With the head "stages" the pooled means of its stages'
-    maps come before that, with "blocks" those of every block in them too: z = [stages | last], of width Dall.
+    maps come before that, with "blocks" those of every block in them too, and before them what a branch makes of some
+    of these maps, if there is one: z = [branch | stages | last], of width Dall.
 
     Attributes:
         backbone: the timm model; its classifier is the `nn.Linear` [M, D], or nothing if the head is not "last".
         linear: `nn.Linear` [M, Dall], or None with the head "last".
         head_kind: what the last layer reads: "blocks", "stages" or "last".
         stages: which of `ssod_edge.training.stages.stage_maps` are read; none with the head "last".
+        widths: of their maps.
+        branch: reads some of the stages' maps too; None: there is none.
         last_width: D.
         ood: `nn.Linear` [1, Dall], the OOD row; its output s is the ID logit of Eq. 13 and 15.
         classes: the M class names.
@@ -62,6 +65,8 @@ class SSODClassifier(nn.Module):
         self.linear: nn.Linear | None = None
         self.head_kind = head
         self.stages: tuple[Place, ...] = ()
+        self.widths: tuple[int, ...] = ()
+        self.branch: Branch | None = None
         classifier: object = cast(Any, backbone).get_classifier()
         if not isinstance(classifier, nn.Linear):
             kind = type(classifier).__name__
@@ -69,8 +74,8 @@ class SSODClassifier(nn.Module):
         self.last_width = classifier.in_features
         self.no_patches = _check_backbone(self)
         if head != "last":
-            self.stages, widths = find_stages(backbone, backbone_name, preprocess.input_size, head == "blocks")
-            self.linear = nn.Linear(sum(widths) + self.last_width, len(classes))
+            self.stages, self.widths = find_stages(backbone, backbone_name, preprocess.input_size, head == "blocks")
+            self.linear = nn.Linear(sum(self.widths) + self.last_width, len(classes))
             nn.init.normal_(self.linear.weight, std=0.01)
             nn.init.zeros_(self.linear.bias)
             cast(Any, backbone).reset_classifier(0)
@@ -83,6 +88,24 @@ class SSODClassifier(nn.Module):
     def classifier(self) -> nn.Linear:
         """The last layer, `nn.Linear` [M, Dall]."""
         return self.linear if self.linear is not None else cast(nn.Linear, cast(Any, self.backbone).get_classifier())
+
+    @property
+    def branch_width(self) -> int:
+        """How many features the branch makes, the first ones; 0 without a branch."""
+        return 0 if self.branch is None else self.branch.shape.features
+
+    def add_branch(self, shape: BranchShape) -> None:
+        """Let the last layer and the OOD row read a new branch too; it does not change what they say until it learns.
+
+        Raises:
+            UsageError: the head does not read the stages that the branch does.
+        """
+        if not set(shape.stages) <= set(self.stages) or not shape.stages or self.linear is None:
+            raise UsageError(f"a branch reads stages of '{self.backbone_name}' that --head {self.head_kind} leaves out")
+        channels = [self.widths[self.stages.index(stage)] for stage in shape.stages]
+        self.branch = Branch(shape, channels).to(self.linear.weight.device)
+        self.linear, self.ood = (_wider(layer, shape.features) for layer in (self.linear, self.ood))
+        self.no_patches = "its branch sees neighbouring patches"
 
     def features(self, x: Tensor) -> Tensor:
         """Features z [N, Dall] of a normalised image [N, 3, S, S]."""
@@ -115,9 +138,9 @@ class SSODClassifier(nn.Module):
         Returns:
             features [N, Dall]; patch features [n, H, W, Dall], or None.
         """
-        feature_map, maps = stage_maps(self.backbone, x, self.stages)
-        last = cast(Tensor, cast(Any, self.backbone).forward_head(feature_map, pre_logits=True))
-        z = torch.cat([*map(pooled, maps), last], dim=1) if maps else last
+        feature_map, maps, z = self.read_backbone(x)
+        if self.branch is not None:
+            z = torch.cat([self.branch(self.maps_of(self.branch.shape, maps)), z], dim=1)
         if patches == 0:
             return z, None
         grid = self.patch_features(feature_map[:patches])
@@ -125,9 +148,33 @@ class SSODClassifier(nn.Module):
         on_grid = [F.adaptive_avg_pool2d(m[:patches], grid.shape[1:3]).permute(0, 2, 3, 1) for m in maps]
         return z, torch.cat([*on_grid, grid], dim=3) if maps else grid
 
+    def read_backbone(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What comes of the backbone alone, of normalised images [N, 3, S, S].
+
+        Returns:
+            the last map; those of `stages`; the features [N, Dall] but the branch's.
+        """
+        feature_map, maps = stage_maps(self.backbone, x, self.stages)
+        last = cast(Tensor, cast(Any, self.backbone).forward_head(feature_map, pre_logits=True))
+        return feature_map, maps, torch.cat([*map(pooled, maps), last], dim=1) if maps else last
+
+    def maps_of(self, shape: BranchShape, maps: list[Tensor]) -> list[Tensor]:
+        """What a branch of this shape reads of the maps of `stages`."""
+        return [maps[self.stages.index(stage)] for stage in shape.stages]
+
     def patch_features(self, feature_map: Tensor) -> Tensor:
         """The backbone's pre-logits at every location of its last map: [N, C, H, W] -> [N, H, W, D]."""
         return cast(Tensor, unpooled_head(self.backbone).forward_head(feature_map, pre_logits=True)).permute(0, 2, 3, 1)
+
+
+def _wider(layer: nn.Linear, count: int) -> nn.Linear:
+    """The same layer with so many inputs more, before the others, that it does not heed."""
+    wider = nn.Linear(count + layer.in_features, layer.out_features, device=layer.weight.device)
+    with torch.no_grad():
+        wider.weight[:, :count] = 0
+        wider.weight[:, count:] = layer.weight
+        wider.bias.copy_(layer.bias)
+    return wider
 
 
 def unpooled_head(backbone: nn.Module) -> Any:
@@ -203,6 +250,7 @@ def build_model(
     pretrained: bool = False,
     weights: str | Path | None = None,
     head: Head = "last",
+    branch: BranchShape | None = None,
 ) -> SSODClassifier:
     """Make a classifier from a timm backbone.
 
@@ -215,6 +263,7 @@ def build_model(
             so is a classifier of another width.
         head: what the last layer reads: "last", the features of the timm model's own, "stages", every stage's too, or
             "blocks", every block's in them too.
+        branch: of a new branch beside the backbone; None: without one.
 
     Raises:
         UsageError: no such backbone, one whose classifier is not one linear layer (the message says why), or published
@@ -247,7 +296,10 @@ def build_model(
         nn.init.normal_(classifier.weight, std=0.01)
     if weights is not None:
         load_weights(model, weights)
-    return SSODClassifier(model, name, classes, preprocess, head)
+    classified = SSODClassifier(model, name, classes, preprocess, head)
+    if branch is not None:
+        classified.add_branch(branch)
+    return classified
 
 
 def _why_not_built(name: str, classes: int, size: dict[str, int]) -> Exception | None:

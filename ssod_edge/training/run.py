@@ -22,6 +22,7 @@ from ssod_edge.runtime.export import Export
 from ssod_edge.spec import SPEC_NAME
 from ssod_edge.training.checkpoint import BEST, FOLDS, load_checkpoint, load_state
 from ssod_edge.training.model import SSODClassifier, build_model
+from ssod_edge.training.stages import BranchShape
 
 #: Images whose out-of-fold scores a threshold comes from: every artifact runs them all.
 THRESHOLD_IMAGES = 500
@@ -77,7 +78,8 @@ class Run:
             classes = from_json(tuple[str, ...], meta["classes"], "classes")
             preprocess = from_json(Preprocess, meta["preprocess"], "preprocess")
             head = from_json(Head, meta.get("head", "last"), "head")  # earlier releases had no other
-            model = build_model(backbone, classes, preprocess, head=head)
+            branch = from_json(BranchShape | None, meta.get("branch"), "branch")
+            model = build_model(backbone, classes, preprocess, head=head, branch=branch)
         except UsageError as error:
             raise ArtifactError(f"checkpoint '{self.checkpoint}' does not describe a model ({error})") from error
         load_state(model, tensors, self.checkpoint)

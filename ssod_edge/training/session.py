@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssod_edge.config import NO_WEIGHTS, PUBLISHED, TrainConfig
+from ssod_edge.config import NO_WEIGHTS, PUBLISHED, UNTOUCHED, TrainConfig
 from ssod_edge.csv_table import write_csv
 from ssod_edge.data.copies import Copies, exact_copies, near_copies
 from ssod_edge.data.division import divide, earlier_splits
@@ -89,7 +89,7 @@ class Session:
         if weights and is_checkpoint(weights):
             tensors, self._begun = load_checkpoint(Path(weights))
         #: Features that training starts from, but of a run that changed them.
-        self.published = self._begun is None or self._begun.get("tuned") == "head"
+        self.published = self._begun is None or self._begun.get("tuned") in UNTOUCHED
         self._begun_pooled = any(name.startswith(FOLDS) for name in tensors)
         self._said: set[str] = set()
         begun = run if restored else Path(config.weights_file or "").parent

@@ -1,13 +1,15 @@
-"""The maps of a backbone's stages and blocks, and their means: what a head reads beside the last features."""
+"""The maps of a backbone's stages and blocks: what a head reads beside the last features, by means or by a branch."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod_edge.errors import UsageError
@@ -16,6 +18,9 @@ from ssod_edge.errors import UsageError
 REDUCTION = 8
 #: Of a stage, so many blocks at most are read, its last ones: of 23 (ResNet-101) most say the same.
 MOST_BLOCKS = 4
+
+#: Of a branch.
+MOST_WIDTH = 1024
 
 #: Where a backbone has a map: the index of one of timm's stages, or the name of a module, a block within one.
 Place: TypeAlias = int | str
@@ -54,6 +59,73 @@ def maps_until(backbone: nn.Module, x: Tensor, places: Sequence[Place]) -> list[
 def pooled(feature_map: Tensor) -> Tensor:
     """The mean over all places, [N, C, H, W] -> [N, C]."""
     return feature_map.mean(dim=(2, 3))
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """What a `Branch` is built from.
+
+    Attributes:
+        stages: timm's indices of the stages whose maps it reads, the smallest map last.
+        width: channels that it makes of each map.
+    """
+
+    stages: tuple[int, ...]
+    width: int
+
+    def __post_init__(self) -> None:
+        if not self.stages or not 1 <= self.width <= MOST_WIDTH:
+            raise UsageError(f"a branch reads a stage or more, in 1 to {MOST_WIDTH} channels")
+
+    @property
+    def features(self) -> int:
+        """How many features it gives."""
+        return 2 * len(self.stages) * self.width
+
+
+class Branch(nn.Module):
+    """A small network beside a backbone: maps of some stages [N, C, H, W] -> features [N, `BranchShape.features`].
+
+    1x1 convolutions bring each map to the same width, averages bring it onto the last one's grid, and two depthwise
+    separable blocks read them together. The features are the mean and the maximum over the places.
+
+    Args:
+        shape: see `BranchShape`.
+        channels: of each map.
+    """
+
+    def __init__(self, shape: BranchShape, channels: Sequence[int]):
+        super().__init__()
+        full = len(shape.stages) * shape.width
+        self.shape = shape
+        self.inner = nn.ModuleList([nn.Conv2d(count, shape.width, 1) for count in channels])
+        self.blocks = nn.Sequential(_separable(full), _separable(full))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        height, width = maps[-1].shape[2:]
+        on_grid = [_onto(conv(m), height, width) for conv, m in zip(self.inner, maps, strict=True)]
+        found = self.blocks(torch.cat(on_grid, dim=1))
+        return torch.cat([found.mean(dim=(2, 3)), found.amax(dim=(2, 3))], dim=1)
+
+
+def _separable(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.Hardswish(),
+    )
+
+
+def _onto(feature_map: Tensor, height: int, width: int) -> Tensor:
+    """A map on a grid that is not finer: means where whole windows fit, as engines compute it fastest."""
+    rows, columns = feature_map.shape[2:]
+    if (rows, columns) == (height, width):
+        return feature_map
+    window = -(-rows // height), -(-columns // width)
+    if (-(-rows // window[0]), -(-columns // window[1])) == (height, width):
+        return F.avg_pool2d(feature_map, window, ceil_mode=True, count_include_pad=False)
+    return F.interpolate(feature_map, (height, width), mode="bilinear", align_corners=False)
 
 
 def find_stages(

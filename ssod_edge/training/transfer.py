@@ -1,4 +1,4 @@
-"""Training that keeps published features: the last layer by regression, then perhaps the upper blocks, gently."""
+"""Training that keeps published features: the last layer by regression, then perhaps a branch, or the upper blocks."""
 
 from __future__ import annotations
 
@@ -17,25 +17,17 @@ from ssod_edge.data.splits import Indices
 from ssod_edge.detect.regression import LinearHead, fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
+from ssod_edge.training.branch import SmallBranch
 from ssod_edge.training.checkpoint import BEST, FOLDS
 from ssod_edge.training.distributed import world_size
 from ssod_edge.training.disturbed import FIT_IMAGES, Disturbed, judge_disturbed, some
 from ssod_edge.training.features import Features, check_features, features_of, fitting_data, keep_features
 from ssod_edge.training.labels import unseen_probs, write_labels
+from ssod_edge.training.lesson import Further, Lesson
 from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.session import Session, append_metrics, say
-from ssod_edge.training.upper import (
-    EPOCHS,
-    BorderMaps,
-    Cut,
-    Lesson,
-    border_maps,
-    check_maps,
-    cut,
-    tune_upper,
-    tuned_features,
-)
+from ssod_edge.training.upper import UpperBlocks
 from ssod_edge.training.validated import class_logits, write_validation
 
 
@@ -43,20 +35,20 @@ def tune(session: Session) -> None:
     """Train as `TrainConfig.tune` says, but for `all`; the run folder gets its checkpoint and a line of metrics.
 
     Raises:
-        UsageError: several processes, too many images, or a backbone that `upper` cannot cut.
+        UsageError: several processes, too many images, or a backbone that has no such part to teach.
         ImageError: an image cannot be read.
     """
     config = session.config
     if world_size() > 1:
         raise UsageError(f"--tune {config.tune} runs in one process. Leave torchrun out, or use --tune all")
     check_features(session.model, session.source)
-    parts = None if config.tune == "head" else _cut(session)
+    further = None if config.tune == "head" else _further(session)
     session.begin_folder()
     started = time.monotonic()
-    maps, features = (None, _features(session)) if parts is None else _maps(session, parts)
+    features = _features(session) if further is None else _read(session, further)
     session.keep_near_copies_together(features.plain)
     fitted = time.monotonic()
-    taught = _teach(session, features, pool=parts is None)
+    taught = _teach(session, features, pool=further is None)
     say(
         f"head: {taught.held_out} ({fitted - started:.0f} s for features of {len(session.source)} photos and disturbed "
         f"copies, {time.monotonic() - fitted:.0f} s for the head)"
@@ -66,8 +58,8 @@ def tune(session: Session) -> None:
         say(line)
     was = "head" if session.published else "upper"
     facts: dict[str, Any] = {"tuned": was, "tried": {"head": taught.held_out.record}}
-    if parts is not None and maps is not None:
-        taught = _try_upper(session, parts, maps, taught, facts)
+    if further is not None:
+        taught = _try(session, further, taught, facts)
     head, images = taught.head, taught.images
     facts["strength"] = head.strength
     pooled = len(images) > len(session.splits.train)
@@ -97,29 +89,29 @@ class Taught:
     held_out: HeldOut
 
 
-def _try_upper(session: Session, parts: Cut, maps: BorderMaps, taught: Taught, facts: dict[str, Any]) -> Taught:
-    """Tune the upper blocks, and put them back where `auto` is better off without; what was tried joins the facts.
+def _try(session: Session, further: Further, taught: Taught, facts: dict[str, Any]) -> Taught:
+    """Teach a part of the network, and leave it as it was where `auto` is better off without; what was tried joins the
+    facts.
 
-    What they are weighed against is the last layer that would ship without them. That one learns from the images for
-    thresholds too, which tuned blocks must not see.
+    What it is weighed against is the last layer that would ship without it. That one learns from the images for
+    thresholds too, which the part must not see.
     """
-    untouched = copy.deepcopy(session.model.state_dict())
-    after, features = _tune_upper(session, parts, maps, taught.features)
-    tuned = replace(taught, features=features, held_out=after)
-    facts["tried"]["upper"] = tuned.held_out.record
+    untouched = copy.deepcopy(session.model)
+    after = _learn(session, further, taught)
+    facts["tried"][further.name] = after.held_out.record
     if session.config.tune == "auto":
-        upper = copy.deepcopy(session.model.state_dict())
-        session.model.load_state_dict(untouched)
+        changed, session.model = session.model, untouched
         without = _teach(session, taught.features, pool=True)
         if len(without.images) > len(taught.images):
             say(f"head: fitted on {len(without.images)} images, those for thresholds too: {without.held_out}")
             facts["tried"]["head"] = without.held_out.record
-        if not tuned.held_out.better_than(without.held_out):
-            say("the upper blocks are put back: tuned, they get no more held-out photos right")
+        if not after.held_out.better_than(without.held_out):
+            say(f"without the {further.what}: with it, no more held-out photos are right")
             return without
-        session.model.load_state_dict(upper)
-    facts["tuned"] = "upper"
-    return tuned
+        session.model = changed
+    if facts["tuned"] == "head":
+        facts["tuned"] = further.name
+    return after
 
 
 def _say_disturbed(session: Session, taught: Taught, tuned: str) -> Disturbed:
@@ -198,36 +190,36 @@ class HeldOut:
         return bool(self.right.sum() > other.right.sum())
 
 
-def _cut(session: Session) -> Cut | None:
-    """The network in two parts; None, and a line, where `auto` cannot: one that cannot be cut, or too many images."""
+def _further(session: Session) -> Further | None:
+    """What is taught beyond the last layer; None, and a line, where `auto` cannot: no such part, or too many images."""
+    kind: type[Further] = UpperBlocks if session.config.tune == "upper" else SmallBranch
     try:
-        parts = cut(session.model)
-        check_maps(parts, len(session.source))
+        return kind(session.model, len(session.source))
     except UsageError as error:
-        if session.config.tune == "upper":
+        if session.config.tune != "auto":
             raise
-        say(f"the upper blocks stay as they are: {error}")
+        say(f"the last layer alone learns: {error}")
         return None
-    return parts
 
 
-def _tune_upper(session: Session, parts: Cut, maps: BorderMaps, features: Features) -> tuple[HeldOut, Features]:
-    """Tune, and keep the features of the tuned network; what that makes of the validation images, and they."""
+def _learn(session: Session, further: Further, taught: Taught) -> Taught:
+    """Teach a part, and keep the features of the changed network."""
     started = time.monotonic()
     model, source, config = session.model, session.source, session.config
-    mirror = source.hflip_ok and config.hflip > 0
+    mirror, epochs = source.hflip_ok and config.hflip > 0, further.pace.epochs
     lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, mirror)
-    with image_bar("upper blocks", EPOCHS * len(lesson.train)) as advance:
-        tune_upper(model, parts, maps, features, lesson, _say_epoch, advance)
-    tuned = tuned_features(parts, maps)
-    keep_features(model, source, session.run.parent, tuned)
-    after = _held_out(session, tuned)
-    say(f"upper: {after} ({time.monotonic() - started:.0f} s)")
-    return after, tuned
+    with image_bar(further.what, epochs * len(lesson.train)) as advance:
+        further.learn(taught.features, lesson, lambda epoch, loss: _say_epoch(epoch, epochs, loss), advance)
+    features = further.features()
+    keep_features(model, source, session.run.parent, features)
+    after = _held_out(session, features)
+    say(f"{further.name}: {after} ({time.monotonic() - started:.0f} s)")
+    return replace(taught, features=features, held_out=after)
 
 
-def _say_epoch(epoch: int, loss: float) -> None:
-    say(f"epoch {epoch}/{EPOCHS}  loss {loss:.4f}")
+def _say_epoch(epoch: int, epochs: int, loss: float) -> None:
+    if epoch % max(1, epochs // 4) == 0 or epoch == epochs:
+        say(f"epoch {epoch}/{epochs}  loss {loss:.4f}")
 
 
 def _held_out(session: Session, features: Features) -> HeldOut:
@@ -251,13 +243,13 @@ def _features(session: Session) -> Features:
         return features_of(session.model, session.source, session.run.parent, session.config.workers, advance)
 
 
-def _maps(session: Session, parts: Cut) -> tuple[BorderMaps, Features]:
-    """Of the border, and the features, kept in the folder of runs."""
+def _read(session: Session, further: Further) -> Features:
+    """Of all images, kept in the folder of runs; and what a part of the network learns from."""
     source = session.source
     with image_bar("features", len(source)) as advance:
-        maps, features = border_maps(session.model, parts, source, session.config.workers, advance)
+        features = further.read(source, session.config.workers, advance)
     keep_features(session.model, source, session.run.parent, features)
-    return maps, features
+    return features
 
 
 def _teach(session: Session, features: Features, pool: bool) -> Taught:

@@ -10,30 +10,33 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssod_edge.config import ClassWeights
 from ssod_edge.data.sources import ImageSource
-from ssod_edge.data.splits import Indices
-from ssod_edge.detect.regression import LEAST_DEVIATION
-from ssod_edge.errors import TrainingError, UsageError
+from ssod_edge.errors import UsageError
 from ssod_edge.training.batches import load_batches
-from ssod_edge.training.features import BATCH, Features, Versions
+from ssod_edge.training.features import BATCH, Features
 from ssod_edge.training.folding import folded
+from ssod_edge.training.lesson import (
+    DISTURBED,
+    PLAIN,
+    VERSIONS,
+    Advance,
+    Further,
+    Lesson,
+    Pace,
+    Standardised,
+    ThreeVersions,
+    check_room,
+    in_half,
+    learn,
+)
 from ssod_edge.training.model import SSODClassifier, normalise
-from ssod_edge.training.objective import class_weights
 from ssod_edge.training.stages import Place, maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
 BORDER_REDUCTION = 16
-#: Bytes that the maps of the border may take in memory.
-MOST_BYTES = 3 * 2**30
-EPOCHS, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 4, 5e-4, 0.01, 64
-#: Versions of an image: as it is, mirrored, and disturbed.
-PLAIN, MIRRORED, DISTURBED = range(3)
-VERSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -126,175 +129,69 @@ class BorderMaps:
         return border, self.below[index, version].to(device)
 
 
-class _Versions(Versions):
-    mirrored = True
+class UpperBlocks(Further):
+    """The blocks above the border of a model."""
 
+    name, what = "upper", "upper blocks"
+    pace = Pace(epochs=4, rate=5e-4, decay=0.01, head_rate=5e-4)
 
-def check_maps(parts: Cut, images: int) -> None:
-    """Raises UsageError where the maps of so many images do not fit into `MOST_BYTES`."""
-    if 2 * VERSIONS * images * math.prod(parts.shape) > MOST_BYTES:
-        raise UsageError(
-            f"the maps of {images} images take more than {MOST_BYTES // 2**30} GB. Use --tune head or all, or a "
-            "smaller --size"
-        )
+    def __init__(self, model: SSODClassifier, images: int):
+        self.model, self.parts = model, cut(model)
+        check_room(2 * VERSIONS * images * math.prod(self.parts.shape), images)
+        self.maps: BorderMaps | None = None
+
+    def read(self, source: ImageSource, workers: int, advance: Advance) -> Features:
+        self.maps, features = border_maps(self.model, self.parts, source, workers, advance)
+        return features
+
+    def learn(
+        self, features: Features, lesson: Lesson, finished: Callable[[int, float], None], advance: Advance
+    ) -> None:
+        assert self.maps is not None
+        parts, maps, layer = self.parts, self.maps, self.model.classifier
+        upper, head = _trainable(parts.view), Standardised.of(layer, features, lesson.train)
+
+        def logits(index: Tensor, version: Tensor) -> Tensor:
+            return head.logits(parts.features(*maps.at(index, version, layer.weight.device)))
+
+        parts.view.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        learn(lesson, self.pace, upper, head, logits, finished, advance)
+        head.put_back(layer)
+
+    def features(self) -> Features:
+        assert self.maps is not None
+        found: list[NDArray[np.float32]] = []
+        device, count = self.model.classifier.weight.device, len(self.maps.maps)
+        with torch.inference_mode():
+            for version in (PLAIN, DISTURBED):
+                batches = (slice(start, start + 2 * BATCH) for start in range(0, count, 2 * BATCH))
+                rows = [self.parts.features(*self.maps.at(batch, version, device)).cpu().numpy() for batch in batches]
+                found.append(np.concatenate(rows))
+        return Features(*found)
 
 
 def border_maps(
-    model: SSODClassifier, parts: Cut, source: ImageSource, workers: int, advance: Callable[[int], None]
+    model: SSODClassifier, parts: Cut, source: ImageSource, workers: int, advance: Advance
 ) -> tuple[BorderMaps, Features]:
-    """Compute them, and the features of the network as it is, by one pass over the images.
-
-    Args:
-        model, parts: of which `check_maps` passes the number of images.
-        source: images.
-        workers: processes that read photos.
-        advance: called with the size of each finished batch.
-
-    Raises:
-        UsageError: a value is beyond half precision.
-        ImageError: an image cannot be read.
-    """
+    """Compute them, and the features of the network as it is, by one pass over the images; see `Further.read`."""
     device, backbone, count = next(model.parameters()).device, folded(model.eval()).backbone, len(source)
     maps = torch.empty((count, VERSIONS, *parts.shape), dtype=torch.float16)
     below: list[Tensor] = []
     features = np.empty((2, count, model.classifier.in_features), np.float32)
+    images = ThreeVersions(source, None, model.preprocess)
     with torch.inference_mode():
-        for versions, _, index in load_batches(_Versions(source, None, model.preprocess), workers, batch_size=BATCH):
+        for versions, _, index in load_batches(images, workers, batch_size=BATCH):
             x = normalise(versions.flatten(0, 1).to(device), model.preprocess)
             found = maps_until(backbone, x.contiguous(memory_format=torch.channels_last), parts.below)
             border, means = found[-1].unflatten(0, (-1, VERSIONS)), torch.cat([*map(pooled, found)], dim=1)
             means = means.unflatten(0, (-1, VERSIONS))
-            maps[index] = border.half().cpu()
+            maps[index] = in_half(border)
             below.append(means.cpu())
-            if not maps[index].isfinite().all():
-                raise UsageError(
-                    "the values between the lower and the upper part are too large for half precision. Use --tune head "
-                    "or all"
-                )
             for version, rows in zip((PLAIN, DISTURBED), features, strict=True):
                 z = parts.features(border[:, version], means[:, version])
                 rows[index.numpy()] = z.float().cpu().numpy()
             advance(len(index))
     return BorderMaps(maps, torch.cat(below)), Features(*features)
-
-
-@dataclass
-class Tuning:
-    """What `tune_upper` learns with, beside the parameters of the upper part.
-
-    Attributes:
-        weight, bias: of the last layer, on features that are standardised by `mean` and `deviation`.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-    weight: nn.Parameter
-    bias: nn.Parameter
-
-    def logits(self, z: Tensor) -> Tensor:
-        """[N, Dall] -> [N, M]."""
-        return F.linear((z - self.mean) / self.deviation, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is learnt.
-
-    Attributes:
-        labels: int64 [N], of the source.
-        train: which images.
-        seed: of their order and versions.
-        class_weights: of `ssod_edge.config.ClassWeights`.
-        mirror: whether a mirrored image is of the same class.
-    """
-
-    labels: Indices
-    train: Indices
-    seed: int = 0
-    class_weights: ClassWeights = "none"
-    mirror: bool = True
-
-
-def tune_upper(
-    model: SSODClassifier,
-    parts: Cut,
-    maps: BorderMaps,
-    features: Features,
-    lesson: Lesson,
-    finished: Callable[[int, float], None],
-    advance: Callable[[int], None] = lambda n: None,
-) -> None:
-    """Train the upper part and the last layer, from what they are.
-
-    Args:
-        model: its upper part and head are changed.
-        parts, maps: of it.
-        features: of the untouched network, which the last layer was fitted to.
-        lesson: what is learnt.
-        finished: called after each epoch, with its number from 1 and its mean loss.
-        advance: called after each step, with the number of its images.
-
-    Raises:
-        TrainingError: the loss is not finite.
-    """
-    train = lesson.train
-    both = np.concatenate([features.plain[train], features.disturbed[train]])
-    mean, deviation = both.mean(axis=0), np.maximum(both.std(axis=0), LEAST_DEVIATION)
-    device = model.classifier.weight.device
-    head = _standardised(model.classifier, *(torch.from_numpy(part).to(device) for part in (mean, deviation)))
-    upper = _trainable(parts.view)
-    optimizer = torch.optim.AdamW([*upper, head.weight, head.bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    rng, target = np.random.default_rng(lesson.seed), torch.from_numpy(np.asarray(lesson.labels))
-    versions = [PLAIN, MIRRORED, DISTURBED] if lesson.mirror else [PLAIN, DISTURBED]
-    by_class = class_weights(lesson.labels[train], lesson.class_weights)
-    by_class = None if by_class is None else by_class.to(device)
-    size = min(BATCH_SIZE, len(train))
-    steps = EPOCHS * (len(train) // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    parts.view.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for epoch in range(EPOCHS):
-        order, total = rng.permutation(train), 0.0
-        for start in range(0, len(order) - size + 1, size):
-            index = torch.from_numpy(order[start : start + size])
-            version = torch.from_numpy(rng.choice(versions, size))
-            logits = head.logits(parts.features(*maps.at(index, version, device)))
-            loss = F.cross_entropy(logits, target[index].to(device), by_class)
-            if not math.isfinite(float(loss.detach())):
-                raise TrainingError(f"the loss is {float(loss.detach())} in epoch {epoch + 1}. Use --tune head")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([*upper, head.weight, head.bias], 5.0)
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach()) * size
-            advance(size)
-        finished(epoch + 1, total / (len(order) // size * size))
-    with torch.no_grad():
-        weight = head.weight / head.deviation
-        model.classifier.weight.copy_(weight)
-        model.classifier.bias.copy_(head.bias - weight @ head.mean)
-
-
-def tuned_features(parts: Cut, maps: BorderMaps) -> Features:
-    """`Features` of the network as it is now."""
-    found: list[NDArray[np.float32]] = []
-    device = next(parts.view.parameters()).device
-    with torch.inference_mode():
-        for version in (PLAIN, DISTURBED):
-            rows = []
-            for start in range(0, len(maps.maps), 2 * BATCH):
-                batch = maps.at(slice(start, start + 2 * BATCH), version, device)
-                rows.append(parts.features(*batch).cpu().numpy())
-            found.append(np.concatenate(rows))
-    return Features(*found)
-
-
-def _standardised(classifier: nn.Linear, mean: Tensor, deviation: Tensor) -> Tuning:
-    """A last layer on features as they are, as one on standardised features."""
-    with torch.no_grad():
-        weight = classifier.weight * deviation
-        bias = classifier.bias + classifier.weight @ mean
-    return Tuning(mean, deviation, nn.Parameter(weight.clone()), nn.Parameter(bias.clone()))
 
 
 def _trainable(view: nn.Module) -> list[nn.Parameter]:

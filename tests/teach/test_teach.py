@@ -307,7 +307,7 @@ def test_features_that_were_changed_are_refused(light, tmp_path):
     assert done.exit_code == 4 and "features.npz' was changed or cut short" in done.output
 
 
-@pytest.fixture(scope="module", params=["all", "upper"])
+@pytest.fixture(scope="module", params=["all", "branch", pytest.param("upper", marks=pytest.mark.slow)])
 def tuned(request: pytest.FixtureRequest, trained: Path) -> Path:
     """An export of a run that changed its features. Nobody changes it."""
     root, name = trained.parent.parent, request.param

@@ -126,7 +126,7 @@ def test_the_row_reads_the_features_that_the_network_ends_with(place, tmp_path, 
     monkeypatch.setattr("ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: better)
     done = run_train(place, tmp_path, "--negatives", str(place / "negatives"))
     assert done.exit_code == 0, done.output
-    assert Run.at(tmp_path / "run").meta["tuned"] == ("upper" if better else "head")
+    assert Run.at(tmp_path / "run").meta["tuned"] == ("branch" if better else "head")
     inside, outside = id_logits(tmp_path / "run")
     assert (inside > 0).mean() > 0.85 and (outside < 0).mean() > 0.85
 

@@ -18,7 +18,6 @@ from sklearn.linear_model import LogisticRegression
 from small import random_images
 
 import ssod_edge.training.features
-import ssod_edge.training.transfer
 from ssod_edge.cli import main
 from ssod_edge.config import ALIASES, Preprocess
 from ssod_edge.data.sources import open_dataset
@@ -30,21 +29,12 @@ from ssod_edge.recipes import train_config
 from ssod_edge.training.checkpoint import trunk_hash
 from ssod_edge.training.features import CACHE, features_of
 from ssod_edge.training.folding import folded
+from ssod_edge.training.lesson import DISTURBED, MIRRORED, PLAIN, Lesson
 from ssod_edge.training.model import build_model, normalise
 from ssod_edge.training.run import Run
 from ssod_edge.training.stages import find_stages, pooled, stage_maps
 from ssod_edge.training.transfer import HeldOut
-from ssod_edge.training.upper import (
-    DISTURBED,
-    MIRRORED,
-    PLAIN,
-    BorderMaps,
-    Lesson,
-    border_maps,
-    cut,
-    tune_upper,
-    tuned_features,
-)
+from ssod_edge.training.upper import BorderMaps, UpperBlocks, cut
 
 CLASSES = tuple("abcdefg")
 SIZE = 64
@@ -53,6 +43,16 @@ SIZE = 64
 def staged(backbone="test_efficientnet", size=SIZE, classes=CLASSES, head="blocks"):
     torch.manual_seed(3)
     return build_model(backbone, classes, Preprocess(input_size=size), head=head).eval()
+
+
+def ignored(n):
+    """Of progress."""
+
+
+def upper_blocks(model, source):
+    """The blocks that `--tune upper` teaches, and the features of a model as it is."""
+    blocks = UpperBlocks(model, len(source))
+    return blocks, blocks.read(source, 0, ignored)
 
 
 @pytest.fixture(scope="module")
@@ -275,14 +275,13 @@ def test_other_photos_of_the_same_names_have_other_features(tmp_path, photos):
 
 def test_what_is_not_to_be_mirrored_is_not(photos):
     source, model = open_dataset(str(photos)), staged()
-    parts = cut(model)
-    maps, features = border_maps(model, parts, source, 0, lambda n: None)
-    spoiled = maps.maps.clone()
+    blocks, features = upper_blocks(model, source)
+    spoiled = blocks.maps.maps.clone()
     spoiled[:, MIRRORED] = torch.nan
-    maps = BorderMaps(spoiled, maps.below.clone())
+    blocks.maps = BorderMaps(spoiled, blocks.maps.below.clone())
     lesson = Lesson(np.asarray(source.labels), np.arange(0, 168, 2), mirror=False)
     losses = []
-    tune_upper(model, parts, maps, features, lesson, lambda epoch, loss: losses.append(loss))
+    blocks.learn(features, lesson, lambda epoch, loss: losses.append(loss), ignored)
     assert np.isfinite(losses).all()
 
 
@@ -348,8 +347,7 @@ def test_a_network_that_cannot_be_cut_is_named():
 
 def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     source, model = open_dataset(str(photos)), staged()
-    parts = cut(model)
-    maps, features = border_maps(model, parts, source, 0, lambda n: None)
+    blocks, features = upper_blocks(model, source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pixels = torch.from_numpy(np.stack([np.asarray(source.image(i)).transpose(2, 0, 1) for i in range(4)]))
     with torch.no_grad():
@@ -357,24 +355,24 @@ def test_tuning_changes_the_weights_above_the_border_and_nothing_else(photos):
     assert_allclose(features.plain[:4], untouched, rtol=1e-3, atol=1e-4)
     losses = []
     labels, train = np.asarray(source.labels), np.arange(0, 168, 2)
-    tune_upper(model, parts, maps, features, Lesson(labels, train), lambda epoch, loss: losses.append(loss))
-    assert len(losses) == ssod_edge.training.transfer.EPOCHS and losses[-1] < losses[0]
+    blocks.learn(features, Lesson(labels, train), lambda epoch, loss: losses.append(loss), ignored)
+    assert len(losses) == blocks.pace.epochs and losses[-1] < losses[0]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    above = {name for name, part in parts.view.named_parameters() if part.dim() > 1}
+    above = {name for name, part in blocks.parts.view.named_parameters() if part.dim() > 1}
     assert {"linear.weight", "linear.bias"} <= changed
     assert {f"backbone.{name}" for name in above} <= changed
     assert not [name for name in changed if "bn" in name or "running" in name or "conv_stem" in name]
-    tuned = tuned_features(parts, maps)
+    tuned = blocks.features()
     with torch.no_grad():
         exact = model.features(normalise(pixels, model.preprocess)).numpy()
     assert_allclose(tuned.plain[:4], exact, rtol=0.02, atol=0.02 * np.abs(exact).max())  # maps are kept in fp16
-    assert maps.maps.dtype == torch.float16 and (PLAIN, DISTURBED) == (0, 2)
+    assert blocks.maps.maps.dtype == torch.float16 and (PLAIN, DISTURBED) == (0, 2)
 
 
 @pytest.mark.parametrize(
     ("module", "tune", "message"),
     [
-        ("upper", "upper", "maps of 168 images take more .*smaller --size"),
+        ("lesson", "upper", "maps of 168 images take more .*smaller --size"),
         ("features", "auto", "features of 168 images take .*--tune all"),
     ],
 )
@@ -389,28 +387,26 @@ def test_what_does_not_fit_is_refused_before_any_other_work(
 
 def test_numbers_that_are_not_finite_end_the_tuning(photos):
     source, model = open_dataset(str(photos)), staged()
-    parts = cut(model)
     with torch.no_grad():
         for part in model.backbone.modules():
             if isinstance(part, torch.nn.BatchNorm2d):
                 part.weight.mul_(30)
     with pytest.raises(UsageError, match="half precision"):
-        border_maps(model, parts, source, 0, lambda n: None)
+        upper_blocks(model, source)
 
 
 def test_a_loss_that_is_not_finite_ends_the_tuning(photos):
     source, model = open_dataset(str(photos)), staged()
-    parts = cut(model)
-    maps, features = border_maps(model, parts, source, 0, lambda n: None)
-    maps = BorderMaps(torch.full(maps.maps.shape, torch.nan), maps.below.clone())
+    blocks, features = upper_blocks(model, source)
+    blocks.maps = BorderMaps(torch.full(blocks.maps.maps.shape, torch.nan), blocks.maps.below.clone())
     with pytest.raises(TrainingError, match="the loss is nan in epoch 1"):
-        tune_upper(model, parts, maps, features, Lesson(np.asarray(source.labels), np.arange(168)), lambda *_: None)
+        blocks.learn(features, Lesson(np.asarray(source.labels), np.arange(168)), lambda *_: None, ignored)
 
 
-def test_auto_does_without_upper_blocks_where_there_is_no_room(tmp_path, photos, weights, monkeypatch):
-    monkeypatch.setattr("ssod_edge.training.upper.MOST_BYTES", 1000)
+def test_auto_does_without_a_branch_where_there_is_no_room(tmp_path, photos, weights, monkeypatch):
+    monkeypatch.setattr("ssod_edge.training.lesson.MOST_BYTES", 1000)
     done = run_train(tmp_path, photos, weights)
-    assert done.exit_code == 0 and "the upper blocks stay as they are: the maps of 168 images" in done.output
+    assert done.exit_code == 0 and "the last layer alone learns: the maps of 168 images" in done.output
     assert Run.at(tmp_path / "runs/run").meta["tuned"] == "head"
 
 
@@ -420,10 +416,10 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monk
     done = run_train(tmp_path, photos, weights)
     assert done.exit_code == 0, done.output
     run = Run.at(tmp_path / "runs/run")
-    assert run.meta["tuned"] == ("upper" if better else "head") and set(run.meta["tried"]) == {"head", "upper"}
+    assert run.meta["tuned"] == ("branch" if better else "head") and set(run.meta["tried"]) == {"head", "branch"}
     told, tried = run.meta["disturbed"], run.meta["tried"][run.meta["tuned"]]
     assert (
-        told["score"] == ("gen+mahalanobispp" if better else "gen+mahalanobispp+residual")
+        told["score"] == "gen+mahalanobispp+residual"
         and 0 <= told["accepted"] <= 1
         and told["images"] == tried["images"]
     )
@@ -434,7 +430,7 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monk
     right = run.model.head(torch.from_numpy(kept.disturbed[splits.val]))[0].argmax(1).numpy()
     assert told["accuracy"] == (right == source.labels[splits.val]).mean()
     assert (trunk_hash(run.model) == trunk_hash(staged())) is not better
-    assert ("put back" in done.output) is not better
+    assert ("without the branch" in done.output) is not better
     logits = run.model(normalise(random_images(4), run.model.preprocess))[0]
     assert logits.shape == (4, 7) and bool(logits.isfinite().all())
 
@@ -456,15 +452,15 @@ def test_what_gets_more_images_and_copies_right_is_better():
     assert not HeldOut(before, 0.1).better_than(HeldOut(after, 0.1))
 
 
-def test_auto_weighs_tuned_blocks_against_the_head_that_would_ship(tmp_path, photos, weights, monkeypatch):
-    """It is fitted on the images for thresholds too, which tuned blocks must not see."""
+def test_auto_weighs_a_branch_against_the_head_that_would_ship(tmp_path, photos, weights, monkeypatch):
+    """It is fitted on the images for thresholds too, which the branch must not see."""
     seen = []
     monkeypatch.setattr(
         "ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: bool(seen.append((self, other)))
     )
     assert run_train(tmp_path, photos, weights).exit_code == 0
     run, ((tuned, head),) = Run.at(tmp_path / "runs/run"), seen
-    assert run.meta["tried"] == {"head": head.record, "upper": tuned.record}
+    assert run.meta["tried"] == {"head": head.record, "branch": tuned.record}
     assert run.folds is not None and run.meta["val_accuracy"] == head.accuracy
 
 
