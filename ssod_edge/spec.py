@@ -133,8 +133,8 @@ class Spec:
         expected: what to expect of classes that were not taught, and of another light or camera, where training left
             features alone (`ssod_edge.evaluation.left_out.expectation`); empty otherwise.
         features: where the export holds features to fit it again with, for `ssod-edge teach`: {"sha256": of
-            `FEATURES_NAME`, "images", "held_out": how many}, and "tuned" ("upper", "all") where training changed them;
-            empty otherwise.
+            `FEATURES_NAME`, "images", "held_out": how many}, and "tuned" ("branch", "upper", "all") where more than the
+            last layer learnt; empty otherwise.
     """
 
     backbone: str

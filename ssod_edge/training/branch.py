@@ -53,7 +53,8 @@ class SmallBranch(Further):
         size, device = model.preprocess.input_size, model.classifier.weight.device
         with torch.inference_mode():
             _, maps, _ = model.eval().read_backbone(torch.zeros(1, 3, size, size, device=device))
-        floats = sum(m.numel() for m in model.maps_of(self.shape, maps))
+        self._shapes = [m.shape[1:] for m in model.maps_of(self.shape, maps)]
+        floats = sum(shape.numel() for shape in self._shapes)
         check_room(VERSIONS * images * (2 * floats + 4 * model.classifier.in_features), images)
         #: float16 [N, 3, C, h, w] of each stage.
         self.maps: list[Tensor] = []
@@ -61,19 +62,18 @@ class SmallBranch(Further):
         self.untouched = torch.empty(0)
 
     def read(self, source: ImageSource, workers: int, advance: Advance) -> Features:
-        trunk, device = folded(self.model.eval()), self.model.classifier.weight.device
-        maps: list[list[Tensor]] = [[] for _ in self.shape.stages]
-        untouched: list[Tensor] = []
+        trunk, layer, count = folded(self.model.eval()), self.model.classifier, len(source)
+        self.maps = [torch.empty((count, VERSIONS, *shape), dtype=torch.float16) for shape in self._shapes]
+        self.untouched = torch.empty((count, VERSIONS, layer.in_features))
         images = ThreeVersions(source, None, self.model.preprocess)
         with torch.inference_mode():
-            for versions, *_ in load_batches(images, workers, batch_size=BATCH):
-                x = normalise(versions.flatten(0, 1).to(device), self.model.preprocess)
+            for versions, _, index in load_batches(images, workers, batch_size=BATCH):
+                x = normalise(versions.flatten(0, 1).to(layer.weight.device), self.model.preprocess)
                 _, found, z = trunk.read_backbone(x.contiguous(memory_format=torch.channels_last))
-                for kept, one in zip(maps, trunk.maps_of(self.shape, found), strict=True):
-                    kept.append(in_half(one.contiguous()).unflatten(0, (-1, VERSIONS)))
-                untouched.append(z.float().cpu().unflatten(0, (-1, VERSIONS)))
-                advance(len(versions))
-        self.maps, self.untouched = [torch.cat(one) for one in maps], torch.cat(untouched)
+                for kept, one in zip(self.maps, trunk.maps_of(self.shape, found), strict=True):
+                    kept[index] = in_half(one).unflatten(0, (-1, VERSIONS))
+                self.untouched[index] = z.float().cpu().unflatten(0, (-1, VERSIONS))
+                advance(len(index))
         return Features(*(self.untouched[:, version].numpy() for version in (PLAIN, DISTURBED)))
 
     def learn(

@@ -105,7 +105,6 @@ class SSODClassifier(nn.Module):
         channels = [self.widths[self.stages.index(stage)] for stage in shape.stages]
         self.branch = Branch(shape, channels).to(self.linear.weight.device)
         self.linear, self.ood = (_wider(layer, shape.features) for layer in (self.linear, self.ood))
-        self.no_patches = "its branch sees neighbouring patches"
 
     def features(self, x: Tensor) -> Tensor:
         """Features z [N, Dall] of a normalised image [N, 3, S, S]."""
@@ -140,7 +139,9 @@ class SSODClassifier(nn.Module):
         """
         feature_map, maps, z = self.read_backbone(x)
         if self.branch is not None:
-            z = torch.cat([self.branch(self.maps_of(self.branch.shape, maps)), z], dim=1)
+            found = self.branch.map(self.maps_of(self.branch.shape, maps))
+            z = torch.cat([self.branch.pooled(found), z], dim=1)
+            maps = [found, found, *maps]  # at one place its mean and its maximum are the same
         if patches == 0:
             return z, None
         grid = self.patch_features(feature_map[:patches])

@@ -24,8 +24,9 @@ TRIED = 16
 #: A step of training takes so many times as long as reading out the same images: forwards, backwards twice as long, and
 #: the optimizer, without the folded norms.
 STEP = 4.0
-#: `--tune upper` takes so many times as long as its features (139 s and 39, bench/results/clothing-auto-time.json).
-UPPER = 3.5
+#: Training with `--tune` takes so many times as long as the features of all images and their copies: the branch 302 s
+#: beside 120, the upper blocks 139 s beside 39 (bench/results/branch-time.json, clothing-upper-time.json).
+TIMES = {"head": 1.0, "branch": 2.5, "auto": 2.5, "upper": 3.5}
 
 
 def opening_line(session: Session) -> str:
@@ -68,7 +69,7 @@ def estimate(session: Session) -> float:
             epochs, _ = auto_epochs(max(1, len(session.splits.train) // config.batch_size))
         return epochs * len(session.splits.train) * (reading + STEP * forward) / world_size()
     features = len(session.source) * (reading + 2 * forward)  # of each image and a disturbed copy
-    return features if config.tune == "head" else UPPER * features
+    return TIMES[config.tune] * features
 
 
 def _weights(session: Session) -> str:

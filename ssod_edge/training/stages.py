@@ -102,9 +102,18 @@ class Branch(nn.Module):
         self.blocks = nn.Sequential(_separable(full), _separable(full))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.pooled(self.map(maps))
+
+    def map(self, maps: Sequence[Tensor]) -> Tensor:
+        """What is found at each place of the last grid, [N, features / 2, H, W]."""
         height, width = maps[-1].shape[2:]
         on_grid = [_onto(conv(m), height, width) for conv, m in zip(self.inner, maps, strict=True)]
-        found = self.blocks(torch.cat(on_grid, dim=1))
+        found: Tensor = self.blocks(torch.cat(on_grid, dim=1))
+        return found
+
+    @staticmethod
+    def pooled(found: Tensor) -> Tensor:
+        """The features of a map of `map`; of one place of it, where that place is all there is."""
         return torch.cat([found.mean(dim=(2, 3)), found.amax(dim=(2, 3))], dim=1)
 
 
