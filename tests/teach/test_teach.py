@@ -324,6 +324,7 @@ def tuned(request: pytest.FixtureRequest, trained: Path) -> Path:
 def test_features_of_a_network_that_was_trained_are_those_of_images_it_has_not_seen(tuned, exported):
     spec, stored = load_spec(tuned), load_features(tuned, load_spec(tuned))
     assert spec.features["tuned"] == tuned.parent.name and "tuned" not in load_spec(exported).features
+    assert spec.expected.get("without_branch", False) is (tuned.parent.name == "branch")
     source, splits = Run.at(tuned.parent).splits("")
     rows = np.sort(np.concatenate([splits.calib, splits.val]))
     assert spec.features["images"] == len(rows) and spec.features["held_out"] == len(splits.val)
