@@ -273,7 +273,7 @@ def _constant_type(op: Any) -> str | None:
 
 def _nncf_quantize(model: Any, items: list[Any], preset: str, ignored: Sequence[str], **options: Any) -> Any:
     nncf = _import_nncf()
-    with _silent():
+    with _silent(), _quiet_sessions():
         return nncf.quantize(
             model,
             nncf.Dataset(items),
@@ -298,6 +298,17 @@ def _import_nncf() -> Any:
     # Its own function for this also sets the level of handlers that others have hung on its logger.
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
+
+
+@contextlib.contextmanager
+def _quiet_sessions() -> Iterator[None]:
+    """NNCF opens sessions of its own, which would warn of every input that has a default."""
+    onnxruntime = load("onnxruntime", "int8")
+    onnxruntime.set_default_logger_severity(3)  # errors only
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # its default; it tells nobody what was set
 
 
 @contextlib.contextmanager
