@@ -260,12 +260,14 @@ class _Folded:
 def _expected_beside_branch(source: Source, score: str, say: Say) -> dict[str, Any]:
     """What `_Folded.expected` gives, of a run that taught a branch: by its backbone, which has learnt no class.
 
-    Empty where there is no branch, where the training data is not at hand, or where there are too few images.
+    Empty where there is no branch, where too few classes would be left, where the training data is not at hand, or
+    where there are too few images.
     """
-    if source.run is None or source.model.branch is None or source.tuned not in UNTOUCHED:
+    model = source.model
+    if source.run is None or model.branch is None or source.tuned not in UNTOUCHED or len(model.classes) < 3:
         return {}
     try:
-        found = TaughtImages.of(source.run).expect(score)
+        found = TaughtImages.of(source.run, "the export is complete without it").expect(score)
     except (UsageError, ImageError) as error:
         say(f"what to expect of new classes is not known: {error}")
         return {}

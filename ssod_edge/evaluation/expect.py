@@ -41,13 +41,16 @@ class TaughtImages:
     images: Indices
 
     @classmethod
-    def of(cls, run: Run) -> TaughtImages:
+    def of(cls, run: Run, fix: str = f"train on your own photos, {FIX}") -> TaughtImages:
         """Of a run.
+
+        Args:
+            fix: what the user can do where its training data is not at hand, as the end of the message.
 
         Raises:
             UsageError: its training data is not at hand, or has fewer than three classes.
         """
-        source, splits = run.splits(f"train on your own photos, {FIX}")
+        source, splits = run.splits(fix)
         if run.folds is not None:
             images = run.folds.images
         else:

@@ -30,6 +30,10 @@ from ssod_edge.training.session import Session, append_metrics, say
 from ssod_edge.training.upper import UpperBlocks
 from ssod_edge.training.validated import class_logits, write_validation
 
+#: Photos for thresholds from which on `auto` tries what must not learn from them: with 100, the share of known photos
+#: that is accepted is off by 2 points (one deviation). The last layer alone has fits that left each photo out.
+LEAST_CALIB = 100
+
 
 def tune(session: Session) -> None:
     """Train as `TrainConfig.tune` says, but for `all`; the run folder gets its checkpoint and a line of metrics.
@@ -191,12 +195,21 @@ class HeldOut:
 
 
 def _further(session: Session) -> Further | None:
-    """What is taught beyond the last layer; None, and a line, where `auto` cannot: no such part, or too many images."""
+    """What is taught beyond the last layer; None, and a line, where `auto` does without: no such part, too many images,
+    or too few for a threshold of the part's own.
+    """
+    auto, calib = session.config.tune == "auto", len(session.splits.calib)
+    if auto and session.pools and calib < LEAST_CALIB:
+        say(
+            f"the last layer alone learns: a branch would leave {calib} of {len(session.source)} photos for "
+            f"thresholds, and {LEAST_CALIB} are asked for. Without it, all count"
+        )
+        return None
     kind: type[Further] = UpperBlocks if session.config.tune == "upper" else SmallBranch
     try:
         return kind(session.model, len(session.source))
     except UsageError as error:
-        if session.config.tune != "auto":
+        if not auto:
             raise
         say(f"the last layer alone learns: {error}")
         return None

@@ -123,6 +123,7 @@ def test_the_row_is_a_regression_on_the_part_to_learn_from(place: Path, taught: 
 
 @pytest.mark.parametrize("better", [True, False])
 def test_the_row_reads_the_features_that_the_network_ends_with(place, tmp_path, monkeypatch, better) -> None:
+    monkeypatch.setattr("ssod_edge.training.transfer.LEAST_CALIB", 1)
     monkeypatch.setattr("ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: better)
     done = run_train(place, tmp_path, "--negatives", str(place / "negatives"))
     assert done.exit_code == 0, done.output

@@ -403,7 +403,23 @@ def test_a_loss_that_is_not_finite_ends_the_tuning(photos):
         blocks.learn(features, Lesson(np.asarray(source.labels), np.arange(168)), lambda *_: None, ignored)
 
 
-def test_auto_does_without_a_branch_where_there_is_no_room(tmp_path, photos, weights, monkeypatch):
+@pytest.fixture
+def tries(monkeypatch):
+    """As with photos enough: `auto` tries a branch."""
+    monkeypatch.setattr("ssod_edge.training.transfer.LEAST_CALIB", 1)
+
+
+def test_auto_does_without_a_branch_where_too_few_photos_would_set_the_threshold(tmp_path, photos, weights):
+    done = run_train(tmp_path, photos, weights)
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        "the last layer alone learns: a branch would leave [0-9]+ of 168 photos for thresholds", done.output
+    )
+    run = Run.at(tmp_path / "runs/run")
+    assert set(run.meta["tried"]) == {"head"} and run.folds is not None
+
+
+def test_auto_does_without_a_branch_where_there_is_no_room(tmp_path, photos, weights, tries, monkeypatch):
     monkeypatch.setattr("ssod_edge.training.lesson.MOST_BYTES", 1000)
     done = run_train(tmp_path, photos, weights)
     assert done.exit_code == 0 and "the last layer alone learns: the maps of 168 images" in done.output
@@ -411,7 +427,7 @@ def test_auto_does_without_a_branch_where_there_is_no_room(tmp_path, photos, wei
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, monkeypatch, better):
+def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, tries, monkeypatch, better):
     monkeypatch.setattr("ssod_edge.training.transfer.HeldOut.better_than", lambda self, other: better)
     done = run_train(tmp_path, photos, weights)
     assert done.exit_code == 0, done.output
@@ -452,7 +468,7 @@ def test_what_gets_more_images_and_copies_right_is_better():
     assert not HeldOut(before, 0.1).better_than(HeldOut(after, 0.1))
 
 
-def test_auto_weighs_a_branch_against_the_head_that_would_ship(tmp_path, photos, weights, monkeypatch):
+def test_auto_weighs_a_branch_against_the_head_that_would_ship(tmp_path, photos, weights, tries, monkeypatch):
     """It is fitted on the images for thresholds too, which the branch must not see."""
     seen = []
     monkeypatch.setattr(
