@@ -321,7 +321,7 @@ class TrainConfig:
             `last`: its last features alone.
         tune: how much of the network learns your photos. `head`: its last layer alone, in seconds. `branch`: after that
             a small branch beside the backbone. `upper`: the upper half of the backbone, gently. `all`: everything.
-            `auto`: `head`, and `branch` where held-out photos say that it pays.
+            `auto`: `head`, and `branch` where there are photos enough and held-out ones say that it pays.
         weights: what training starts from. `published`: timm's weights of the backbone; `none`: random ones; or a
             .safetensors or .pth file, or a run's checkpoint.
         begun_from: the run or export that training goes on from, whose checkpoint `weights` names (`train --from`).

@@ -2,7 +2,8 @@
 
 python -m ssod_edge.bench.tools.price EXPORT... --json bench/results/price.json
 
-The plain classifier is the same graph with the classes' rows alone (`ssod_edge.bench.plain`). Both are called in turns
+The plain classifier is the same graph with the classes' rows alone (`ssod_edge.bench.plain`), or, to know what a branch
+costs, that of an export without one (`--plain`). Both are called in turns
 of some tens of milliseconds, with nothing made, checked or copied around them. Each round gives one ratio; their median
 is told with its 95% interval. In the same way the runner, which copies in and out and checks, is compared with the bare
 call of its own graph.
@@ -46,8 +47,8 @@ def pairs_of(spec: Spec) -> list[Pair]:
     return [pair for pair in pairs if pair.fused in names]
 
 
-def price(export: Export, pair: Pair, seconds: float, rounds: int) -> dict[str, Any]:
-    """Time one artifact and its plain classifier in turns, then its runner and its bare call."""
+def price(export: Export, pair: Pair, seconds: float, rounds: int, plain_of: Export | None = None) -> dict[str, Any]:
+    """Time an artifact and a plain classifier, its own or another export's, in turns; then its runner and bare call."""
     spec, artifact = export.spec, export.spec.artifact(pair.fused)
     size = spec.preprocess.input_size
     image = {"image": np.random.default_rng(0).integers(0, 256, (1, 3, size, size), np.uint8)}
@@ -55,7 +56,7 @@ def price(export: Export, pair: Pair, seconds: float, rounds: int) -> dict[str, 
         temporary_folder() as folder,
         open_runner(export.folder, artifact=pair.fused, allow_untrained=True) as runner,
     ):
-        cut = export_plain(export, pair, Path(folder))
+        cut = export_plain(plain_of or export, pair, Path(folder))
         plain = bare_call(pair.engine, Path(folder) / cut.main_file, image)
         inputs = {**image, **runner.verdict_inputs()}
         fused = bare_call(pair.engine, export.folder / artifact.main_file, inputs)
@@ -89,16 +90,17 @@ def _told(turns: dict[str, Any]) -> str:
 @click.argument("exports", nargs=-1, required=True)
 @click.option("--seconds", default=0.5, show_default=True, help="Each round.")
 @click.option("--rounds", default=21, show_default=True)
+@click.option("--plain", metavar="EXPORT", help="Whose plain classifier to compare with. Default: each one's own.")
 @json_option
-def main(exports: tuple[str, ...], seconds: float, rounds: int, json_file: Path | None) -> None:
+def main(exports: tuple[str, ...], seconds: float, rounds: int, plain: str | None, json_file: Path | None) -> None:
     """Tell what the score and the verdict cost in each artifact of some exports."""
     if rounds < 1 or not 0 < seconds < float("inf"):
         raise UsageError(f"it takes at least one round and more than 0 seconds, got {rounds} and {seconds}")
-    rows = []
+    rows, plain_of = [], None if plain is None else Export.at(plain)
     for place in exports:
         export = Export.at(place)
         for pair in pairs_of(export.spec):
-            row = price(export, pair, seconds, rounds)
+            row = price(export, pair, seconds, rounds, plain_of)
             rows.append(row)
             told = [f"{name} {_told(row[name])}" for name in ("price", "runner")]
             network = f"{row['backbone']} {row['input_size']} px {pair.fused}: {row['price']['ms'][1]:.2f} ms"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, UNTOUCHED, has_state, prior_score, score_parts
+from ssod_edge.config import AUTO_SCORE, DEFAULT_SCORE, has_state, prior_score, score_parts
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.images import LEAST_IMAGES, Images, Subset
 from ssod_edge.data.sources import model_labels
@@ -263,8 +263,7 @@ def _expected_beside_branch(source: Source, score: str, say: Say) -> dict[str, A
     Empty where there is no branch, where too few classes would be left, where the training data is not at hand, or
     where there are too few images.
     """
-    model = source.model
-    if source.run is None or model.branch is None or source.tuned not in UNTOUCHED or len(model.classes) < 3:
+    if source.run is None or source.tuned != "branch" or len(source.model.classes) < 3:
         return {}
     try:
         found = TaughtImages.of(source.run, "the export is complete without it").expect(score)

@@ -93,7 +93,10 @@ def test_maps_of_any_grid_come_onto_the_last_one(grids: list[int], expected: int
 
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [("test_efficientnet", 64), ("test_resnet", 72), ("test_convnext", 96), ("test_vit", 160), ("densenet121", 100)],
+    [
+        *(("test_efficientnet", 64), ("test_resnet", 72), ("test_convnext", 96), ("test_vit", 160)),
+        pytest.param("densenet121", 100, marks=pytest.mark.slow),
+    ],
 )
 def test_a_new_branch_changes_nothing_that_the_model_says(backbone: str, size: int) -> None:
     model, x = plain_model(backbone, size), torch.randn(2, 3, size, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def test_every_artifact_is_priced_beside_its_plain_classifier(export: Path, tmp_
         for turns in (row["price"], row["runner"]):
             assert len(turns["ratios"]) == 3 and min(turns["ratios"]) <= turns["ratio"] <= max(turns["ratios"])
             assert turns["interval"][0] <= turns["ratio"] <= turns["interval"][1] and min(turns["ms"]) > 0
+
+
+def test_another_exports_plain_classifier_tells_what_a_branch_costs(export: Path, tmp_path: Path, monkeypatch) -> None:
+    other, used = tmp_path / "other", []
+    shutil.copytree(export, other)
+    cut = price.export_plain
+    monkeypatch.setattr(price, "export_plain", lambda of, *rest: (used.append(of.folder), cut(of, *rest))[1])
+    monkeypatch.setattr(price, "pairs_of", lambda spec: [price.Pair("onnxruntime", "fp32")])
+    options = ["--seconds", "0.01", "--rounds", "1", "--plain", str(other)]
+    result = CliRunner().invoke(price.main, [str(export), *options])
+    assert result.exit_code == 0 and used == [other], result.output
 
 
 def test_the_interval_holds_the_median_of_other_rounds() -> None:
