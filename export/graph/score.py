@@ -118,6 +118,10 @@ class OutOfFold:
     change: Array
 
 
+#: Training images by which an export beside a branch says what to expect: half the time of `eval --leave-out`.
+EXPECTED_BY = 1000
+
+
 def want_score(source: Source, name: str | None, earlier: Export | None, say: Say) -> WantedScore:
     """Which score to ship.
 
@@ -266,7 +270,8 @@ def _expected_beside_branch(source: Source, score: str, say: Say) -> dict[str, A
     if source.run is None or source.tuned != "branch" or len(source.model.classes) < 3:
         return {}
     try:
-        found = TaughtImages.of(source.run, "the export is complete without it").expect(score)
+        taught = TaughtImages.of(source.run, "the export is complete without it", EXPECTED_BY)
+        found = taught.expect(score)
     except (UsageError, ImageError) as error:
         say(f"what to expect of new classes is not known: {error}")
         return {}

@@ -41,11 +41,12 @@ class TaughtImages:
     images: Indices
 
     @classmethod
-    def of(cls, run: Run, fix: str = f"train on your own photos, {FIX}") -> TaughtImages:
+    def of(cls, run: Run, fix: str = f"train on your own photos, {FIX}", most: int = MOST_IMAGES) -> TaughtImages:
         """Of a run.
 
         Args:
             fix: what the user can do where its training data is not at hand, as the end of the message.
+            most: of a run without folds, so many training images at most.
 
         Raises:
             UsageError: its training data is not at hand, or has fewer than three classes.
@@ -54,7 +55,7 @@ class TaughtImages:
         if run.folds is not None:
             images = run.folds.images
         else:
-            images = np.sort(np.random.default_rng(0).permutation(splits.train)[:MOST_IMAGES])
+            images = np.sort(np.random.default_rng(0).permutation(splits.train)[:most])
         if (classes := len(np.unique(source.labels[images]))) < 3:
             raise UsageError(
                 f"--leave-out needs three classes or more, because two must be left to tell apart, got {classes}. "

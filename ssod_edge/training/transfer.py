@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssod_edge.config import prior_score
 from ssod_edge.data.splits import Indices
-from ssod_edge.detect.regression import LinearHead, fit_head
+from ssod_edge.detect.regression import LinearHead, fit_head, fit_layer
 from ssod_edge.errors import UsageError
 from ssod_edge.terminal import image_bar
 from ssod_edge.training.branch import SmallBranch
@@ -52,7 +52,7 @@ def tune(session: Session) -> None:
     features = _features(session) if further is None else _read(session, further)
     session.keep_near_copies_together(features.plain)
     fitted = time.monotonic()
-    taught = _teach(session, features, pool=further is None)
+    taught = _teach(session, features, pool=further is None or config.tune == "auto")
     say(
         f"head: {taught.held_out} ({fitted - started:.0f} s for features of {len(session.source)} photos and disturbed "
         f"copies, {time.monotonic() - fitted:.0f} s for the head)"
@@ -97,22 +97,20 @@ def _try(session: Session, further: Further, taught: Taught, facts: dict[str, An
     """Teach a part of the network, and leave it as it was where `auto` is better off without; what was tried joins the
     facts.
 
-    What it is weighed against is the last layer that would ship without it. That one learns from the images for
-    thresholds too, which the part must not see.
+    What it is weighed against is the last layer that would ship without it. That one may have learnt the images for
+    thresholds too, which the part must not see: it begins with one that has not.
     """
-    untouched = copy.deepcopy(session.model)
-    after = _learn(session, further, taught)
+    untouched, train = copy.deepcopy(session.model), session.splits.train
+    if len(taught.images) > len(train):
+        plain, disturbed, labels = taught.features.plain[train], taught.features.disturbed[train], session.source.labels
+        counts, classes = _counts(session, train), len(session.source.classes)
+        _put(session, *fit_layer(plain, disturbed, labels[train], classes, counts, taught.head.strength))
+    after = replace(_learn(session, further, taught), images=train)
     facts["tried"][further.name] = after.held_out.record
-    if session.config.tune == "auto":
-        changed, session.model = session.model, untouched
-        without = _teach(session, taught.features, pool=True)
-        if len(without.images) > len(taught.images):
-            say(f"head: fitted on {len(without.images)} images, those for thresholds too: {without.held_out}")
-            facts["tried"]["head"] = without.held_out.record
-        if not after.held_out.better_than(without.held_out):
-            say(f"without the {further.what}: with it, no more held-out photos are right")
-            return without
-        session.model = changed
+    if session.config.tune == "auto" and not after.held_out.better_than(taught.held_out):
+        session.model = untouched
+        say(f"without the {further.what}: with it, no more held-out photos are right")
+        return taught
     if facts["tuned"] == "head":
         facts["tuned"] = further.name
     return after
@@ -272,12 +270,17 @@ def _teach(session: Session, features: Features, pool: bool) -> Taught:
         head, images = _fit_on(session, features, session.pooled), session.pooled
     if head is None or not len(head.fold):
         head, images = _fit_on(session, features, session.splits.train), session.splits.train
+    _put(session, head.weight, head.bias)
+    return Taught(head, images, features, _held_out(session, features))
+
+
+def _put(session: Session, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+    """Make this the model's last layer."""
     classifier = session.model.classifier
     with torch.no_grad():
-        classifier.weight.copy_(torch.from_numpy(head.weight))
+        classifier.weight.copy_(torch.from_numpy(weight))
         if classifier.bias is not None:
-            classifier.bias.copy_(torch.from_numpy(head.bias))
-    return Taught(head, images, features, _held_out(session, features))
+            classifier.bias.copy_(torch.from_numpy(bias))
 
 
 def _fit_on(session: Session, features: Features, images: Indices) -> LinearHead:
