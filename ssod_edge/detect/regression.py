@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ def fit_head(
     classes: int,
     weights: Array | None = None,
     groups: Labels | None = None,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> LinearHead:
     """Fit on images and a disturbed copy of each, which stay together in every fold.
 
@@ -67,13 +69,14 @@ def fit_head(
         classes: M.
         weights: [n], how much an image counts; None: all the same.
         groups: [n]; images of one group are left out together. None: each is its own.
+        strengths: ascending, to choose from by the loss of left-out images.
     """
     losses: dict[float, float] = {}
     accuracies: dict[float, float] = {}
     heads: dict[float, list[tuple[Array, Array]]] = {}
     left_out: dict[float, Array] = {}
     parts = parts_by_class(labels, classes, np.arange(len(labels)) if groups is None else groups)
-    for strength in STRENGTHS if parts else ():
+    for strength in strengths if parts else ():
         heads[strength] = []
         for inside, _ in parts:
             counts = None if weights is None else weights[inside]
@@ -89,7 +92,7 @@ def fit_head(
         accuracies[strength] = float((found.argmax(axis=1) == labels).mean())
         if losses[strength] > min(losses.values()):
             break  # convex in the strength, but for noise
-    strength = min(losses, key=losses.__getitem__) if losses else STRENGTHS[1]
+    strength = min(losses, key=losses.__getitem__) if losses else strengths[min(1, len(strengths) - 1)]
     head = fit_layer(plain, disturbed, labels, classes, weights, strength)
     fold = np.zeros(len(labels) if parts else 0, np.int64)
     for number, (_, outside) in enumerate(parts):

@@ -13,7 +13,7 @@ from ssod_edge.data.sources import ImageSource, model_labels
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.fit import FitData
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
-from ssod_edge.detect.regression import fit_head
+from ssod_edge.detect.regression import STRENGTHS, fit_head
 from ssod_edge.errors import UsageError
 from ssod_edge.evaluation.left_out import MOST_CLASSES, expectation
 from ssod_edge.files import real_path
@@ -116,8 +116,10 @@ class TaughtImages:
         )
         if run.folds is not None:
             return data, run.folds
-        width = run.model.branch_width
-        head = fit_head(plain[:, width:], disturbed[:, width:], labels, len(run.model.classes))
+        width, classes = run.model.branch_width, len(run.model.classes)
+        # Training has searched for the strength on the backbone's features already.
+        strengths = (float(run.meta["strength"]),) if width else STRENGTHS
+        head = fit_head(plain[:, width:], disturbed[:, width:], labels, classes, strengths=strengths)
         if width:
             backbone = data.features[:, width:]
             weight, bias = head.weight.astype(np.float32), head.bias.astype(np.float32)

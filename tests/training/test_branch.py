@@ -218,4 +218,4 @@ def test_classes_are_left_out_of_the_backbone_s_features(trained: Path) -> None:
     assert not taught.stand_in and data.features.shape[1] == data.weight.shape[1] == width
     assert folds.weight.shape[1:] == (3, width) and data.last == run.model.last_width
     assert_allclose(data.logits, data.features @ data.weight.T + data.bias, rtol=1e-4, atol=1e-3)
-    assert replace(data, last=0).start == 0
+    assert replace(data, last=0).start == 0 and folds.strength == run.meta["strength"]
