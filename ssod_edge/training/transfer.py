@@ -98,7 +98,7 @@ def _try(session: Session, further: Further, taught: Taught, facts: dict[str, An
     facts.
 
     What it is weighed against is the last layer that would ship without it. That one may have learnt the images for
-    thresholds too, which the part must not see: it begins with one that has not.
+    thresholds too, which the part must not see: it begins with one that has not, but for the choice of its strength.
     """
     untouched, train = copy.deepcopy(session.model), session.splits.train
     if len(taught.images) > len(train):

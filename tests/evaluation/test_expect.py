@@ -106,10 +106,9 @@ def test_without_the_flag_no_class_is_left_out(whole_run: Path) -> None:
     assert "leave_out" not in report
 
 
-def test_many_training_images_are_drawn_from(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssod_edge.evaluation.expect.MOST_IMAGES", 20)
+def test_many_training_images_are_drawn_from(whole_run: Path) -> None:
     run = Run.at(whole_run)
-    images = TaughtImages.of(run).images
+    images = TaughtImages.of(run, most=20).images
     assert len(images) == 20 and (np.diff(images) > 0).all() and np.isin(images, run.splits("")[1].train).all()
 
 
