@@ -2,11 +2,10 @@
 
 python -m ssod_edge.bench.tools.price EXPORT... --json bench/results/price.json
 
-The plain classifier is the same graph with the classes' rows alone (`ssod_edge.bench.plain`), or, to know what a branch
-costs, that of an export without one (`--plain`). Both are called in turns
-of some tens of milliseconds, with nothing made, checked or copied around them. Each round gives one ratio; their median
-is told with its 95% interval. In the same way the runner, which copies in and out and checks, is compared with the bare
-call of its own graph.
+The plain classifier is the same graph with the classes' rows alone (`ssod_edge.bench.plain`). To know what a branch
+costs too, take that of an export without one (`--plain`). Both are called in turns of some tens of milliseconds, with
+nothing made, checked or copied around them. Each round gives one ratio; their median is told with its 95% interval. In
+the same way the runner, which copies in and out and checks, is compared with the bare call of its own graph.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ Advance = Callable[[int], None]
 FIT_IMAGES = 10_000
 #: Held-out images that the parts of a sum are standardised by.
 HELD_OUT_IMAGES = 2000
+#: Training images by which an export beside a branch says what to expect; `eval --leave-out` takes twice as many.
+EXPECTED_BY = 1000
 DEFAULT_EVIDENCE = "the default for a network that was not trained with made outliers, or has few images to choose by"
 
 
@@ -116,10 +118,6 @@ class OutOfFold:
     logits: Array
     labels: Indices
     change: Array
-
-
-#: Training images by which an export beside a branch says what to expect: half the time of `eval --leave-out`.
-EXPECTED_BY = 1000
 
 
 def want_score(source: Source, name: str | None, earlier: Export | None, say: Say) -> WantedScore:

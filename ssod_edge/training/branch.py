@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.errors import UsageError
-from ssod_edge.training.batches import load_batches
 from ssod_edge.training.features import BATCH, Features
 from ssod_edge.training.folding import folded
 from ssod_edge.training.lesson import (
@@ -23,12 +22,12 @@ from ssod_edge.training.lesson import (
     Lesson,
     Pace,
     Standardised,
-    ThreeVersions,
     check_room,
     in_half,
     learn,
+    versions_of,
 )
-from ssod_edge.training.model import SSODClassifier, normalise
+from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.stages import BranchShape
 
 #: So many stages are read, the last ones; channels that each map is brought to (docs/lab/results.md).
@@ -65,15 +64,12 @@ class SmallBranch(Further):
         trunk, layer, count = folded(self.model.eval()), self.model.classifier, len(source)
         self.maps = [torch.empty((count, VERSIONS, *shape), dtype=torch.float16) for shape in self._shapes]
         self.untouched = torch.empty((count, VERSIONS, layer.in_features))
-        images = ThreeVersions(source, None, self.model.preprocess)
         with torch.inference_mode():
-            for versions, _, index in load_batches(images, workers, batch_size=BATCH):
-                x = normalise(versions.flatten(0, 1).to(layer.weight.device), self.model.preprocess)
-                _, found, z = trunk.read_backbone(x.contiguous(memory_format=torch.channels_last))
+            for x, index in versions_of(self.model, source, workers, advance):
+                _, found, z = trunk.read_backbone(x)
                 for kept, one in zip(self.maps, trunk.maps_of(self.shape, found), strict=True):
                     kept[index] = in_half(one).unflatten(0, (-1, VERSIONS))
                 self.untouched[index] = z.float().cpu().unflatten(0, (-1, VERSIONS))
-                advance(len(index))
         return Features(*(self.untouched[:, version].numpy() for version in (PLAIN, DISTURBED)))
 
     def learn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ from ssod_edge.data.sources import ImageSource
 from ssod_edge.data.splits import Indices
 from ssod_edge.detect.regression import LEAST_DEVIATION
 from ssod_edge.errors import TrainingError, UsageError
-from ssod_edge.training.features import Features, Versions
-from ssod_edge.training.model import SSODClassifier
+from ssod_edge.training.batches import load_batches
+from ssod_edge.training.features import BATCH, Features, Versions
+from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
 
 #: Bytes that maps may take in memory.
@@ -30,12 +31,25 @@ VERSIONS = 3
 Advance = Callable[[int], None]
 
 
-class ThreeVersions(Versions):
+class _ThreeVersions(Versions):
     """(uint8 [3, 3, S, S]: `PLAIN`, `MIRRORED`, `DISTURBED`; label, index)."""
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         (plain, disturbed), label, index = super().__getitem__(position)
         return torch.stack([plain, plain.flip(2), disturbed]), label, index
+
+
+def versions_of(
+    model: SSODClassifier, source: ImageSource, workers: int, advance: Advance
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of all images of a source, for a model: (normalised [n * 3, 3, S, S], the versions of an image one after
+    the other; int64 [n], which images); arguments and errors as for `Further.read`.
+    """
+    device = model.classifier.weight.device
+    for versions, _, index in load_batches(_ThreeVersions(source, None, model.preprocess), workers, batch_size=BATCH):
+        x = normalise(versions.flatten(0, 1).to(device), model.preprocess)
+        yield x.contiguous(memory_format=torch.channels_last), index
+        advance(len(index))
 
 
 def check_room(size: int, images: int) -> None:

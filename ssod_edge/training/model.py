@@ -139,7 +139,7 @@ class SSODClassifier(nn.Module):
         """
         feature_map, maps, z = self.read_backbone(x)
         if self.branch is not None:
-            found = self.branch.map(self.maps_of(self.branch.shape, maps))
+            found = self.branch.at_places(self.maps_of(self.branch.shape, maps))
             z = torch.cat([self.branch.pooled(found), z], dim=1)
             maps = [found, found, *maps]  # at one place its mean and its maximum are the same
         if patches == 0:

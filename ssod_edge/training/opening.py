@@ -24,8 +24,9 @@ TRIED = 16
 #: A step of training takes so many times as long as reading out the same images: forwards, backwards twice as long, and
 #: the optimizer, without the folded norms.
 STEP = 4.0
-#: Training with `--tune` takes so many times as long as the features of all images and their copies: the branch 302 s
-#: beside 120, the upper blocks 139 s beside 39 (bench/results/clothing-branch-time.json, clothing-auto-time.json).
+#: Training with `--tune` takes so many times as long as is estimated for the features of all images and their copies:
+#: with a branch 149 s beside 60, with the upper blocks 139 s beside 39 (bench/results/clothing-branch-time.json,
+#: clothing-auto-time.json).
 TIMES = {"head": 1.0, "branch": 2.5, "auto": 2.5, "upper": 3.5}
 
 

@@ -102,9 +102,9 @@ class Branch(nn.Module):
         self.blocks = nn.Sequential(_separable(full), _separable(full))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return self.pooled(self.map(maps))
+        return self.pooled(self.at_places(maps))
 
-    def map(self, maps: Sequence[Tensor]) -> Tensor:
+    def at_places(self, maps: Sequence[Tensor]) -> Tensor:
         """What is found at each place of the last grid, [N, features / 2, H, W]."""
         height, width = maps[-1].shape[2:]
         on_grid = [_onto(conv(m), height, width) for conv, m in zip(self.inner, maps, strict=True)]
@@ -113,7 +113,7 @@ class Branch(nn.Module):
 
     @staticmethod
     def pooled(found: Tensor) -> Tensor:
-        """The features of a map of `map`; of one place of it, where that place is all there is."""
+        """The features of what `at_places` found."""
         return torch.cat([found.mean(dim=(2, 3)), found.amax(dim=(2, 3))], dim=1)
 
 

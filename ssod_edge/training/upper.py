@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ssod_edge.data.sources import ImageSource
 from ssod_edge.errors import UsageError
-from ssod_edge.training.batches import load_batches
 from ssod_edge.training.features import BATCH, Features
 from ssod_edge.training.folding import folded
 from ssod_edge.training.lesson import (
@@ -27,12 +26,12 @@ from ssod_edge.training.lesson import (
     Lesson,
     Pace,
     Standardised,
-    ThreeVersions,
     check_room,
     in_half,
     learn,
+    versions_of,
 )
-from ssod_edge.training.model import SSODClassifier, normalise
+from ssod_edge.training.model import SSODClassifier
 from ssod_edge.training.stages import Place, maps_until, pooled, stage_maps
 
 #: The first stage of this reduction of the input's side is the border: it, and what comes before, stays as published.
@@ -174,15 +173,13 @@ def border_maps(
     model: SSODClassifier, parts: Cut, source: ImageSource, workers: int, advance: Advance
 ) -> tuple[BorderMaps, Features]:
     """Compute them, and the features of the network as it is, by one pass over the images; see `Further.read`."""
-    device, backbone, count = next(model.parameters()).device, folded(model.eval()).backbone, len(source)
+    backbone, count = folded(model.eval()).backbone, len(source)
     maps = torch.empty((count, VERSIONS, *parts.shape), dtype=torch.float16)
     below: list[Tensor] = []
     features = np.empty((2, count, model.classifier.in_features), np.float32)
-    images = ThreeVersions(source, None, model.preprocess)
     with torch.inference_mode():
-        for versions, _, index in load_batches(images, workers, batch_size=BATCH):
-            x = normalise(versions.flatten(0, 1).to(device), model.preprocess)
-            found = maps_until(backbone, x.contiguous(memory_format=torch.channels_last), parts.below)
+        for x, index in versions_of(model, source, workers, advance):
+            found = maps_until(backbone, x, parts.below)
             border, means = found[-1].unflatten(0, (-1, VERSIONS)), torch.cat([*map(pooled, found)], dim=1)
             means = means.unflatten(0, (-1, VERSIONS))
             maps[index] = in_half(border)
@@ -190,7 +187,6 @@ def border_maps(
             for version, rows in zip((PLAIN, DISTURBED), features, strict=True):
                 z = parts.features(border[:, version], means[:, version])
                 rows[index.numpy()] = z.float().cpu().numpy()
-            advance(len(index))
     return BorderMaps(maps, torch.cat(below)), Features(*features)
 
 
