@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from ssod_edge.config import DETECTORS, DetectorName
 from ssod_edge.detect.covariance import largest_variances, shrinkage_of
 from ssod_edge.detect.detectors import TINY, Array, Detector, Wide
+from ssod_edge.detect.side_by_side import fitting
 from ssod_edge.errors import UsageError
-from ssod_edge.optional import is_there
 
 Labels = npt.NDArray[np.int64]
 
@@ -118,18 +118,8 @@ def fit(name: DetectorName, data: FitData) -> Detector:
         raise UsageError(f"detector must be one of {', '.join(DETECTORS)}, got '{name}'")
     fits = {"vim": fit_vim, "mahalanobis": fit_mahalanobis, "rmd": fit_rmd, "knn": fit_knn}
     fits |= {"mahalanobispp": fit_mahalanobispp, "rmdpp": fit_rmdpp, "residual": fit_residual}
-    with _one_thread() if len(data.features) <= FEW_ROWS else nullcontext():
+    with fitting() if len(data.features) <= FEW_ROWS else nullcontext():
         return fits[name](data)
-
-
-def _one_thread() -> AbstractContextManager[object]:
-    """For numpy's and SciPy's products; scikit-learn brings what tells them, and a device may do without."""
-    if not is_there("threadpoolctl"):
-        return nullcontext()
-    from threadpoolctl import threadpool_limits
-
-    limit: AbstractContextManager[object] = threadpool_limits(1)
-    return limit
 
 
 def fit_vim(data: FitData) -> Detector:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssod_edge.config import DETECTORS, DetectorName
 from ssod_edge.detect.detectors import Array
 from ssod_edge.detect.fit import FitData, Labels, fit
+from ssod_edge.detect.side_by_side import side_by_side
 from ssod_edge.detect.sums import held_out_scores
 from ssod_edge.errors import ArtifactError
 
@@ -103,18 +106,29 @@ def out_of_fold_parts(names: Sequence[str], data: FitData, folds: Folds) -> tupl
     assert len(data.features) == 2 * n
     plain: dict[str, Array] = {name: np.empty(n, np.float32) for name in names}
     disturbed: dict[str, Array] = {name: np.empty(n, np.float32) for name in names}
-    for k in range(len(folds.weight)):
-        inside, outside = np.flatnonzero(folds.fold != k), np.flatnonzero(folds.fold == k)
-        weight, bias = folds.weight[k], folds.bias[k]
-        part = data.of(np.concatenate([inside, n + inside])).with_head(weight, bias)
-        detectors = {name: fit(cast(DetectorName, name), part) for name in names if name in DETECTORS}
-        for found, rows in ((plain, outside), (disturbed, n + outside)):
-            z = data.features[rows]
-            id_logit = z @ folds.row[k] + folds.row_bias[k] if len(folds.row) else data.id_logit[rows]
-            outputs = z @ weight.T + bias, id_logit, z
-            for name, values in held_out_scores(tuple(names), detectors, outputs).items():
-                found[name][outside] = values
+    for outside, scores in side_by_side(partial(_without, names, data, folds), range(len(folds.weight))):
+        for found, values in zip((plain, disturbed), scores, strict=True):
+            for name in names:
+                found[name][outside] = values[name]
     return plain, disturbed
+
+
+def _without(
+    names: Sequence[str], data: FitData, folds: Folds, k: int
+) -> tuple[NDArray[np.intp], tuple[dict[str, Array], dict[str, Array]]]:
+    """(images of part k, scores of these by fits without them: of the images, and of their disturbed copies)."""
+    n = len(folds.images)
+    inside, outside = np.flatnonzero(folds.fold != k), np.flatnonzero(folds.fold == k)
+    weight, bias = folds.weight[k], folds.bias[k]
+    part = data.of(np.concatenate([inside, n + inside])).with_head(weight, bias)
+    detectors = {name: fit(cast(DetectorName, name), part) for name in names if name in DETECTORS}
+
+    def scores(rows: NDArray[np.intp]) -> dict[str, Array]:
+        z = data.features[rows]
+        id_logit = z @ folds.row[k] + folds.row_bias[k] if len(folds.row) else data.id_logit[rows]
+        return held_out_scores(tuple(names), detectors, (z @ weight.T + bias, id_logit, z))
+
+    return outside, (scores(outside), scores(n + outside))
 
 
 def folds_of(arrays: Mapping[str, Array | Labels]) -> Folds | None:

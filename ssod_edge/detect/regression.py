@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ssod_edge.detect.side_by_side import fitting, side_by_side
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -77,11 +79,8 @@ def fit_head(
     left_out: dict[float, Array] = {}
     parts = parts_by_class(labels, classes, np.arange(len(labels)) if groups is None else groups)
     for strength in strengths if parts else ():
-        heads[strength] = []
-        for inside, _ in parts:
-            counts = None if weights is None else weights[inside]
-            fitted = fit_layer(plain[inside], disturbed[inside], labels[inside], classes, counts, strength)
-            heads[strength].append(fitted)
+        fit_inside = partial(_fit_inside, plain, disturbed, labels, classes, weights, strength)
+        heads[strength] = list(side_by_side(fit_inside, [inside for inside, _ in parts]))
         found = np.zeros((len(labels), classes))
         for (_, outside), (weight, bias) in zip(parts, heads[strength], strict=True):
             found[outside] = plain[outside] @ weight.T + bias
@@ -105,6 +104,20 @@ def fit_head(
     return LinearHead(*head, strength, losses, accuracy, fold, fold_weight, fold_bias, left_out.get(strength))
 
 
+def _fit_inside(
+    plain: Array,
+    disturbed: Array,
+    labels: Labels,
+    classes: int,
+    weights: Array | None,
+    strength: float,
+    inside: NDArray[np.intp],
+) -> tuple[Array, Array]:
+    """`fit_layer` of some of the images."""
+    counts = None if weights is None else weights[inside]
+    return fit_layer(plain[inside], disturbed[inside], labels[inside], classes, counts, strength)
+
+
 def parts_by_class(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """(images that are fitted to, images that are left out) of each fold; none where a fit would lack a class."""
     from sklearn.model_selection import StratifiedGroupKFold
@@ -122,16 +135,12 @@ def fit_layer(
     plain: Array, disturbed: Array, labels: Labels, classes: int, weights: Array | None, strength: float
 ) -> tuple[Array, Array]:
     """Weight [M, Dall] and bias [M] of one fit; arguments as for `fit_head`, and one of `STRENGTHS`."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     z, y = np.concatenate([plain, disturbed]), np.tile(labels, 2)
     mean, deviation = z.mean(axis=0), np.maximum(z.std(axis=0), LEAST_DEVIATION)
     model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3)
-    # Products with a few rows: threads would wait for each other, three times as long.
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the loss do not matter
+    with fitting():  # products of few rows: with two threads it takes three times as long
         model.fit((z - mean) / deviation, y, None if weights is None else np.tile(weights, 2))
     rows, intercept = model.coef_, model.intercept_
     if classes == 2:  # one row, of the second class against the first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from ssod_edge.detect.fit import FitData, fit
 from ssod_edge.detect.folds import Folds
 from ssod_edge.detect.metrics import detection_metrics
 from ssod_edge.detect.regression import fit_layer
+from ssod_edge.detect.side_by_side import side_by_side
 from ssod_edge.detect.sums import held_out_scores, standards, sum_of
 from ssod_edge.errors import UsageError
 
@@ -71,26 +73,23 @@ def leave_out(
     classes = np.unique(labels)
     if len(classes) < 3:
         return
-    for label in np.sort(np.random.default_rng(0).permutation(classes)[:MOST_CLASSES]):
-        count = len(folds.weight)
-        most = count if n <= VERY_FEW else min(3 if n <= FEW else 1, count)
-        parts = [(int(label) + step) % count for step in range(most)]
-        yield LeftOut(int(label), *_fit_without(names, data, folds, int(label), parts))
+    chosen = np.sort(np.random.default_rng(0).permutation(classes)[:MOST_CLASSES])
+    for left in side_by_side(partial(_fit_without, names, data, folds), chosen.tolist()):
+        yield left
         advance(1)
 
 
-def _fit_without(
-    names: Sequence[str], data: FitData, folds: Folds, label: int, parts: Sequence[int]
-) -> tuple[dict[str, Array], dict[str, Array], Indices]:
-    """The last three attributes of `LeftOut`; of several parts, the scores of the class are a mean over the models."""
-    n = len(folds.images)
+def _fit_without(names: Sequence[str], data: FitData, folds: Folds, label: int) -> LeftOut:
+    """Of several parts of the images, the scores of the class are a mean over the models."""
+    n, count = len(folds.images), len(folds.weight)
+    most = count if n <= VERY_FEW else min(3 if n <= FEW else 1, count)
     labels = data.classes()[:n]
     known: list[dict[str, Array]] = []
     unknown: list[dict[str, Array]] = []
     logits: list[Array] = []
     rest, shown = np.flatnonzero(labels != label), np.flatnonzero(labels == label)
     others = np.setdiff1d(labels, [label])
-    for part in parts:
+    for part in ((label + step) % count for step in range(most)):
         inside, outside = rest[folds.fold[rest] != part], rest[folds.fold[rest] == part]
         numbers = np.searchsorted(others, labels[inside])
         if not len(outside) or len(np.unique(numbers)) < len(others):
@@ -107,7 +106,8 @@ def _fit_without(
         logits.append(data.features[shown] @ weight.T + bias)
     if not known:
         raise UsageError("no class can be left out of so few images")
-    return (
+    return LeftOut(
+        label,
         {name: np.concatenate([found[name] for found in known]) for name in names},
         {name: np.mean([found[name] for found in unknown], axis=0) for name in names},
         others[np.mean(logits, axis=0).argmax(axis=1)],

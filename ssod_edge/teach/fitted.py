@@ -14,6 +14,7 @@ from ssod_edge.detect.fit import FitData, Labels
 from ssod_edge.detect.folds import Folds, out_of_fold_parts
 from ssod_edge.detect.metrics import conformal_threshold
 from ssod_edge.detect.regression import fit_layer
+from ssod_edge.detect.side_by_side import side_by_side
 from ssod_edge.detect.stored import StoredFeatures, half
 from ssod_edge.detect.sums import FittedScore, ScoreSum, fit_score, held_out_scores
 from ssod_edge.errors import UsageError
@@ -209,8 +210,8 @@ def _regression(data: Taught, classes: int, counts: Array, strength: float, part
         )
 
     known = data.labels < classes
-    folds = [fit(np.flatnonzero(known & (data.fold != k))) for k in range(parts)]
-    weight, bias = fit(np.flatnonzero(known))
+    without = [np.flatnonzero(known & (data.fold != k)) for k in range(parts)]
+    (weight, bias), *folds = side_by_side(fit, [np.flatnonzero(known), *without])
     return Heads(weight, bias, np.stack([w for w, _ in folds]), np.stack([b for _, b in folds]))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from small import random_images
+from timm.layers import Conv2dSame
 
 import ssod_edge.training.features
 from ssod_edge.cli import main
@@ -263,6 +264,16 @@ def test_folded_norms_change_nothing_but_the_time():
             torch.testing.assert_close(quick.features(x), model.features(x), rtol=1e-3, atol=1e-4)
         left = [part for part in quick.modules() if isinstance(part, torch.nn.BatchNorm2d)]
         assert not left and model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("size, left", [(64, 0), (100, 3)])  # maps of 25, 13 and 7 do not halve
+def test_borders_wider_at_one_side_are_taken_without_a_padded_copy(size, left):
+    model = staged("tf_efficientnet_lite0", size)
+    quick, x = folded(model), torch.randn(2, 3, size, size)
+    assert sum(isinstance(part, Conv2dSame) for part in quick.modules()) == left
+    assert sum(isinstance(part, Conv2dSame) for part in model.modules()) == 5
+    with torch.no_grad():
+        torch.testing.assert_close(quick.features(x), model.features(x), rtol=1e-3, atol=1e-4)
 
 
 def test_other_photos_of_the_same_names_have_other_features(tmp_path, photos):

@@ -1,0 +1,54 @@
+"""Fits that do not wait for one another, side by side."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
+
+from ssod_edge.machine import available_cores
+from ssod_edge.optional import is_there
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: Fits at a time: each holds a copy of its images' features.
+MOST = 4
+
+
+def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `map` gives, by as many threads as there are cores, `MOST` at most. The results are the same to the bit.
+
+    Args:
+        function: a fit; it changes nothing that another one reads.
+
+    Raises:
+        Exception: what `function` raises, in the place of its result.
+    """
+    with fitting(), ThreadPoolExecutor(min(MOST, available_cores()), thread_name_prefix="fit") as pool:
+        yield from pool.map(function, items)
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """One thread for numpy's and SciPy's products, and no word of iterations that end early: the last digits of a loss
+    do not matter.
+
+    Threads that share a product of few rows wait for each other longer than they compute. scikit-learn brings what
+    tells them so; a device may do without. Both hold for the whole process. Threads may enter this too while whoever
+    started them is in it: what each of them puts back is the same then.
+    """
+    with warnings.catch_warnings():
+        if is_there("sklearn"):
+            from sklearn.exceptions import ConvergenceWarning
+
+            warnings.simplefilter("ignore", ConvergenceWarning)
+        limit = nullcontext()
+        if is_there("threadpoolctl"):
+            from threadpoolctl import threadpool_limits
+
+            limit = threadpool_limits(1)
+        with limit:
+            yield
