@@ -106,7 +106,8 @@ def out_of_fold_parts(names: Sequence[str], data: FitData, folds: Folds) -> tupl
     assert len(data.features) == 2 * n
     plain: dict[str, Array] = {name: np.empty(n, np.float32) for name in names}
     disturbed: dict[str, Array] = {name: np.empty(n, np.float32) for name in names}
-    for outside, scores in side_by_side(partial(_without, names, data, folds), range(len(folds.weight))):
+    parts = range(len(folds.weight))
+    for outside, scores in side_by_side(partial(_without, names, data, folds), parts, data.features.nbytes):
         for found, values in zip((plain, disturbed), scores, strict=True):
             for name in names:
                 found[name][outside] = values[name]

@@ -80,7 +80,7 @@ def fit_head(
     parts = parts_by_class(labels, classes, np.arange(len(labels)) if groups is None else groups)
     for strength in strengths if parts else ():
         fit_inside = partial(_fit_inside, plain, disturbed, labels, classes, weights, strength)
-        heads[strength] = list(side_by_side(fit_inside, [inside for inside, _ in parts]))
+        heads[strength] = list(side_by_side(fit_inside, [inside for inside, _ in parts], 2 * plain.nbytes))
         found = np.zeros((len(labels), classes))
         for (_, outside), (weight, bias) in zip(parts, heads[strength], strict=True):
             found[outside] = plain[outside] @ weight.T + bias

@@ -14,20 +14,24 @@ from ssod_edge.optional import is_there
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Fits at a time: each holds a copy of its images' features.
-MOST = 4
+#: Fits at a time, and bytes that they may hold together; one runs whatever it holds.
+MOST, MOST_BYTES = 4, 2**29
+#: Copies of the features that a fit holds: of its images, standardised, and in a product.
+COPIES = 3
 
 
-def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What `map` gives, by as many threads as there are cores, `MOST` at most. The results are the same to the bit.
+def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], features: int) -> Iterator[Result]:
+    """What `map` gives, by as many threads as there are cores and room for. The results are the same to the bit.
 
     Args:
         function: a fit; it changes nothing that another one reads.
+        features: bytes of what is fitted to.
 
     Raises:
         Exception: what `function` raises, in the place of its result.
     """
-    with fitting(), ThreadPoolExecutor(min(MOST, available_cores()), thread_name_prefix="fit") as pool:
+    threads = max(1, min(MOST, available_cores(), MOST_BYTES // max(1, COPIES * features)))
+    with fitting(), ThreadPoolExecutor(threads, thread_name_prefix="fit") as pool:
         yield from pool.map(function, items)
 
 

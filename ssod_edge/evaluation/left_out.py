@@ -74,7 +74,7 @@ def leave_out(
     if len(classes) < 3:
         return
     chosen = np.sort(np.random.default_rng(0).permutation(classes)[:MOST_CLASSES])
-    for left in side_by_side(partial(_fit_without, names, data, folds), chosen.tolist()):
+    for left in side_by_side(partial(_fit_without, names, data, folds), chosen.tolist(), data.features.nbytes):
         yield left
         advance(1)
 

@@ -211,7 +211,7 @@ def _regression(data: Taught, classes: int, counts: Array, strength: float, part
 
     known = data.labels < classes
     without = [np.flatnonzero(known & (data.fold != k)) for k in range(parts)]
-    (weight, bias), *folds = side_by_side(fit, [np.flatnonzero(known), *without])
+    (weight, bias), *folds = side_by_side(fit, [np.flatnonzero(known), *without], 2 * data.plain.nbytes)
     return Heads(weight, bias, np.stack([w for w, _ in folds]), np.stack([b for _, b in folds]))
 
 
