@@ -48,7 +48,12 @@ def bench(folder: str | None, backbone: str | None, runs: str, **options: Any) -
     help="The new export folder; EXPORT stays as it is. Default: EXPORT itself, of which the version before is kept.",
 )
 @click.option("--forget", metavar="CLASS", multiple=True, help="Take this class out; may be given several times.")
-@click.option("--max-drop", type=float, default=1.0, help="Points of accuracy that the other classes may lose.")
+@click.option(
+    "--max-drop",
+    type=float,
+    default=1.0,
+    help="Points of accuracy, and of photos called known, that the other classes may lose.",
+)
 @click.option("--alike", is_flag=True, help="Teach a class although its photos or name look like a known one's.")
 @click.option("--keep", type=click.IntRange(min=0), help="Earlier versions that stay. Default: all.")
 def teach(folder: str, out: str | None, keep: int | None, **options: Any) -> int:

@@ -10,7 +10,7 @@ from ssod_edge.errors import UsageError
 from ssod_edge.export.versions import kept_versions, name_of, recorded_name
 from ssod_edge.json_reader import read_json
 from ssod_edge.runtime.export import Export
-from ssod_edge.spec import SPEC_NAME
+from ssod_edge.spec import REFERENCE_NAME, SPEC_NAME
 
 
 def history(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -65,7 +65,9 @@ def _recorded(entry: dict[str, Any], parent: str | None) -> dict[str, Any]:
 def _row(export: Export, current: bool) -> dict[str, Any]:
     """The row of a version that is here."""
     spec = export.spec
-    written = (export.folder / SPEC_NAME).stat().st_mtime
+    # `calibrate` writes the spec anew, and a damaged export may have lost the other.
+    files = [export.folder / name for name in (SPEC_NAME, REFERENCE_NAME)]
+    written = min(file.stat().st_mtime for file in files if file.is_file())
     when = datetime.fromtimestamp(written, timezone.utc).isoformat(timespec="seconds")
     return {
         "name": name_of(spec),

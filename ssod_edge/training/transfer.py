@@ -107,10 +107,16 @@ def _try(session: Session, further: Further, taught: Taught, facts: dict[str, An
         _put(session, *fit_layer(plain, disturbed, labels[train], classes, counts, taught.head.strength))
     after = replace(_learn(session, further, taught), images=train)
     facts["tried"][further.name] = after.held_out.record
-    if session.config.tune == "auto" and not after.held_out.better_than(taught.held_out):
+    better = after.held_out.better_than(taught.held_out)
+    if session.config.tune == "auto" and not better:
         session.model = untouched
-        say(f"without the {further.what}: with it, no more held-out photos are right")
+        pooled = f". The {len(taught.images)} photos for training and for thresholds have taught the last layer"
+        say(f"without the {further.what}: with it, no more held-out photos are right{pooled}")
         return taught
+    if better:
+        say(f"with the {further.what}: more held-out photos and disturbed copies are right than without")
+    else:
+        say(f"warning: with the {further.what} no more held-out photos are right. Without it: --tune head")
     if facts["tuned"] == "head":
         facts["tuned"] = further.name
     return after

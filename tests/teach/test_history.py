@@ -150,6 +150,14 @@ def test_what_was_calibrated_comes_back_calibrated(door: Path, tmp_path: Path) -
     assert [row["version"] for row in listed(door)] == [3, 2, 1]
 
 
+def test_calibration_does_not_change_when_a_version_was_made(light: Path, tmp_path: Path) -> None:
+    door = Path(shutil.copytree(light, tmp_path / "door"))
+    for file in door.iterdir():
+        os.utime(file, (1.6e9, 1.6e9))
+    assert run("calibrate", door, "--id", write_photos(tmp_path / "camera", "abcde", 10, seed=9)).exit_code == 0
+    assert listed(door)[0]["time"].startswith("2020-09-13")
+
+
 @pytest.mark.parametrize(
     ("to", "message"),
     [

@@ -457,7 +457,11 @@ def test_auto_keeps_what_held_out_photos_ask_for(tmp_path, photos, weights, trie
     right = run.model.head(torch.from_numpy(kept.disturbed[splits.val]))[0].argmax(1).numpy()
     assert told["accuracy"] == (right == source.labels[splits.val]).mean()
     assert (trunk_hash(run.model) == trunk_hash(staged())) is not better
-    assert ("without the branch" in done.output) is not better
+    assert ("with the branch: more held-out photos" in done.output) is better
+    n = len(splits.train) + len(splits.calib)
+    assert (f"The {n} photos for training and for thresholds have taught" in done.output) is not better
+    asked = run_train(tmp_path / "asked", photos, weights, "--tune", "branch")
+    assert ("Without it: --tune head" in asked.output) is not better
     logits = run.model(normalise(random_images(4), run.model.preprocess))[0]
     assert logits.shape == (4, 7) and bool(logits.isfinite().all())
 
