@@ -31,6 +31,9 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], feat
         Exception: what `function` raises, in the place of its result.
     """
     threads = max(1, min(MOST, available_cores(), MOST_BYTES // max(1, COPIES * features)))
+    if threads == 1:  # then one fit may have all cores
+        yield from map(function, items)
+        return
     with fitting(), ThreadPoolExecutor(threads, thread_name_prefix="fit") as pool:
         yield from pool.map(function, items)
 

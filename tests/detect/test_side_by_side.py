@@ -33,12 +33,13 @@ def test_results_come_in_order_from_several_threads_with_one_thread_each(monkeyp
 
 def test_large_fits_run_one_after_the_other(monkeypatch):
     monkeypatch.setattr(module, "available_cores", lambda: 4)
-    running, most = [], []
+    before, running, most = blas_threads(), [], []
 
     def fit(n):
         running.append(n)
         time.sleep(0.02)
         most.append(len(running))
+        assert blas_threads() == before  # one fit may have all cores
         running.remove(n)
 
     list(side_by_side(fit, range(4), module.MOST_BYTES))
@@ -52,7 +53,8 @@ def test_an_error_comes_in_the_place_of_its_result():
         next(found)
 
 
-def test_only_early_ends_of_iterations_are_kept_quiet_and_the_filters_come_back():
+def test_only_early_ends_of_iterations_are_kept_quiet_and_the_filters_come_back(monkeypatch):
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
     before = list(warnings.filters)
 
     def warn(kind):
