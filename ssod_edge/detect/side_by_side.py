@@ -21,7 +21,7 @@ COPIES = 3
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], features: int) -> Iterator[Result]:
-    """What `map` gives, by as many threads as there are cores and room for. The results are the same to the bit.
+    """What `map` gives but for rounding, by as many threads as there are cores and room for.
 
     Args:
         function: a fit; it changes nothing that another one reads.
