@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,45 +21,49 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssod_edge.data.disturbances import seeded_copy
 from ssod_edge.data.sources import ImageSource
-from ssod_edge.detect.regression import LEAST_DEVIATION
+from ssod_edge.detect.regression import ITERATIONS, LEAST_DEVIATION
 from ssod_edge.detect.side_by_side import fitting
 from ssod_edge.files import write_json
 from ssod_edge.training.batches import ASPECT_MIN, EvalImages, augment
 from ssod_edge.training.branch import SmallBranch
+from ssod_edge.training.features import Features
 from ssod_edge.training.folding import folded
-from ssod_edge.training.lesson import DISTURBED, MIRRORED, PLAIN
+from ssod_edge.training.lesson import DISTURBED, MIRRORED, PLAIN, Lesson
 from ssod_edge.training.model import SSODClassifier, normalise
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.run import Run
 
 #: Least area of a crop; parts that photos are divided into; the strength of the last layer's fit.
 SCALE, PARTS, STRENGTH = 0.5, 4, 1e-2
-#: Images of a batch, when reading and when learning.
-READ, BATCH = 16, 64
+#: Images of a batch when reading.
+READ = 16
 
 
 class Views:
-    """Features [N, V, D] and maps [N, V, C, h, w] of V views of each photo: as it is, mirrored, disturbed, crops."""
+    """Features [N, V, D], and a branch that keeps the maps, of V views of each photo: as it is, mirrored, disturbed,
+    crops."""
 
     def __init__(self, source: ImageSource, model: SSODClassifier, crops: int):
-        self.model, self.part = model, SmallBranch(model, 1)
-        self.labels = np.asarray(source.labels)
+        self.model, self.part, self.labels = model, SmallBranch(model, 1), np.asarray(source.labels)
         images, trunk, count, views = EvalImages(source, None, model.preprocess), folded(model), len(source), 3 + crops
         self.z = torch.empty((count, views, model.classifier.in_features))
-        self.maps = [torch.empty((count, views, *shape), dtype=torch.float16) for shape in self.part._shapes]
+        maps: list[Tensor] = []
         with torch.inference_mode():
             for start in range(0, count, READ):
                 rows = slice(start, min(start + READ, count))
                 pixels = torch.stack([self._views(images, index, crops) for index in range(rows.start, rows.stop)])
                 x = normalise(pixels.flatten(0, 1), model.preprocess).contiguous(memory_format=torch.channels_last)
-                _, found, z = trunk.read_backbone(x)
+                _, read, z = trunk.read_backbone(x)
+                found = trunk.maps_of(self.part.shape, read)
+                maps = maps or [torch.empty((count, views, *m.shape[1:]), dtype=torch.float16) for m in found]
                 self.z[rows] = z.unflatten(0, (-1, views))
-                for kept, maps in zip(self.maps, trunk.maps_of(self.part.shape, found), strict=True):
-                    kept[rows] = maps.half().unflatten(0, (-1, views))
+                for kept, one in zip(maps, found, strict=True):
+                    kept[rows] = one.half().unflatten(0, (-1, views))
+        self.part.maps, self.part.untouched = maps, self.z
 
     def _views(self, images: EvalImages, index: int, crops: int) -> Tensor:
         """uint8 [V, 3, S, S]; every second crop is disturbed too."""
@@ -71,77 +76,47 @@ class Views:
             views.append(torch.from_numpy(seeded_copy(crop) if number % 2 else crop))
         return torch.stack(views)
 
-    def at(self, index: Tensor, version: Tensor | int) -> list[Tensor]:
-        return [m[index, version].float().contiguous(memory_format=torch.channels_last) for m in self.maps]
+    def plain(self) -> Features:
+        return Features(*(self.z[:, version].numpy() for version in (PLAIN, DISTURBED)))
 
 
-class Head:
-    """A last layer on features of mean 0 and deviation 1."""
-
-    def __init__(self, views: Views, train: np.ndarray, versions: list[int]):
-        z, labels = np.concatenate([views.z[train, v].numpy() for v in versions]), views.labels[train]
-        by_class = class_weights(labels, "balanced")
-        assert by_class is not None
-        mean, deviation = z.mean(axis=0), np.maximum(z.std(axis=0), LEAST_DEVIATION)
-        self.mean, self.deviation, self.by_class = torch.from_numpy(mean), torch.from_numpy(deviation), by_class
-        model = LogisticRegression(C=2 * STRENGTH / len(versions), max_iter=300, tol=1e-3)
-        with fitting():
-            model.fit(
-                (z - mean) / deviation, np.tile(labels, len(versions)), by_class.numpy()[np.tile(labels, len(versions))]
-            )
-        self.weight = nn.Parameter(torch.from_numpy(model.coef_.astype(np.float32)))
-        self.bias = nn.Parameter(torch.from_numpy(model.intercept_.astype(np.float32)))
-
-    def logits(self, z: Tensor) -> Tensor:
-        return F.linear((z - self.mean) / self.deviation, self.weight, self.bias)
+def fit(views: Views, train: np.ndarray, versions: Sequence[int]) -> SSODClassifier:
+    """A copy of the model whose last layer is fitted to some views; two of them as `fit_layer` does."""
+    z, labels = (
+        np.concatenate([views.z[train, v].numpy() for v in versions]),
+        np.tile(views.labels[train], len(versions)),
+    )
+    mean, deviation = z.mean(axis=0), np.maximum(z.std(axis=0), LEAST_DEVIATION)
+    by_class = class_weights(views.labels[train], "balanced")
+    assert by_class is not None
+    layer = LogisticRegression(C=2 * STRENGTH / len(versions), max_iter=ITERATIONS, tol=1e-3)
+    with fitting():
+        layer.fit((z - mean) / deviation, labels, by_class.numpy()[labels])
+    weight, model = layer.coef_ / deviation, copy.deepcopy(views.model)
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.from_numpy(weight))
+        model.classifier.bias.copy_(torch.from_numpy(layer.intercept_ - weight @ mean))
+    return model
 
 
-def learn(views: Views, head: Head, train: np.ndarray, versions: list[int], epochs: int) -> tuple[nn.Module, Tensor]:
-    """A branch beside a head, which learns on, and the last layer's rows of the branch."""
-    torch.manual_seed(0)
-    model, pace = copy.deepcopy(views.model), SmallBranch.pace
-    model.add_branch(views.part.shape)
-    branch = model.branch
-    assert branch is not None
-    own = nn.Parameter(model.classifier.weight[:, : model.branch_width].detach().clone())
-    groups = [{"params": [*branch.parameters(), own]}, {"params": [head.weight, head.bias], "lr": pace.head_rate}]
-    optimizer = torch.optim.AdamW(groups, lr=pace.rate, weight_decay=pace.decay)
-    steps, rates = epochs * (len(train) // BATCH), [pace.rate, pace.head_rate]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
-    rng, labels = np.random.default_rng(0), torch.from_numpy(views.labels)
-    for _ in range(epochs):
-        order = rng.permutation(train)
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            index, version = (
-                torch.from_numpy(order[start : start + BATCH]),
-                torch.from_numpy(rng.choice(versions, BATCH)),
-            )
-            logits = F.linear(branch(views.at(index, version)), own) + head.logits(views.z[index, version])
-            loss = F.cross_entropy(logits, labels[index], head.by_class)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([*branch.parameters(), own, head.weight, head.bias], 5.0)
-            optimizer.step()
-            schedule.step()
-    return branch.eval(), own.detach()
+def learn(views: Views, model: SSODClassifier, train: np.ndarray, versions: Sequence[int], epochs: int) -> Features:
+    """Teach the model a branch; the features after that."""
+    part = copy.copy(views.part)
+    part.model, part.pace = model, replace(part.pace, epochs=epochs)
+    lesson = Lesson(views.labels, train, 0, "balanced", tuple(versions))
+    part.learn(views.plain(), lesson, lambda epoch, loss: None, lambda n: None)
+    return part.features()
 
 
-@torch.inference_mode()
-def judge(views: Views, head: Head, left: np.ndarray, taught: tuple[nn.Module, Tensor] | None) -> dict[str, float]:
+def judge(model: SSODClassifier, features: Features, labels: np.ndarray, left: np.ndarray) -> dict[str, float]:
     """Accuracy and log loss of photos as they are, and accuracy of disturbed copies."""
-    found, labels = {}, torch.from_numpy(views.labels[left])
-    for name, version in (("plain", PLAIN), ("disturbed", DISTURBED)):
-        parts = []
-        for index in torch.from_numpy(left).split(2 * BATCH):
-            logits = head.logits(views.z[index, version])
-            parts.append(
-                logits if taught is None else logits + F.linear(taught[0](views.at(index, version)), taught[1])
-            )
-        found[name] = torch.cat(parts)
+    with torch.inference_mode():
+        plain, disturbed = (model.head(torch.from_numpy(z[left]))[0] for z in (features.plain, features.disturbed))
+    right, known = torch.from_numpy(labels[left]), len(left)
     return {
-        "accuracy": float((found["plain"].argmax(1) == labels).float().mean()),
-        "disturbed_accuracy": float((found["disturbed"].argmax(1) == labels).float().mean()),
-        "loss": float(F.cross_entropy(found["plain"], labels)),
+        "accuracy": int((plain.argmax(1) == right).sum()) / known,
+        "disturbed_accuracy": int((disturbed.argmax(1) == right).sum()) / known,
+        "loss": float(F.cross_entropy(plain, right)),
     }
 
 
@@ -164,10 +139,11 @@ def main() -> None:
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in (*heads, *branches)}
     for train, left in StratifiedKFold(PARTS, shuffle=True, random_state=0).split(views.labels, views.labels):
         for name, versions in heads.items():
-            figures[name].append(judge(views, Head(views, train, versions), left, None))
+            figures[name].append(judge(fit(views, train, versions), views.plain(), views.labels, left))
         for name, (versions, epochs) in branches.items():
-            head = Head(views, train, [PLAIN, DISTURBED])
-            figures[name].append(judge(views, head, left, learn(views, head, train, versions, epochs)))
+            model = fit(views, train, [PLAIN, DISTURBED])
+            features = learn(views, model, train, versions, epochs)
+            figures[name].append(judge(model, features, views.labels, left))
             print(name, figures[name][-1], flush=True)
     means: dict[str, Any] = {
         name: {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}

@@ -73,14 +73,19 @@ def fit_head(
         groups: [n]; images of one group are left out together. None: each is its own.
         strengths: ascending, to choose from by the loss of left-out images.
     """
+
+    def fit_inside(strength: float, inside: NDArray[np.intp]) -> tuple[Array, Array]:
+        counts = None if weights is None else weights[inside]
+        return fit_layer(plain[inside], disturbed[inside], labels[inside], classes, counts, strength)
+
     losses: dict[float, float] = {}
     accuracies: dict[float, float] = {}
     heads: dict[float, list[tuple[Array, Array]]] = {}
     left_out: dict[float, Array] = {}
     parts = parts_by_class(labels, classes, np.arange(len(labels)) if groups is None else groups)
     for strength in strengths if parts else ():
-        fit_inside = partial(_fit_inside, plain, disturbed, labels, classes, weights, strength)
-        heads[strength] = list(side_by_side(fit_inside, [inside for inside, _ in parts], 2 * plain.nbytes))
+        insides = [inside for inside, _ in parts]
+        heads[strength] = list(side_by_side(partial(fit_inside, strength), insides, 2 * plain.nbytes))
         found = np.zeros((len(labels), classes))
         for (_, outside), (weight, bias) in zip(parts, heads[strength], strict=True):
             found[outside] = plain[outside] @ weight.T + bias
@@ -102,20 +107,6 @@ def fit_head(
     )
     accuracy = accuracies.get(strength, float("nan"))
     return LinearHead(*head, strength, losses, accuracy, fold, fold_weight, fold_bias, left_out.get(strength))
-
-
-def _fit_inside(
-    plain: Array,
-    disturbed: Array,
-    labels: Labels,
-    classes: int,
-    weights: Array | None,
-    strength: float,
-    inside: NDArray[np.intp],
-) -> tuple[Array, Array]:
-    """`fit_layer` of some of the images."""
-    counts = None if weights is None else weights[inside]
-    return fit_layer(plain[inside], disturbed[inside], labels[inside], classes, counts, strength)
 
 
 def parts_by_class(labels: Labels, classes: int, groups: Labels) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:

@@ -78,14 +78,14 @@ class Lesson:
         train: which images.
         seed: of their order and versions.
         class_weights: of `ssod_edge.config.ClassWeights`.
-        mirror: whether a mirrored image is of the same class.
+        versions: of an image, that are drawn from.
     """
 
     labels: Indices
     train: Indices
     seed: int = 0
     class_weights: ClassWeights = "none"
-    mirror: bool = True
+    versions: tuple[int, ...] = (PLAIN, MIRRORED, DISTURBED)
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,6 @@ def learn(
     groups = [{"params": list(parameters)}, {"params": own, "lr": pace.head_rate}]
     optimizer = torch.optim.AdamW(groups, lr=pace.rate, weight_decay=pace.decay)
     rng, target = np.random.default_rng(lesson.seed), torch.from_numpy(np.asarray(lesson.labels))
-    versions = [PLAIN, MIRRORED, DISTURBED] if lesson.mirror else [PLAIN, DISTURBED]
     by_class = class_weights(lesson.labels[train], lesson.class_weights)
     by_class = None if by_class is None else by_class.to(device)
     size = min(pace.batch, len(train))
@@ -235,7 +234,7 @@ def learn(
         order, total = rng.permutation(train), 0.0
         for start in range(0, len(order) - size + 1, size):
             index = torch.from_numpy(order[start : start + size])
-            version = torch.from_numpy(rng.choice(versions, size))
+            version = torch.from_numpy(rng.choice(lesson.versions, size))
             loss = F.cross_entropy(logits(index, version), target[index].to(device), by_class)
             if not math.isfinite(float(loss.detach())):
                 raise TrainingError(f"the loss is {float(loss.detach())} in epoch {epoch}. Use --tune head")

@@ -41,15 +41,17 @@ def check_published(name: str) -> None:
         return
     if not timm.get_pretrained_cfg(name).has_weights:
         raise UsageError(f"timm has no published weights of '{name}'. {_WAYS}")
-    unreached = None if constants.HF_HUB_OFFLINE else _unreached()
-    if unreached is not None:
-        constants.HF_HUB_OFFLINE = True
+    offline = constants.HF_HUB_OFFLINE
+    unreached = None if offline else _unreached()
+    constants.HF_HUB_OFFLINE = offline or unreached is not None
     try:
         timm.create_model(name, pretrained=True)
     except MemoryError:
         raise
     except Exception as error:  # a download fails in many ways
         raise unavailable(name, unreached or error) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _unreached() -> UsageError | None:

@@ -23,7 +23,7 @@ from ssod_edge.training.distributed import world_size
 from ssod_edge.training.disturbed import FIT_IMAGES, Disturbed, judge_disturbed, some
 from ssod_edge.training.features import Features, check_features, features_of, fitting_data, keep_features
 from ssod_edge.training.labels import unseen_probs, write_labels
-from ssod_edge.training.lesson import Further, Lesson
+from ssod_edge.training.lesson import DISTURBED, MIRRORED, PLAIN, Further, Lesson
 from ssod_edge.training.negatives import FittedRow, fit_row
 from ssod_edge.training.objective import class_weights
 from ssod_edge.training.session import Session, append_metrics, say
@@ -223,8 +223,9 @@ def _learn(session: Session, further: Further, taught: Taught) -> Taught:
     """Teach a part, and keep the features of the changed network."""
     started = time.monotonic()
     model, source, config = session.model, session.source, session.config
-    mirror, epochs = source.hflip_ok and config.hflip > 0, further.pace.epochs
-    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, mirror)
+    mirrored, epochs = source.hflip_ok and config.hflip > 0, further.pace.epochs
+    versions = (PLAIN, MIRRORED, DISTURBED) if mirrored else (PLAIN, DISTURBED)  # if its class is the same
+    lesson = Lesson(source.labels, session.splits.train, config.seed, config.class_weights, versions)
     with image_bar(further.what, epochs * len(lesson.train)) as advance:
         further.learn(taught.features, lesson, lambda epoch, loss: _say_epoch(epoch, epochs, loss), advance)
     features = further.features()

@@ -33,13 +33,13 @@ def test_results_come_in_order_from_several_threads_with_one_thread_each(monkeyp
 
 def test_large_fits_run_one_after_the_other(monkeypatch):
     monkeypatch.setattr(module, "available_cores", lambda: 4)
-    before, running, most = blas_threads(), [], []
+    monkeypatch.setattr(module, "fitting", None)  # one fit may have all cores
+    running, most = [], []
 
     def fit(n):
         running.append(n)
         time.sleep(0.02)
         most.append(len(running))
-        assert blas_threads() == before  # one fit may have all cores
         running.remove(n)
 
     list(side_by_side(fit, range(4), module.MOST_BYTES))

@@ -26,7 +26,7 @@ from ssod_edge.training.branch import WIDTH, SmallBranch
 from ssod_edge.training.checkpoint import load_checkpoint, save_checkpoint, trunk_hash
 from ssod_edge.training.features import compute_features, distance_features, features_of
 from ssod_edge.training.folding import folded
-from ssod_edge.training.lesson import MIRRORED, Lesson
+from ssod_edge.training.lesson import DISTURBED, MIRRORED, PLAIN, Lesson
 from ssod_edge.training.model import SSODClassifier, build_model, normalise
 from ssod_edge.training.run import Run
 from ssod_edge.training.stages import Branch, BranchShape
@@ -130,7 +130,7 @@ def test_the_branch_learns_and_the_backbone_stays(place: Path) -> None:
     for one in (*branch.maps, branch.untouched):
         one[:, MIRRORED] = torch.nan  # not read, where a mirrored image is not of its class
     losses: list[float] = []
-    lesson = Lesson(np.asarray(source.labels), np.arange(0, 72, 2), mirror=False)
+    lesson = Lesson(np.asarray(source.labels), np.arange(0, 72, 2), versions=(PLAIN, DISTURBED))
     branch.learn(features, lesson, lambda epoch, loss: losses.append(loss), ignored)
     assert len(losses) == branch.pace.epochs and losses[-1] < 0.5 * losses[0]
     for name, value in model.backbone.state_dict().items():

@@ -290,7 +290,7 @@ def test_what_is_not_to_be_mirrored_is_not(photos):
     spoiled = blocks.maps.maps.clone()
     spoiled[:, MIRRORED] = torch.nan
     blocks.maps = BorderMaps(spoiled, blocks.maps.below.clone())
-    lesson = Lesson(np.asarray(source.labels), np.arange(0, 168, 2), mirror=False)
+    lesson = Lesson(np.asarray(source.labels), np.arange(0, 168, 2), versions=(PLAIN, DISTURBED))
     losses = []
     blocks.learn(features, lesson, lambda epoch, loss: losses.append(loss), ignored)
     assert np.isfinite(losses).all()
